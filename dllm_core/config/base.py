@@ -1,0 +1,84 @@
+"""Frozen: the base of every recipe section and stored record. Unknown keys are refused with the nearest name."""
+
+import difflib
+import typing
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from dllm_core.errors import ConfigError
+
+
+class FieldProblem(ValueError):
+    """Raised by a section's validator about one of its own fields; becomes a ConfigError with the full path."""
+
+    def __init__(self, field: str, problem: str, value: Any, remedy: str = "") -> None:
+        super().__init__(field, problem, value, remedy)
+
+
+class Frozen(BaseModel):
+    """An immutable value that refuses unknown keys, NaN and infinities."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+    @classmethod
+    def checked(cls, values: Any, place: str = "") -> Self:
+        """Validate plain data; the first problem becomes a ConfigError with its dotted path below `place`."""
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise explain(error, cls, values, place) from None
+
+
+def explain(error: ValidationError, schema: type[BaseModel], values: Any, place: str = "") -> ConfigError:
+    """Turn pydantic's first complaint into one line: dotted path, problem, value, remedy."""
+    first = error.errors(include_url=False)[0]
+    location = _written_path(first["loc"], values)
+    path = ".".join([*filter(None, [place]), *location]) or "recipe"
+    kind, context = first["type"], first.get("ctx", {})
+    if kind == "extra_forbidden":
+        names = _field_names(schema, location[:-1])
+        near = difflib.get_close_matches(location[-1], names, n=1)
+        remedy = f"did you mean {near[0]!r}?" if near else f"known names: {', '.join(sorted(names))}"
+        return ConfigError(path, "unknown name", remedy=remedy)
+    if kind == "missing":
+        return ConfigError(path, "missing", remedy="the recipe must set it")
+    if kind == "union_tag_invalid":
+        return ConfigError(f"{path}.type", "unknown kind", context["tag"], f"one of {context['expected_tags']}")
+    cause = context.get("error")
+    if isinstance(cause, FieldProblem):
+        field, problem, value, remedy = cause.args
+        return ConfigError(f"{path}.{field}" if location or place else field, problem, value, remedy)
+    problem = str(cause) if cause is not None else first["msg"].replace("Input should be", "must be")
+    return ConfigError(path, problem[0].lower() + problem[1:], first["input"])
+
+
+def _written_path(location: tuple[str | int, ...], values: Any) -> list[str]:
+    """The path as the user wrote it: pydantic adds the tag of a union's member, which no recipe holds."""
+    path = []
+    for position, part in enumerate(location):
+        here = values
+        last = position == len(location) - 1
+        if isinstance(here, dict) and part not in here and not last:
+            continue
+        path.append(str(part))
+        if isinstance(here, dict):
+            values = here.get(part)
+        elif isinstance(here, list | tuple) and isinstance(part, int) and part < len(here):
+            values = here[part]
+    return path
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for part in typing.get_args(annotation) for model in _models_in(part)]
+
+
+def _field_names(schema: type[BaseModel], path: list[str]) -> set[str]:
+    """Every field that could stand at `path`, over all members of a union."""
+    models: list[type[BaseModel]] = [schema]
+    for name in path:
+        fields = [model.model_fields[name] for model in models if name in model.model_fields]
+        models = [found for field in fields for found in _models_in(field.annotation)]
+    return {name for model in models for name in model.model_fields}

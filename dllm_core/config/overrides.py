@@ -1,0 +1,73 @@
+"""Read a YAML recipe and apply `dotted.path=value` overrides; values are YAML too (`train.steps=200`)."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dllm_core.errors import ConfigError
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that refuses duplicate keys: the second one would silently win."""
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[str, Any]:
+    seen: dict[str, Any] = {}
+    for key_node, value_node in node.value:
+        key = str(loader.construct_object(key_node, deep=True))
+        if key in seen:
+            raise ConfigError(f"line {key_node.start_mark.line + 1}", "the key is there twice", key, "keep one")
+        seen[key] = loader.construct_object(value_node, deep=True)
+    return seen
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+
+
+def parse_yaml(text: str, place: str) -> Any:
+    """Parse YAML; a syntax error names its place and line."""
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}" if mark is not None else ""
+        raise ConfigError(f"{place}{line}", f"not YAML ({getattr(error, 'problem', error)})") from None
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The mapping in a recipe file."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(str(path), "no such recipe", remedy="name a .yaml file or a run folder") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(str(path), f"cannot be read ({error})") from None
+    values = parse_yaml(text, str(path))
+    if not isinstance(values, dict):
+        raise ConfigError(str(path), "a recipe is a mapping of sections", type(values).__name__)
+    return values
+
+
+def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """A copy of `values` with every `a.b=c` applied. Setting `x.type` drops the other keys of the old kind."""
+    result: dict[str, Any] = _copy(values)
+    for item in overrides:
+        path, equals, text = item.partition("=")
+        names = path.strip().split(".")
+        if not equals or not all(names):
+            raise ConfigError(item, "not an override", remedy="write dotted.path=value, e.g. train.steps=200")
+        value = parse_yaml(text, path) if text.strip() else None
+        here = result
+        for name in names[:-1]:
+            if not isinstance(here.get(name), dict):
+                here[name] = {}
+            here = here[name]
+        if names[-1] == "type" and here.get("type") != value:
+            here.clear()
+        here[names[-1]] = value
+    return result
+
+
+def _copy(value: Any) -> Any:
+    return {key: _copy(item) for key, item in value.items()} if isinstance(value, dict) else value

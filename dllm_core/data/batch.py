@@ -1,0 +1,20 @@
+"""Batch: what a denoiser is trained on, in torch-free arrays."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B rows of L tokens.
+
+    x0 int64 [B L] clean ids; xt int64 [B L] noised ids; t float32 [B L] time of each token (row-level times are
+    equal along a row); loss_mask bool [B L] tokens that count.
+    """
+
+    x0: NDArray[np.int64]
+    xt: NDArray[np.int64]
+    t: NDArray[np.float32]
+    loss_mask: NDArray[np.bool_]

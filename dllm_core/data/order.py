@@ -1,0 +1,70 @@
+"""The training order: (seed, epoch, position) <-> sample id, a bijection computed in place, without a stored list.
+
+A keyed Feistel permutation with cycle walking (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002):
+O(1) memory for any corpus, and its inverse costs the same.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from dllm_core.seeding import Ints, Purpose, Words, words
+
+_ROUNDS = 6
+_MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))  # splitmix64, Steele et al. 2014
+
+
+@dataclass(frozen=True)
+class SampleOrder:
+    """One permutation of [0, num_samples) for each epoch. World size does not exist here."""
+
+    seed: int
+    num_samples: int
+
+    def samples(self, counters: Ints) -> tuple[Ints, Ints]:
+        """(epoch [N], sample id [N]) of global sample counters [N]: the whole state of a loader is one counter."""
+        epochs, positions = np.divmod(np.asarray(counters, np.int64), self.num_samples)
+        ids = np.empty_like(positions)
+        for epoch in np.unique(epochs):
+            ids[epochs == epoch] = self.sample(int(epoch), positions[epochs == epoch])
+        return epochs, ids
+
+    def sample(self, epoch: int, position: Ints) -> Ints:
+        """Sample ids [N] at positions [N] of an epoch."""
+        return self._walk(epoch, position, inverse=False)
+
+    def position(self, epoch: int, sample: Ints) -> Ints:
+        """Where in an epoch the samples [N] come: the inverse of `sample`."""
+        return self._walk(epoch, sample, inverse=True)
+
+    def _walk(self, epoch: int, values: Ints, *, inverse: bool) -> Ints:
+        values = np.asarray(values, dtype=np.int64)
+        if values.size and not 0 <= int(values.min()) <= int(values.max()) < self.num_samples:
+            raise IndexError(f"must be in [0, {self.num_samples})")
+        half = np.uint64(max(1, ((self.num_samples - 1).bit_length() + 1) // 2))
+        keys = words(self.seed, Purpose.ORDER, epoch, np.zeros(1, np.int64), 2 * _ROUNDS)[0]
+        keys = keys[::2] | keys[1::2] << np.uint64(32)
+        result = values.astype(np.uint64)
+        outside = np.ones(result.shape, dtype=bool)
+        while outside.any():  # the domain is < 4x the corpus, so a walk takes < 4 rounds on average
+            result[outside] = _feistel(result[outside], half, keys[::-1] if inverse else keys, inverse=inverse)
+            outside = result >= self.num_samples
+        return result.astype(np.int64)
+
+
+def _feistel(values: Words, half: np.uint64, keys: Words, *, inverse: bool) -> Words:
+    low_bits = (np.uint64(1) << half) - np.uint64(1)
+    left, right = values >> half, values & low_bits
+    if inverse:
+        left, right = right, left
+    for key in keys:
+        left, right = right, left ^ (_mix(right + key) & low_bits)
+    if inverse:
+        left, right = right, left
+    return (left << half) | right
+
+
+def _mix(x: Words) -> Words:
+    x = (x ^ (x >> np.uint64(30))) * _MIX[0]
+    x = (x ^ (x >> np.uint64(27))) * _MIX[1]
+    return x ^ (x >> np.uint64(31))

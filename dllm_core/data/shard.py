@@ -1,0 +1,70 @@
+"""One Arrow IPC file: whole or not at all, named by its sha256, memory-mapped without a copy.
+
+Columns are fixed-size lists of uint16 or uint32 ids and packed uint8 bits; Arrow's bool cannot be mapped as bytes.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from dllm_core.config.base import Frozen
+from dllm_core.errors import DataError
+from dllm_core.storage.store import Store, file_sha256, sha256
+
+
+class ShardInfo(Frozen):
+    """What a manifest says of one shard. `unit` is the unit it was made from, `bytes` the size of its file."""
+
+    key: str
+    unit: int
+    rows: int
+    tokens: int
+    bytes: int
+    sha256: str
+
+
+def id_type(vocab_size: int) -> type[np.unsignedinteger[Any]]:
+    """The smallest type that holds every id."""
+    return np.uint16 if vocab_size <= 1 << 16 else np.uint32
+
+
+def to_arrow(columns: dict[str, NDArray[Any]], metadata: dict[str, str]) -> bytes:
+    """An Arrow IPC file of one record batch. Columns [N] or [N K]; the bytes depend on the arguments alone."""
+    arrays, fields = [], []
+    for name, values in columns.items():
+        array = pa.array(np.ascontiguousarray(values).reshape(-1))
+        if values.ndim == 2:
+            array = pa.FixedSizeListArray.from_arrays(array, values.shape[1])
+        arrays.append(array)
+        fields.append(pa.field(name, array.type, nullable=False))
+    schema = pa.schema(fields, metadata=metadata)
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, schema) as writer:
+        writer.write_batch(pa.record_batch(arrays, schema=schema))
+    return bytes(sink.getvalue())
+
+
+def put_shard(store: Store, prefix: str, key: str, data: bytes, *, unit: int, rows: int, tokens: int) -> ShardInfo:
+    """Write a shard whole; a rerun writes the same bytes over themselves."""
+    store.put(f"{prefix}/{key}", data)
+    return ShardInfo(key=key, unit=unit, rows=rows, tokens=tokens, bytes=len(data), sha256=sha256(data))
+
+
+def map_shard(store: Store, prefix: str, info: ShardInfo) -> dict[str, NDArray[Any]]:
+    """Read-only numpy views [N] or [N K] into the mapped file, after its sha256 has been checked."""
+    key = f"{prefix}/{info.key}"
+    path: Path = store.fetch(key)
+    if file_sha256(path) != info.sha256:
+        raise DataError(str(path), "does not match its sha256 in the manifest", remedy="run `dllm preprocess` again")
+    batch = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
+    views: dict[str, NDArray[Any]] = {}
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        if pa.types.is_fixed_size_list(column.type):
+            width = column.type.list_size
+            views[name] = column.flatten().to_numpy(zero_copy_only=True).reshape(-1, width)
+        else:
+            views[name] = column.to_numpy(zero_copy_only=True)
+    return views

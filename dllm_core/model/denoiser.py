@@ -1,0 +1,70 @@
+"""Denoiser: noised ids -> logits over clean ids, every position seeing the whole row."""
+
+import torch
+from torch import Tensor, nn
+
+from dllm_core.model.attention import Attention, rope_tables
+from dllm_core.model.config import DenoiserConfig, ModelConfig
+from dllm_core.model.layers import Linear, RMSNorm, SwiGLU
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + ffn(norm(x))."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.norm1 = RMSNorm(config.dim, config.norm_eps)
+        self.attention = Attention(config)
+        self.norm2 = RMSNorm(config.dim, config.norm_eps)
+        self.ffn = SwiGLU(config.dim, config.ffn_dim, scale=(2 * config.layers) ** -0.5)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attention: Tensor | None) -> Tensor:
+        """x [B L D]."""
+        x = x + self.attention(self.norm1(x), cos, sin, attention)
+        return x + self.ffn(self.norm2(x))
+
+
+class Denoiser(nn.Module):
+    """x_theta. No time conditioning: for absorbing noise the masks themselves tell t (MDLM, section 3.3)."""
+
+    def __init__(self, config: DenoiserConfig) -> None:
+        super().__init__()
+        model = config.model
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, model.dim)
+        nn.init.normal_(self.embed.weight, std=model.dim**-0.5 if model.tie_embeddings else 1.0)
+        self.blocks = nn.ModuleList(Block(model) for _ in range(model.layers))
+        self.norm = RMSNorm(model.dim, model.norm_eps)
+        self.head = Linear(model.dim, config.vocab_size)
+        if model.tie_embeddings:
+            self.head.weight = self.embed.weight
+        self._tables: tuple[Tensor, Tensor] | None = None
+
+    def forward(self, input_ids: Tensor, is_real: Tensor | None = None, read: Tensor | None = None) -> Tensor:
+        """Logits for input_ids [B L].
+
+        is_real: bool [B L], False at padding, which no position sees. read: bool [B L]; then the head runs at those
+        positions only and the result is [read.sum() V] in row-major order, else [B L V].
+        """
+        model = self.config.model
+        if self._tables is None or self._tables[0].shape[0] < input_ids.shape[1] or _moved(self._tables[0], input_ids):
+            length = max(input_ids.shape[1], self.config.context_length)
+            self._tables = rope_tables(length, model.head_dim, model.rope_theta, input_ids.device)
+        cos, sin = (table[: input_ids.shape[1]] for table in self._tables)
+        attention = None if is_real is None else is_real[:, None, None, :]
+        x = self.embed(input_ids) * (model.dim**0.5 if model.tie_embeddings else 1.0)
+        for block in self.blocks:
+            x = block(x, cos, sin, attention)
+        if read is not None:
+            x = x[read]
+        logits: Tensor = self.head(self.norm(x))
+        return logits
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.embed.weight.device
+
+
+def _moved(table: Tensor, like: Tensor) -> bool:
+    return table.device != like.device

@@ -1,0 +1,44 @@
+"""RMSNorm, SwiGLU and a bias-free Linear that initialises itself (so that ZeRO-3 can partition it as it is made)."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+class Linear(nn.Linear):
+    """y = x W^T, W ~ N(0, scale^2 / fan_in)."""
+
+    def __init__(self, fan_in: int, fan_out: int, scale: float = 1.0) -> None:
+        self.init_std = scale * fan_in**-0.5
+        super().__init__(fan_in, fan_out, bias=False)
+
+    def reset_parameters(self) -> None:
+        """Called by nn.Linear's own constructor."""
+        nn.init.normal_(self.weight, std=self.init_std)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, statistics in fp32. arXiv:1910.07467."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [... D]."""
+        return functional.rms_norm(x.float(), self.weight.shape, self.weight, self.eps).to(x.dtype)
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)). arXiv:2002.05202."""
+
+    def __init__(self, dim: int, ffn_dim: int, scale: float) -> None:
+        super().__init__()
+        self.gate_up = Linear(dim, 2 * ffn_dim)
+        self.down = Linear(ffn_dim, dim, scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B L D]."""
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        mixed: Tensor = self.down(functional.silu(gate) * up)
+        return mixed

@@ -1,0 +1,61 @@
+"""A denoiser in a folder: `config.json` + `model.safetensors`, fp32, names as in `Denoiser.state_dict()`."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dllm_core.errors import CheckpointError, ConfigError
+from dllm_core.model.config import DenoiserConfig
+from dllm_core.model.denoiser import Denoiser
+
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "model.safetensors"
+_TIED = "head.weight"
+
+
+def read_denoiser(folder: Path, device: str = "cpu") -> Denoiser:
+    """Load the denoiser of a folder, in evaluation mode."""
+    try:
+        config = DenoiserConfig.checked(json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")), CONFIG_NAME)
+        weights = load_file(folder / WEIGHTS_NAME, device=device)
+    except FileNotFoundError as error:
+        raise CheckpointError(str(error.filename), "no such file", remedy="name a bundle's folder") from None
+    except (OSError, ValueError, ConfigError, SafetensorError) as error:
+        raise CheckpointError(str(folder), f"not a denoiser ({error})") from error
+    with torch.device("meta"):
+        denoiser = Denoiser(config)
+    assign_weights(denoiser, weights, str(folder / WEIGHTS_NAME))
+    return denoiser.eval().requires_grad_(False)
+
+
+def assign_weights(denoiser: Denoiser, weights: dict[str, Tensor], place: str) -> None:
+    """Give the denoiser these tensors; missing, unknown and misshapen ones are refused by name."""
+    expected = {name: tensor.shape for name, tensor in weights_of(denoiser).items()}
+    wrong = [f"missing {name}" for name in expected.keys() - weights.keys()]
+    wrong += [f"unknown {name}" for name in weights.keys() - expected.keys()]
+    wrong += [
+        f"{name} is {list(weights[name].shape)}, must be {list(shape)}"
+        for name, shape in expected.items()
+        if name in weights and weights[name].shape != shape
+    ]
+    if wrong:
+        raise CheckpointError(place, "; ".join(sorted(wrong)[:8]))
+    denoiser.load_state_dict(weights, strict=False, assign=True)
+    if denoiser.config.model.tie_embeddings:
+        denoiser.head.weight = denoiser.embed.weight
+
+
+def weights_of(denoiser: Denoiser) -> dict[str, Tensor]:
+    """The denoiser's tensors, each once: a tied head is its embedding."""
+    tied = denoiser.config.model.tie_embeddings
+    return {name: tensor for name, tensor in denoiser.state_dict().items() if not (tied and name == _TIED)}
+
+
+def write_weights(path: Path, weights: dict[str, Tensor]) -> None:
+    """Write tensors as safetensors, contiguous and on the CPU."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, path)

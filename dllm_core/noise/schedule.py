@@ -1,0 +1,53 @@
+"""Noise schedules: how much signal alpha(t) survives at diffusion time t.
+
+Everywhere in dllm_core t = 0 is clean text and t = 1 pure noise: alpha(0) = 1, alpha(1) = 0.
+"""
+
+import math
+from typing import Annotated, Literal, Protocol
+
+from pydantic import Field
+
+from dllm_core.config.base import Frozen
+from dllm_core.noise.arrays import Array, array_namespace
+
+
+class NoiseSchedule(Protocol):
+    """alpha falls from 1 at t = 0 to 0 at t = 1; `dalpha_dt` is its exact derivative."""
+
+    def alpha(self, t: Array) -> Array:
+        """Probability that a token has survived until t. t: any shape, in [0, 1]."""
+
+    def dalpha_dt(self, t: Array) -> Array:
+        """Derivative of alpha, never positive."""
+
+
+class LinearSchedule(Frozen):
+    """alpha(t) = 1 - t, so the mask rate is t itself. MDLM, arXiv:2406.07524; LLaDA, arXiv:2502.09992."""
+
+    type: Literal["linear"] = "linear"
+
+    def alpha(self, t: Array) -> Array:
+        """1 - t."""
+        return 1 - t
+
+    def dalpha_dt(self, t: Array) -> Array:
+        """-1."""
+        return -array_namespace(t).ones_like(t)
+
+
+class CosineSchedule(Frozen):
+    """alpha(t) = 1 - cos(pi/2 (1 - t)): slow at the noisy end. MaskGIT, arXiv:2202.04200."""
+
+    type: Literal["cosine"] = "cosine"
+
+    def alpha(self, t: Array) -> Array:
+        """1 - cos(pi/2 (1 - t))."""
+        return 1 - array_namespace(t).cos(math.pi / 2 * (1 - t))
+
+    def dalpha_dt(self, t: Array) -> Array:
+        """-pi/2 sin(pi/2 (1 - t))."""
+        return -math.pi / 2 * array_namespace(t).sin(math.pi / 2 * (1 - t))
+
+
+AnySchedule = Annotated[LinearSchedule | CosineSchedule, Field(discriminator="type")]

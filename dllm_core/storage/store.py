@@ -1,0 +1,235 @@
+"""Store: whole objects under keys, on local disk. An object is written beside its place, then renamed.
+
+Keys are relative posix paths; a key that leaves the root is refused. `s3.py` keeps the same promises on S3.
+"""
+
+import contextlib
+import errno
+import hashlib
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from dllm_core.errors import ConfigError, DataError
+
+_NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
+
+
+def check_name(place: str, name: str) -> str:
+    """A name that may become a folder: letters, digits, `.`, `_`, `-`, and never `.` or `..`."""
+    if not _NAME.fullmatch(name) or set(name) == {"."}:
+        raise ConfigError(place, "must be 1-128 of A-Z a-z 0-9 . _ - and not only dots", name, "choose another name")
+    return name
+
+
+def sha256(data: bytes) -> str:
+    """Hex sha256 of bytes."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """Hex sha256 of a file, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@dataclass(frozen=True)
+class StoredObject:
+    """One listed object. `stamp` changes when the content may have (mtime on disk, ETag on S3)."""
+
+    key: str
+    size: int
+    stamp: str
+
+
+class Store(Protocol):
+    """Objects under keys. Every failure is a DataError that names the key."""
+
+    @property
+    def url(self) -> str:
+        """Where the root is, as `open_store` takes it."""
+
+    def list(self, prefix: str = "") -> Iterator[StoredObject]:
+        """All objects below the folder `prefix`, sorted by key."""
+
+    def exists(self, key: str) -> bool:
+        """Whether the object is there, whole."""
+
+    def read(self, key: str, start: int = 0, stop: int | None = None) -> bytes:
+        """Bytes [start, stop) of an object; fewer where it ends before."""
+
+    def fetch(self, key: str) -> Path:
+        """A local file with the object's bytes, to be memory-mapped: the object itself, or a cached copy."""
+
+    def put(self, key: str, data: bytes) -> None:
+        """Write an object whole, replacing what is there."""
+
+    def put_if_absent(self, key: str, data: bytes) -> bool:
+        """Write an object unless there is one; False if there was. Of several writers exactly one wins."""
+
+    def put_file(self, key: str, path: Path) -> None:
+        """Upload a local file whole."""
+
+    def delete(self, key: str) -> None:
+        """Remove an object; nothing happens if there is none."""
+
+    def check_writable(self, place: str, need_bytes: int = 0) -> None:
+        """Fail now, in one line, if objects of `need_bytes` could not be written."""
+
+
+@dataclass(frozen=True)
+class LocalStore:
+    """A folder. Writes are temp file + fsync + rename, so a kill leaves no partial object under a key."""
+
+    root: Path
+
+    @property
+    def url(self) -> str:
+        """The folder."""
+        return str(self.root)
+
+    def path(self, key: str) -> Path:
+        """The file of a key, proven to lie below the root."""
+        path = Path(os.path.normpath(self.root / key))
+        if path != self.root and self.root not in path.parents:
+            raise DataError(key, "leaves the storage root", remedy=f"keys are relative to {self.root}")
+        return path
+
+    def list(self, prefix: str = "") -> Iterator[StoredObject]:
+        """All files below a folder, sorted by key; temporary ones are not objects."""
+        top = self.path(prefix)
+        found = []
+        for folder, _, names in os.walk(top, onerror=_raise_walk_error):
+            for name in names:
+                path = Path(folder, name)
+                if ".tmp-" in name or not path.is_file():
+                    continue
+                stat = path.stat()
+                key = path.relative_to(self.root).as_posix()
+                found.append(StoredObject(key, stat.st_size, str(stat.st_mtime_ns)))
+        return iter(sorted(found, key=lambda item: item.key))
+
+    def exists(self, key: str) -> bool:
+        """Whether the file is there."""
+        return self.path(key).is_file()
+
+    def read(self, key: str, start: int = 0, stop: int | None = None) -> bytes:
+        """Bytes [start, stop) of the file."""
+        with _explained(key, "read"), self.path(key).open("rb") as file:
+            file.seek(start)
+            return file.read() if stop is None else file.read(max(stop - start, 0))
+
+    def fetch(self, key: str) -> Path:
+        """The file itself."""
+        path = self.path(key)
+        if not path.is_file():
+            raise DataError(str(path), "no such file")
+        return path
+
+    def put(self, key: str, data: bytes) -> None:
+        """Temp file beside the place, fsync, rename."""
+        path = self.path(key)
+        with _explained(str(path), "write"), _beside(path) as temporary:
+            _write_synced(temporary, data)
+            temporary.replace(path)
+
+    def put_if_absent(self, key: str, data: bytes) -> bool:
+        """Temp file beside the place, fsync, hard link (which fails if the name exists)."""
+        path = self.path(key)
+        with _explained(str(path), "write"), _beside(path) as temporary:
+            _write_synced(temporary, data)
+            try:
+                os.link(temporary, path)
+            except FileExistsError:
+                return False
+        return True
+
+    def put_file(self, key: str, path: Path) -> None:
+        """Copy a file into place whole; a file that already stands in its place is only synced."""
+        target = self.path(key)
+        with _explained(str(target), "write"):
+            if target.exists() and target.samefile(path):
+                _sync(target)
+                return
+            with _beside(target) as temporary:
+                shutil.copyfile(path, temporary)
+                _sync(temporary)
+                temporary.replace(target)
+
+    def delete(self, key: str) -> None:
+        """Remove the file, and folders that became empty."""
+        path = self.path(key)
+        with _explained(str(path), "delete"):
+            path.unlink(missing_ok=True)
+            for folder in path.parents:
+                if folder == self.root or next(folder.iterdir(), None) is not None:
+                    break
+                folder.rmdir()
+
+    def check_writable(self, place: str, need_bytes: int = 0) -> None:
+        """Create and remove a file in the root; compare free space with what is needed."""
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.root):
+                pass
+            free = shutil.disk_usage(self.root).free
+        except OSError as error:
+            raise DataError(place, f"cannot write ({error.strerror})", str(self.root), "name another folder") from None
+        if free < need_bytes:
+            problem = f"{free / 2**20:.0f} MiB free, {need_bytes / 2**20:.0f} MiB needed"
+            raise DataError(place, problem, str(self.root), "free some space or name another folder")
+
+
+def open_store(place: str, url: str) -> Store:
+    """The store that a setting names: a folder, or `s3://bucket/prefix`."""
+    if url.startswith("s3://"):
+        from dllm_core.storage.s3 import S3Store  # boto3 costs 0.2 s; local users do not pay it
+
+        return S3Store.from_url(place, url)
+    if "://" in url:
+        raise ConfigError(place, "unknown kind of storage", url, "a folder or s3://bucket/prefix")
+    return LocalStore(Path(os.path.abspath(Path(url).expanduser())))
+
+
+def _raise_walk_error(error: OSError) -> None:
+    if error.errno != errno.ENOENT:
+        raise DataError(str(error.filename), f"cannot be listed ({error.strerror})") from error
+
+
+@contextlib.contextmanager
+def _explained(place: str, verb: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        remedy = "free some space; what is complete is kept" if error.errno == errno.ENOSPC else ""
+        raise DataError(place, f"cannot {verb} ({error.strerror})", remedy=remedy) from error
+
+
+@contextlib.contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.tmp-", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    temporary.chmod(0o644)
+    try:
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
