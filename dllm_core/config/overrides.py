@@ -17,7 +17,9 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[str, Any]:
     for key_node, value_node in node.value:
         key = str(loader.construct_object(key_node, deep=True))
         if key in seen:
-            raise ConfigError(f"line {key_node.start_mark.line + 1}", "the key is there twice", key, "keep one")
+            raise ConfigError(
+                f"line {key_node.start_mark.line + 1}", "the key is there twice", key, "keep one"
+            )
         seen[key] = loader.construct_object(value_node, deep=True)
     return seen
 

@@ -150,7 +150,9 @@ def noise_receipt_key(epoch: int, unit: int) -> str:
     return f"receipts/noise/epoch-{epoch:03d}/unit-{unit:06d}.json"
 
 
-def noise_shard(job: CorpusJob, noise: CorpusNoise, tokens: ShardInfo, first_row: int, epoch: int) -> ShardInfo:
+def noise_shard(
+    job: CorpusJob, noise: CorpusNoise, tokens: ShardInfo, first_row: int, epoch: int
+) -> ShardInfo:
     """Write down the noise of one token shard for one epoch: t [N] and one bit a token, then the receipt."""
     views = map_shard(job.output, job.prefix, tokens)
     x0 = views["ids"].astype(np.int64)
@@ -179,4 +181,3 @@ def finished(job: CorpusJob, receipt_key: str, kind: type[Frozen]) -> Any:
         return None
     infos = [receipt] if isinstance(receipt, ShardInfo) else [receipt.train, receipt.heldout]  # type: ignore[attr-defined]
     return receipt if all(job.output.exists(job.key(info.key)) for info in infos) else None
-

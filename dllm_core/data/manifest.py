@@ -24,7 +24,9 @@ class Accounting(Frozen):
     quarantined: int = 0
 
     def __add__(self, other: "Accounting") -> "Accounting":
-        return Accounting(**{name: getattr(self, name) + getattr(other, name) for name in Accounting.model_fields})
+        return Accounting(
+            **{name: getattr(self, name) + getattr(other, name) for name in Accounting.model_fields}
+        )
 
     def check(self, place: str) -> None:
         """Refuse a sum that does not add up: a record was lost or counted twice."""
@@ -86,7 +88,9 @@ def read_manifest(store: Store, fingerprint: str) -> CorpusManifest:
     try:
         return CorpusManifest.checked(json.loads(store.read(key)), key)
     except (ValueError, ConfigError) as error:
-        raise DataError(f"{store.url}/{key}", f"not a manifest ({error})", remedy="run `dllm preprocess` again") from error
+        raise DataError(
+            f"{store.url}/{key}", f"not a manifest ({error})", remedy="run `dllm preprocess` again"
+        ) from error
 
 
 def read_tokenizer(store: Store, manifest: CorpusManifest) -> Tokenizer:
@@ -94,5 +98,7 @@ def read_tokenizer(store: Store, manifest: CorpusManifest) -> Tokenizer:
     key = f"{corpus_prefix(manifest.fingerprint)}/tokenizer.json"
     tokenizer = Tokenizer(store.read(key).decode("utf-8"), manifest.tokenizer, key)
     if tokenizer.digest != manifest.tokenizer_sha256:
-        raise DataError(f"{store.url}/{key}", "is not the tokenizer of the manifest", remedy="run `dllm preprocess` again")
+        raise DataError(
+            f"{store.url}/{key}", "is not the tokenizer of the manifest", remedy="run `dllm preprocess` again"
+        )
     return tokenizer

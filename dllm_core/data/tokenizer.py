@@ -97,7 +97,9 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids; specials are left out, an incomplete UTF-8 sequence shows as U+FFFD."""
-        return str(self._core.decode([i for i in ids if i not in self.special_ids], skip_special_tokens=False))
+        return str(
+            self._core.decode([i for i in ids if i not in self.special_ids], skip_special_tokens=False)
+        )
 
     def token_text(self, token: int) -> str:
         """How one token looks: its text, or its name if it is special."""

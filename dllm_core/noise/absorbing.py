@@ -34,4 +34,3 @@ class AbsorbingProcess(Frozen):
     def nelbo_rate(self, t: Array) -> Array:
         """w(t) = -alpha'(t) / (1 - alpha(t)); 1/t for the linear schedule. MDLM, eq. 11."""
         return -self.schedule.dalpha_dt(t) / (1 - self.schedule.alpha(t))
-

@@ -40,7 +40,6 @@ class AbsorbingNoise(Frozen):
         return AbsorbingProcess(mask_id=mask_id, schedule=self.schedule)
 
 
-
 class NoiseConfig(Frozen):
     """Section `noise`. `epochs` are written down beforehand; later ones are computed, with the same bits."""
 

@@ -1,0 +1,99 @@
+"""RunDir: `<root>/runs/<name>-<fingerprint>/`, on disk or on S3, and the logs that grow in it."""
+
+import json
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dllm_core.errors import ConfigError, DataError
+from dllm_core.storage.store import LocalStore, Store, check_name, open_store
+
+FOLDER = "runs"
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """One run below a storage root."""
+
+    store: Store
+    name: str
+
+    @classmethod
+    def at(cls, url: str) -> "RunDir":
+        """The run in a folder: `.../runs/<name>` or `s3://.../runs/<name>`."""
+        trimmed = url.rstrip("/") if url.startswith("s3://") else str(Path(url).expanduser().resolve())
+        above, _, name = trimmed.rpartition("/")
+        root, _, folder = above.rpartition("/")
+        if folder != FOLDER:
+            raise ConfigError(url, "is not a run", remedy="a run is <storage.root>/runs/<name>-<fingerprint>")
+        return cls(open_store("storage.root", root), check_name("run", name))
+
+    @property
+    def prefix(self) -> str:
+        """The run's folder as a key prefix."""
+        return f"{FOLDER}/{self.name}"
+
+    @property
+    def url(self) -> str:
+        """The run's folder as a user writes it."""
+        return f"{self.store.url}/{self.prefix}"
+
+    def key(self, name: str) -> str:
+        """Full key of something in the run's folder."""
+        return f"{self.prefix}/{name}"
+
+    def read_json(self, name: str) -> Any:
+        """A JSON file of the run, or None if there is none; a damaged one is an error."""
+        key = self.key(name)
+        if not self.store.exists(key):
+            return None
+        try:
+            return json.loads(self.store.read(key))
+        except ValueError:
+            raise DataError(f"{self.url}/{name}", "is not JSON", remedy="delete it and run again") from None
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write a JSON file whole."""
+        self.store.put(self.key(name), json.dumps(value, indent=2, ensure_ascii=False).encode() + b"\n")
+
+
+class JsonLines:
+    """A growing log: one JSON object a line. On S3, which cannot append, a local mirror is uploaded by `sync`."""
+
+    def __init__(self, run: RunDir, name: str) -> None:
+        self._run, self._key = run, run.key(name)
+        if isinstance(run.store, LocalStore):
+            self._path, self._mirrored = run.store.path(self._key), False
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+        else:
+            self._path, self._mirrored = Path(tempfile.mkdtemp(prefix="dllm-log-"), "log.jsonl"), True
+            if run.store.exists(self._key):
+                self._path.write_bytes(run.store.read(self._key))
+
+    def read(self) -> list[dict[str, Any]]:
+        """All whole lines; a line that a kill cut short is not there."""
+        if not self._path.exists():
+            return []
+        lines = self._path.read_bytes().split(b"\n")[:-1]
+        return [json.loads(line) for line in lines if line]
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Add a line; one write call, so that two writers do not mix."""
+        with self._path.open("ab") as file:
+            file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+
+    def keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
+        """Drop lines: after a restart, those of steps that will be taken again, and one that was cut short."""
+        kept = [record for record in self.read() if wanted(record)]
+        data = b"".join(json.dumps(record, ensure_ascii=False).encode() + b"\n" for record in kept)
+        if self._mirrored:
+            self._path.write_bytes(data)
+        else:
+            self._run.store.put(self._key, data)
+
+    def sync(self) -> None:
+        """Make what was appended visible to others."""
+        if self._mirrored and self._path.exists():
+            self._run.store.put_file(self._key, self._path)

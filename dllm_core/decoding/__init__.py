@@ -1,0 +1,7 @@
+"""From noise to text: a canvas of masks is filled in parallel, block by block, the surest positions first.
+
+`unmask.py` (which positions to commit) -> `config.py` -> `state.py` (one row) -> `step.py` (one denoiser call) ->
+`engine.py` (many rows at once). Token ids only; text and HTTP stay at the edge.
+Laws: every open position is filled within its budget; prompt and suffix are never touched; a row's answer does not
+depend on its neighbours in the batch.
+"""

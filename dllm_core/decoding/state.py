@@ -1,0 +1,148 @@
+"""DecodeRequest and DecodeState: one row on its way from masks to tokens. `is_final` is the one truth about progress."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dllm_core.decoding.config import DecodeConfig
+from dllm_core.errors import RequestError
+from dllm_core.seeding import Floats, Ints, Purpose, uniforms
+
+FinishReason = Literal["stop", "length"]
+Bools = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class DecodeRequest:
+    """prompt + `config.max_tokens` open positions + suffix, as token ids.
+
+    A row with an empty suffix ends at its first end token; a hole before a suffix is filled whole, without one.
+    """
+
+    prompt: tuple[int, ...]
+    config: DecodeConfig
+    suffix: tuple[int, ...] = ()
+    seed: int = 0
+
+    @property
+    def length(self) -> int:
+        """Positions of the row."""
+        return len(self.prompt) + self.config.max_tokens + len(self.suffix)
+
+    def check(self, vocab_size: int, context_length: int) -> None:
+        """Refuse what cannot be decoded: too long, or ids outside the vocabulary."""
+        if self.length > context_length:
+            problem = (
+                f"prompt ({len(self.prompt)}) + max_tokens ({self.config.max_tokens}) + suffix "
+                f"({len(self.suffix)}) exceed the context of {context_length} tokens"
+            )
+            raise RequestError("max_tokens", problem, remedy="shorten the prompt or ask for fewer tokens")
+        for place, ids in (("prompt", self.prompt), ("suffix", self.suffix)):
+            if any(not 0 <= i < vocab_size for i in ids):
+                raise RequestError(place, f"token ids must be in [0, {vocab_size})")
+
+
+@dataclass
+class DecodeState:
+    """A row of the engine's table. canvas int64 [L]; is_final, is_closed bool [L].
+
+    is_final: holds its last token (prompt and suffix from the start). is_closed: behind a committed end token, no
+    longer of interest. num_calls: denoiser calls this row took part in (NFE).
+    """
+
+    request: DecodeRequest
+    canvas: Ints
+    is_final: Bools
+    is_closed: Bools
+    committed_at: Ints  # the call that committed each position; 0 for prompt, suffix and open ones
+    num_calls: int = 0
+    calls_in_block: int = 0
+    block_start: int = 0
+    finish_reason: FinishReason | None = None
+    _first_open: int = field(init=False, default=0)
+
+    @classmethod
+    def start(cls, request: DecodeRequest, prior: Ints) -> "DecodeState":
+        """The row before its first call; prior int64 [max_tokens] is the noise process at t = 1."""
+        head, tail = len(request.prompt), len(request.suffix)
+        canvas = np.concatenate(
+            [np.array(request.prompt, np.int64), prior, np.array(request.suffix, np.int64)]
+        )
+        is_final = np.ones(len(canvas), dtype=bool)
+        is_final[head : len(canvas) - tail] = False
+        blank = np.zeros(len(canvas), dtype=bool)
+        return cls(request, canvas, is_final, blank, np.zeros(len(canvas), np.int64), block_start=head)
+
+    @property
+    def canvas_stop(self) -> int:
+        """End of the open region: where the suffix begins."""
+        return len(self.canvas) - len(self.request.suffix)
+
+    @property
+    def is_open(self) -> Bools:
+        """Positions still to be filled [L]."""
+        return ~(self.is_final | self.is_closed)
+
+    @property
+    def block(self) -> slice:
+        """The current block."""
+        return slice(
+            self.block_start, min(self.block_start + self.request.config.block_length, self.canvas_stop)
+        )
+
+    def open_in_block(self) -> Ints:
+        """Open positions of the current block, ascending [n]."""
+        return self.block_start + np.flatnonzero(self.is_open[self.block])
+
+    def uniforms(self) -> Floats:
+        """One uniform for each position [L], a pure function of the request's seed, this call and the position."""
+        positions = np.arange(len(self.canvas))
+        return uniforms(self.request.seed, Purpose.DECODE, self.num_calls, positions, 1)[:, 0]
+
+    def commit(self, positions: Ints, tokens: Ints, confidence: Floats, eos_id: int) -> Ints:
+        """Take a call's verdict on the block's open positions [n]; returns the positions that became final."""
+        config = self.request.config
+        self.num_calls += 1
+        self.calls_in_block += 1
+        quota = -(-len(positions) // max(1, config.steps_per_block - self.calls_in_block + 1))
+        chosen = config.policy.choose(confidence, np.ones(len(positions), dtype=bool), quota)
+        committed = positions[chosen]
+        self.canvas[committed] = tokens[chosen]
+        self.is_final[committed] = True
+        self.committed_at[committed] = self.num_calls
+        self._close_behind_end(eos_id)
+        self._advance(eos_id)
+        return committed
+
+    def _close_behind_end(self, eos_id: int) -> None:
+        """Nothing behind the first committed end token will be read, so nothing there is decoded."""
+        if self.request.suffix:
+            return
+        head = len(self.request.prompt)
+        ends = head + np.flatnonzero((self.canvas[head:] == eos_id) & self.is_final[head:])
+        if len(ends):
+            self.is_closed[ends[0] + 1 :] = True
+
+    def _advance(self, eos_id: int) -> None:
+        while self.finish_reason is None and not self.is_open[self.block].any():
+            if not self.is_open.any():
+                self.finish_reason = "stop" if eos_id in self.answer_with_end() else "length"
+                return
+            self.block_start = self.block.stop
+            self.calls_in_block = 0
+
+    def answer_with_end(self) -> list[int]:
+        """Filled tokens from the canvas's first position up to the first that is open, an end token included."""
+        head = len(self.request.prompt)
+        waiting = np.flatnonzero(
+            ~self.is_final[head : self.canvas_stop] | self.is_closed[head : self.canvas_stop]
+        )
+        stop = head + int(waiting[0]) if len(waiting) else self.canvas_stop
+        return [int(token) for token in self.canvas[head:stop]]
+
+    def answer(self, eos_id: int) -> list[int]:
+        """The answer's tokens so far: committed, contiguous, without the end token. Never takes a token back."""
+        tokens = self.answer_with_end()
+        return tokens[: tokens.index(eos_id)] if eos_id in tokens and not self.request.suffix else tokens

@@ -1,0 +1,81 @@
+"""One denoiser call over the rows of a tick: which token each open position would take, and how sure it is."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dllm_core.decoding.state import DecodeState
+from dllm_core.model.denoiser import Denoiser
+from dllm_core.noise.process import NoiseProcess
+from dllm_core.seeding import Floats, Ints
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """For one row: positions int64 [n] of the open ones in its block, their tokens [n] and confidence [n]."""
+
+    positions: Ints
+    tokens: Ints
+    confidence: Floats
+
+
+@torch.inference_mode()
+def propose(
+    denoiser: Denoiser, process: NoiseProcess, rows: Sequence[DecodeState], eos_id: int, pad_id: int
+) -> list[Proposal]:
+    """One padded forward; logits are read at the open positions of each row's current block only."""
+    length = max(len(row.canvas) for row in rows)
+    ids = np.full((len(rows), length), pad_id, dtype=np.int64)
+    is_real = np.zeros((len(rows), length), dtype=bool)
+    read = np.zeros((len(rows), length), dtype=bool)
+    positions = [row.open_in_block() for row in rows]
+    for i, row in enumerate(rows):
+        ids[i, : len(row.canvas)] = row.canvas
+        is_real[i, : len(row.canvas)] = True
+        read[i, positions[i]] = True
+    device = denoiser.device
+    logits = denoiser(*(torch.from_numpy(part).to(device) for part in (ids, is_real, read))).float()
+    of_row = torch.from_numpy(np.repeat(np.arange(len(rows)), [len(part) for part in positions])).to(device)
+    logits[:, pad_id] = -torch.inf  # no answer holds padding; the process itself rules the mask out
+    holes = torch.tensor([bool(row.request.suffix) for row in rows], device=device)
+    logits[:, eos_id] = torch.where(holes[of_row], -torch.inf, logits[:, eos_id])
+    log_probs: Tensor = process.x0_log_probs(logits)
+    tokens = log_probs.argmax(-1)
+    hot = np.array([row.request.config.temperature > 0 for row in rows])
+    if hot.any():
+        draws = np.concatenate([row.uniforms()[at] for row, at in zip(rows, positions, strict=True)])
+        tokens = torch.where(
+            torch.from_numpy(hot).to(device)[of_row],
+            _sampled(log_probs, rows, of_row, torch.from_numpy(draws).to(device)),
+            tokens,
+        )
+    confidence = log_probs.gather(-1, tokens[:, None])[:, 0].exp()
+    packed = torch.stack([tokens.double(), confidence.double()]).cpu().numpy()  # one transfer; ids are exact
+    splits = np.cumsum([len(part) for part in positions])[:-1]
+    return [
+        Proposal(at, part[0].astype(np.int64), part[1].astype(np.float32))
+        for at, part in zip(positions, np.split(packed, splits, axis=1), strict=True)
+    ]
+
+
+def _sampled(log_probs: Tensor, rows: Sequence[DecodeState], of_row: Tensor, draws: Tensor) -> Tensor:
+    """Tokens drawn by inversion at each row's temperature and top_p, in fp64: a float32 tail is cut off.
+
+    One uniform a position decides, so a draw does not depend on the batch. log_probs [n V], draws [n].
+    """
+    device = log_probs.device
+    temperature = torch.tensor([row.request.config.temperature or 1.0 for row in rows], device=device)[of_row]
+    top_p = torch.tensor([row.request.config.top_p for row in rows], device=device, dtype=torch.float64)[
+        of_row
+    ]
+    probs = (log_probs.double() / temperature[:, None]).softmax(-1)
+    ranked, order = probs.sort(dim=-1, descending=True, stable=True)
+    before = ranked.cumsum(-1) - ranked
+    ranked = ranked.masked_fill(before >= top_p[:, None], 0.0)  # the token that crosses top_p stays
+    cumulative = ranked.cumsum(-1)
+    target = draws.double()[:, None] * cumulative[:, -1:]
+    index = torch.searchsorted(cumulative, target, right=True).clamp(max=log_probs.shape[-1] - 1)
+    return order.gather(-1, index)[:, 0]

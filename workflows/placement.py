@@ -1,0 +1,56 @@
+"""Section `placement`: where work runs and how much of it at once. It may change speed and rounding, nothing else."""
+
+from typing import Self
+
+from pydantic import Field, model_validator
+
+from dllm_core.config.base import FieldProblem, Frozen
+
+
+class PreprocessPlacement(Frozen):
+    """`workers` tasks at once, one core each."""
+
+    workers: int = Field(2, ge=1, le=1 << 16)
+
+
+class TrainPlacement(Frozen):
+    """One worker process a device. A worker that dies is restarted from the newest checkpoint `max_failures` times."""
+
+    workers: int = Field(2, ge=1, le=1 << 16)
+    cpus_per_worker: float = Field(1, gt=0)
+    gpus_per_worker: float = Field(0, ge=0)
+    max_failures: int = Field(3, ge=0)
+
+
+class EvaluatePlacement(Frozen):
+    """`workers` tasks at once."""
+
+    workers: int = Field(2, ge=1, le=1 << 16)
+    gpus_per_worker: float = Field(0, ge=0)
+
+
+class ServePlacement(Frozen):
+    """Decode replicas: Ray Serve holds their number between the two bounds, by requests in flight."""
+
+    min_replicas: int = Field(1, ge=1)
+    max_replicas: int = Field(2, ge=1)
+    target_ongoing_requests: float = Field(8, gt=0, description="requests in flight a replica is scaled for")
+    cpus_per_replica: float = Field(0.5, gt=0)
+    gpus_per_replica: float = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _bounds_are_ordered(self) -> Self:
+        if self.max_replicas < self.min_replicas:
+            raise FieldProblem(
+                "max_replicas", f"must be >= min_replicas={self.min_replicas}", self.max_replicas
+            )
+        return self
+
+
+class PlacementConfig(Frozen):
+    """Never part of a fingerprint."""
+
+    preprocess: PreprocessPlacement = PreprocessPlacement()
+    train: TrainPlacement = TrainPlacement()
+    evaluate: EvaluatePlacement = EvaluatePlacement()
+    serve: ServePlacement = ServePlacement()

@@ -1,0 +1,113 @@
+"""The recipe: one frozen tree of sections, read from YAML plus overrides, and what it *is* (its fingerprints).
+
+No Ray, no torch: `dllm show` answers at once, and a mistake is refused before anything starts.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import yaml
+from pydantic import Field, field_validator, model_validator
+
+from dllm_core.config.base import FieldProblem, Frozen
+from dllm_core.config.fingerprint import fingerprint
+from dllm_core.config.overrides import apply_overrides, read_recipe
+from dllm_core.data.corpus import AnyCorpus
+from dllm_core.data.packing import PackingConfig
+from dllm_core.data.tokenizer import TokenizerConfig
+from dllm_core.decoding.config import DecodeConfig
+from dllm_core.errors import ConfigError
+from dllm_core.evaluation.config import EvaluateConfig
+from dllm_core.model.config import ModelConfig
+from dllm_core.noise.process import NoiseConfig
+from dllm_core.objective.config import MaskedDiffusionConfig
+from dllm_core.storage.store import StoredObject, check_name
+from dllm_core.training.config import BOOKKEEPING, TrainConfig
+from workflows.placement import PlacementConfig
+from workflows.serve.config import ServeConfig
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+class StorageConfig(Frozen):
+    """A folder, or `s3://bucket/prefix` with endpoint and credentials in the environment."""
+
+    root: str = Field("dllm-runs", min_length=1)
+
+
+class Recipe(Frozen):
+    """All that decides a run, from text to endpoint."""
+
+    name: str
+    seed: int = Field(0, ge=0, lt=1 << 63)
+    storage: StorageConfig = StorageConfig()
+    corpus: AnyCorpus
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    packing: PackingConfig = PackingConfig()
+    noise: NoiseConfig = NoiseConfig()
+    model: ModelConfig = ModelConfig()
+    objective: MaskedDiffusionConfig = MaskedDiffusionConfig()
+    train: TrainConfig = TrainConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    decode: DecodeConfig = DecodeConfig()
+    serve: ServeConfig = ServeConfig()
+    placement: PlacementConfig = PlacementConfig()
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_a_folder(cls, name: str) -> str:
+        try:
+            return check_name("name", name)
+        except ConfigError as error:
+            raise ValueError(error.problem) from None
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Self:
+        if self.train.batch_rows % self.placement.train.workers:
+            problem = f"must be a multiple of placement.train.workers={self.placement.train.workers}"
+            raise FieldProblem("train.batch_rows", problem, self.train.batch_rows)
+        if self.decode.max_tokens > self.packing.seq_len:
+            problem = f"must be <= packing.seq_len={self.packing.seq_len}, the model's context"
+            raise FieldProblem("decode.max_tokens", problem, self.decode.max_tokens)
+        return self
+
+    def corpus_fingerprint(self, sources: Sequence[StoredObject]) -> str:
+        """Identity of the shards. Written noise epochs are left out: computed ones have the same bits."""
+        return fingerprint(
+            {
+                "seed": self.seed,
+                "corpus": self.corpus.model_dump(mode="json", exclude={"max_bad_fraction"}),
+                "tokenizer": self.tokenizer,
+                "packing": self.packing,
+                "noise": {"process": self.noise.process, "t_min": self.noise.t_min},
+                "sources": [[item.key, item.size, item.stamp] for item in sources],
+            }
+        )
+
+    def run_fingerprint(self, corpus_fingerprint: str) -> str:
+        """Identity of the weights: everything but evaluation, decoding, serving, placement and storage."""
+        return fingerprint(
+            {
+                "corpus": corpus_fingerprint,
+                "seed": self.seed,
+                "model": self.model,
+                "objective": self.objective,
+                "train": self.train.model_dump(mode="json", exclude=set(BOOKKEEPING)),
+            }
+        )
+
+    def to_yaml(self) -> str:
+        """The resolved recipe, every default written out."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file and apply overrides. The name of a recipe that has none is its file's."""
+    values: dict[str, Any] = {"name": path.stem, **read_recipe(path)}
+    return Recipe.checked(apply_overrides(values, list(overrides)))
+
+
+def shipped_recipes() -> list[Path]:
+    """The recipes that come with the package."""
+    return sorted(RECIPES.glob("*.yaml"))

@@ -1,0 +1,24 @@
+"""Section `serve`: the endpoint's address, its limits, and what the pipeline asks of it to show that it answers."""
+
+from pydantic import Field
+
+from dllm_core.config.base import Frozen
+
+
+class Example(Frozen):
+    """A completion, or an infill if there is a suffix."""
+
+    prompt: str
+    suffix: str | None = None
+    max_tokens: int | None = Field(None, ge=1)
+
+
+class ServeConfig(Frozen):
+    """The endpoint. Loopback unless told otherwise: there is no authentication yet."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=1, le=65535)
+    max_batch_tokens: int = Field(4096, ge=64, description="token positions in one denoiser call")
+    max_queued_requests: int = Field(512, ge=1, description="per replica; more are answered 429")
+    request_timeout_s: float = Field(120, gt=0)
+    examples: tuple[Example, ...] = ()
