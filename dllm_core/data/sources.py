@@ -1,0 +1,78 @@
+"""Where a corpus's files are: a path, S3, or text that every Python installation carries.
+
+`python:unicode-names`: the names of all Unicode characters that have one of their own. `python:stdlib`: its sources.
+"""
+
+import os
+import sysconfig
+import unicodedata
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from dllm_core.data.corpus import CorpusBase, list_sources
+from dllm_core.errors import DataError
+from dllm_core.storage.store import LocalStore, Store, StoredObject, open_store
+
+_PLACE = "corpus.path"
+_COLUMN = 16
+# Names made by rule from the code point teach nothing but counting; UAX #44, section 4.2, table 4-8.
+_BY_RULE = ("CJK UNIFIED IDEOGRAPH-", "CJK COMPATIBILITY IDEOGRAPH-", "HANGUL SYLLABLE ", "TANGUT IDEOGRAPH-",
+            "NUSHU CHARACTER-", "KHITAN SMALL SCRIPT CHARACTER-")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Sources:
+    """A corpus's files, listed: `store` reads their keys."""
+
+    store: Store
+    files: tuple[StoredObject, ...]
+
+
+def find_sources(corpus: CorpusBase, root: Store) -> Sources:
+    """List a corpus's files; missing and unreadable ones are refused now. `root` keeps what has to be made first."""
+    if corpus.path == "python:unicode-names":
+        key = f"sources/unicode-names-{unicodedata.unidata_version}/names.txt"
+        if not root.exists(key):
+            root.put_if_absent(key, unicode_names().encode())
+        return Sources(root, tuple(list_sources(corpus, root, key)))
+    if corpus.path == "python:stdlib":
+        store = LocalStore(Path(sysconfig.get_paths()["stdlib"]))
+        files = list_sources(corpus, store, "")
+        return Sources(store, tuple(item for item in files if not item.key.startswith("site-packages/")))
+    if corpus.path.startswith("python:"):
+        raise DataError(_PLACE, "no such text", corpus.path, "python:unicode-names or python:stdlib")
+    if corpus.path.startswith("s3://"):
+        bucket, _, prefix = corpus.path.removeprefix("s3://").strip("/").partition("/")
+        store_of_bucket = open_store(_PLACE, f"s3://{bucket}")
+        return Sources(store_of_bucket, tuple(list_sources(corpus, store_of_bucket, prefix)))
+    return _local_sources(corpus)
+
+
+def _local_sources(corpus: CorpusBase) -> Sources:
+    path = Path(os.path.abspath(Path(corpus.path).expanduser()))
+    try:
+        is_file, exists = path.is_file(), path.exists()
+    except PermissionError:
+        raise DataError(_PLACE, "no permission", corpus.path) from None
+    if not exists:
+        raise DataError(_PLACE, "no such file or folder", corpus.path, "name one that exists")
+    store = LocalStore(path.parent if is_file else path)
+    files = list_sources(corpus, store, path.name if is_file else "")
+    for item in files:
+        if not os.access(store.path(item.key), os.R_OK):
+            raise DataError(_PLACE, "no permission to read", str(store.path(item.key)))
+    return Sources(store, tuple(files))
+
+
+def unicode_names() -> str:
+    """Names in the order of the code charts: a name a line, a blank line between columns of 16 code points."""
+    return "\n\n".join("\n".join(column) for column in _columns()) + "\n"
+
+
+def _columns() -> Iterator[list[str]]:
+    for start in range(0, 0x110000, _COLUMN):
+        names = (unicodedata.name(chr(point), "") for point in range(start, start + _COLUMN))
+        column = [name for name in names if name and not name.startswith(_BY_RULE)]
+        if column:
+            yield column

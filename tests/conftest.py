@@ -1,0 +1,80 @@
+"""What many tests start from: a small corpus on disk, made by the real preprocessing without a cluster."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from dllm_core.data.manifest import CorpusManifest, read_tokenizer
+from dllm_core.data.tokenizer import Tokenizer
+from dllm_core.storage.store import LocalStore, open_store
+from workflows.fan_out import serially
+from workflows.preprocess.flow import Preprocessing, plan_corpus
+from workflows.recipe import Recipe
+
+COLOURS = ("RED", "GREEN", "BLUE", "WHITE", "BLACK")
+SHAPES = ("CIRCLE", "SQUARE", "ARROW", "STAR", "HEART", "DIAMOND")
+
+
+@dataclass(frozen=True)
+class SmallCorpus:
+    """A finished corpus and the recipe that made it."""
+
+    recipe: Recipe
+    store: LocalStore
+    manifest: CorpusManifest
+    tokenizer: Tokenizer
+
+
+def small_text(paragraphs: int = 120) -> str:
+    """Regular text that a tiny model learns something of: `HEAVY RED ARROW 17` and the like."""
+    names = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
+    blocks = []
+    for i in range(paragraphs):
+        lines = [f"{names[(7 * i + j) % len(names)]} {i}" for j in range(4)]
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks) + "\n"
+
+
+def small_recipe(root: Path, **sections: object) -> Recipe:
+    """A recipe over `root/corpus` that trains in seconds."""
+    values = {
+        "name": "small",
+        "seed": 7,
+        "storage": {"root": str(root / "storage")},
+        "corpus": {
+            "type": "text",
+            "path": str(root / "corpus"),
+            "document": "paragraph",
+            "unit_bytes": 1024,
+            "heldout_fraction": 0.1,
+        },
+        "tokenizer": {"vocab_size": 300},
+        "packing": {"seq_len": 32},
+        "noise": {"epochs": 2},
+        "model": {"dim": 32, "layers": 2, "heads": 2, "ffn_dim": 64},
+        "train": {"steps": 6, "batch_rows": 8, "precision": "fp32", "log_every": 1, "warmup_steps": 2},
+        "decode": {"max_tokens": 12, "block_length": 4, "steps_per_block": 4},
+        "evaluate": {"rows": 32, "draws": 2, "prompts": 4},
+    }
+    for name, section in sections.items():
+        old = values.get(name)
+        values[name] = {**old, **section} if isinstance(old, dict) and isinstance(section, dict) else section
+    return Recipe.checked(values)
+
+
+def make_small_corpus(root: Path, **sections: object) -> SmallCorpus:
+    """Write the text, run the real preprocessing in this process."""
+    (root / "corpus").mkdir(parents=True, exist_ok=True)
+    (root / "corpus" / "names.txt").write_text(small_text(), encoding="utf-8")
+    recipe = small_recipe(root, **sections)
+    store = open_store("storage.root", recipe.storage.root)
+    assert isinstance(store, LocalStore)
+    manifest = Preprocessing(plan_corpus(recipe, store), serially).run()
+    return SmallCorpus(recipe, store, manifest, read_tokenizer(store, manifest))
+
+
+@pytest.fixture(scope="session")
+def small_corpus(tmp_path_factory: pytest.TempPathFactory) -> SmallCorpus:
+    """One small corpus for the whole test run; read it only."""
+    return make_small_corpus(tmp_path_factory.mktemp("small"))

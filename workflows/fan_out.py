@@ -1,0 +1,82 @@
+"""fan_out: run one importable function over many items as Ray tasks, at most `workers` at once, results in order.
+
+The function must be idempotent: a task whose worker dies is run again.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeVar
+
+from dllm_core.errors import DllmError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+_MAX_RETRIES = 3
+
+
+class FanOut(Protocol):
+    """How a flow runs many items; tests pass `serially`."""
+
+    def __call__(
+        self,
+        function: Callable[[Item], Result],
+        items: Sequence[Item],
+        *,
+        workers: int,
+        on_done: Callable[[int], None],
+        gpus: float = 0,
+    ) -> list[Result]:
+        """Results in the order of `items`; `on_done(number finished)` after each."""
+
+
+def fan_out(
+    function: Callable[[Item], Result],
+    items: Sequence[Item],
+    *,
+    workers: int,
+    on_done: Callable[[int], None],
+    gpus: float = 0,
+) -> list[Result]:
+    """As Ray tasks on the connected cluster. The first error of ours ends all and is raised as it is."""
+    import ray
+
+    task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=_MAX_RETRIES)(_call)
+    shared = ray.put(function)
+    results: dict[int, Result] = {}
+    running: dict[Any, int] = {}
+    waiting = list(range(len(items)))[::-1]
+    try:
+        while waiting or running:
+            while waiting and len(running) < workers:
+                index = waiting.pop()
+                running[task.remote(shared, items[index])] = index
+            done, _ = ray.wait(list(running), num_returns=1)
+            for ref in done:
+                results[running.pop(ref)] = ray.get(ref)
+                on_done(len(results))
+    except ray.exceptions.RayTaskError as error:
+        raise (error.cause if isinstance(error.cause, DllmError) else error) from None
+    finally:
+        for ref in running:
+            ray.cancel(ref, force=True)
+    return [results[index] for index in range(len(items))]
+
+
+def serially(
+    function: Callable[[Item], Result],
+    items: Sequence[Item],
+    *,
+    workers: int,
+    on_done: Callable[[int], None],
+    gpus: float = 0,
+) -> list[Result]:
+    """In this process, one by one: the same results without a cluster."""
+    del workers, gpus
+    results = []
+    for index, item in enumerate(items):
+        results.append(function(item))
+        on_done(index + 1)
+    return results
+
+
+def _call(function: Callable[[Item], Result], item: Item) -> Result:
+    return function(item)
