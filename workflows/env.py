@@ -1,0 +1,80 @@
+"""A Ray cluster for the length of a block: the one in RAY_ADDRESS, or a private one on this machine's loopback.
+
+A private cluster is gone when the block ends, whatever ended it. A cluster that was there stays as it was.
+"""
+
+import contextlib
+import logging
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+
+import psutil
+
+_OBJECT_STORE_BYTES = 256 << 20  # references and small results only: shards never pass through it
+_LOCAL = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # A cluster on loopback, also where several interfaces are up: workers would else meet on another one.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    # Ray Train polls its workers every 2 s by default, and a report waits for the poll.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+@contextlib.contextmanager
+def ray_cluster(cpus: float) -> Iterator[None]:
+    """Connect, or start a cluster with at least `cpus` logical CPUs, so that no placement waits for ever."""
+    for name, value in _LOCAL.items():
+        os.environ.setdefault(name, value)
+    import ray
+
+    before = {child.pid for child in psutil.Process().children(recursive=True)}
+    try:
+        if os.environ.get("RAY_ADDRESS"):
+            ray.init(log_to_driver=False, logging_level=logging.ERROR)
+        else:
+            ray.init(
+                address="local",
+                num_cpus=max(os.cpu_count() or 1, round(cpus + 0.5)),
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                object_store_memory=_OBJECT_STORE_BYTES,
+                _node_ip_address="127.0.0.1",
+            )
+        logging.getLogger("ray").setLevel(logging.ERROR)
+        yield
+    finally:
+        _shut_down(before)
+
+
+def _shut_down(before: set[int]) -> None:
+    """Leave the cluster; of a private one nothing may be left running after 3 s."""
+    import ray
+
+    started = [child for child in psutil.Process().children(recursive=True) if child.pid not in before]
+    closing = threading.Thread(target=ray.shutdown, daemon=True)
+    closing.start()
+    closing.join(timeout=3)
+    for process in started:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+class Interrupted(KeyboardInterrupt):
+    """SIGTERM: ends a verb as Ctrl-C does, with its own exit code."""
+
+
+def end_on_sigterm() -> None:
+    """Let SIGTERM unwind the stack, so that every block above cleans up."""
+
+    def raise_interrupted(number: int, frame: FrameType | None) -> None:
+        raise Interrupted
+
+    signal.signal(signal.SIGTERM, raise_interrupted)
