@@ -3,6 +3,7 @@
 No Ray, no torch: `dllm show` answers at once, and a mistake is refused before anything starts.
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -13,7 +14,7 @@ from pydantic import Field, field_validator, model_validator
 from dllm_core.config.base import FieldProblem, Frozen
 from dllm_core.config.fingerprint import fingerprint
 from dllm_core.config.overrides import apply_overrides, read_recipe
-from dllm_core.data.corpus import AnyCorpus
+from dllm_core.data.corpus import AnyCorpus, HubCorpus
 from dllm_core.data.packing import PackingConfig
 from dllm_core.data.tokenizer import TokenizerConfig
 from dllm_core.decoding.config import DecodeConfig
@@ -77,13 +78,17 @@ class Recipe(Frozen):
         return fingerprint(
             {
                 "seed": self.seed,
-                "corpus": self.corpus.model_dump(mode="json", exclude={"max_bad_fraction"}),
+                "corpus": self.corpus.model_dump(mode="json", exclude=self._not_identity()),
                 "tokenizer": self.tokenizer,
                 "packing": self.packing,
                 "noise": {"process": self.noise.process, "t_min": self.noise.t_min},
                 "sources": [[item.key, item.size, item.stamp] for item in sources],
             }
         )
+
+    def _not_identity(self) -> set[str]:
+        """A folder that was moved is the same corpus: its files tell. What a hub serves, only its name tells."""
+        return {"max_bad_fraction"} | (set() if isinstance(self.corpus, HubCorpus) else {"path"})
 
     def run_fingerprint(self, corpus_fingerprint: str) -> str:
         """Identity of the weights: everything but evaluation, decoding, serving, placement and storage."""
@@ -105,7 +110,24 @@ class Recipe(Frozen):
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe file and apply overrides. The name of a recipe that has none is its file's."""
     values: dict[str, Any] = {"name": path.stem, **read_recipe(path)}
-    return Recipe.checked(apply_overrides(values, list(overrides)))
+    return _anchored(Recipe.checked(apply_overrides(values, list(overrides))))
+
+
+def _anchored(recipe: Recipe) -> Recipe:
+    """Relative paths start at the working directory; written out, so that a run means the same from anywhere."""
+    corpus, tokenizer = recipe.corpus, recipe.tokenizer
+    if not isinstance(corpus, HubCorpus):
+        corpus = corpus.model_copy(update={"path": _absolute(corpus.path)})
+    if tokenizer.path is not None:
+        tokenizer = tokenizer.model_copy(update={"path": _absolute(tokenizer.path)})
+    storage = StorageConfig(root=_absolute(recipe.storage.root))
+    return recipe.model_copy(update={"corpus": corpus, "tokenizer": tokenizer, "storage": storage})
+
+
+def _absolute(path: str) -> str:
+    if "://" in path or path.startswith("python:"):
+        return path
+    return os.path.abspath(Path(path).expanduser())
 
 
 def shipped_recipes() -> list[Path]:

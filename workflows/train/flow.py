@@ -62,7 +62,7 @@ def _fit(recipe: Recipe, run: RunDir, corpus: str, mailbox: Any) -> None:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from workflows.train.worker import WorkerJob, train_worker
+    from workflows.train.job import WorkerJob
 
     placement = recipe.placement.train
     resources: dict[str, float] = {"CPU": placement.cpus_per_worker}
@@ -71,7 +71,7 @@ def _fit(recipe: Recipe, run: RunDir, corpus: str, mailbox: Any) -> None:
     # Our checkpoints are ours; Ray needs a place for its own small state, which a name used once keeps apart.
     name = f"{run.name}-{time.time_ns()}"
     trainer = TorchTrainer(
-        train_worker,
+        _on_worker,
         train_loop_config={"job": WorkerJob(recipe, run, corpus, mailbox)},
         torch_config=TorchConfig(),
         scaling_config=ScalingConfig(
@@ -86,6 +86,12 @@ def _fit(recipe: Recipe, run: RunDir, corpus: str, mailbox: Any) -> None:
         ),
     )
     trainer.fit()
+
+
+def _on_worker(config: dict[str, Any]) -> None:
+    from workflows.train.worker import train_worker  # DeepSpeed: 2 s that the driver need not pay
+
+    train_worker(config)
 
 
 def _ray_storage(run: RunDir) -> str:

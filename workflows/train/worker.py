@@ -4,7 +4,6 @@ Everything here may be killed at any moment; a worker that starts anew resumes b
 """
 
 import os
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +15,6 @@ from dllm_core.checkpoints.store import CheckpointStore
 from dllm_core.data.loader import Loader
 from dllm_core.data.manifest import read_manifest, read_tokenizer
 from dllm_core.errors import CheckpointError
-from dllm_core.model.config import DenoiserConfig
 from dllm_core.model.denoiser import Denoiser
 from dllm_core.model.pretrained import WEIGHTS_NAME, assign_weights
 from dllm_core.objective.diffusion import MaskedDiffusion
@@ -25,32 +23,10 @@ from dllm_core.training.backend import resolve_precision
 from dllm_core.training.deepspeed_backend import DeepSpeedBackend
 from dllm_core.training.events import StepRecord
 from dllm_core.training.loop import Trainer, measure_peak_flops
-from workflows.recipe import Recipe
 from workflows.train.announcements import Announcer
+from workflows.train.job import WorkerJob, denoiser_config
 
 METRICS = "metrics.jsonl"
-
-
-@dataclass(frozen=True)
-class WorkerJob:
-    """What every rank is given; it pickles."""
-
-    recipe: Recipe
-    run: RunDir
-    corpus: str
-    mailbox: Any
-
-
-def denoiser_config(recipe: Recipe, vocab_size: int, mask_id: int, eos_id: int, pad_id: int) -> DenoiserConfig:
-    """The model that a recipe and a tokenizer make together."""
-    return DenoiserConfig(
-        model=recipe.model,
-        vocab_size=vocab_size,
-        context_length=recipe.packing.seq_len,
-        mask_id=mask_id,
-        eos_id=eos_id,
-        pad_id=pad_id,
-    )
 
 
 def train_worker(config: dict[str, Any]) -> None:
@@ -67,9 +43,7 @@ def train_worker(config: dict[str, Any]) -> None:
     mask_id = tokenizer.mask_id
     torch.manual_seed(recipe.seed)
     with device:
-        module = Denoiser(
-            denoiser_config(recipe, manifest.vocab_size, mask_id, tokenizer.eos_id, tokenizer.pad_id)
-        )
+        module = Denoiser(denoiser_config(recipe, manifest, tokenizer))
 
     def report_damage(error: CheckpointError) -> None:
         if rank == 0:

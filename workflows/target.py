@@ -1,0 +1,76 @@
+"""What a verb was pointed at: a recipe file or a run's folder, with overrides applied.
+
+An override of a run may change how it is evaluated, decoded, served and placed; not what it is.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dllm_core.checkpoints.run_dir import RunDir
+from dllm_core.config.overrides import apply_overrides, parse_yaml
+from dllm_core.errors import ConfigError
+from dllm_core.storage.store import open_store
+from workflows.preprocess.flow import CorpusPlan, plan_corpus
+from workflows.recipe import Recipe, StorageConfig, load_recipe
+
+RECIPE_NAME = "recipe.yaml"
+TRAIN_RECEIPT = "stages/train.json"
+
+
+@dataclass(frozen=True)
+class Target:
+    """A recipe and the run that it makes."""
+
+    recipe: Recipe
+    run: RunDir
+    plan: CorpusPlan
+
+    @property
+    def corpus(self) -> str:
+        """Fingerprint of the run's corpus."""
+        return self.plan.fingerprint
+
+
+def is_run(target: str) -> bool:
+    """Whether an argument names a run's folder rather than a recipe file."""
+    if target.startswith("s3://"):
+        return not target.endswith((".yaml", ".yml"))
+    return Path(target).is_dir()
+
+
+def read_target_recipe(target: str, overrides: Sequence[str]) -> tuple[Recipe, RunDir | None]:
+    """The recipe that an argument means, and the run if it names one. Opens no corpus."""
+    if not is_run(target):
+        return load_recipe(Path(target), overrides), None
+    run = RunDir.at(target)
+    key = run.key(RECIPE_NAME)
+    if not run.store.exists(key):
+        raise ConfigError(target, f"has no {RECIPE_NAME}", remedy="name a recipe file, or a folder below runs/")
+    values = parse_yaml(run.store.read(key).decode("utf-8"), f"{run.url}/{RECIPE_NAME}")
+    old = Recipe.checked(values, RECIPE_NAME)
+    new = Recipe.checked(apply_overrides(values, list(overrides)))
+    if (old.corpus_fingerprint([]), old.run_fingerprint("")) != (new.corpus_fingerprint([]), new.run_fingerprint("")):
+        remedy = "start from a recipe file to make another run"
+        raise ConfigError(", ".join(overrides), "would make another run than", run.name, remedy)
+    return new.model_copy(update={"storage": StorageConfig(root=run.store.url)}), run
+
+
+def open_target(target: str, overrides: Sequence[str]) -> Target:
+    """Resolve an argument to a run; lists the corpus's files, so paths that do not exist are refused here."""
+    recipe, run = read_target_recipe(target, overrides)
+    store = open_store("storage.root", recipe.storage.root)
+    store.check_writable("storage.root")
+    plan = plan_corpus(recipe, store)
+    if run is None:
+        run = RunDir(store, f"{recipe.name}-{recipe.run_fingerprint(plan.fingerprint)}")
+    return Target(recipe, run, plan)
+
+
+def find_run(target: str, overrides: Sequence[str]) -> tuple[Recipe, RunDir]:
+    """The run that an argument means, for verbs that need its bundle and not its corpus."""
+    recipe, run = read_target_recipe(target, overrides)
+    if run is None:
+        opened = open_target(target, overrides)
+        recipe, run = opened.recipe, opened.run
+    return recipe, run
