@@ -46,11 +46,16 @@ def read_target_recipe(target: str, overrides: Sequence[str]) -> tuple[Recipe, R
     run = RunDir.at(target)
     key = run.key(RECIPE_NAME)
     if not run.store.exists(key):
-        raise ConfigError(target, f"has no {RECIPE_NAME}", remedy="name a recipe file, or a folder below runs/")
+        raise ConfigError(
+            target, f"has no {RECIPE_NAME}", remedy="name a recipe file, or a folder below runs/"
+        )
     values = parse_yaml(run.store.read(key).decode("utf-8"), f"{run.url}/{RECIPE_NAME}")
     old = Recipe.checked(values, RECIPE_NAME)
     new = Recipe.checked(apply_overrides(values, list(overrides)))
-    if (old.corpus_fingerprint([]), old.run_fingerprint("")) != (new.corpus_fingerprint([]), new.run_fingerprint("")):
+    if (old.corpus_fingerprint([]), old.run_fingerprint("")) != (
+        new.corpus_fingerprint([]),
+        new.run_fingerprint(""),
+    ):
         remedy = "start from a recipe file to make another run"
         raise ConfigError(", ".join(overrides), "would make another run than", run.name, remedy)
     return new.model_copy(update={"storage": StorageConfig(root=run.store.url)}), run

@@ -1,6 +1,6 @@
 """The evaluate stage: score the bundle that will be served, on rows that training never saw.
 
-    dllm evaluate RUN evaluate.draws=32
+dllm evaluate RUN evaluate.draws=32
 """
 
 from collections.abc import Callable
@@ -68,7 +68,11 @@ def evaluate(recipe: Recipe, run: RunDir, fan_out: FanOut, on_progress: OnProgre
     if recipe.evaluate.prompts:
         on_progress("decoding held-out prompts", 0, 0)
         [cost] = fan_out(
-            partial(_decode, job), [rows], workers=1, gpus=placement.gpus_per_worker, on_done=lambda done: None
+            partial(_decode, job),
+            [rows],
+            workers=1,
+            gpus=placement.gpus_per_worker,
+            on_done=lambda done: None,
         )
         policy = recipe.decode.policy.model_dump(mode="json")
         result["decoding"] = {

@@ -116,7 +116,11 @@ class Preprocessing:
 
     def _units(self) -> list[Unit]:
         corpus = self.plan.recipe.corpus
-        return hub_units(corpus) if isinstance(corpus, HubCorpus) else plan_units(corpus, list(self.plan.sources.files))
+        return (
+            hub_units(corpus)
+            if isinstance(corpus, HubCorpus)
+            else plan_units(corpus, list(self.plan.sources.files))
+        )
 
     def _tokenizer(self, job: CorpusJob, units: list[Unit]) -> Tokenizer:
         """The recipe's tokenizer, or one trained on the corpus; it is kept beside the shards."""
@@ -145,7 +149,9 @@ class Preprocessing:
             done[receipt.unit] = receipt
         return [done[unit.index] for unit in units]
 
-    def _noise(self, job: CorpusJob, manifest: CorpusManifest, mask_id: int) -> tuple[tuple[ShardInfo, ...], ...]:
+    def _noise(
+        self, job: CorpusJob, manifest: CorpusManifest, mask_id: int
+    ) -> tuple[tuple[ShardInfo, ...], ...]:
         shards = manifest.train.shards
         first_rows = [0, *accumulate(shard.rows for shard in shards)]
         wanted = [
@@ -173,7 +179,10 @@ class Preprocessing:
         self.ran += len(missing)
         workers = self.plan.recipe.placement.preprocess.workers
         return self.fan_out(
-            function, missing, workers=workers, on_done=lambda done: self.on_progress(what, before + done, total)
+            function,
+            missing,
+            workers=workers,
+            on_done=lambda done: self.on_progress(what, before + done, total),
         )
 
     def _accounted(self, receipts: list[UnitReceipt]) -> Accounting:
@@ -194,7 +203,9 @@ class Preprocessing:
         if heldout.rows < 2:
             fraction = self.plan.recipe.corpus.heldout_fraction
             remedy = "raise it, or cut documents finer: corpus.document=paragraph or line"
-            raise DataError("corpus.heldout_fraction", "fewer than 2 held-out rows to evaluate on", fraction, remedy)
+            raise DataError(
+                "corpus.heldout_fraction", "fewer than 2 held-out rows to evaluate on", fraction, remedy
+            )
 
 
 @dataclass(frozen=True)

@@ -111,4 +111,6 @@ def _explained(error: BaseException) -> BaseException:
         inner = next(iter(failures.values()), None) if isinstance(failures, dict) else None
         found = inner or getattr(found, "cause", None) or found.__cause__
     last = seen[-1]
-    return DataError("train", f"{type(last).__name__}: {str(last).strip().splitlines()[-1] if str(last) else ''}")
+    return DataError(
+        "train", f"{type(last).__name__}: {str(last).strip().splitlines()[-1] if str(last) else ''}"
+    )

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch.utils.tensorboard import SummaryWriter
 
-from dllm_core.checkpoints.run_dir import JsonLines, RunDir
+from dllm_core.checkpoints.run_dir import JsonLines
 from dllm_core.checkpoints.store import CheckpointStore
 from dllm_core.data.loader import Loader
 from dllm_core.data.manifest import read_manifest, read_tokenizer
@@ -63,7 +63,9 @@ def train_worker(config: dict[str, Any]) -> None:
         MaskedDiffusion(recipe.objective, manifest.process.bind(mask_id), device),
         Loader.open(job.run.store, manifest, mask_id),
         checkpoints,
-        _Listener(job, announcer, newest.manifest.position.step if newest else 0) if rank == 0 else _Silence(),
+        _Listener(job, announcer, newest.manifest.position.step if newest else 0)
+        if rank == 0
+        else _Silence(),
         samples_per_epoch=manifest.train.rows,
         peak_flops=peak,
     )
