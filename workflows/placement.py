@@ -41,9 +41,7 @@ class ServePlacement(Frozen):
     @model_validator(mode="after")
     def _bounds_are_ordered(self) -> Self:
         if self.max_replicas < self.min_replicas:
-            raise FieldProblem(
-                "max_replicas", f"must be >= min_replicas={self.min_replicas}", self.max_replicas
-            )
+            raise FieldProblem("max_replicas", f"must be >= min_replicas={self.min_replicas}", self.max_replicas)
         return self
 
 

@@ -46,9 +46,7 @@ def read_target_recipe(target: str, overrides: Sequence[str]) -> tuple[Recipe, R
     run = RunDir.at(target)
     key = run.key(RECIPE_NAME)
     if not run.store.exists(key):
-        raise ConfigError(
-            target, f"has no {RECIPE_NAME}", remedy="name a recipe file, or a folder below runs/"
-        )
+        raise ConfigError(target, f"has no {RECIPE_NAME}", remedy="name a recipe file, or a folder below runs/")
     values = parse_yaml(run.store.read(key).decode("utf-8"), f"{run.url}/{RECIPE_NAME}")
     old = Recipe.checked(values, RECIPE_NAME)
     new = Recipe.checked(apply_overrides(values, list(overrides)))

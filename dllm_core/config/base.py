@@ -44,9 +44,7 @@ def explain(error: ValidationError, schema: type[BaseModel], values: Any, place:
     if kind == "missing":
         return ConfigError(path, "missing", remedy="the recipe must set it")
     if kind == "union_tag_invalid":
-        return ConfigError(
-            f"{path}.type", "unknown kind", context["tag"], f"one of {context['expected_tags']}"
-        )
+        return ConfigError(f"{path}.type", "unknown kind", context["tag"], f"one of {context['expected_tags']}")
     cause = context.get("error")
     if isinstance(cause, FieldProblem):
         field, problem, value, remedy = cause.args

@@ -17,9 +17,7 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[str, Any]:
     for key_node, value_node in node.value:
         key = str(loader.construct_object(key_node, deep=True))
         if key in seen:
-            raise ConfigError(
-                f"line {key_node.start_mark.line + 1}", "the key is there twice", key, "keep one"
-            )
+            raise ConfigError(f"line {key_node.start_mark.line + 1}", "the key is there twice", key, "keep one")
         seen[key] = loader.construct_object(value_node, deep=True)
     return seen
 
@@ -30,7 +28,7 @@ _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping
 def parse_yaml(text: str, place: str) -> Any:
     """Parse YAML; a syntax error names its place and line."""
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+        return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark is not None else ""

@@ -121,9 +121,7 @@ def _token_shard(job: CorpusJob, tokenizer: Tokenizer, unit: Unit, split: str, t
         {"ids": rows.astype(dtype), "num_tokens": counts},
         {"split": split, "unit": str(unit.index), "tokenizer_sha256": tokenizer.digest},
     )
-    return put_shard(
-        job.output, job.prefix, name, data, unit=unit.index, rows=len(rows), tokens=int(counts.sum())
-    )
+    return put_shard(job.output, job.prefix, name, data, unit=unit.index, rows=len(rows), tokens=int(counts.sum()))
 
 
 def _quarantine(job: CorpusJob, unit: int, bad: list[BadRecord]) -> str | None:
@@ -150,9 +148,7 @@ def noise_receipt_key(epoch: int, unit: int) -> str:
     return f"receipts/noise/epoch-{epoch:03d}/unit-{unit:06d}.json"
 
 
-def noise_shard(
-    job: CorpusJob, noise: CorpusNoise, tokens: ShardInfo, first_row: int, epoch: int
-) -> ShardInfo:
+def noise_shard(job: CorpusJob, noise: CorpusNoise, tokens: ShardInfo, first_row: int, epoch: int) -> ShardInfo:
     """Write down the noise of one token shard for one epoch: t [N] and one bit a token, then the receipt."""
     views = map_shard(job.output, job.prefix, tokens)
     x0 = views["ids"].astype(np.int64)
@@ -163,9 +159,7 @@ def noise_shard(
         {"epoch": str(epoch), "unit": str(tokens.unit), "tokens_sha256": tokens.sha256},
     )
     name = f"noise/epoch-{epoch:03d}/train-{tokens.unit:06d}.arrow"
-    info = put_shard(
-        job.output, job.prefix, name, data, unit=tokens.unit, rows=tokens.rows, tokens=tokens.tokens
-    )
+    info = put_shard(job.output, job.prefix, name, data, unit=tokens.unit, rows=tokens.rows, tokens=tokens.tokens)
     job.output.put(job.key(noise_receipt_key(epoch, tokens.unit)), info.model_dump_json().encode())
     return info
 

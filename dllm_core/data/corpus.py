@@ -23,9 +23,7 @@ _READ_AHEAD = 1 << 16
 class CorpusBase(Frozen):
     """What every kind of corpus has."""
 
-    path: str = Field(
-        min_length=1, description="folder, file, s3://bucket/prefix, python:stdlib, python:unicode-names"
-    )
+    path: str = Field(min_length=1, description="folder, file, s3://bucket/prefix, python:stdlib, python:unicode-names")
     glob: str = Field("**/*", description="which files below `path`")
     unit_bytes: int = Field(4 << 20, ge=1 << 10, le=1 << 32, description="bytes of input a task reads")
     heldout_fraction: float = Field(0.02, gt=0, lt=0.5)
@@ -100,15 +98,9 @@ def list_sources(corpus: CorpusBase, store: Store, prefix: str) -> list[StoredOb
         return [item for item in store.list(prefix.rpartition("/")[0]) if item.key == prefix]
     pattern = re.compile(_glob_regex(corpus.glob))
     found = [item for item in store.list(prefix) if item.size and pattern.fullmatch(_below(item.key, prefix))]
-    found = [
-        item
-        for item in found
-        if not any(part.startswith(".") for part in _below(item.key, prefix).split("/"))
-    ]
+    found = [item for item in found if not any(part.startswith(".") for part in _below(item.key, prefix).split("/"))]
     if not found:
-        raise DataError(
-            "corpus.path", f"no file matches {corpus.glob!r}", corpus.path, "check the path and the glob"
-        )
+        raise DataError("corpus.path", f"no file matches {corpus.glob!r}", corpus.path, "check the path and the glob")
     return found
 
 
@@ -149,10 +141,7 @@ def read_unit(corpus: CorpusBase, store: Store, unit: Unit) -> Iterator[Document
 def hub_units(corpus: HubCorpus) -> list[Unit]:
     """One unit for each shard that the data set streams in."""
     shards = _load_hub(corpus).num_shards
-    return [
-        Unit(index=i, segments=(Segment(key=f"hub:{corpus.path}", start=i, stop=shards),))
-        for i in range(shards)
-    ]
+    return [Unit(index=i, segments=(Segment(key=f"hub:{corpus.path}", start=i, stop=shards),)) for i in range(shards)]
 
 
 def _raw_records(corpus: TextCorpus, store: Store, segment: Segment) -> Iterator[tuple[int, bytes]]:
@@ -190,10 +179,7 @@ def _split_records(store: Store, segment: Segment, newlines: int) -> Iterator[tu
 
 def _closed(separator: re.Pattern[bytes], data: bytes, stop: int) -> bool:
     """Whether the record that crosses `stop` ends inside `data` (a separator at its very end may still go on)."""
-    return any(
-        match.end() >= stop and match.end() < len(data)
-        for match in separator.finditer(data, max(0, stop - 8))
-    )
+    return any(match.end() >= stop and match.end() < len(data) for match in separator.finditer(data, max(0, stop - 8)))
 
 
 def _decoded(key: str, offset: int, raw: bytes) -> Document | BadRecord:
@@ -225,7 +211,7 @@ def _load_hub(corpus: HubCorpus) -> Any:
         return datasets.load_dataset(
             corpus.path, corpus.subset, split=corpus.split, data_files=corpus.data_files, streaming=True
         )
-    except Exception as error:  # noqa: BLE001 (the hub client raises a dozen kinds; each means: not to be had)
+    except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError("corpus.path", f"cannot be loaded ({reason})", corpus.path) from error
 

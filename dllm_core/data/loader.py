@@ -41,9 +41,7 @@ class SplitReader:
 
 def heldout_rows(store: Store, manifest: CorpusManifest) -> tuple[Ints, NDArray[np.bool_]]:
     """All held-out rows: ids int64 [N L] and which tokens count, bool [N L]."""
-    return _read_tokens(
-        reader(store, manifest, manifest.heldout), np.arange(manifest.heldout.rows), manifest.seq_len
-    )
+    return _read_tokens(reader(store, manifest, manifest.heldout), np.arange(manifest.heldout.rows), manifest.seq_len)
 
 
 def reader(store: Store, manifest: CorpusManifest, split: Split) -> SplitReader:

@@ -24,9 +24,7 @@ class Accounting(Frozen):
     quarantined: int = 0
 
     def __add__(self, other: "Accounting") -> "Accounting":
-        return Accounting(
-            **{name: getattr(self, name) + getattr(other, name) for name in Accounting.model_fields}
-        )
+        return Accounting(**{name: getattr(self, name) + getattr(other, name) for name in Accounting.model_fields})
 
     def check(self, place: str) -> None:
         """Refuse a sum that does not add up: a record was lost or counted twice."""

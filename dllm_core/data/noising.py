@@ -20,7 +20,7 @@ class CorpusNoise:
     t_min: float
 
     def times(self, epoch: int, sample_ids: Ints) -> Floats:
-        """t [N] in (t_min, 1], one for each row, stratified along the training order."""
+        """T [N] in (t_min, 1], one for each row, stratified along the training order."""
         return stratified_times(self.order.seed, epoch, self.order.position(epoch, sample_ids), self.t_min)
 
     def corrupt(self, epoch: int, sample_ids: Ints, x0: Ints) -> tuple[Ints, Floats]:

@@ -47,9 +47,7 @@ class SampleOrder:
         result = values.astype(np.uint64)
         outside = np.ones(result.shape, dtype=bool)
         while outside.any():  # the domain is < 4x the corpus, so a walk takes < 4 rounds on average
-            result[outside] = _feistel(
-                result[outside], half, keys[::-1] if inverse else keys, inverse=inverse
-            )
+            result[outside] = _feistel(result[outside], half, keys[::-1] if inverse else keys, inverse=inverse)
             outside = result >= self.num_samples
         return result.astype(np.int64)
 

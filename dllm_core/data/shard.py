@@ -47,9 +47,7 @@ def to_arrow(columns: dict[str, NDArray[Any]], metadata: dict[str, str]) -> byte
     return bytes(sink.getvalue())
 
 
-def put_shard(
-    store: Store, prefix: str, key: str, data: bytes, *, unit: int, rows: int, tokens: int
-) -> ShardInfo:
+def put_shard(store: Store, prefix: str, key: str, data: bytes, *, unit: int, rows: int, tokens: int) -> ShardInfo:
     """Write a shard whole; a rerun writes the same bytes over themselves."""
     store.put(f"{prefix}/{key}", data)
     return ShardInfo(key=key, unit=unit, rows=rows, tokens=tokens, bytes=len(data), sha256=sha256(data))
@@ -60,9 +58,7 @@ def map_shard(store: Store, prefix: str, info: ShardInfo) -> dict[str, NDArray[A
     key = f"{prefix}/{info.key}"
     path: Path = store.fetch(key)
     if file_sha256(path) != info.sha256:
-        raise DataError(
-            str(path), "does not match its sha256 in the manifest", remedy="run `dllm preprocess` again"
-        )
+        raise DataError(str(path), "does not match its sha256 in the manifest", remedy="run `dllm preprocess` again")
     batch = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
     views: dict[str, NDArray[Any]] = {}
     for name, column in zip(batch.schema.names, batch.columns, strict=True):

@@ -33,7 +33,7 @@ class Tokenizer:
         self.json_text, self.config, self._place = json_text, config, place
         try:
             self._core = tokenizers.Tokenizer.from_str(json_text)
-        except Exception as error:  # noqa: BLE001 (the library raises bare Exception)
+        except Exception as error:
             raise DataError(place, f"not a tokenizer.json ({error})") from error
         self._core.encode_special_tokens = True
         self._core.no_padding()
@@ -97,9 +97,7 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids; specials are left out, an incomplete UTF-8 sequence shows as U+FFFD."""
-        return str(
-            self._core.decode([i for i in ids if i not in self.special_ids], skip_special_tokens=False)
-        )
+        return str(self._core.decode([i for i in ids if i not in self.special_ids], skip_special_tokens=False))
 
     def token_text(self, token: int) -> str:
         """How one token looks: its text, or its name if it is special."""

@@ -67,9 +67,7 @@ class DecodeState:
     def start(cls, request: DecodeRequest, prior: Ints) -> "DecodeState":
         """The row before its first call; prior int64 [max_tokens] is the noise process at t = 1."""
         head, tail = len(request.prompt), len(request.suffix)
-        canvas = np.concatenate(
-            [np.array(request.prompt, np.int64), prior, np.array(request.suffix, np.int64)]
-        )
+        canvas = np.concatenate([np.array(request.prompt, np.int64), prior, np.array(request.suffix, np.int64)])
         is_final = np.ones(len(canvas), dtype=bool)
         is_final[head : len(canvas) - tail] = False
         blank = np.zeros(len(canvas), dtype=bool)
@@ -88,9 +86,7 @@ class DecodeState:
     @property
     def block(self) -> slice:
         """The current block."""
-        return slice(
-            self.block_start, min(self.block_start + self.request.config.block_length, self.canvas_stop)
-        )
+        return slice(self.block_start, min(self.block_start + self.request.config.block_length, self.canvas_stop))
 
     def open_in_block(self) -> Ints:
         """Open positions of the current block, ascending [n]."""
@@ -136,9 +132,7 @@ class DecodeState:
     def answer_with_end(self) -> list[int]:
         """Filled tokens from the canvas's first position up to the first that is open, an end token included."""
         head = len(self.request.prompt)
-        waiting = np.flatnonzero(
-            ~self.is_final[head : self.canvas_stop] | self.is_closed[head : self.canvas_stop]
-        )
+        waiting = np.flatnonzero(~self.is_final[head : self.canvas_stop] | self.is_closed[head : self.canvas_stop])
         stop = head + int(waiting[0]) if len(waiting) else self.canvas_stop
         return [int(token) for token in self.canvas[head:stop]]
 

@@ -68,9 +68,7 @@ def _sampled(log_probs: Tensor, rows: Sequence[DecodeState], of_row: Tensor, dra
     """
     device = log_probs.device
     temperature = torch.tensor([row.request.config.temperature or 1.0 for row in rows], device=device)[of_row]
-    top_p = torch.tensor([row.request.config.top_p for row in rows], device=device, dtype=torch.float64)[
-        of_row
-    ]
+    top_p = torch.tensor([row.request.config.top_p for row in rows], device=device, dtype=torch.float64)[of_row]
     probs = (log_probs.double() / temperature[:, None]).softmax(-1)
     ranked, order = probs.sort(dim=-1, descending=True, stable=True)
     before = ranked.cumsum(-1) - ranked

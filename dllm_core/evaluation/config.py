@@ -11,6 +11,4 @@ class EvaluateConfig(Frozen):
     rows: int = Field(1024, ge=2, description="held-out rows at most, evenly spaced")
     draws: int = Field(8, ge=1, description="times and noises drawn for each row")
     batch_rows: int = Field(32, ge=1)
-    prompts: int = Field(
-        16, ge=0, description="held-out rows whose first quarter is completed, for tokens per call"
-    )
+    prompts: int = Field(16, ge=0, description="held-out rows whose first quarter is completed, for tokens per call")

@@ -15,7 +15,8 @@ from dllm_core.seeding import Ints
 @dataclass(frozen=True)
 class DecodeCost:
     """Over all prompts: tokens per call is a ratio of sums. entropy: of the produced tokens, nats; a decoder that
-    repeats itself is fast and has little."""
+    repeats itself is fast and has little.
+    """
 
     prompts: int
     tokens: int

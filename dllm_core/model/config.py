@@ -22,9 +22,7 @@ class ModelConfig(Frozen):
     @model_validator(mode="after")
     def _heads_fit(self) -> Self:
         if self.dim % self.heads or (self.dim // self.heads) % 2:
-            raise FieldProblem(
-                "heads", f"must divide dim={self.dim} into even parts", self.heads, "RoPE turns pairs"
-            )
+            raise FieldProblem("heads", f"must divide dim={self.dim} into even parts", self.heads, "RoPE turns pairs")
         return self
 
     @property

@@ -20,9 +20,7 @@ _TIED = "head.weight"
 def read_denoiser(folder: Path, device: str = "cpu") -> Denoiser:
     """Load the denoiser of a folder, in evaluation mode."""
     try:
-        config = DenoiserConfig.checked(
-            json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")), CONFIG_NAME
-        )
+        config = DenoiserConfig.checked(json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")), CONFIG_NAME)
         weights = load_file(folder / WEIGHTS_NAME, device=device)
     except FileNotFoundError as error:
         raise CheckpointError(str(error.filename), "no such file", remedy="name a bundle's folder") from None

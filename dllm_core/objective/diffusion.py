@@ -15,9 +15,7 @@ class MaskedDiffusion:
     With `max_weight` the weight is min(w(t), max_weight): a lower-variance training signal, no longer the bound.
     """
 
-    def __init__(
-        self, config: MaskedDiffusionConfig, process: AbsorbingProcess, device: torch.device
-    ) -> None:
+    def __init__(self, config: MaskedDiffusionConfig, process: AbsorbingProcess, device: torch.device) -> None:
         self._config, self._process, self._device = config, process, device
 
     def loss(self, denoiser: DenoiserLike, batch: Batch) -> LossSum:

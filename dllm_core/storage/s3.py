@@ -94,11 +94,7 @@ class S3Store:
         """Bytes [start, stop) of an object; a short answer is an error, never a short read."""
         if stop is not None and stop <= start:
             return b""
-        span = (
-            {}
-            if start == 0 and stop is None
-            else {"Range": f"bytes={start}-{'' if stop is None else stop - 1}"}
-        )
+        span = {} if start == 0 and stop is None else {"Range": f"bytes={start}-{'' if stop is None else stop - 1}"}
         try:
             answer = self._call("get_object", key, Key=self._key(key), **span)
             data: bytes = answer["Body"].read()
@@ -115,9 +111,7 @@ class S3Store:
     def fetch(self, key: str) -> Path:
         """A cached copy, named by the object's ETag, so that a changed object is fetched anew."""
         head = self._call("head_object", key, Key=self._key(key))
-        name = hashlib.sha256(
-            f"{self.url}/{key}/{head['ETag']}/{os.environ.get('AWS_ENDPOINT_URL')}".encode()
-        )
+        name = hashlib.sha256(f"{self.url}/{key}/{head['ETag']}/{os.environ.get('AWS_ENDPOINT_URL')}".encode())
         path = cache_folder() / "objects" / name.hexdigest()
         if not path.is_file() or path.stat().st_size != head["ContentLength"]:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -157,16 +151,14 @@ class S3Store:
         """Remove the object."""
         self._call("delete_object", key, Key=self._key(key))
 
-    def check_writable(self, place: str, need_bytes: int = 0) -> None:  # noqa: ARG002 (S3 has no free space)
+    def check_writable(self, place: str, need_bytes: int = 0) -> None:
         """Write and remove a small object."""
         probe = f".dllm-probe-{os.getpid()}"
         try:
             self.put(probe, b"")
             self.delete(probe)
         except DataError as error:
-            raise DataError(
-                place, error.problem, self.url, "check the bucket, AWS_* and its policy"
-            ) from error
+            raise DataError(place, error.problem, self.url, "check the bucket, AWS_* and its policy") from error
 
 
 def _code(error: ClientError) -> str:

@@ -23,9 +23,7 @@ _NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
 def check_name(place: str, name: str) -> str:
     """A name that may become a folder: letters, digits, `.`, `_`, `-`, and never `.` or `..`."""
     if not _NAME.fullmatch(name) or set(name) == {"."}:
-        raise ConfigError(
-            place, "must be 1-128 of A-Z a-z 0-9 . _ - and not only dots", name, "choose another name"
-        )
+        raise ConfigError(place, "must be 1-128 of A-Z a-z 0-9 . _ - and not only dots", name, "choose another name")
     return name
 
 
@@ -181,9 +179,7 @@ class LocalStore:
                 pass
             free = shutil.disk_usage(self.root).free
         except OSError as error:
-            raise DataError(
-                place, f"cannot write ({error.strerror})", str(self.root), "name another folder"
-            ) from None
+            raise DataError(place, f"cannot write ({error.strerror})", str(self.root), "name another folder") from None
         if free < need_bytes:
             problem = f"{free / 2**20:.0f} MiB free, {need_bytes / 2**20:.0f} MiB needed"
             raise DataError(place, problem, str(self.root), "free some space or name another folder")

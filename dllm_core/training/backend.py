@@ -119,12 +119,8 @@ def moments_of(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str,
     }
 
 
-def set_moments(
-    module: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Tensor], step: int
-) -> None:
+def set_moments(module: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Tensor], step: int) -> None:
     """Set Adam's moments of an unpartitioned optimizer."""
     for name, p in module.named_parameters():
-        moments = {
-            moment: state[f"{moment}.{name}"].to(p.device, torch.float32).clone() for moment in MOMENTS
-        }
+        moments = {moment: state[f"{moment}.{name}"].to(p.device, torch.float32).clone() for moment in MOMENTS}
         optimizer.state[p] = {"step": torch.tensor(float(step)), **moments}

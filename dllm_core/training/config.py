@@ -14,9 +14,7 @@ class TrainConfig(Frozen):
     seconds: float | None = Field(None, gt=0, description="time budget over all restarts")
     batch_rows: int = Field(16, ge=1, description="rows of the global batch, over all workers")
     zero_stage: int = Field(2, ge=0, le=2)
-    precision: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="auto: bf16 where the machine has it"
-    )
+    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where the machine has it")
     learning_rate: float = Field(3e-3, gt=0)
     final_lr_fraction: float = Field(0.05, ge=0, le=1)
     warmup_steps: int = Field(50, ge=0)

@@ -48,9 +48,7 @@ class DeepSpeedBackend:
             "steps_per_print": 1 << 40,
         }
         self._engine: Any
-        self._engine, *_ = deepspeed.initialize(
-            model=module, optimizer=new_optimizer(module, config), config=settings
-        )
+        self._engine, *_ = deepspeed.initialize(model=module, optimizer=new_optimizer(module, config), config=settings)
         self._config = config
         self.module = module
         self.denoiser: DenoiserLike = self._engine
@@ -72,12 +70,8 @@ class DeepSpeedBackend:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
         norm = None
-        if (
-            self._config.zero_stage == 0
-        ):  # DeepSpeed tells no norm there; gradients are whole and averaged already
-            norm = torch.nn.utils.get_total_norm(
-                p.grad for p in self.module.parameters() if p.grad is not None
-            )
+        if self._config.zero_stage == 0:  # DeepSpeed tells no norm there; gradients are whole and averaged already
+            norm = torch.nn.utils.get_total_norm(p.grad for p in self.module.parameters() if p.grad is not None)
         self._engine.step()
         return float(self._engine.get_global_grad_norm() if norm is None else norm)
 

@@ -63,18 +63,14 @@ class Trainer:
         updates = self._position.step - self._position.skipped_steps
         self._backend.load_optimizer_state(load_file(checkpoint.files[OPTIMIZER_NAME]), updates)
         if self._backend.rank == 0:
-            averaged = {
-                name: t.to(self._backend.device) for name, t in load_file(checkpoint.files[EMA_NAME]).items()
-            }
+            averaged = {name: t.to(self._backend.device) for name, t in load_file(checkpoint.files[EMA_NAME]).items()}
             self._average = WeightAverage(averaged, self._config.ema_decay)
 
     def run(self) -> TrainPosition:
         """Train to the end of the step or time budget; the last checkpoint is committed when this returns."""
         leader = self._backend.rank == 0
         if leader:
-            self._average = self._average or WeightAverage(
-                weights_of(self._backend.module), self._config.ema_decay
-            )
+            self._average = self._average or WeightAverage(weights_of(self._backend.module), self._config.ema_decay)
             self._events.started(self._position.step, self._position.seconds)
         earlier, begun = self._position.seconds, self._clock()
         window = _Window(self._position)
@@ -82,11 +78,7 @@ class Trainer:
         while True:
             seconds = earlier + self._clock() - begun
             progress = self._step(window, seconds)
-            if (
-                leader
-                and (self._position.step % self._config.log_every == 0 or progress >= 1)
-                and window.steps
-            ):
+            if leader and (self._position.step % self._config.log_every == 0 or progress >= 1) and window.steps:
                 self._events.stepped(self._record(window))
             if self._position.step % self._config.log_every == 0:
                 window = _Window(self._position)
@@ -139,9 +131,7 @@ class Trainer:
         if self._backend.rank == 0:
             self._events.skipped(self._position.step)
         if self._skipped_in_a_row >= _MAX_SKIPPED:
-            problem = (
-                f"the loss was not a number {_MAX_SKIPPED} times in a row, at step {self._position.step}"
-            )
+            problem = f"the loss was not a number {_MAX_SKIPPED} times in a row, at step {self._position.step}"
             raise DivergedError("train", problem, remedy="lower train.learning_rate")
 
     def _record(self, window: "_Window") -> StepRecord:

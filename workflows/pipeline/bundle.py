@@ -17,11 +17,7 @@ def make_bundle(recipe: Recipe, run: RunDir, corpus: str) -> Lineage:
     refused: list[CheckpointError] = []
     newest = CheckpointStore(run).newest(refused.append)
     if newest is None:
-        raise (
-            refused[0]
-            if refused
-            else CheckpointError(run.url, "has no checkpoint", remedy="`dllm train` first")
-        )
+        raise (refused[0] if refused else CheckpointError(run.url, "has no checkpoint", remedy="`dllm train` first"))
     store = run.store
     manifest = read_manifest(store, corpus)
     tokenizer = read_tokenizer(store, manifest)

@@ -116,11 +116,7 @@ class Preprocessing:
 
     def _units(self) -> list[Unit]:
         corpus = self.plan.recipe.corpus
-        return (
-            hub_units(corpus)
-            if isinstance(corpus, HubCorpus)
-            else plan_units(corpus, list(self.plan.sources.files))
-        )
+        return hub_units(corpus) if isinstance(corpus, HubCorpus) else plan_units(corpus, list(self.plan.sources.files))
 
     def _tokenizer(self, job: CorpusJob, units: list[Unit]) -> Tokenizer:
         """The recipe's tokenizer, or one trained on the corpus; it is kept beside the shards."""
@@ -149,9 +145,7 @@ class Preprocessing:
             done[receipt.unit] = receipt
         return [done[unit.index] for unit in units]
 
-    def _noise(
-        self, job: CorpusJob, manifest: CorpusManifest, mask_id: int
-    ) -> tuple[tuple[ShardInfo, ...], ...]:
+    def _noise(self, job: CorpusJob, manifest: CorpusManifest, mask_id: int) -> tuple[tuple[ShardInfo, ...], ...]:
         shards = manifest.train.shards
         first_rows = [0, *accumulate(shard.rows for shard in shards)]
         wanted = [
@@ -203,9 +197,7 @@ class Preprocessing:
         if heldout.rows < 2:
             fraction = self.plan.recipe.corpus.heldout_fraction
             remedy = "raise it, or cut documents finer: corpus.document=paragraph or line"
-            raise DataError(
-                "corpus.heldout_fraction", "fewer than 2 held-out rows to evaluate on", fraction, remedy
-            )
+            raise DataError("corpus.heldout_fraction", "fewer than 2 held-out rows to evaluate on", fraction, remedy)
 
 
 @dataclass(frozen=True)

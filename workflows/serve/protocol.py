@@ -108,11 +108,7 @@ class CompletionRequest(_Part):
         try:
             return DecodeConfig.checked(values)
         except ConfigError as error:
-            place = (
-                error.place
-                if error.place in {"temperature", "top_p", "max_tokens"}
-                else f"diffusion.{error.place}"
-            )
+            place = error.place if error.place in {"temperature", "top_p", "max_tokens"} else f"diffusion.{error.place}"
             raise RequestError(place, error.problem, error.value, error.remedy) from None
 
     def seeds(self, count: int) -> list[int]:
@@ -200,9 +196,7 @@ def completion_id() -> str:
     return f"cmpl-{secrets.token_hex(12)}"
 
 
-def completion_body(
-    answer_id: str, model: str, choices: list[dict[str, Any]], usage: Any = None
-) -> dict[str, Any]:
+def completion_body(answer_id: str, model: str, choices: list[dict[str, Any]], usage: Any = None) -> dict[str, Any]:
     """An answer, or one chunk of a stream."""
     body = {"id": answer_id, "object": "text_completion", "created": math.floor(time.time()), "model": model}
     return {**body, "choices": choices, **({"usage": usage} if usage is not None else {})}

@@ -36,9 +36,7 @@ class DecodingLoop:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._rows: dict[int, asyncio.Queue[Progress | Exception]] = {}
-        self._wanted: list[
-            tuple[DecodeRequest, asyncio.Queue[Progress | Exception], asyncio.Future[int]]
-        ] = []
+        self._wanted: list[tuple[DecodeRequest, asyncio.Queue[Progress | Exception], asyncio.Future[int]]] = []
         self._dropped: list[int] = []
         self._wake = asyncio.Event()
         self._tick_began: float | None = None

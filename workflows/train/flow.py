@@ -36,9 +36,7 @@ def train(recipe: Recipe, run: RunDir, corpus: str, on_message: OnMessage) -> No
     mailbox = open_mailbox()
     outcome: list[BaseException | None] = []
     # In a thread of its own, because Ray Train takes SIGINT over in the main one and then needs > 5 s to end.
-    fitting = threading.Thread(
-        target=lambda: outcome.append(_outcome_of(recipe, run, corpus, mailbox)), daemon=True
-    )
+    fitting = threading.Thread(target=lambda: outcome.append(_outcome_of(recipe, run, corpus, mailbox)), daemon=True)
     fitting.start()
     while fitting.is_alive():
         fitting.join(timeout=_POLL_S)
@@ -111,6 +109,4 @@ def _explained(error: BaseException) -> BaseException:
         inner = next(iter(failures.values()), None) if isinstance(failures, dict) else None
         found = inner or getattr(found, "cause", None) or found.__cause__
     last = seen[-1]
-    return DataError(
-        "train", f"{type(last).__name__}: {str(last).strip().splitlines()[-1] if str(last) else ''}"
-    )
+    return DataError("train", f"{type(last).__name__}: {str(last).strip().splitlines()[-1] if str(last) else ''}")

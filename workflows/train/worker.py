@@ -63,9 +63,7 @@ def train_worker(config: dict[str, Any]) -> None:
         MaskedDiffusion(recipe.objective, manifest.process.bind(mask_id), device),
         Loader.open(job.run.store, manifest, mask_id),
         checkpoints,
-        _Listener(job, announcer, newest.manifest.position.step if newest else 0)
-        if rank == 0
-        else _Silence(),
+        _Listener(job, announcer, newest.manifest.position.step if newest else 0) if rank == 0 else _Silence(),
         samples_per_epoch=manifest.train.rows,
         peak_flops=peak,
     )

@@ -1,0 +1,57 @@
+"""What the gateway counts, in Prometheus's text format. Names follow vLLM's where the meaning is the same."""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+_RATIO = (1, 1.25, 1.5, 2, 3, 4, 6, 8, 12, 16, 32)
+
+
+class GatewayMetrics:
+    """One registry a gateway process; nothing global, so tests and replicas do not mix."""
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        own = {"registry": self._registry}
+        self._success = Counter("dllm_request_success", "Finished choices", ["finished_reason"], **own)
+        self._errors = Counter("dllm_request_errors", "Refused or failed requests", ["status"], **own)
+        self._prompt = Counter("dllm_prompt_tokens", "Prompt and suffix tokens", **own)
+        self._generated = Counter("dllm_generation_tokens", "Committed tokens, end tokens included", **own)
+        self._calls = Counter("dllm_denoiser_calls", "Denoiser calls, summed over choices (NFE)", **own)
+        self._canvas = Counter("dllm_canvas_tokens", "Open positions that requests asked for", **own)
+        self._ratio = Histogram("dllm_tokens_per_call", "Committed tokens per denoiser call", buckets=_RATIO, **own)
+        self._first = Histogram(
+            "dllm_time_to_first_token_seconds", "To the first committed token (TTFC)", buckets=_SECONDS, **own
+        )
+        self._whole = Histogram(
+            "dllm_e2e_request_latency_seconds", "From the request to its last token", buckets=_SECONDS, **own
+        )
+        self._running = Gauge("dllm_num_requests_running", "Rows in a decode replica's batch", **own)
+        self._waiting = Gauge("dllm_num_requests_waiting", "Rows waiting in a decode replica", **own)
+
+    def finished(
+        self, *, reason: str, prompt: int, tokens: int, calls: int, canvas: int, seconds: float, first: float | None
+    ) -> None:
+        """One choice was answered."""
+        self._success.labels(reason).inc()
+        self._whole.observe(seconds)
+        if first is not None:
+            self._first.observe(first)
+        if calls:
+            self._ratio.observe(tokens / calls)
+        self._prompt.inc(prompt)
+        self._generated.inc(tokens)
+        self._calls.inc(calls)
+        self._canvas.inc(canvas)
+
+    def failed(self, status: int) -> None:
+        """One request was refused or failed."""
+        self._errors.labels(str(status)).inc()
+
+    def load(self, running: int, waiting: int) -> None:
+        """What a replica says of its rows."""
+        self._running.set(running)
+        self._waiting.set(waiting)
+
+    def text(self) -> bytes:
+        """The exposition."""
+        return bytes(generate_latest(self._registry))
