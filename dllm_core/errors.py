@@ -9,7 +9,7 @@ _NO_VALUE = "\0no value"
 
 
 class DllmError(Exception):
-    """Base of all errors that are explained in one line. `place` is a dotted recipe path, a file or a route."""
+    """Base of all errors, each explained in one line. `place` is a dotted recipe path, a file or a route."""
 
     exit_code = 1
 
@@ -22,7 +22,8 @@ class DllmError(Exception):
         if not (isinstance(self.value, str) and self.value == _NO_VALUE):
             shown = repr(self.value)
             line += f", got {shown if len(shown) <= 120 else shown[:117] + '...'}"
-        return f"{line}: {self.remedy}" if self.remedy else line
+        line = f"{line}: {self.remedy}" if self.remedy else line
+        return " ".join(line.splitlines())  # what a library says of its own failure may have several lines
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.place, self.problem, self.value, self.remedy)

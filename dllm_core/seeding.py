@@ -32,7 +32,7 @@ class Purpose(IntEnum):
 
 
 def philox(counter: tuple[Words, Words, Words, Words], key: tuple[int, int]) -> tuple[Words, ...]:
-    """Ten Philox rounds. Counter words are uint64 arrays holding 32-bit values, of one shape; so is the result."""
+    """Ten Philox rounds. Counter words are uint64 arrays of one shape that hold 32-bit values; so is the result."""
     c0, c1, c2, c3 = counter
     for r in range(10):
         k0 = np.uint64((key[0] + r * _WEYL[0]) & 0xFFFFFFFF)
@@ -43,7 +43,7 @@ def philox(counter: tuple[Words, Words, Words, Words], key: tuple[int, int]) -> 
 
 
 def words(seed: int, purpose: Purpose, epoch: int, index: Any, count: int) -> Words:
-    """`count` 32-bit words for every index. index: int array [N]; result uint64 [N, count] of 32-bit values."""
+    """`count` 32-bit words for every index. index: int array [N]; result uint64 [N count] of 32-bit values."""
     if not 0 <= epoch < _MAX_EPOCH:
         raise ValueError(f"epoch must be in [0, {_MAX_EPOCH}), got {epoch}")
     index = np.asarray(index, dtype=np.uint64).reshape(-1, 1)

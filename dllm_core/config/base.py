@@ -1,4 +1,4 @@
-"""Frozen: the base of every recipe section and stored record. Unknown keys are refused with the nearest name."""
+"""Frozen: the base of every recipe section and stored record. An unknown key is refused with the nearest name."""
 
 import difflib
 import typing
@@ -9,8 +9,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from dllm_core.errors import ConfigError
 
 
-class FieldProblem(ValueError):
-    """Raised by a section's validator about one of its own fields; becomes a ConfigError with the full path."""
+class FieldProblem(ValueError):  # noqa: N818 (what a validator found; the error that a user sees is ConfigError)
+    """Raised by a section's validator about one of its fields; becomes a ConfigError with the full path."""
 
     def __init__(self, field: str, problem: str, value: Any, remedy: str = "") -> None:
         super().__init__(field, problem, value, remedy)
@@ -43,6 +43,8 @@ def explain(error: ValidationError, schema: type[BaseModel], values: Any, place:
         return ConfigError(path, "unknown name", remedy=remedy)
     if kind == "missing":
         return ConfigError(path, "missing", remedy="the recipe must set it")
+    if kind == "union_tag_not_found":
+        return ConfigError(f"{path}.type", "missing", remedy="the recipe must say of which kind this is")
     if kind == "union_tag_invalid":
         return ConfigError(f"{path}.type", "unknown kind", context["tag"], f"one of {context['expected_tags']}")
     cause = context.get("error")
@@ -50,7 +52,7 @@ def explain(error: ValidationError, schema: type[BaseModel], values: Any, place:
         field, problem, value, remedy = cause.args
         return ConfigError(f"{path}.{field}" if location or place else field, problem, value, remedy)
     problem = str(cause) if cause is not None else first["msg"].replace("Input should be", "must be")
-    return ConfigError(path, problem[0].lower() + problem[1:], first["input"])
+    return ConfigError(path, problem[:1].lower() + problem[1:], first["input"])
 
 
 def _written_path(location: tuple[str | int, ...], values: Any) -> list[str]:

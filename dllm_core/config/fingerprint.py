@@ -1,4 +1,4 @@
-"""What a thing *is*: canonical JSON -> sha256. Equal fingerprints mean equal results; placement is never hashed."""
+"""What a thing *is*: canonical JSON -> sha256. Equal fingerprints, equal results; placement is never hashed."""
 
 import hashlib
 import json

@@ -8,6 +8,10 @@ import yaml
 from dllm_core.errors import ConfigError
 
 
+class _TwiceError(yaml.MarkedYAMLError):
+    """A key that stands twice in one mapping; `problem` is the key."""
+
+
 class _Loader(yaml.SafeLoader):
     """SafeLoader that refuses duplicate keys: the second one would silently win."""
 
@@ -50,7 +54,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
 
 def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
-    """A copy of `values` with every `a.b=c` applied. Setting `x.type` drops the other keys of the old kind."""
+    """A copy of `values` with every `a.b=c` applied. Changing `x.type` drops the keys of the old kind."""
     result: dict[str, Any] = _copy(values)
     for item in overrides:
         path, equals, text = item.partition("=")
@@ -63,7 +67,7 @@ def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, A
             if not isinstance(here.get(name), dict):
                 here[name] = {}
             here = here[name]
-        if names[-1] == "type" and here.get("type") != value:
+        if names[-1] == "type" and here.get("type", value) != value:
             here.clear()
         here[names[-1]] = value
     return result

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 class Batch:
     """B rows of L tokens.
 
-    x0 int64 [B L] clean ids; xt int64 [B L] noised ids; t float32 [B L] time of each token (row-level times are
-    equal along a row); loss_mask bool [B L] tokens that count.
+    x0 int64 [B L] clean ids; xt int64 [B L] noised ids; t float32 [B L] time of each token (row-level times
+    are equal along a row); loss_mask bool [B L] tokens that count.
     """
 
     x0: NDArray[np.int64]

@@ -1,6 +1,6 @@
 """The two steps that make a corpus, each a pure function of its arguments that can be killed and run again.
 
-`tokenize_unit`: records -> token shards + receipt. `noise_shard`: one token shard -> its noise of one epoch + receipt.
+`tokenize_unit`: records -> token shards + receipt. `noise_shard`: a token shard -> its noise of an epoch + receipt.
 A receipt is written after its shard; a step whose receipt stands is not run again.
 """
 

@@ -1,6 +1,6 @@
 """Loader: manifest + order -> Batch. Its whole state is one sample counter, so resuming is passing a number.
 
-Rank r of W reads rows [r B/W, (r+1) B/W) of every global batch: world size changes who reads a row, never which.
+Rank r of W reads rows [r B/W, (r+1) B/W) of every batch: world size changes who reads a row, never which.
 """
 
 from bisect import bisect_right

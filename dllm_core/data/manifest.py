@@ -1,4 +1,4 @@
-"""CorpusManifest: what exists, from what, by which tokenizer, with which noise. Written last, so its presence means done."""
+"""CorpusManifest: what exists, from what, by which tokenizer, with which noise. Written last: where it is, all is."""
 
 import json
 from typing import Any, Literal
@@ -10,7 +10,7 @@ from dllm_core.errors import ConfigError, DataError
 from dllm_core.noise.process import AbsorbingNoise
 from dllm_core.storage.store import Store
 
-FORMAT = 1
+FORMAT: Literal[1] = 1
 
 
 class Accounting(Frozen):
@@ -69,7 +69,7 @@ class CorpusManifest(Frozen):
 
     @property
     def digest_fields(self) -> dict[str, Any]:
-        """What a trained run depends on; written noise epochs are not part of it, since computed ones are equal."""
+        """What a trained run depends on; not the written noise epochs, since computed ones are equal."""
         return self.model_dump(mode="json", exclude={"noise_epochs"})
 
 

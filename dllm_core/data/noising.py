@@ -1,4 +1,7 @@
-"""The noise of a corpus as a pure function of (seed, epoch, sample id). A stored noise file is this function written down."""
+"""The noise of a corpus: a pure function of (seed, epoch, sample id).
+
+A stored noise file is this function written down.
+"""
 
 from dataclasses import dataclass
 

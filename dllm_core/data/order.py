@@ -1,7 +1,7 @@
-"""The training order: (seed, epoch, position) <-> sample id, a bijection computed in place, without a stored list.
+"""The training order: (seed, epoch, position) <-> sample id, a bijection that is computed, never stored.
 
-A keyed Feistel permutation with cycle walking (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002):
-O(1) memory for any corpus, and its inverse costs the same.
+A keyed Feistel permutation with cycle walking (Black and Rogaway, "Ciphers with arbitrary finite domains",
+2002): O(1) memory for any corpus, and its inverse costs the same.
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ class SampleOrder:
     num_samples: int
 
     def samples(self, counters: Ints) -> tuple[Ints, Ints]:
-        """(epoch [N], sample id [N]) of global sample counters [N]: the whole state of a loader is one counter."""
+        """(epoch [N], sample id [N]) of sample counters [N], which run through all epochs."""
         epochs, positions = np.divmod(np.asarray(counters, np.int64), self.num_samples)
         ids = np.empty_like(positions)
         for epoch in np.unique(epochs):

@@ -1,4 +1,4 @@
-"""Documents -> rows of fixed length. Wrap packing: documents follow each other, each closed by an end token."""
+"""Documents -> rows of fixed length. Wrap packing: one document after the other, each closed by an end token."""
 
 from collections.abc import Iterable
 from typing import Literal
@@ -22,7 +22,8 @@ class PackingConfig(Frozen):
 def wrap(documents: Iterable[list[int]], seq_len: int, eos_id: int) -> tuple[IntRows, IntRows]:
     """(rows [N seq_len], number of counted tokens [N]).
 
-    Every document is followed by one end token, which counts. The last row is filled up with end tokens that do not.
+    Every document is followed by one end token, which counts. The last row is filled up with end tokens that
+    do not.
     """
     stream = [token for document in documents for token in (*document, eos_id)]
     num_rows = -(-len(stream) // seq_len)

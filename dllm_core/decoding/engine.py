@@ -81,10 +81,15 @@ class Engine:
         """The token that ends an answer."""
         return self._denoiser.config.eos_id
 
+    @property
+    def context_length(self) -> int:
+        """Positions that a row may have."""
+        return min(self._denoiser.config.context_length, self._max_batch_tokens)
+
     def add(self, request: DecodeRequest) -> int:
         """Queue a row; its id. Raises RequestError if it can never be decoded."""
         config = self._denoiser.config
-        request.check(config.vocab_size, min(config.context_length, self._max_batch_tokens))
+        request.check(config.vocab_size, self.context_length)
         prior: Ints = self._process.prior(np.zeros(request.config.max_tokens, np.int64))
         row, self._next_row = self._next_row, self._next_row + 1
         self._waiting.append((row, DecodeState.start(request, prior)))

@@ -1,6 +1,7 @@
 """The denoiser x_theta(xt) -> logits over x0: a bidirectional transformer.
 
-`config.py` (sizes, parameter and FLOP counts; no torch) -> `attention.py` -> `layers.py` -> `denoiser.py` -> `pretrained.py`.
+`config.py` (sizes, parameter and FLOP counts; no torch) -> `layers.py` -> `attention.py` -> `denoiser.py`
+-> `pretrained.py`. Law: a row's logits do not depend on its neighbours in the batch, nor on its padding.
 """
 
 from pathlib import Path
@@ -11,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def load_denoiser(path: str | Path) -> "Denoiser":
-    """The denoiser in a bundle's folder, in evaluation mode: `load_denoiser(path)(input_ids [B L]) -> logits [B L V]`.
+    """The denoiser in a bundle's folder, in evaluation mode: input_ids [B L] -> logits [B L V].
 
     Raises CheckpointError if a file is missing, damaged or of another shape.
     """

@@ -37,7 +37,7 @@ class ModelConfig(Frozen):
         return self.layers * block + self.dim + vocab_size * self.dim * (1 if self.tie_embeddings else 2)
 
     def flops_per_token(self, vocab_size: int, seq_len: int) -> int:
-        """Forward and backward: 6 for each matrix weight + 12 L d for each layer's attention (PaLM, appendix B).
+        """Forward and backward: 6 a matrix weight + 12 L d for each layer's attention (PaLM, appendix B).
 
         The head is counted for every position although it runs at noised ones only, as published MFUs do.
         """

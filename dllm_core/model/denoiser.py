@@ -43,8 +43,8 @@ class Denoiser(nn.Module):
     def forward(self, input_ids: Tensor, is_real: Tensor | None = None, read: Tensor | None = None) -> Tensor:
         """Logits for input_ids [B L].
 
-        is_real: bool [B L], False at padding, which no position sees. read: bool [B L]; then the head runs at those
-        positions only and the result is [read.sum() V] in row-major order, else [B L V].
+        is_real: bool [B L], False at padding, which no position sees. read: bool [B L]; then the head runs at
+        those positions only and the result is [read.sum() V] in row-major order, else [B L V].
         """
         model = self.config.model
         if self._tables is None or self._tables[0].shape[0] < input_ids.shape[1] or _moved(self._tables[0], input_ids):
@@ -60,11 +60,16 @@ class Denoiser(nn.Module):
         logits: Tensor = self.head(self.norm(x))
         return logits
 
+    def _rope(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The first `length` positions of tables that are kept for as long as they fit."""
+        if self._tables is None or self._tables[0].shape[0] < length or self._tables[0].device != device:
+            model, longest = self.config.model, max(length, self.config.context_length)
+            with torch.inference_mode(False):  # else a model that was evaluated first could not be trained
+                self._tables = rope_tables(longest, model.head_dim, model.rope_theta, device)
+        cos, sin = self._tables
+        return cos[:length], sin[:length]
+
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.embed.weight.device
-
-
-def _moved(table: Tensor, like: Tensor) -> bool:
-    return table.device != like.device

@@ -1,4 +1,4 @@
-"""RMSNorm, SwiGLU and a bias-free Linear that initialises itself (so that ZeRO-3 can partition it as it is made)."""
+"""RMSNorm, SwiGLU and a bias-free Linear that initialises itself, so that ZeRO-3 can partition it when made."""
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """X [... D]."""
-        return functional.rms_norm(x.float(), self.weight.shape, self.weight, self.eps).to(x.dtype)
+        return functional.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
 
 
 class SwiGLU(nn.Module):

@@ -23,7 +23,7 @@ def read_denoiser(folder: Path, device: str = "cpu") -> Denoiser:
         config = DenoiserConfig.checked(json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")), CONFIG_NAME)
         weights = load_file(folder / WEIGHTS_NAME, device=device)
     except FileNotFoundError as error:
-        raise CheckpointError(str(error.filename), "no such file", remedy="name a bundle's folder") from None
+        raise CheckpointError(str(folder), f"incomplete ({error})", remedy="name a bundle's folder") from None
     except (OSError, ValueError, ConfigError, SafetensorError) as error:
         raise CheckpointError(str(folder), f"not a denoiser ({error})") from error
     with torch.device("meta"):

@@ -23,7 +23,7 @@ class AbsorbingProcess(Frozen):
         return array_namespace(like).full_like(like, self.mask_id)
 
     def x0_log_probs(self, logits: Array) -> Array:
-        """Log-softmax over V with the mask excluded (SUBS, MDLM section 3.2.3). logits [... V], not changed."""
+        """Log-softmax over V without the mask (SUBS, MDLM section 3.2.3). logits [... V] are not changed."""
         xp = array_namespace(logits)
         penalty = xp.zeros_like(logits)
         penalty[..., self.mask_id] = -math.inf

@@ -1,4 +1,4 @@
-"""Diffusion times along the training order: every contiguous window of the order is near-evenly spread over (t_min, 1].
+"""Diffusion times along the training order: every contiguous window is near-evenly spread over (t_min, 1].
 
 Position k gets frac(offset + k * golden ratio) (a Kronecker sequence), in exact 64-bit integer arithmetic: for
 every window of n positions, whatever the batch or world size, no gap on the circle exceeds 2.7 / n.
@@ -17,4 +17,5 @@ def stratified_times(seed: int, epoch: int, positions: Ints, t_min: float) -> Fl
     offset = (high << np.uint64(32)) | low
     fraction = (positions.astype(np.uint64) * _GOLDEN + offset) >> np.uint64(40)  # 24 bits: exact in float32
     u = fraction.astype(np.float32) * np.float32(2.0**-24)
-    return np.float32(1) - np.float32(1 - t_min) * u
+    times: Floats = np.float32(1) - np.float32(1 - t_min) * u
+    return times

@@ -8,7 +8,7 @@ from dllm_core.config.base import Frozen
 
 
 class MaskedDiffusionConfig(Frozen):
-    """Masked diffusion's NELBO; `max_weight` clips the weight of early times for training (never for evaluation)."""
+    """Masked diffusion's NELBO; `max_weight` clips the weight of early times in training, never in evaluation."""
 
     type: Literal["masked_diffusion"] = "masked_diffusion"
     max_weight: float | None = Field(None, gt=0)

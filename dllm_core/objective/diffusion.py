@@ -12,7 +12,7 @@ from dllm_core.objective.loss import DenoiserLike, LossSum
 class MaskedDiffusion:
     """sum_i [xt_i != x0_i] w(t_i) (-log p(x0_i | xt)). MDLM, arXiv:2406.07524, eq. 11.
 
-    With `max_weight` the weight is min(w(t), max_weight): a lower-variance training signal, no longer the bound.
+    With `max_weight` the weight is min(w(t), max_weight): less variance in training, but no longer the bound.
     """
 
     def __init__(self, config: MaskedDiffusionConfig, process: AbsorbingProcess, device: torch.device) -> None:

@@ -19,8 +19,8 @@ class DenoiserLike(Protocol):
 class LossSum:
     """Sums over a batch; divide by `num_tokens` once, after adding up all ranks.
 
-    nats: what is minimised, fp32 scalar with its graph. bound_nats: the NELBO itself (equal to nats when the weight
-    is not changed for training), detached. num_tokens: counted tokens, noised or not.
+    nats: what is minimised, fp32 scalar with its graph. bound_nats: the NELBO itself (equal to nats when the
+    weight is not changed for training), detached. num_tokens: counted tokens, noised or not.
     """
 
     nats: Tensor

@@ -1,0 +1,74 @@
+"""A decode as a sequence of frames: what every position holds after each denoiser call."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from dllm_core.data.tokenizer import Tokenizer
+from dllm_core.decoding.config import DecodeConfig
+from dllm_core.decoding.engine import Answer, Engine, answer_of
+from dllm_core.decoding.state import DecodeRequest, DecodeState
+from dllm_core.errors import RequestError
+
+
+@dataclass(frozen=True)
+class Frame:
+    """After call `num_calls` (0: before the first). committed_at [L]: the call that filled a position, 0 for given
+    and open ones; texts [L]: the tokens' texts, empty where open or behind the end."""
+
+    num_calls: int
+    texts: list[str]
+    is_open: list[bool]
+    committed_at: list[int]
+    first: int
+    stop: int
+    answer: Answer | None
+
+
+def request_for(
+    tokenizer: Tokenizer, prompt: str, suffix: str | None, config: DecodeConfig, context: int, seed: int
+) -> DecodeRequest:
+    """A request from text. A canvas that does not fit beside prompt and suffix is shortened to what does."""
+    head, tail = tuple(tokenizer.encode(prompt)), tuple(tokenizer.encode(suffix or ""))
+    room = context - len(head) - len(tail)
+    if room < 1:
+        problem = f"{len(head) + len(tail)} tokens leave no room in the context of {context}"
+        raise RequestError("prompt", problem, remedy="shorten it")
+    config = config.model_copy(update={"max_tokens": min(config.max_tokens, room)})
+    return DecodeRequest(prompt=head, suffix=tail, config=config, seed=seed)
+
+
+def unfold(engine: Engine, tokenizer: Tokenizer, request: DecodeRequest) -> Iterator[Frame]:
+    """Frames from the empty canvas to the answer; the last one holds it."""
+    engine.add(request)
+    begun = False
+    while updates := engine.step():
+        state = updates[0].state
+        if not begun:
+            yield _blank(tokenizer, request, state)
+            begun = True
+        answer = answer_of(state, engine.eos_id) if state.finish_reason is not None else None
+        is_open = state.is_open
+        shown = state.is_final & ~state.is_closed
+        yield Frame(
+            num_calls=state.num_calls,
+            texts=[tokenizer.token_text(int(t)) if s else "" for t, s in zip(state.canvas, shown, strict=True)],
+            is_open=is_open.tolist(),
+            committed_at=state.committed_at.tolist(),
+            first=len(request.prompt),
+            stop=state.canvas_stop,
+            answer=answer,
+        )
+
+
+def _blank(tokenizer: Tokenizer, request: DecodeRequest, state: DecodeState) -> Frame:
+    head, stop, length = len(request.prompt), state.canvas_stop, len(state.canvas)
+    inside = [head <= i < stop for i in range(length)]
+    return Frame(
+        num_calls=0,
+        texts=["" if i else tokenizer.token_text(int(t)) for i, t in zip(inside, state.canvas, strict=True)],
+        is_open=inside,
+        committed_at=[0] * length,
+        first=head,
+        stop=stop,
+        answer=None,
+    )

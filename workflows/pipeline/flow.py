@@ -1,0 +1,246 @@
+"""The whole river, in order: preprocess -> train -> bundle -> evaluate -> serve -> report.
+
+    dllm run workflows/recipes/quickstart.yaml
+
+A stage whose inputs have not changed is skipped; one that was killed goes on. The bundle comes before the evaluation,
+so that what is measured is, byte for byte, what is served.
+"""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from dllm_core.checkpoints.bundle import BundleManifest
+from dllm_core.config.fingerprint import fingerprint
+from dllm_core.data.manifest import CorpusManifest
+from workflows.console import Console
+from workflows.env import ray_cluster
+from workflows.evaluate.flow import evaluate
+from workflows.fan_out import fan_out
+from workflows.pipeline.bundle import bundle_inputs, make_bundle
+from workflows.pipeline.demo import demonstrate
+from workflows.pipeline.receipts import Events, Receipts
+from workflows.pipeline.report import write_report
+from workflows.preprocess.flow import Preprocessing, summary
+from workflows.serve.app import check_port
+from workflows.serve.flow import cpus_needed
+from workflows.target import Target
+from workflows.train.flow import final_step, train
+
+
+class Pipeline:
+    """Runs stages of one target. The cluster starts when the first stage needs it and ends with the `with` block."""
+
+    def __init__(self, target: Target, console: Console) -> None:
+        self.target, self._console = target, console
+        self._receipts, self._events = Receipts(target.run), Events(target.run)
+        self._stack = contextlib.ExitStack()
+        self._has_cluster = False
+
+    def __enter__(self) -> "Pipeline":
+        run = self.target.run
+        run.store.put(run.key("recipe.yaml"), self.target.recipe.to_yaml().encode())
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        try:
+            self._stack.close()
+        finally:
+            self._events.sync()
+
+    def run(self) -> dict[str, Any]:
+        """Every stage; what each reported."""
+        if self._serve_missing():
+            check_port(self.target.recipe.serve)  # now, not after minutes of training
+        return {
+            "run": self.target.run.url,
+            "preprocess": self.preprocess(),
+            "train": self.train(),
+            "bundle": self.bundle(),
+            "evaluate": self.evaluate(),
+            "serve": self.serve(),
+            "report": self.report(),
+        }
+
+    def preprocess(self) -> dict[str, Any]:
+        """Corpus -> shards and manifest."""
+        plan, name = self.target.plan, "preprocess"
+        manifest = plan.existing()
+        if manifest is not None:
+            self._console.skipped(name, _about_corpus(manifest))
+            return summary(manifest, 0)
+        with self._stage(name) as bar:
+            self._cluster()
+            work = Preprocessing(plan, fan_out, bar.update)
+            manifest = work.run()
+        self._console.done(name, _about_corpus(manifest), self._took)
+        self._events.add(name, "done", tasks=work.ran, corpus=plan.fingerprint)
+        return summary(manifest, work.ran)
+
+    def train(self) -> dict[str, Any]:
+        """Shards -> checkpoints."""
+        recipe, run, name = self.target.recipe, self.target.run, "train"
+        result = self._receipts.read(name, run.name)
+        if result is not None and final_step(run) == result["step"]:
+            self._console.skipped(name, _about_training(result))
+            return result
+        last: dict[str, Any] = {}
+        with self._stage(name) as bar:
+            self._cluster()
+            bar.update("starting the workers")
+
+            def take(message: dict[str, Any]) -> None:
+                kind = message.pop("kind")
+                if kind == "step":
+                    last.update(message)
+                    progress = message["step"] / recipe.train.steps
+                    if recipe.train.seconds is not None:
+                        progress = max(progress, message["seconds"] / recipe.train.seconds)
+                    loss = f"step {message['step']}  loss {message['loss']:.2f}  bound {message['bound']:.2f}"
+                    bar.update(f"{loss}  {message['tokens_per_s'] / 1000:.1f}k tokens/s", min(progress, 1), 1)
+                else:
+                    self._events.add(name, kind, **message)
+
+            train(recipe, run, self.target.corpus, take)
+        result = {**last, "step": final_step(run), "workers": recipe.placement.train.workers}
+        self._receipts.write(name, run.name, result)
+        self._console.done(name, _about_training(result), self._took)
+        self._events.add(name, "done", step=result["step"])
+        return result
+
+    def bundle(self) -> dict[str, Any]:
+        """Newest checkpoint -> bundle."""
+        recipe, run, name = self.target.recipe, self.target.run, "bundle"
+        inputs = bundle_inputs(recipe, run, final_step(run) or 0)
+        result = self._receipts.read(name, inputs)
+        if result is not None and run.store.exists(run.key("bundle/bundle.json")):
+            self._console.skipped(name, f"{run.url}/bundle")
+            return result
+        result = make_bundle(recipe, run, self.target.corpus).model_dump(mode="json")
+        self._receipts.write(name, inputs, result)
+        self._console.done(name, f"{run.url}/bundle")
+        self._events.add(name, "done", step=result["step"])
+        return result
+
+    def evaluate(self) -> dict[str, Any]:
+        """Bundle -> held-out likelihood and decoding cost."""
+        recipe, run, name = self.target.recipe, self.target.run, "evaluate"
+        inputs = fingerprint([self._bundle_identity(), recipe.evaluate, recipe.decode])
+        result = self._receipts.read(name, inputs)
+        if result is not None:
+            self._console.skipped(name, _about_evaluation(result))
+            return result
+        with self._stage(name) as bar:
+            self._cluster()
+            result = evaluate(recipe, run, fan_out, bar.update)
+        run.write_json("evaluation.json", result)
+        self._receipts.write(name, inputs, result)
+        self._console.done(name, _about_evaluation(result), self._took)
+        self._events.add(name, "done", nelbo=result["nelbo"], standard_error=result["standard_error"])
+        return result
+
+    def serve(self) -> list[dict[str, Any]]:
+        """Bundle -> endpoint -> answers, and the endpoint is stopped again."""
+        recipe, run, name = self.target.recipe, self.target.run, "serve"
+        inputs = self._serve_inputs()
+        found = self._receipts.read(name, inputs)
+        if found is not None:
+            self._console.skipped(name, f"{len(found['answers'])} examples answered")
+            answers: list[dict[str, Any]] = found["answers"]
+        else:
+            with self._stage(name) as bar:
+                self._cluster()
+                answers = demonstrate(recipe, run, bar)
+            self._receipts.write(name, inputs, {"answers": answers})
+            self._console.done(name, f"{len(answers)} examples answered, endpoint stopped", self._took)
+            self._events.add(name, "done", examples=len(answers))
+        for answer in answers:
+            shown = f"[dim]{_line(answer['prompt'])}[/dim][bold]{_line(answer['text'])}[/bold]"
+            shown += f"[dim]{_line(answer['suffix'] or '')}[/dim]"
+            cost = f"{answer['num_tokens']} tokens in {answer['num_calls']} calls"
+            self._console.print(f"    {shown}\n    [cyan]{cost}: {answer['tokens_per_call']:.2f} tokens per call[/cyan]")
+        return answers
+
+    def report(self) -> str:
+        """All figures -> report.html."""
+        run = self.target.run
+        url = f"{run.url}/report.html"
+        receipts = [run.read_json(f"stages/{stage}.json") for stage in ("train", "bundle", "evaluate", "serve")]
+        inputs = fingerprint(receipts)
+        if self._receipts.read("report", inputs) is None or not run.store.exists(run.key("report.html")):
+            with self._stage("report") as bar:
+                bar.update("drawing")
+                write_report(self.target.recipe, run)
+            self._receipts.write("report", inputs, {})
+            self._console.done("report", url, self._took)
+        else:
+            self._console.skipped("report", url)
+        return url
+
+    def _bundle_identity(self) -> Any:
+        run = self.target.run
+        manifest = BundleManifest.model_validate(run.read_json("bundle/bundle.json"))
+        return manifest.model_dump(mode="json", exclude={"decode"})
+
+    def _serve_inputs(self) -> str:
+        recipe = self.target.recipe
+        return fingerprint([self._bundle_identity(), recipe.decode, recipe.seed, list(recipe.serve.examples)])
+
+    def _serve_missing(self) -> bool:
+        if self.target.run.read_json("bundle/bundle.json") is None:
+            return True
+        return self._receipts.read("serve", self._serve_inputs()) is None
+
+    @contextlib.contextmanager
+    def _stage(self, name: str) -> Iterator[Any]:
+        self._events.add(name, "started")
+        begun = time.monotonic()
+        try:
+            with self._console.stage(name) as bar:
+                yield bar
+        except BaseException as error:
+            self._events.add(name, "failed", error=f"{type(error).__name__}: {error}")
+            raise
+        finally:
+            self._took = time.monotonic() - begun
+
+    def _cluster(self) -> None:
+        if self._has_cluster:
+            return
+        placement = self.target.recipe.placement
+        training = placement.train.workers * placement.train.cpus_per_worker
+        self._stack.enter_context(ray_cluster(max(training, cpus_needed(self.target.recipe))))
+        self._has_cluster = True
+
+
+def _about_corpus(manifest: CorpusManifest) -> str:
+    count = manifest.accounting
+    return (
+        f"{count.documents_in:,} documents, {manifest.train.tokens:,} + {manifest.heldout.tokens:,} held-out tokens, "
+        f"vocabulary {manifest.vocab_size:,}, {len(manifest.noise_epochs)} epochs of noise"
+        + (f", [yellow]{count.quarantined:,} bad records in quarantine[/yellow]" if count.quarantined else "")
+    )
+
+
+def _about_training(result: dict[str, Any]) -> str:
+    if "loss" not in result:
+        return f"step {result['step']}"
+    return f"step {result['step']:,}, {result['tokens']:,} tokens, loss {result['loss']:.2f} nats/token"
+
+
+def _about_evaluation(result: dict[str, Any]) -> str:
+    text = (
+        f"held-out NELBO {result['nelbo']:.3f} ± {result['standard_error']:.3f} nats/token, "
+        f"unigram entropy {result['unigram_entropy']:.3f}: [bold]{result['gain']:.2f} below[/bold]"
+    )
+    decoding = result.get("decoding")
+    if decoding:
+        policy = " ".join(str(value) for value in decoding["policy"].values())
+        text += f"; {decoding['tokens_per_call']:.2f} tokens per call ({policy})"
+    return text
+
+
+def _line(text: str) -> str:
+    """Text in one line, its brackets not taken for markup."""
+    return text.replace("[", "\\[").replace("\n", " ⏎ ")
