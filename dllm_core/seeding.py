@@ -61,5 +61,6 @@ def words(seed: int, purpose: Purpose, epoch: int, index: Any, count: int) -> Wo
 
 
 def uniforms(seed: int, purpose: Purpose, epoch: int, index: Any, count: int) -> Floats:
-    """Uniforms in [0, 1) on a grid of 2**-24, exact in float32. index: int array [N]; result float32 [N, count]."""
-    return (words(seed, purpose, epoch, index, count) >> np.uint64(8)).astype(np.float32) * np.float32(2.0**-24)
+    """Uniforms in [0, 1) on a grid of 2**-24, exact in float32. index: int array [N]; float32 [N count]."""
+    bits = words(seed, purpose, epoch, index, count) >> np.uint64(8)
+    return bits.astype(np.float32) * np.float32(2.0**-24)

@@ -21,7 +21,7 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[str, Any]:
     for key_node, value_node in node.value:
         key = str(loader.construct_object(key_node, deep=True))
         if key in seen:
-            raise ConfigError(f"line {key_node.start_mark.line + 1}", "the key is there twice", key, "keep one")
+            raise _TwiceError(problem=key, problem_mark=key_node.start_mark)
         seen[key] = loader.construct_object(value_node, deep=True)
     return seen
 
@@ -33,10 +33,12 @@ def parse_yaml(text: str, place: str) -> Any:
     """Parse YAML; a syntax error names its place and line."""
     try:
         return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2026-02-31
         mark = getattr(error, "problem_mark", None)
-        line = f" line {mark.line + 1}" if mark is not None else ""
-        raise ConfigError(f"{place}{line}", f"not YAML ({getattr(error, 'problem', error)})") from None
+        where = f"{place} line {mark.line + 1}" if mark is not None else place
+        if isinstance(error, _TwiceError):
+            raise ConfigError(where, "the key is there twice", error.problem, "keep one") from None
+        raise ConfigError(where, f"not YAML ({getattr(error, 'problem', None) or error})") from None
 
 
 def read_recipe(path: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from dllm_core.data.shard import ShardInfo
 from dllm_core.data.tokenizer import Tokenizer, TokenizerConfig
 from dllm_core.errors import ConfigError, DataError
 from dllm_core.noise.process import AbsorbingNoise
-from dllm_core.storage.store import Store
+from dllm_core.storage.store import Store, sha256
 
 FORMAT: Literal[1] = 1
 
@@ -94,9 +94,9 @@ def read_manifest(store: Store, fingerprint: str) -> CorpusManifest:
 def read_tokenizer(store: Store, manifest: CorpusManifest) -> Tokenizer:
     """The tokenizer that made the shards, proven by its digest."""
     key = f"{corpus_prefix(manifest.fingerprint)}/tokenizer.json"
-    tokenizer = Tokenizer(store.read(key).decode("utf-8"), manifest.tokenizer, key)
-    if tokenizer.digest != manifest.tokenizer_sha256:
+    data = store.read(key)
+    if sha256(data) != manifest.tokenizer_sha256:
         raise DataError(
             f"{store.url}/{key}", "is not the tokenizer of the manifest", remedy="run `dllm preprocess` again"
         )
-    return tokenizer
+    return Tokenizer(data.decode("utf-8"), manifest.tokenizer, key)

@@ -23,7 +23,7 @@ class CorpusNoise:
     t_min: float
 
     def times(self, epoch: int, sample_ids: Ints) -> Floats:
-        """T [N] in (t_min, 1], one for each row, stratified along the training order."""
+        """Time t [N] of each row, in (t_min, 1], stratified along the training order."""
         return stratified_times(self.order.seed, epoch, self.order.position(epoch, sample_ids), self.t_min)
 
     def corrupt(self, epoch: int, sample_ids: Ints, x0: Ints) -> tuple[Ints, Floats]:

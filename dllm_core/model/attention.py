@@ -9,7 +9,7 @@ from dllm_core.model.layers import Linear, RMSNorm
 
 
 def rope_tables(length: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cos and sin [length head_dim], fp32, half-rotation layout. RoFormer, arXiv:2104.09864."""
+    """The pair (cos, sin), each fp32 [length head_dim], half-rotation layout. RoFormer, arXiv:2104.09864."""
     frequency = theta ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
     angle = torch.arange(length, device=device, dtype=torch.float32)[:, None] * frequency
     angle = torch.cat([angle, angle], dim=-1)
@@ -34,7 +34,7 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attention: Tensor | None) -> Tensor:
-        """X [B L D]; attention bool [B 1 1|L L], True where a query may see a key, or None: all see all."""
+        """[B L D] -> [B L D]. attention: bool [B 1 1|L L], True where a query may see a key; None: all see all."""
         rows, length, _ = x.shape
         qkv = self.qkv(x).view(rows, length, 3, self.heads, self.head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)

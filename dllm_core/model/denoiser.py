@@ -19,9 +19,10 @@ class Block(nn.Module):
         self.ffn = SwiGLU(config.dim, config.ffn_dim, scale=(2 * config.layers) ** -0.5)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attention: Tensor | None) -> Tensor:
-        """X [B L D]."""
+        """[B L D] -> [B L D]."""
         x = x + self.attention(self.norm1(x), cos, sin, attention)
-        return x + self.ffn(self.norm2(x))
+        out: Tensor = x + self.ffn(self.norm2(x))
+        return out
 
 
 class Denoiser(nn.Module):
@@ -47,10 +48,7 @@ class Denoiser(nn.Module):
         those positions only and the result is [read.sum() V] in row-major order, else [B L V].
         """
         model = self.config.model
-        if self._tables is None or self._tables[0].shape[0] < input_ids.shape[1] or _moved(self._tables[0], input_ids):
-            length = max(input_ids.shape[1], self.config.context_length)
-            self._tables = rope_tables(length, model.head_dim, model.rope_theta, input_ids.device)
-        cos, sin = (table[: input_ids.shape[1]] for table in self._tables)
+        cos, sin = self._rope(input_ids.shape[1], input_ids.device)
         attention = None if is_real is None else is_real[:, None, None, :]
         x = self.embed(input_ids) * (model.dim**0.5 if model.tie_embeddings else 1.0)
         for block in self.blocks:

@@ -25,7 +25,7 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """X [... D]."""
+        """[... D] -> [... D], in the type of x."""
         return functional.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
 
 
@@ -38,7 +38,7 @@ class SwiGLU(nn.Module):
         self.down = Linear(ffn_dim, dim, scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        """X [B L D]."""
+        """[B L D] -> [B L D]."""
         gate, up = self.gate_up(x).chunk(2, dim=-1)
         mixed: Tensor = self.down(functional.silu(gate) * up)
         return mixed

@@ -14,7 +14,7 @@ class AbsorbingProcess(Frozen):
     schedule: AnySchedule = LinearSchedule()
 
     def corrupt(self, x0: Array, t: Array, u: Array) -> Array:
-        """Xt [B L] from x0 [B L], t broadcastable to it and u [B L] uniform in [0, 1)."""
+        """Noised ids [B L] from x0 [B L], t broadcastable to it and u [B L] uniform in [0, 1)."""
         xp = array_namespace(x0)
         return xp.where(u < self.schedule.alpha(t), x0, xp.full_like(x0, self.mask_id))
 

@@ -23,7 +23,7 @@ class NoiseProcess(Protocol):
         """The canvas at t = 1, in the shape of `like`."""
 
     def x0_log_probs(self, logits: Array) -> Array:
-        """Log p(x0 | xt) at noised positions from raw logits [... V]; ids that no clean text holds get -inf."""
+        """Raw logits [... V] at noised positions -> log p(x0 | xt); ids that no clean text holds get -inf."""
 
     def nelbo_rate(self, t: Array) -> Array:
         """Weight w(t) of the cross-entropy at noised positions in the continuous-time NELBO."""

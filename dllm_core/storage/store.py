@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from stat import S_ISREG
 from typing import Protocol
 
 from dllm_core.errors import ConfigError, DataError
@@ -56,6 +57,9 @@ class Store(Protocol):
 
     def list(self, prefix: str = "") -> Iterator[StoredObject]:
         """All objects below the folder `prefix`, sorted by key."""
+
+    def stat(self, key: str) -> StoredObject | None:
+        """What `list` would say of one object, or None if there is none."""
 
     def exists(self, key: str) -> bool:
         """Whether the object is there, whole."""
@@ -106,17 +110,27 @@ class LocalStore:
         found = []
         for folder, _, names in os.walk(top, onerror=_raise_walk_error):
             for name in names:
-                path = Path(folder, name)
-                if ".tmp-" in name or not path.is_file():
-                    continue
-                stat = path.stat()
-                key = path.relative_to(self.root).as_posix()
-                found.append(StoredObject(key, stat.st_size, str(stat.st_mtime_ns)))
+                if not _is_temporary(name):
+                    item = self.stat(Path(folder, name).relative_to(self.root).as_posix())
+                    found += [item] if item is not None else []
         return iter(sorted(found, key=lambda item: item.key))
+
+    def stat(self, key: str) -> StoredObject | None:
+        """Size and modification time of a file; None for a folder, a broken link and a file that just went."""
+        path = self.path(key)
+        try:
+            stat = path.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            raise DataError(str(path), f"cannot be looked at ({error.strerror})") from error
+        if not S_ISREG(stat.st_mode):
+            return None
+        return StoredObject(path.relative_to(self.root).as_posix(), stat.st_size, str(stat.st_mtime_ns))
 
     def exists(self, key: str) -> bool:
         """Whether the file is there."""
-        return self.path(key).is_file()
+        return self.stat(key) is not None
 
     def read(self, key: str, start: int = 0, stop: int | None = None) -> bytes:
         """Bytes [start, stop) of the file."""
@@ -165,11 +179,11 @@ class LocalStore:
         """Remove the file, and folders that became empty."""
         path = self.path(key)
         with _explained(str(path), "delete"):
-            path.unlink(missing_ok=True)
-            for folder in path.parents:
-                if folder == self.root or next(folder.iterdir(), None) is not None:
-                    break
-                folder.rmdir()
+            with contextlib.suppress(FileNotFoundError):
+                path.unlink()
+            with contextlib.suppress(OSError):  # the first folder that is not empty, or that another process removed
+                for folder in path.parents[: len(path.relative_to(self.root).parts) - 1]:
+                    folder.rmdir()
 
     def check_writable(self, place: str, need_bytes: int = 0) -> None:
         """Create and remove a file in the root; compare free space with what is needed."""
@@ -212,8 +226,7 @@ def _explained(place: str, verb: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _beside(path: Path) -> Iterator[Path]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.tmp-", dir=path.parent)
+    handle, name = _make_temporary(path)
     os.close(handle)
     temporary = Path(name)
     temporary.chmod(0o644)
@@ -221,6 +234,18 @@ def _beside(path: Path) -> Iterator[Path]:
         yield temporary
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _make_temporary(path: Path) -> tuple[int, str]:
+    for _ in range(8):  # a `delete` beside us may remove the folder before the file is in it
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            return tempfile.mkstemp(prefix=f".{path.name}.tmp-", dir=path.parent)
+    raise FileNotFoundError(errno.ENOENT, "the folder is removed again and again", str(path.parent))
+
+
+def _is_temporary(name: str) -> bool:
+    return name.startswith(".") and ".tmp-" in name
 
 
 def _write_synced(path: Path, data: bytes) -> None:
