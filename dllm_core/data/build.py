@@ -9,12 +9,12 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 
 from dllm_core.config.base import Frozen
-from dllm_core.data.corpus import AnyCorpus, BadRecord, Unit, read_unit
+from dllm_core.data.corpus import AnyCorpus, BadRecord, HubCorpus, Unit, read_unit
 from dllm_core.data.manifest import Accounting
 from dllm_core.data.noising import CorpusNoise, pack_bits
 from dllm_core.data.packing import wrap
@@ -33,6 +33,9 @@ class UnitReceipt(Frozen):
     train: ShardInfo
     heldout: ShardInfo
     quarantine: str | None
+
+
+AnyReceipt = TypeVar("AnyReceipt", UnitReceipt, ShardInfo)
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ def sample_texts(job: CorpusJob, units: Sequence[Unit], limit_bytes: int) -> lis
             if isinstance(record, BadRecord) or is_heldout(record.text, job.corpus.heldout_fraction):
                 continue
             texts.append(record.text)
-            of_unit += len(record.text)
+            of_unit += len(record.text.encode())
             if of_unit >= share:
                 break
         size += of_unit
@@ -83,8 +86,9 @@ def tokenize_unit(job: CorpusJob, tokenizer: Tokenizer, unit: Unit) -> UnitRecei
     """Read, split, encode and pack one unit; write its two shards, its quarantine and, last, its receipt."""
     documents: dict[str, list[str]] = {"train": [], "heldout": []}
     bad: list[BadRecord] = []
-    empty = 0
+    empty = bytes_in = 0
     for record in read_unit(job.corpus, job.source, unit):
+        bytes_in += len(record.raw if isinstance(record, BadRecord) else record.text.encode())
         if isinstance(record, BadRecord):
             bad.append(record)
         elif not record.text.strip():
@@ -94,7 +98,7 @@ def tokenize_unit(job: CorpusJob, tokenizer: Tokenizer, unit: Unit) -> UnitRecei
             documents[split].append(record.text)
     shards = {split: _token_shard(job, tokenizer, unit, split, texts) for split, texts in documents.items()}
     accounting = Accounting(
-        bytes_in=sum(segment.stop - segment.start for segment in unit.segments),
+        bytes_in=bytes_in if isinstance(job.corpus, HubCorpus) else unit.num_bytes,
         documents_in=len(documents["train"]) + len(documents["heldout"]) + empty + len(bad),
         train=len(documents["train"]),
         heldout=len(documents["heldout"]),
@@ -164,7 +168,7 @@ def noise_shard(job: CorpusJob, noise: CorpusNoise, tokens: ShardInfo, first_row
     return info
 
 
-def finished(job: CorpusJob, receipt_key: str, kind: type[Frozen]) -> Any:
+def finished(job: CorpusJob, receipt_key: str, kind: type[AnyReceipt]) -> AnyReceipt | None:
     """The receipt of a step if it was completed and its files have the promised sizes, else None."""
     key = job.key(receipt_key)
     if not job.output.exists(key):
@@ -173,5 +177,10 @@ def finished(job: CorpusJob, receipt_key: str, kind: type[Frozen]) -> Any:
         receipt = kind.model_validate_json(job.output.read(key))
     except ValueError:
         return None
-    infos = [receipt] if isinstance(receipt, ShardInfo) else [receipt.train, receipt.heldout]  # type: ignore[attr-defined]
-    return receipt if all(job.output.exists(job.key(info.key)) for info in infos) else None
+    infos = [receipt] if isinstance(receipt, ShardInfo) else [receipt.train, receipt.heldout]
+    return receipt if all(_stands(job, info) for info in infos) else None
+
+
+def _stands(job: CorpusJob, info: ShardInfo) -> bool:
+    found = job.output.stat(job.key(info.key))
+    return found is not None and found.size == info.bytes

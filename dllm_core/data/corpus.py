@@ -18,6 +18,7 @@ from dllm_core.storage.store import Store, StoredObject
 
 _NEWLINES = {"line": 1, "paragraph": 2}
 _READ_AHEAD = 1 << 16
+_BYTE_ORDER_MARK = "\ufeff"
 
 
 class CorpusBase(Frozen):
@@ -72,6 +73,11 @@ class Unit(Frozen):
     index: int
     segments: tuple[Segment, ...]
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of input; a hub corpus has none that are known beforehand."""
+        return sum(segment.stop - segment.start for segment in self.segments)
+
 
 @dataclass(frozen=True)
 class Document:
@@ -94,8 +100,11 @@ class BadRecord:
 
 def list_sources(corpus: CorpusBase, store: Store, prefix: str) -> list[StoredObject]:
     """The corpus's files in the order of their names; an empty corpus is an error."""
-    if prefix and store.exists(prefix):
-        return [item for item in store.list(prefix.rpartition("/")[0]) if item.key == prefix]
+    named = store.stat(prefix) if prefix else None
+    if named is not None:
+        if not named.size:
+            raise DataError("corpus.path", "is an empty file", corpus.path, "name a file with text")
+        return [named]
     pattern = re.compile(_glob_regex(corpus.glob))
     found = [item for item in store.list(prefix) if item.size and pattern.fullmatch(_below(item.key, prefix))]
     found = [item for item in found if not any(part.startswith(".") for part in _below(item.key, prefix).split("/"))]
@@ -162,10 +171,12 @@ def _split_records(store: Store, segment: Segment, newlines: int) -> Iterator[tu
     )
     if not starts_here:
         return
+    ahead = _READ_AHEAD
     while not ended and not _closed(separator, data, segment.stop - base):
-        more = store.read(segment.key, base + len(data), base + len(data) + max(_READ_AHEAD, len(data)))
-        ended = not more
+        more = store.read(segment.key, base + len(data), base + len(data) + ahead)
+        ended = len(more) < ahead
         data += more
+        ahead *= 2  # a record longer than the unit costs a logarithmic number of reads
     begin = 0
     for match in [*separator.finditer(data), None]:
         end = match.start() if match else len(data)
@@ -184,19 +195,22 @@ def _closed(separator: re.Pattern[bytes], data: bytes, stop: int) -> bool:
 
 def _decoded(key: str, offset: int, raw: bytes) -> Document | BadRecord:
     try:
-        return Document(raw.decode("utf-8"), key, offset)
+        text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
         return BadRecord(key, offset + error.start, f"not UTF-8 ({error.reason})", raw)
+    return Document(text.removeprefix(_BYTE_ORDER_MARK) if offset == 0 else text, key, offset)
 
 
 def _parsed(key: str, offset: int, raw: bytes, field: str) -> Document | BadRecord:
+    line = _decoded(key, offset, raw)
+    if isinstance(line, BadRecord) or not line.text.strip():
+        return line
     try:
-        text = json.loads(raw)[field]
+        text = json.loads(line.text)[field]
         if not isinstance(text, str):
             return BadRecord(key, offset, f"{field!r} is not a string", raw)
-        text.encode("utf-8")  # a lone surrogate is legal JSON and no text
-    except UnicodeError:
-        return BadRecord(key, offset, "not UTF-8", raw)
+        if not _is_unicode(text):  # a lone surrogate is legal JSON and no text
+            return BadRecord(key, offset, f"{field!r} is not Unicode", raw)
     except (ValueError, RecursionError):
         return BadRecord(key, offset, "not JSON", raw)
     except (KeyError, TypeError, IndexError):
@@ -220,11 +234,19 @@ def _read_hub(corpus: HubCorpus, segment: Segment) -> Iterator[Document | BadRec
     shard = _load_hub(corpus).shard(num_shards=segment.stop, index=segment.start)
     for row, record in enumerate(shard):
         text = record.get(corpus.text_field)
-        if isinstance(text, str):
+        if isinstance(text, str) and _is_unicode(text):
             yield Document(text, f"{segment.key}/{segment.start}", row)
         else:
             raw = repr(record).encode("utf-8", "backslashreplace")
             yield BadRecord(f"{segment.key}/{segment.start}", row, f"no text in {corpus.text_field!r}", raw)
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _below(key: str, prefix: str) -> str:

@@ -40,7 +40,10 @@ class SplitReader:
 
 
 def heldout_rows(store: Store, manifest: CorpusManifest) -> tuple[Ints, NDArray[np.bool_]]:
-    """All held-out rows: ids int64 [N L] and which tokens count, bool [N L]."""
+    """All held-out rows: ids int64 [N L] and which tokens count, bool [N L]; N may be 0."""
+    if not manifest.heldout.rows:
+        nothing = np.empty((0, manifest.seq_len), dtype=np.int64)
+        return nothing, nothing.astype(bool)
     return _read_tokens(reader(store, manifest, manifest.heldout), np.arange(manifest.heldout.rows), manifest.seq_len)
 
 
@@ -70,12 +73,11 @@ class Loader:
 
     def batch(self, counter: int, rows: int, rank: int = 0, world_size: int = 1) -> Batch:
         """Rank's share of the global batch of `rows` rows that starts at sample `counter`."""
-        share = rows // world_size
-        counters = counter + rank * share + np.arange(share, dtype=np.int64)
+        counters = counter + np.arange(rank * rows // world_size, (rank + 1) * rows // world_size, dtype=np.int64)
         epochs, ids = self._noise.order.samples(counters)
         x0, loss_mask = _read_tokens(self._tokens, ids, self._seq_len)
         xt = np.empty_like(x0)
-        t = np.empty(share, dtype=np.float32)
+        t = np.empty(len(ids), dtype=np.float32)
         for epoch in np.unique(epochs):
             at = epochs == epoch
             xt[at], t[at] = self._noised(int(epoch), ids[at], x0[at])

@@ -55,10 +55,22 @@ def put_shard(store: Store, prefix: str, key: str, data: bytes, *, unit: int, ro
 
 def map_shard(store: Store, prefix: str, info: ShardInfo) -> dict[str, NDArray[Any]]:
     """Read-only numpy views [N] or [N K] into the mapped file, after its sha256 has been checked."""
-    key = f"{prefix}/{info.key}"
-    path: Path = store.fetch(key)
-    if file_sha256(path) != info.sha256:
-        raise DataError(str(path), "does not match its sha256 in the manifest", remedy="run `dllm preprocess` again")
+    key, again = f"{prefix}/{info.key}", f"delete {store.url}/{prefix} and run `dllm preprocess` again"
+    try:
+        path = store.fetch(key)
+    except DataError as error:
+        raise DataError(error.place, error.problem, remedy=error.remedy or again) from error
+    try:
+        if file_sha256(path) == info.sha256:
+            return _views(path)
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(str(path), f"cannot be read ({error})", remedy=again) from error
+    is_copy = str(path) != f"{store.url}/{key}"
+    remedy = f"delete this copy of {store.url}/{key}" if is_copy else again
+    raise DataError(str(path), "does not match its sha256 in the manifest", remedy=remedy)
+
+
+def _views(path: Path) -> dict[str, NDArray[Any]]:
     batch = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
     views: dict[str, NDArray[Any]] = {}
     for name, column in zip(batch.schema.names, batch.columns, strict=True):

@@ -6,12 +6,13 @@ Text is encoded with special tokens disallowed: a literal `<|mask|>` in a docume
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Self
 
 import tokenizers
-from pydantic import Field
+from pydantic import Field, model_validator
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from dllm_core.config.base import Frozen
+from dllm_core.config.base import FieldProblem, Frozen
 from dllm_core.errors import ConfigError, DataError
 
 
@@ -24,6 +25,12 @@ class TokenizerConfig(Frozen):
     mask_token: str = "<|mask|>"
     eos_token: str = "<|eos|>"
     pad_token: str = "<|pad|>"
+
+    @model_validator(mode="after")
+    def _mask_is_no_text(self) -> Self:
+        if self.mask_token in {self.eos_token, self.pad_token}:
+            raise FieldProblem("mask_token", "must differ from eos_token and pad_token", self.mask_token)
+        return self
 
 
 class Tokenizer:
@@ -48,6 +55,10 @@ class Tokenizer:
         found = self._core.token_to_id(token)
         if found is None:
             raise ConfigError(f"tokenizer.{field}", "not in the tokenizer", token, f"see {self._place}")
+        if found in self.encode(token):
+            raise ConfigError(
+                f"tokenizer.{field}", "is no special token: text can spell it", token, f"see {self._place}"
+            )
         return int(found)
 
     @classmethod

@@ -50,8 +50,15 @@ class DenoiserConfig(Frozen):
 
     model_type: str = "dllm"
     model: ModelConfig
-    vocab_size: int
-    context_length: int
-    mask_id: int
-    eos_id: int
-    pad_id: int
+    vocab_size: int = Field(ge=1)
+    context_length: int = Field(ge=1)
+    mask_id: int = Field(ge=0)
+    eos_id: int = Field(ge=0)
+    pad_id: int = Field(ge=0)
+
+    @model_validator(mode="after")
+    def _ids_are_in_the_vocabulary(self) -> Self:
+        for field in ("mask_id", "eos_id", "pad_id"):
+            if getattr(self, field) >= self.vocab_size:
+                raise FieldProblem(field, f"must be below vocab_size={self.vocab_size}", getattr(self, field))
+        return self

@@ -37,13 +37,16 @@ class LinearSchedule(Frozen):
 
 
 class CosineSchedule(Frozen):
-    """alpha(t) = 1 - cos(pi/2 (1 - t)): slow at the noisy end. MaskGIT, arXiv:2202.04200."""
+    """alpha(t) = 1 - cos(pi/2 (1 - t)): slow at the noisy end. MaskGIT, arXiv:2202.04200.
+
+    Each is written as the sine that is exact where it is 0: cos(pi/2 (1 - t)) loses its digits at small t.
+    """
 
     type: Literal["cosine"] = "cosine"
 
     def alpha(self, t: Array) -> Array:
-        """1 - cos(pi/2 (1 - t))."""
-        return 1 - array_namespace(t).cos(math.pi / 2 * (1 - t))
+        """1 - sin(pi/2 t)."""
+        return 1 - array_namespace(t).sin(math.pi / 2 * t)
 
     def dalpha_dt(self, t: Array) -> Array:
         """-pi/2 sin(pi/2 (1 - t))."""

@@ -120,9 +120,9 @@ class LocalStore:
         path = self.path(key)
         try:
             stat = path.stat()
-        except (FileNotFoundError, NotADirectoryError):
-            return None
         except OSError as error:
+            if error.errno in {errno.ENOENT, errno.ENOTDIR, errno.ELOOP}:
+                return None
             raise DataError(str(path), f"cannot be looked at ({error.strerror})") from error
         if not S_ISREG(stat.st_mode):
             return None
@@ -182,7 +182,7 @@ class LocalStore:
             with contextlib.suppress(FileNotFoundError):
                 path.unlink()
             with contextlib.suppress(OSError):  # the first folder that is not empty, or that another process removed
-                for folder in path.parents[: len(path.relative_to(self.root).parts) - 1]:
+                for folder in path.parents[: max(0, len(path.relative_to(self.root).parts) - 1)]:
                     folder.rmdir()
 
     def check_writable(self, place: str, need_bytes: int = 0) -> None:

@@ -1,5 +1,6 @@
 """The Ray Serve application: one gateway, decode replicas behind it that grow and shrink with the requests in flight."""
 
+import logging
 import socket
 import time
 from typing import Any
@@ -65,6 +66,7 @@ def start(run_url: str, model: str, settings: ServeConfig, decode: DecodeConfig,
     from ray.serve.config import HTTPOptions
 
     check_port(settings)
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
     serve.start(
         http_options=HTTPOptions(host=settings.host, port=settings.port, request_timeout_s=settings.request_timeout_s)
     )

@@ -95,6 +95,40 @@ class _Choice:
         return new
 
 
+# Ray Serve copies the class below when it is decorated: what it calls must stand above it.
+async def _body(http: Request) -> bytes:
+    kind = http.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise ApiError(415, f"the body must be application/json, not {kind}")
+    body = b""
+    async for part in http.stream():
+        body += part
+        if len(body) > MAX_BODY_BYTES:
+            raise ApiError(413, f"the body is larger than {MAX_BODY_BYTES} bytes")
+    return body
+
+
+def _event(body: dict[str, Any]) -> bytes:
+    return b"data: " + json.dumps(body, ensure_ascii=False).encode() + b"\n\n"
+
+
+def _busy() -> ApiError:
+    headers = {"Retry-After": "1"}
+    return ApiError(429, "all replicas are busy", kind="rate_limit_error", code="rate_limit_exceeded", headers=headers)
+
+
+def _explained(error: Exception) -> ApiError:
+    """What the client is told: our own refusals by name, everything else as a server error."""
+    cause = getattr(error, "cause", None) or error
+    if isinstance(cause, ApiError):
+        return cause
+    if isinstance(cause, RequestError):
+        return ApiError.of(cause)
+    if isinstance(cause, BackPressureError):
+        return _busy()
+    return ApiError(503, f"decoding broke off ({type(cause).__name__})", kind="server_error")
+
+
 @serve.deployment
 @serve.ingress(api)
 class Gateway:
@@ -297,36 +331,3 @@ class Gateway:
                 "policy": config.policy.model_dump(mode="json"),
             },
         }
-
-
-async def _body(http: Request) -> bytes:
-    kind = http.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
-    if kind != "application/json":
-        raise ApiError(415, f"the body must be application/json, not {kind}")
-    body = b""
-    async for part in http.stream():
-        body += part
-        if len(body) > MAX_BODY_BYTES:
-            raise ApiError(413, f"the body is larger than {MAX_BODY_BYTES} bytes")
-    return body
-
-
-def _event(body: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(body, ensure_ascii=False).encode() + b"\n\n"
-
-
-def _busy() -> ApiError:
-    headers = {"Retry-After": "1"}
-    return ApiError(429, "all replicas are busy", kind="rate_limit_error", code="rate_limit_exceeded", headers=headers)
-
-
-def _explained(error: Exception) -> ApiError:
-    """What the client is told: our own refusals by name, everything else as a server error."""
-    cause = getattr(error, "cause", None) or error
-    if isinstance(cause, ApiError):
-        return cause
-    if isinstance(cause, RequestError):
-        return ApiError.of(cause)
-    if isinstance(cause, BackPressureError):
-        return _busy()
-    return ApiError(503, f"decoding broke off ({type(cause).__name__})", kind="server_error")
