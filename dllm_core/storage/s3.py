@@ -165,7 +165,8 @@ class S3Store:
     def _written_by(self, key: str) -> str | None:
         """The `put_if_absent` call that made an object: a PUT whose answer was lost is retried, and meets itself."""
         head = self._call("head_object", key, Key=self._key(key))
-        return head.get("Metadata", {}).get(_WRITER)
+        writer: str | None = head.get("Metadata", {}).get(_WRITER)
+        return writer
 
     def put_file(self, key: str, path: Path) -> None:
         """Upload in parts where the file is large."""

@@ -1,6 +1,6 @@
 """The generate verb: complete or infill in this process, the canvas denoising live in the terminal.
 
-    dllm generate RUN --prompt "GREEK SMALL LETTER " decode.policy.threshold=0.7
+dllm generate RUN --prompt "GREEK SMALL LETTER " decode.policy.threshold=0.7
 """
 
 import time

@@ -13,7 +13,8 @@ from dllm_core.errors import RequestError
 @dataclass(frozen=True)
 class Frame:
     """After call `num_calls` (0: before the first). committed_at [L]: the call that filled a position, 0 for given
-    and open ones; texts [L]: the tokens' texts, empty where open or behind the end."""
+    and open ones; texts [L]: the tokens' texts, empty where open or behind the end.
+    """
 
     num_calls: int
     texts: list[str]

@@ -159,7 +159,9 @@ class Pipeline:
             shown = f"[dim]{_line(answer['prompt'])}[/dim][bold]{_line(answer['text'])}[/bold]"
             shown += f"[dim]{_line(answer['suffix'] or '')}[/dim]"
             cost = f"{answer['num_tokens']} tokens in {answer['num_calls']} calls"
-            self._console.print(f"    {shown}\n    [cyan]{cost}: {answer['tokens_per_call']:.2f} tokens per call[/cyan]")
+            self._console.print(
+                f"    {shown}\n    [cyan]{cost}: {answer['tokens_per_call']:.2f} tokens per call[/cyan]"
+            )
         return answers
 
     def report(self) -> str:

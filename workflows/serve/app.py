@@ -84,7 +84,7 @@ def start(run_url: str, model: str, settings: ServeConfig, decode: DecodeConfig,
 
 
 def stop() -> None:
-    """Take the endpoint down; requests in flight are finished first."""
+    """Take our application down; requests in flight are finished first. Other applications of the cluster stay."""
     from ray import serve
 
-    serve.shutdown()
+    serve.delete(APP_NAME)

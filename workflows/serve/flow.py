@@ -1,6 +1,6 @@
 """The serve verb: a run's bundle behind its endpoint until Ctrl-C.
 
-    dllm serve RUN serve.port=9000
+dllm serve RUN serve.port=9000
 """
 
 import json
