@@ -54,7 +54,7 @@ def test_a_section_is_what_its_json_is():
 def test_another_process_finds_the_same_name():
     code = "from dllm_core.config.fingerprint import fingerprint; print(fingerprint({'b': [1.5, 'é'], 'a': None}))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
-    assert found == fingerprint({"a": None, "b": [1.5, "é"]}) == "FILL"
+    assert found == fingerprint({"a": None, "b": [1.5, "é"]}) == "8c6adbf0c005"
 
 
 def test_what_is_not_plain_data_is_refused():
