@@ -1,6 +1,6 @@
 """The command line: `dllm VERB RECIPE-or-RUN [dotted.path=value ...]`.
 
-Every mistake of a user's is one line and an exit code (2 recipe, 3 data, 4 preempted, 5 diverged); Ctrl-C ends with 130.
+Every mistake of a user's is one line and an exit code: 2 recipe, 3 data, 4 preempted, 5 diverged. Ctrl-C ends with 130.
 """
 
 import os

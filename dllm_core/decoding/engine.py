@@ -1,5 +1,6 @@
-"""Engine: continuous batching of decoding rows. A tick is: admit waiting rows -> one denoiser call -> each row's verdict.
+"""Engine: continuous batching of decoding rows.
 
+A tick is: admit waiting rows -> one denoiser call -> each row's verdict.
 Rows enter and leave between ticks only. The batch is bounded by token positions, not by requests.
 """
 

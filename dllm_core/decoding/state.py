@@ -1,4 +1,7 @@
-"""DecodeRequest and DecodeState: one row on its way from masks to tokens. `is_final` is the one truth about progress."""
+"""DecodeRequest and DecodeState: one row on its way from masks to tokens.
+
+`is_final` is the one truth about progress.
+"""
 
 from dataclasses import dataclass, field
 from typing import Literal

@@ -59,4 +59,5 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, attention: Tensor | None) -> Tensor
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
     if attention is not None:
         scores = scores.masked_fill(~attention, -torch.inf)
-    return scores.softmax(-1).to(v.dtype) @ v
+    seen: Tensor = scores.softmax(-1).to(v.dtype) @ v
+    return seen

@@ -4,6 +4,7 @@ preprocess/flow -> data/shard -> data/loader -> training/loop -> objective/diffu
 checkpoints/bundle -> serve/replica -> decoding/engine.
 """
 
+import itertools
 import json
 import os
 import signal
@@ -53,7 +54,10 @@ def river(tmp_path_factory):
     recipe = small_recipe(
         root,
         train={"steps": STEPS, "checkpoint_every": 40, "zero_stage": 2, "log_every": 10},
-        serve={"port": free_port(), "examples": [{"prompt": "RED "}, {"prompt": "RED", "suffix": " 1", "max_tokens": 4}]},
+        serve={
+            "port": free_port(),
+            "examples": [{"prompt": "RED "}, {"prompt": "RED", "suffix": " 1", "max_tokens": 4}],
+        },
         placement={"preprocess": {"workers": 2}, "train": {"workers": 2}},
     )
     path = root / "small.yaml"
@@ -76,7 +80,11 @@ def test_every_promised_file_is_there(river):
     corpus = Path(target.plan.url)
     manifest = json.loads((corpus / "manifest.json").read_text())
     assert sorted(path.name for path in (corpus / "noise").iterdir()) == ["epoch-000", "epoch-001"]
-    for shard in [*manifest["train"]["shards"], *manifest["heldout"]["shards"], *sum(manifest["noise_epochs"], [])]:
+    for shard in [
+        *manifest["train"]["shards"],
+        *manifest["heldout"]["shards"],
+        *itertools.chain(*manifest["noise_epochs"]),
+    ]:
         assert file_sha256(corpus / shard["key"]) == shard["sha256"]
 
 

@@ -83,9 +83,7 @@ def train_rank(rank: int, job: Job) -> None:
     else:
         from dllm_core.training.deepspeed_backend import DeepSpeedBackend
 
-        os.environ.update(
-            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(job.world_size), MASTER_ADDR="127.0.0.1"
-        )
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(job.world_size), MASTER_ADDR="127.0.0.1")
         torch.distributed.init_process_group(
             "gloo", init_method=f"file://{job.run_root}/{job.run}.rendezvous", rank=rank, world_size=job.world_size
         )

@@ -4,7 +4,15 @@ import pickle
 
 import pytest
 
-from dllm_core.errors import CheckpointError, ConfigError, DataError, DivergedError, DllmError, PreemptedError, RequestError
+from dllm_core.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    DivergedError,
+    DllmError,
+    PreemptedError,
+    RequestError,
+)
 
 KINDS = (DllmError, ConfigError, DataError, CheckpointError, PreemptedError, DivergedError, RequestError)
 
@@ -16,7 +24,12 @@ def test_an_error_crosses_a_process_border_unchanged(kind, arguments):
     copy = pickle.loads(pickle.dumps(error))
     assert type(copy) is kind
     assert str(copy) == str(error)
-    assert (copy.place, copy.problem, copy.value, copy.remedy) == (error.place, error.problem, error.value, error.remedy)
+    assert (copy.place, copy.problem, copy.value, copy.remedy) == (
+        error.place,
+        error.problem,
+        error.value,
+        error.remedy,
+    )
 
 
 def test_the_line_names_place_problem_value_and_remedy():

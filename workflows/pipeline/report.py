@@ -25,7 +25,8 @@ td,th{padding:.3rem .7rem .3rem 0;text-align:left;border-bottom:1px solid #e6e8e
 .figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(11rem,1fr));gap:1rem;margin:1.4rem 0}
 .figures div{background:#f4f6fa;border-radius:.5rem;padding:.8rem 1rem}.figures b{display:block;font-size:1.45rem}
 .figures span{color:#667;font-size:.85rem}.canvas{font:13px/1.6 ui-monospace,monospace;background:#f7f8fb;
-border-radius:.5rem;padding:.7rem .9rem;overflow-x:auto}.canvas div{white-space:pre}.canvas i{color:#99a;font-style:normal}
+border-radius:.5rem;padding:.7rem .9rem;overflow-x:auto}.canvas div{white-space:pre}
+.canvas i{color:#99a;font-style:normal}
 .given{color:#99a}.open{color:#c5cad6}.new{background:#d5e6ff;color:#0b3f91;border-radius:2px}code{font-size:.88rem}
 """
 
@@ -179,7 +180,8 @@ def _answers(answers: list[dict[str, Any]]) -> str:
     rows = "".join(
         f"<tr><td><code><span class=given>{_token(a['prompt'])}</span>{_token(a['text'])}"
         f"<span class=given>{_token(a['suffix'] or '')}</span></code></td>"
-        f"<td>{a['num_tokens']} tokens</td><td>{a['num_calls']} calls</td><td>{a['tokens_per_call']:.2f} per call</td></tr>"
+        f"<td>{a['num_tokens']} tokens</td><td>{a['num_calls']} calls</td>"
+        f"<td>{a['tokens_per_call']:.2f} per call</td></tr>"
         for a in answers
     )
     return f"<table>{rows}</table>"

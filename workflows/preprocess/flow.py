@@ -61,10 +61,8 @@ class CorpusPlan:
 
 def plan_corpus(recipe: Recipe, store: Store) -> CorpusPlan:
     """List the sources and name the corpus. Fast; every mistake about paths is found here."""
-    if isinstance(recipe.corpus, HubCorpus):
-        sources = Sources(store, ())
-    else:
-        sources = find_sources(recipe.corpus, store)
+    is_hub = isinstance(recipe.corpus, HubCorpus)
+    sources = Sources(store, ()) if is_hub else find_sources(recipe.corpus, store)
     return CorpusPlan(recipe, store, sources, recipe.corpus_fingerprint(sources.files))
 
 

@@ -1,4 +1,4 @@
-"""The Ray Serve application: one gateway, decode replicas behind it that grow and shrink with the requests in flight."""
+"""The Ray Serve application: one gateway; behind it, decode replicas whose number follows the requests in flight."""
 
 import logging
 import socket
@@ -42,7 +42,8 @@ def build_app(run_url: str, model: str, settings: ServeConfig, decode: DecodeCon
     bound = replica.bind(
         run_url, settings.max_batch_tokens, max(1, int(placement.cpus_per_replica)), placement.gpus_per_replica > 0
     )
-    gateway = Gateway.options(
+    deployment: Any = Gateway  # `serve.deployment` made a Deployment of it; its stub says that it is the class still
+    gateway = deployment.options(
         ray_actor_options={"num_cpus": 0.1}, max_ongoing_requests=4096, graceful_shutdown_timeout_s=5
     )
     return gateway.bind(bound, run_url, model, decode.model_dump(mode="json"))

@@ -1,6 +1,6 @@
 """Gateway: HTTP and text on one side, token ids and decode replicas on the other. Holds no weights.
 
-A replica that dies costs a retry, not an answer: the seed is fixed before the first try, so a retry gives the same text.
+A replica that dies costs a retry, not an answer: the seed is fixed before the first try, so the text is the same.
 """
 
 import asyncio

@@ -11,22 +11,24 @@ class GatewayMetrics:
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
-        own = {"registry": self._registry}
-        self._success = Counter("dllm_request_success", "Finished choices", ["finished_reason"], **own)
-        self._errors = Counter("dllm_request_errors", "Refused or failed requests", ["status"], **own)
-        self._prompt = Counter("dllm_prompt_tokens", "Prompt and suffix tokens", **own)
-        self._generated = Counter("dllm_generation_tokens", "Committed tokens, end tokens included", **own)
-        self._calls = Counter("dllm_denoiser_calls", "Denoiser calls, summed over choices (NFE)", **own)
-        self._canvas = Counter("dllm_canvas_tokens", "Open positions that requests asked for", **own)
-        self._ratio = Histogram("dllm_tokens_per_call", "Committed tokens per denoiser call", buckets=_RATIO, **own)
+        own = self._registry
+        self._success = Counter("dllm_request_success", "Finished choices", ["finished_reason"], registry=own)
+        self._errors = Counter("dllm_request_errors", "Refused or failed requests", ["status"], registry=own)
+        self._prompt = Counter("dllm_prompt_tokens", "Prompt and suffix tokens", registry=own)
+        self._generated = Counter("dllm_generation_tokens", "Committed tokens, end tokens included", registry=own)
+        self._calls = Counter("dllm_denoiser_calls", "Denoiser calls, summed over choices (NFE)", registry=own)
+        self._canvas = Counter("dllm_canvas_tokens", "Open positions that requests asked for", registry=own)
+        self._ratio = Histogram(
+            "dllm_tokens_per_call", "Committed tokens per denoiser call", buckets=_RATIO, registry=own
+        )
         self._first = Histogram(
-            "dllm_time_to_first_token_seconds", "To the first committed token (TTFC)", buckets=_SECONDS, **own
+            "dllm_time_to_first_token_seconds", "To the first committed token (TTFC)", buckets=_SECONDS, registry=own
         )
         self._whole = Histogram(
-            "dllm_e2e_request_latency_seconds", "From the request to its last token", buckets=_SECONDS, **own
+            "dllm_e2e_request_latency_seconds", "From the request to its last token", buckets=_SECONDS, registry=own
         )
-        self._running = Gauge("dllm_num_requests_running", "Rows in a decode replica's batch", **own)
-        self._waiting = Gauge("dllm_num_requests_waiting", "Rows waiting in a decode replica", **own)
+        self._running = Gauge("dllm_num_requests_running", "Rows in a decode replica's batch", registry=own)
+        self._waiting = Gauge("dllm_num_requests_waiting", "Rows waiting in a decode replica", registry=own)
 
     def finished(
         self, *, reason: str, prompt: int, tokens: int, calls: int, canvas: int, seconds: float, first: float | None

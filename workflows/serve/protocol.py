@@ -82,7 +82,7 @@ class CompletionRequest(_Part):
             raise RequestError("prompt", "is an empty list")
         if len(prompt) > 64 and not isinstance(prompt[0], int):
             raise RequestError("prompt", "at most 64 prompts", len(prompt))
-        return [prompt] if isinstance(prompt[0], int) else list(prompt)  # type: ignore[list-item, arg-type]
+        return [prompt] if isinstance(prompt[0], int) else list(prompt)
 
     def decode_config(self, base: DecodeConfig, room: int) -> DecodeConfig:
         """The decoding that is asked for. A default of max_tokens that does not fit `room` is cut to it."""

@@ -44,7 +44,7 @@ class DecodingLoop:
         self._task = asyncio.get_running_loop().create_task(self._run())
 
     async def stream(self, request: DecodeRequest) -> AsyncIterator[Progress]:
-        """Progress after every call that gave the row new answer tokens, and at its end. Leaving early frees the row."""
+        """Progress after each call that gave the row new answer tokens, and at its end. Leaving early frees the row."""
         self.check()
         inbox: asyncio.Queue[Progress | Exception] = asyncio.Queue()
         admitted: asyncio.Future[int] = asyncio.get_running_loop().create_future()

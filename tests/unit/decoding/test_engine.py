@@ -1,5 +1,7 @@
 """Laws of decoding, over random requests to a random denoiser: what holds for any weights holds for trained ones."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -40,9 +42,7 @@ def engine(denoiser: Denoiser, max_batch_tokens: int = 300) -> Engine:
 
 
 tokens = st.lists(st.integers(3, VOCABULARY - 1), max_size=9).map(tuple)
-policies = st.one_of(
-    st.floats(0.05, 1).map(lambda x: ThresholdPolicy(threshold=x)), st.just(LowConfidencePolicy())
-)
+policies = st.one_of(st.floats(0.05, 1).map(lambda x: ThresholdPolicy(threshold=x)), st.just(LowConfidencePolicy()))
 
 
 @st.composite
@@ -76,7 +76,7 @@ def test_a_decode_fills_all_keeps_what_was_given_and_ends_in_its_budget(denoiser
         assert np.isin(state.canvas[state.is_open], MASK).all()
     assert state is not None
     assert not state.is_open.any()
-    assert all((later >= earlier).all() for earlier, later in zip(finals, finals[1:], strict=False))
+    assert all((later >= earlier).all() for earlier, later in itertools.pairwise(finals))
     blocks = -(-request.config.max_tokens // request.config.block_length)
     assert state.num_calls <= blocks * request.config.steps_per_block
     answer = state.answer(EOS)

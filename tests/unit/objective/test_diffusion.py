@@ -101,9 +101,7 @@ def test_a_clipped_weight_changes_the_loss_and_never_the_bound():
     x0, xt = np.zeros((1, 2), np.int64), np.full((1, 2), MASK)
     batch = batch_of(x0, xt, np.array([[0.01, 1.0]]))
     logits = torch.zeros(1, 2, 4)
-    free, clipped = (
-        objective(max_weight=w).loss(lambda ids, *, read: logits[read], batch) for w in (None, 5.0)
-    )
+    free, clipped = (objective(max_weight=w).loss(lambda ids, *, read: logits[read], batch) for w in (None, 5.0))
     assert float(free.nats) == pytest.approx(101 * math.log(3), rel=1e-5)
     assert float(clipped.nats) == pytest.approx(6 * math.log(3), rel=1e-5)
     assert float(clipped.bound_nats) == float(free.bound_nats)
