@@ -4,13 +4,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
+from dllm_core.checkpoints.bundle import Lineage, write_bundle
+from dllm_core.checkpoints.run_dir import RunDir
 from dllm_core.data.manifest import CorpusManifest, read_tokenizer
 from dllm_core.data.tokenizer import Tokenizer
+from dllm_core.model.denoiser import Denoiser
+from dllm_core.model.pretrained import weights_of, write_weights
 from dllm_core.storage.store import LocalStore, open_store
 from workflows.fan_out import serially
 from workflows.preprocess.flow import Preprocessing, plan_corpus
 from workflows.recipe import Recipe
+from workflows.train.job import denoiser_config
 
 COLOURS = ("RED", "GREEN", "BLUE", "WHITE", "BLACK")
 SHAPES = ("CIRCLE", "SQUARE", "ARROW", "STAR", "HEART", "DIAMOND")
@@ -78,3 +84,33 @@ def make_small_corpus(root: Path, **sections: object) -> SmallCorpus:
 def small_corpus(tmp_path_factory: pytest.TempPathFactory) -> SmallCorpus:
     """One small corpus for the whole test run; read it only."""
     return make_small_corpus(tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture(scope="session")
+def small_bundle(small_corpus: SmallCorpus, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    """A run whose bundle holds random weights: what holds for them holds for trained ones. Read it only."""
+    recipe, manifest, tokenizer = small_corpus.recipe, small_corpus.manifest, small_corpus.tokenizer
+    run = RunDir(open_store("root", str(tmp_path_factory.mktemp("bundle"))), "small-0123456789ab")
+    torch.manual_seed(11)
+    config = denoiser_config(recipe, manifest, tokenizer)
+    weights = tmp_path_factory.mktemp("weights") / "model.safetensors"
+    write_weights(weights, weights_of(Denoiser(config)))
+    run.store.put(run.key("recipe.yaml"), recipe.to_yaml().encode())
+    write_bundle(
+        run,
+        weights=weights,
+        config=config,
+        tokenizer=tokenizer,
+        process=manifest.process,
+        decode=recipe.decode.model_dump(mode="json"),
+        lineage=Lineage(
+            run=run.name,
+            recipe_sha256="0" * 64,
+            corpus=manifest.fingerprint,
+            manifest_sha256="0" * 64,
+            checkpoint="step-00000000",
+            checkpoint_sha256="0" * 64,
+            step=0,
+        ),
+    )
+    return run

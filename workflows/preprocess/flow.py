@@ -185,7 +185,7 @@ class Preprocessing:
         allowed = self.plan.recipe.corpus.max_bad_fraction
         if total.quarantined > allowed * total.documents_in:
             share = f"{total.quarantined} of {total.documents_in} records are bad, {allowed:.0%} are allowed"
-            remedy = f"see {self.plan.url}/quarantine, or raise corpus.max_bad_fraction"
+            remedy = f"see {self.plan.url}/quarantine; narrow corpus.glob or raise corpus.max_bad_fraction"
             raise DataError("corpus.max_bad_fraction", share, remedy=remedy)
         return total
 

@@ -4,10 +4,12 @@ dllm serve RUN serve.port=9000
 """
 
 import json
+import shlex
 import time
 from typing import Any
 
 import httpx
+from rich.markup import escape
 
 from dllm_core.checkpoints.bundle import read_bundle
 from dllm_core.checkpoints.run_dir import RunDir
@@ -30,14 +32,20 @@ def serve_forever(recipe: Recipe, run: RunDir, console: Console) -> None:
     with ray_cluster(cpus_needed(recipe)):
         url = start(run.url, run.name, recipe.serve, recipe.decode, recipe.placement.serve)
         try:
-            request = json.dumps({"model": run.name, "prompt": "GREEK SMALL LETTER ", "max_tokens": 24})
             console.done("serve", f"[bold]{url}[/bold]  (Ctrl-C stops it)")
-            console.print(f"  curl {url}/v1/completions -H 'content-type: application/json' -d '{request}'")
+            console.print(escape(f"  {curl_line(url, run.name, recipe)}"))
             console.result({"url": url, "model": run.name})
             while True:
                 time.sleep(1)
         finally:
             stop()
+
+
+def curl_line(url: str, model: str, recipe: Recipe) -> str:
+    """A shell command that asks the endpoint the recipe's first example."""
+    prompt = recipe.serve.examples[0].prompt if recipe.serve.examples else "Once upon a time"
+    body = json.dumps({"model": model, "prompt": prompt, "max_tokens": min(24, recipe.decode.max_tokens)})
+    return f"curl {url}/v1/completions -H 'content-type: application/json' -d {shlex.quote(body)}"
 
 
 def ask(url: str, model: str, body: dict[str, Any]) -> dict[str, Any]:

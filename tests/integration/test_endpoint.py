@@ -1,0 +1,229 @@
+"""The endpoint, live on loopback: OpenAI's client, streams, errors, neighbours in the batch, a replica that is killed.
+
+One Ray Serve application for the whole file, over a bundle with random weights.
+"""
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import openai
+import psutil
+import pytest
+
+from workflows.env import ray_cluster
+from workflows.placement import ServePlacement
+from workflows.serve.app import start, stop
+from workflows.serve.config import ServeConfig
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def endpoint(small_bundle, small_corpus):
+    """(base URL, model name)."""
+    settings = ServeConfig(port=free_port())
+    placement = ServePlacement(min_replicas=2, max_replicas=2, cpus_per_replica=0.25)
+    with ray_cluster(2):
+        url = start(small_bundle.url, small_bundle.name, settings, small_corpus.recipe.decode, placement)
+        try:
+            yield url, small_bundle.name
+        finally:
+            stop()
+
+
+@pytest.fixture
+def ask(endpoint):
+    """POST /v1/completions with the model filled in."""
+    url, model = endpoint
+
+    def post(**body):
+        return httpx.post(f"{url}/v1/completions", json={"model": model, **body}, timeout=60)
+
+    return post
+
+
+@pytest.fixture
+def client(endpoint):
+    return openai.OpenAI(base_url=f"{endpoint[0]}/v1", api_key="unused", max_retries=0)
+
+
+HOT = {"temperature": 1.0, "max_tokens": 16}
+
+
+def test_openais_client_completes_infills_and_lists_models(client, endpoint):
+    assert [model.id for model in client.models.list().data] == [endpoint[1]]
+    answer = client.completions.create(model=endpoint[1], prompt="RED ", max_tokens=8, seed=3)
+    assert answer.object == "text_completion"
+    assert answer.choices[0].finish_reason in {"stop", "length"}
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
+    infill = client.completions.create(model=endpoint[1], prompt="RED", suffix=" 1", max_tokens=5, seed=3)
+    assert infill.usage.completion_tokens == 5
+
+
+def test_openais_client_streams_the_unary_text(client, endpoint):
+    body = {"model": endpoint[1], "prompt": "BLUE ", "seed": 9, **HOT}
+    unary = client.completions.create(**body)
+    chunks = list(client.completions.create(**body, stream=True, stream_options={"include_usage": True}))
+    assert "".join(c.choices[0].text for c in chunks if c.choices) == unary.choices[0].text
+    assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == unary.choices[0].finish_reason
+    assert chunks[-1].usage == unary.usage
+
+
+def test_openais_async_client_works_too(endpoint):
+    async def both():
+        async with openai.AsyncOpenAI(base_url=f"{endpoint[0]}/v1", api_key="unused") as client:
+            body = {"model": endpoint[1], "prompt": "BLUE ", "seed": 9, **HOT}
+            unary = await client.completions.create(**body)
+            pieces = [c.choices[0].text async for c in await client.completions.create(**body, stream=True)]
+            return unary.choices[0].text, "".join(pieces)
+
+    unary, streamed = asyncio.run(both())
+    assert unary == streamed
+
+
+def test_a_seeded_answer_is_the_same_alone_and_among_others(ask):
+    wanted = {"prompt": "GREEN STAR", "seed": 5, **HOT}
+    alone = ask(**wanted).json()["choices"][0]["text"]
+    others = [{"prompt": "RED " * (i % 5), "seed": i, "temperature": 0.5 * (i % 3), "max_tokens": 4 + i % 13}
+              for i in range(40)]  # fmt: skip
+    with ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(lambda body: ask(**body), [part for other in others for part in (other, wanted)]))
+    assert {answer.status_code for answer in answers} == {200}
+    assert {answer.json()["choices"][0]["text"] for answer in answers[1::2]} == {alone}
+
+
+def test_n_choices_differ_and_each_is_a_function_of_the_seed(ask):
+    def texts(n):
+        return [c["text"] for c in ask(prompt="RED ", n=n, seed=1, temperature=2, max_tokens=16).json()["choices"]]
+
+    assert len(set(texts(4))) == 4
+    assert texts(2) == texts(4)[:2]
+
+
+def test_a_stop_string_ends_the_text_before_it(ask):
+    whole = ask(prompt="RED ", seed=2, **HOT).json()["choices"][0]["text"]
+    stop = whole[len(whole) // 2 :][:2]
+    cut = ask(prompt="RED ", seed=2, stop=stop, **HOT).json()["choices"][0]
+    assert cut["text"] == whole[: whole.index(stop)]
+    assert cut["finish_reason"] == "stop"
+
+
+def test_echo_and_many_prompts(ask):
+    answer = ask(prompt=["RED ", "BLUE "], echo=True, max_tokens=4).json()
+    assert [c["index"] for c in answer["choices"]] == [0, 1]
+    assert [c["text"][:4] for c in answer["choices"]] == ["RED ", "BLUE"]
+
+
+@pytest.mark.parametrize(
+    ("verb", "path", "body", "status"),
+    [
+        ("POST", "/v1/completions", b"{", 400),
+        ("POST", "/v1/completions", b'{"model": "other", "prompt": "x"}', 404),
+        ("POST", "/v1/completions", b'{"prompt": "x"}', 400),
+        ("POST", "/v1/completions", b" " * ((1 << 20) + 1), 413),
+        ("GET", "/v1/completions", None, 405),
+        ("GET", "/v1/nowhere", None, 404),
+        ("GET", "/v1/models/other", None, 404),
+    ],
+)
+def test_every_refusal_has_openais_shape(endpoint, verb, path, body, status):
+    headers = {"content-type": "application/json"} if body is not None else {}
+    answer = httpx.request(verb, endpoint[0] + path, content=body, headers=headers, timeout=30)
+    assert answer.status_code == status
+    error = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["message"]
+
+
+def test_a_wrong_content_type_and_an_impossible_length_are_refused(endpoint, ask):
+    answer = httpx.post(f"{endpoint[0]}/v1/completions", content=b"prompt=x", headers={"content-type": "text/plain"})
+    assert answer.status_code == 415
+    answer = ask(prompt="RED " * 50, max_tokens=16)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["code"] == "context_length_exceeded"
+
+
+def test_a_disconnect_in_mid_stream_frees_the_row(endpoint):
+    url, model = endpoint
+    body = {
+        "model": model,
+        "prompt": "RED ",
+        "max_tokens": 24,
+        "stream": True,
+        "n": 8,
+        "diffusion": {"block_length": 1},
+    }
+    for _ in range(5):
+        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=30) as answer:
+            next(answer.iter_lines())
+    give_up = time.monotonic() + 20
+    while time.monotonic() < give_up:
+        lines = httpx.get(f"{url}/metrics").text.splitlines()
+        load = {name: float(value) for name, _, value in (line.partition(" ") for line in lines) if name[0] != "#"}
+        if load["dllm_num_requests_running"] == load["dllm_num_requests_waiting"] == 0:
+            break
+        time.sleep(0.2)
+    assert load["dllm_num_requests_running"] == load["dllm_num_requests_waiting"] == 0
+
+
+def test_the_metrics_count_what_was_answered(endpoint, ask):
+    def value(name):
+        lines = httpx.get(f"{endpoint[0]}/metrics").text.splitlines()
+        return next(float(line.rpartition(" ")[2]) for line in lines if line.startswith(f"{name} "))
+
+    before = value("dllm_generation_tokens_total")
+    usage = ask(prompt="RED ", max_tokens=8).json()["usage"]
+    assert value("dllm_generation_tokens_total") == before + usage["completion_tokens"]
+    assert httpx.get(f"{endpoint[0]}/health").json() == {"status": "ok"}
+
+
+def replicas() -> list[psutil.Process]:
+    children = psutil.Process().children(recursive=True)
+    return [child for child in children if "ServeReplica:dllm:DecodeReplica" in " ".join(child.cmdline())]
+
+
+def test_a_killed_replica_costs_no_answer_and_changes_none(ask):
+    """One of two replicas is killed while requests are in flight: all are answered, with the same text."""
+    body = {"prompt": "GREEN STAR", "seed": 5, "temperature": 1.0, "max_tokens": 24}
+    expected = ask(**body).json()["choices"][0]["text"]
+    answers: list[httpx.Response] = []
+    begun = threading.Event()
+
+    def load():
+        for _ in range(12):
+            answers.append(ask(**body))
+            begun.set()
+
+    threads = [threading.Thread(target=load) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    begun.wait(30)
+    victims = replicas()
+    assert len(victims) == 2
+    os.kill(victims[0].pid, signal.SIGKILL)
+    for thread in threads:
+        thread.join()
+    assert {answer.status_code for answer in answers} == {200}, [a.text for a in answers if a.status_code != 200][:3]
+    assert {answer.json()["choices"][0]["text"] for answer in answers} == {expected}
+    assert len(answers) == 72
+
+
+def test_a_stream_is_server_sent_events(endpoint):
+    url, model = endpoint
+    body = {"model": model, "prompt": "RED ", "max_tokens": 8, "stream": True}
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=30) as answer:
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        events = [line.removeprefix("data: ") for line in answer.iter_lines() if line]
+    assert events[-1] == "[DONE]"
+    assert all(json.loads(event)["object"] == "text_completion" for event in events[:-1])
