@@ -7,6 +7,8 @@ import yaml
 
 from dllm_core.errors import ConfigError
 
+_INDICATORS = "*&!|>%@`"
+
 
 class _TwiceError(yaml.MarkedYAMLError):
     """A key that stands twice in one mapping; `problem` is the key."""
@@ -63,7 +65,7 @@ def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, A
         names = path.strip().split(".")
         if not equals or not all(names):
             raise ConfigError(item, "not an override", remedy="write dotted.path=value, e.g. train.steps=200")
-        value = parse_yaml(text, path) if text.strip() else None
+        value = _override_value(text.strip(), path)
         here = result
         for name in names[:-1]:
             if not isinstance(here.get(name), dict):
@@ -73,6 +75,13 @@ def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, A
             here.clear()
         here[names[-1]] = value
     return result
+
+
+def _override_value(text: str, path: str) -> Any:
+    """YAML, but what only an anchor, a tag or a block could begin with is text: `corpus.glob=*.md` needs no quotes."""
+    if not text:
+        return None
+    return text if text[0] in _INDICATORS else parse_yaml(text, path)
 
 
 def _copy(value: Any) -> Any:

@@ -72,12 +72,11 @@ class Trainer:
         if leader:
             self._average = self._average or WeightAverage(weights_of(self._backend.module), self._config.ema_decay)
             self._events.started(self._position.step, self._position.seconds)
-        earlier, begun = self._position.seconds, self._clock()
+        begun = self._clock() - self._position.seconds
         window = _Window(self._position)
         saved_at = self._position.step if self._position.step else -1
         while True:
-            seconds = earlier + self._clock() - begun
-            progress = self._step(window, seconds)
+            progress = self._step(window, begun)
             if leader and (self._position.step % self._config.log_every == 0 or progress >= 1) and window.steps:
                 self._events.stepped(self._record(window))
             if self._position.step % self._config.log_every == 0:
@@ -93,7 +92,7 @@ class Trainer:
         by_time = 0.0 if self._config.seconds is None else seconds / self._config.seconds
         return max(by_time, self._position.step / self._config.steps)
 
-    def _step(self, window: "_Window", seconds: float) -> float:
+    def _step(self, window: "_Window", begun: float) -> float:
         """One step, or nothing if the budget is used up; the progress that rank 0's clock tells, 1 at the end."""
         config, backend = self._config, self._backend
         position = self._position
@@ -103,7 +102,7 @@ class Trainer:
         nats, bound = float(loss.nats.detach()), float(loss.bound_nats)
         bad = not math.isfinite(nats)
         mine = [0.0, 0.0, 1.0] if bad else [nats, bound, 0.0]
-        clock = self._progress(seconds) if backend.rank == 0 else 0.0
+        clock = self._progress(self._clock() - begun) if backend.rank == 0 else 0.0
         nats, bound, num_bad, tokens, progress = backend.sum_over_ranks([*mine, float(loss.num_tokens), clock])
         if progress >= 1:
             return progress
@@ -121,7 +120,7 @@ class Trainer:
             step=position.step + 1,
             samples_seen=position.samples_seen + config.batch_rows,
             tokens_seen=position.tokens_seen + int(tokens),
-            seconds=seconds,
+            seconds=self._clock() - begun,
             skipped_steps=position.skipped_steps + int(num_bad > 0),
         )
         return max(progress, self._position.step / config.steps)

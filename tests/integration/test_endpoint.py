@@ -4,13 +4,17 @@ One Ray Serve application for the whole file, over a bundle with random weights.
 """
 
 import asyncio
+import contextlib
+import io
 import json
 import os
+import re
 import signal
 import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import openai
@@ -227,3 +231,12 @@ def test_a_stream_is_server_sent_events(endpoint):
         events = [line.removeprefix("data: ") for line in answer.iter_lines() if line]
     assert events[-1] == "[DONE]"
     assert all(json.loads(event)["object"] == "text_completion" for event in events[:-1])
+
+
+def test_the_readmes_python_runs(endpoint):
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    [block] = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown):
+        exec(compile(block.replace("http://127.0.0.1:8000", endpoint[0]), "README", "exec"), {})
+    assert re.search(r" \d+(\.\d+)?\n", shown.getvalue()), "the infill's tokens per call"

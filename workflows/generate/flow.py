@@ -59,7 +59,7 @@ def generate(
         "seed": seed,
         "num_tokens": answer.num_committed,
         "num_calls": answer.num_calls,
-        "tokens_per_call": round(answer.tokens_per_call, 3),
+        "tokens_per_call": round(answer.tokens_per_call, 4),
         "seconds": round(time.monotonic() - begun, 3),
         "policy": recipe.decode.policy.model_dump(mode="json"),
     }

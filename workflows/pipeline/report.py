@@ -22,7 +22,7 @@ body{font:16px/1.55 system-ui,sans-serif;color:#1f2430;max-width:60rem;margin:2.
 h1{font-size:1.6rem;margin-bottom:.2rem}h2{font-size:1.15rem;margin:2.2rem 0 .6rem}p.sub{color:#667;margin-top:0}
 img{width:100%;height:auto}table{border-collapse:collapse;width:100%;font-size:.92rem}
 td,th{padding:.3rem .7rem .3rem 0;text-align:left;border-bottom:1px solid #e6e8ee;vertical-align:top}
-.figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(11rem,1fr));gap:1rem;margin:1.4rem 0}
+.figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(15rem,1fr));gap:1rem;margin:1.4rem 0}
 .figures div{background:#f4f6fa;border-radius:.5rem;padding:.8rem 1rem}.figures b{display:block;font-size:1.45rem}
 .figures span{color:#667;font-size:.85rem}.canvas{font:13px/1.6 ui-monospace,monospace;background:#f7f8fb;
 border-radius:.5rem;padding:.7rem .9rem;overflow-x:auto}.canvas div{white-space:pre}

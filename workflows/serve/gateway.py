@@ -322,7 +322,7 @@ class Gateway:
             "total_tokens": prompt + committed,
             "diffusion": {
                 "num_calls": calls,
-                "tokens_per_call": round(committed / calls, 3) if calls else 0,
+                "tokens_per_call": round(committed / calls, 4) if calls else 0,
                 "canvas_tokens": sum(choice.request.config.max_tokens for choice in choices),
                 "committed_tokens": committed,
                 "cache": config.cache,

@@ -59,8 +59,8 @@ def test_an_override_sets_exactly_its_path(path, value, other):
 
 def test_values_are_yaml_and_the_original_is_left_alone():
     values = {"a": {"b": 1, "c": [1]}}
-    changed = apply_overrides(values, ["a.b=[1, 2]", "a.d=true", "e.f=x=y", "a.c="])
-    assert changed == {"a": {"b": [1, 2], "d": True, "c": None}, "e": {"f": "x=y"}}
+    changed = apply_overrides(values, ["a.b=[1, 2]", "a.d=true", "e.f=x=y", "a.c=", "g=**/*.md"])
+    assert changed == {"a": {"b": [1, 2], "d": True, "c": None}, "e": {"f": "x=y"}, "g": "**/*.md"}
     assert values == {"a": {"b": 1, "c": [1]}}
 
 

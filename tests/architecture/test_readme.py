@@ -1,0 +1,82 @@
+"""What the README tells a newcomer to type works: every `sh` command is read and tried as far as is cheap.
+
+The Python block runs against a live endpoint in tests/integration/test_endpoint.py.
+"""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from workflows.cli import app
+from workflows.recipe import load_recipe
+from workflows.serve.protocol import parse_request
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+QUICKSTART = ROOT / "workflows" / "recipes" / "quickstart.yaml"
+COMMANDS = [
+    line
+    for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+    for line in block.splitlines()
+    if line.strip() and not line.startswith("#")
+]
+
+
+def words_of(command: str) -> list[str]:
+    words = shlex.split(command, comments=True)
+    while re.fullmatch(r"[A-Z_]+=\S*", words[0]):
+        words = words[1:]
+    return words
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_of_the_readme_means_something(command):
+    tool, *words = words_of(command)
+    if tool == "make":
+        subprocess.run(["make", "-n", *words], cwd=ROOT, check=True, capture_output=True)
+    elif tool == "curl":
+        body = json.loads(words[words.index("-d") + 1])
+        assert parse_request(json.dumps(body).encode()).prompts
+    else:
+        assert tool == "dllm"
+        verb, target, *rest = words
+        options = [word for word in rest if word.startswith("--")]
+        told = CliRunner().invoke(app, [verb, "--help"], env={"COLUMNS": "200", "TERM": "dumb"})
+        assert told.exit_code == 0
+        assert all(option in told.stdout for option in options)
+        overrides = [word for word in rest if re.match(r"[a-z_]+(\.[a-z_]+)*=", word)]
+        recipe = load_recipe(ROOT / target if target.endswith(".yaml") else QUICKSTART, overrides)
+        assert recipe.name
+        if not target.endswith(".yaml"):
+            assert re.search(r"runs/[a-z]+-[0-9a-f]{12}$", target)
+
+
+def test_the_readme_has_a_command_for_every_verb():
+    verbs = {words_of(command)[1] for command in COMMANDS if words_of(command)[0] == "dllm"}
+    assert verbs == {"run", "show", "preprocess", "train", "evaluate", "generate", "serve"}
+
+
+def test_the_typo_of_the_readme_gets_the_answer_of_the_readme():
+    [(command, answer)] = re.findall(r"^\$ dllm (.*)\n(dllm: .*)$", README, re.MULTILINE)
+    told = subprocess.run(
+        [sys.executable, "-m", "workflows.cli", *shlex.split(command)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert told.returncode == 2
+    assert told.stderr.strip() == answer
+
+
+def test_what_the_readme_points_at_is_there():
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in link]
+    files = [name for name in re.findall(r"`([\w/.]+\.(?:py|yaml|txt))`", README) if "/" in name or name[0].isalpha()]
+    for name in [*links, *(name for name in files if "/" in name)]:
+        assert (ROOT / name).exists(), name

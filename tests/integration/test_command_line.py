@@ -1,0 +1,154 @@
+"""The command line as a shell sees it: one line and the right exit code for every mistake, Ctrl-C at any moment."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+from conftest import small_recipe, small_text
+
+from dllm_core.checkpoints.run_dir import JsonLines, RunDir
+from dllm_core.checkpoints.store import CheckpointStore
+from dllm_core.storage.store import open_store
+
+DLLM = [sys.executable, "-m", "workflows.cli"]
+
+
+def dllm(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*DLLM, *words], capture_output=True, text=True, check=False, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A folder with a corpus and `small.yaml`."""
+    folder = tmp_path_factory.mktemp("cli")
+    (folder / "corpus").mkdir()
+    (folder / "corpus" / "names.txt").write_text(small_text(), encoding="utf-8")
+    (folder / "small.yaml").write_text(small_recipe(folder).to_yaml(), encoding="utf-8")
+    return folder
+
+
+MISTAKES = [
+    (2, "decode.step_per_block=4", "dllm: decode.step_per_block: unknown name: did you mean 'steps_per_block'?"),
+    (
+        2,
+        "decode.steps_per_block=64",
+        "dllm: decode.steps_per_block: must be in [1, block_length=4], got 64: every step",
+    ),
+    (2, "train.steps=0", "dllm: train.steps: must be greater than or equal to 1, got 0"),
+    (2, "train.learning_rate=.nan", "dllm: train.learning_rate: must be"),
+    (2, "noise.process.type=gaussian", "dllm: noise.process.type: "),
+    (2, "train.batch_rows=7", "dllm: train.batch_rows: must be a multiple of placement.train.workers=2, got 7"),
+    (2, "name=../escape", "dllm: name: must be 1-128 of"),
+    (2, "storage.root=ftp://host/x", "dllm: storage.root: unknown kind of storage, got 'ftp://host/x'"),
+    (2, "train", "dllm: train: not an override: write dotted.path=value"),
+    (3, "corpus.path=/nowhere/at/all", "dllm: corpus.path: no such file or folder, got '/nowhere/at/all'"),
+    (3, "corpus.glob=*.pdf", "dllm: corpus.path: no file matches '*.pdf'"),
+    (3, "storage.root=/proc/nowhere", "dllm: storage.root: cannot write ("),
+]
+
+
+@pytest.mark.parametrize(("code", "override", "line"), MISTAKES, ids=[override for _, override, _ in MISTAKES])
+def test_a_mistake_gets_one_line_and_its_exit_code_before_anything_starts(root, code, override, line):
+    told = dllm("run", str(root / "small.yaml"), override)
+    assert told.returncode == code
+    assert told.stderr.startswith(line)
+    assert told.stderr.count("\n") == 1
+    assert told.stdout == ""
+    assert not list((root / "storage").glob("runs/*/events.jsonl"))
+
+
+def test_a_port_that_is_taken_is_refused_before_training(root):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        told = dllm("run", str(root / "small.yaml"), f"serve.port={taken.getsockname()[1]}")
+    assert told.returncode == 2
+    assert told.stderr.startswith("dllm: serve.port: cannot be listened on at 127.0.0.1 (")
+
+
+@pytest.mark.parametrize("verb", ["generate", "serve"])
+def test_a_bundle_that_fails_its_sha256_is_refused_by_its_file(small_bundle, tmp_path, verb):
+    run = tmp_path / "runs" / small_bundle.name
+    for item in small_bundle.store.list(small_bundle.prefix):
+        target = tmp_path / item.key
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(small_bundle.store.read(item.key))
+    weights = run / "bundle" / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    told = dllm(verb, str(run))
+    assert told.returncode == 3
+    assert told.stderr == f"dllm: {weights}: does not match its sha256: the file was changed or damaged\n"
+
+
+def test_with_json_the_last_line_is_one_object_for_an_answer_and_for_an_error(small_bundle):
+    told = dllm("generate", small_bundle.url, "--prompt", "RED ", "--seed", "3", "--output", "json")
+    assert told.returncode == 0
+    answer = json.loads(told.stdout.splitlines()[-1])
+    assert answer["tokens_per_call"] == pytest.approx(answer["num_tokens"] / answer["num_calls"], abs=1e-3)
+    again = dllm("generate", small_bundle.url, "--prompt", "RED ", "--seed", "3", "--output", "json")
+    assert json.loads(again.stdout.splitlines()[-1])["text"] == answer["text"]
+    told = dllm("generate", small_bundle.url, "decode.max_tokens=0", "--output", "json")
+    error = json.loads(told.stdout.splitlines()[-1])
+    assert (told.returncode, error["exit_code"], error["error"]["place"]) == (2, 2, "decode.max_tokens")
+
+
+def test_show_prints_the_resolved_recipe(root):
+    told = dllm("show", str(root / "small.yaml"), "train.steps=77")
+    assert told.returncode == 0
+    assert yaml.safe_load(told.stdout)["train"]["steps"] == 77
+
+
+def processes_marked(mark: str) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("DLLM_TEST_MARK") == mark:
+                found.append(process)
+        except (psutil.Error, OSError):
+            continue
+    return found
+
+
+def test_ctrl_c_while_training_leaves_nothing_running_and_the_next_run_goes_on(root):
+    mark = uuid.uuid4().hex
+    words = [*DLLM, "train", str(root / "small.yaml"), "train.steps=600", "train.checkpoint_every=20"]
+    environment = {**os.environ, "DLLM_TEST_MARK": mark}
+    driver = subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    run = None
+    give_up = time.monotonic() + 120
+    while run is None and time.monotonic() < give_up and driver.poll() is None:
+        time.sleep(0.2)
+        names = [folder.name for folder in (root / "storage" / "runs").glob("small-*")]
+        runs = [RunDir(open_store("root", str(root / "storage")), name) for name in names]
+        run = next((run for run in runs if CheckpointStore(run).committed()), None)
+    assert run is not None
+    assert processes_marked(mark)
+    os.killpg(driver.pid, signal.SIGINT)
+    _, told = driver.communicate(timeout=30)
+    assert driver.returncode == 130
+    assert told.strip().splitlines()[-1].startswith("dllm: interrupted; what is complete is kept")
+    assert "Traceback" not in told
+    assert processes_marked(mark) == []
+
+    stopped_at = CheckpointStore(run).committed()[-1]
+    told = dllm(*words[3:], "train.log_every=5")
+    assert told.returncode == 0, told.stderr
+    started = [event["step"] for event in JsonLines(run, "events.jsonl").read() if "pid" in event]
+    assert started[-1] >= stopped_at > 0
+
+
+def test_names_of_outputs(root):
+    """What the interrupted run left is where scripts look for it."""
+    [bundle] = (Path(root) / "storage" / "runs").glob("small-*/bundle")
+    assert {path.name for path in bundle.parent.iterdir()} >= {"recipe.yaml", "metrics.jsonl", "events.jsonl"}

@@ -1,0 +1,172 @@
+"""A checkpoint is there whole or not at all, and a damaged one is passed over by name."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dllm_core.checkpoints.run_dir import RunDir
+from dllm_core.checkpoints.store import CheckpointStore, TrainPosition
+from dllm_core.errors import CheckpointError
+from dllm_core.storage.store import LocalStore
+
+NAMES = ("model.safetensors", "ema.safetensors", "optimizer.safetensors")
+
+
+def content(name: str, step: int) -> bytes:
+    return f"{name} after {step} steps".encode() * 40
+
+
+@pytest.fixture
+def run(tmp_path) -> RunDir:
+    return RunDir(LocalStore(tmp_path / "root"), "small")
+
+
+@pytest.fixture
+def checkpoints(run) -> CheckpointStore:
+    return CheckpointStore(run)
+
+
+def save(checkpoints: CheckpointStore, scratch: Path, *steps: int) -> None:
+    for step in steps:
+        files = {name: scratch / name for name in NAMES}
+        for name, path in files.items():
+            path.write_bytes(content(name, step))
+        checkpoints.save(TrainPosition(step=step, samples_seen=8 * step, seconds=step / 3), files)
+
+
+def newest_step(checkpoints: CheckpointStore) -> int | None:
+    newest = checkpoints.newest(lambda error: pytest.fail(str(error)))
+    return newest.manifest.position.step if newest else None
+
+
+def damage(path: Path, kind: str, at: int = 0) -> None:
+    data = path.read_bytes()
+    if kind == "delete":
+        path.unlink()
+    elif kind == "truncate":
+        path.write_bytes(data[: at % len(data)])
+    else:
+        at %= len(data)
+        path.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+
+
+def test_the_newest_checkpoint_is_what_was_saved_last(checkpoints, tmp_path):
+    assert newest_step(checkpoints) is None
+    save(checkpoints, tmp_path, 3, 20, 100_000_000, 7)
+    assert checkpoints.committed() == [3, 7, 20, 100_000_000]
+    newest = checkpoints.newest(lambda error: pytest.fail(str(error)))
+    assert newest.manifest.position == TrainPosition(
+        step=100_000_000, samples_seen=800_000_000, seconds=100_000_000 / 3
+    )
+    assert {name: path.read_bytes() for name, path in newest.files.items()} == {
+        name: content(name, 100_000_000) for name in NAMES
+    }
+
+
+@settings(max_examples=20, deadline=None)
+@given(at=st.integers(0, 10**6), name=st.sampled_from(NAMES), kind=st.sampled_from(["flip", "truncate", "delete"]))
+def test_a_checkpoint_with_a_damaged_file_is_refused_by_name_and_the_one_before_is_used(
+    tmp_path_factory, at, name, kind
+):
+    scratch = tmp_path_factory.mktemp("damage")
+    store = LocalStore(scratch / "root")
+    checkpoints = CheckpointStore(RunDir(store, "small"))
+    save(checkpoints, scratch, 5, 6)
+    damage(store.path(f"{checkpoints.folder(6)}/{name}"), kind, at)
+    refused: list[CheckpointError] = []
+    newest = checkpoints.newest(refused.append)
+    assert newest.manifest.position.step == 5
+    assert newest.files[name].read_bytes() == content(name, 5)
+    [error] = refused
+    assert error.place.endswith(f"step-00000006/{name}")
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"[]", b"{}", b"\xff", b'{"position": {}, "files": 3}'])
+def test_an_unreadable_manifest_is_refused_by_name_and_the_one_before_is_used(run, checkpoints, tmp_path, data):
+    save(checkpoints, tmp_path, 5, 6)
+    run.store.put(f"{checkpoints.folder(6)}/manifest.json", data)
+    refused: list[CheckpointError] = []
+    assert checkpoints.newest(refused.append).manifest.position.step == 5
+    [error] = refused
+    assert error.place.endswith("step-00000006/manifest.json")
+    assert "\n" not in str(error)
+
+
+def test_a_manifest_that_was_cut_off_is_refused(run, checkpoints, tmp_path):
+    save(checkpoints, tmp_path, 5, 6)
+    path = run.store.path(f"{checkpoints.folder(6)}/manifest.json")
+    whole = path.read_bytes()
+    for length in [*range(0, len(whole), 19), len(whole) - 2, len(whole) - 1]:
+        path.write_bytes(whole[:length])
+        refused: list[CheckpointError] = []
+        assert checkpoints.newest(refused.append).manifest.position.step == 5
+        assert len(refused) == 1
+
+
+def test_a_checkpoint_without_a_manifest_does_not_exist(run, checkpoints, tmp_path):
+    save(checkpoints, tmp_path, 5, 6)
+    run.store.delete(f"{checkpoints.folder(6)}/manifest.json")
+    assert checkpoints.committed() == [5]
+    assert newest_step(checkpoints) == 5
+
+
+class KilledError(BaseException):
+    """Stands for the end of the process: nothing may catch it."""
+
+
+@pytest.mark.parametrize("done", range(len(NAMES) + 1))
+def test_a_save_that_was_killed_leaves_the_checkpoint_before(tmp_path, done):
+    class KilledStore(LocalStore):
+        """Dies where it should write object number `done` of step 6."""
+
+        def put_file(self, key: str, path: Path) -> None:
+            self._die(key)
+            super().put_file(key, path)
+
+        def put(self, key: str, data: bytes) -> None:
+            self._die(key)
+            super().put(key, data)
+
+        def _die(self, key: str) -> None:
+            if "step-00000006" in key and len([item for item in self.list() if "step-00000006" in item.key]) == done:
+                raise KilledError
+
+    checkpoints = CheckpointStore(RunDir(KilledStore(tmp_path / "root"), "small"))
+    save(checkpoints, tmp_path, 5)
+    with pytest.raises(KilledError):
+        save(checkpoints, tmp_path, 6)
+    again = CheckpointStore(RunDir(LocalStore(tmp_path / "root"), "small"))
+    assert newest_step(again) == 5
+    save(again, tmp_path, 6)
+    assert newest_step(again) == 6
+
+
+def test_no_intact_checkpoint_is_none_and_each_damaged_one_is_told(run, checkpoints, tmp_path):
+    save(checkpoints, tmp_path, 5, 6)
+    for step in (5, 6):
+        damage(run.store.path(f"{checkpoints.folder(step)}/{NAMES[0]}"), "flip")
+    refused: list[CheckpointError] = []
+    assert checkpoints.newest(refused.append) is None
+    assert ["step-00000006" in error.place for error in refused] == [True, False]
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3, 9])
+def test_pruning_keeps_the_newest_and_nothing_of_the_others(run, checkpoints, tmp_path, keep):
+    steps = [1, 2, 10, 30]
+    save(checkpoints, tmp_path, *steps)
+    checkpoints.prune(keep)
+    assert checkpoints.committed() == steps[-keep:]
+    assert newest_step(checkpoints) == 30
+    folders = sorted(path.name for path in run.store.path(run.key("checkpoints")).iterdir())
+    assert folders == [f"step-{step:08d}" for step in steps[-keep:]]
+
+
+def test_checkpoints_of_another_run_are_not_seen_and_not_pruned(run, checkpoints, tmp_path):
+    other = CheckpointStore(RunDir(run.store, "small-2"))
+    save(other, tmp_path, 1, 2)
+    assert newest_step(checkpoints) is None
+    save(checkpoints, tmp_path, 7)
+    checkpoints.prune(1)
+    assert other.committed() == [1, 2]

@@ -1,0 +1,211 @@
+"""Laws of the denoiser: a row alone, in a batch, padded, shifted, written down and read again is the same row."""
+
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional
+
+from dllm_core.errors import CheckpointError
+from dllm_core.model import load_denoiser
+from dllm_core.model.attention import _attend
+from dllm_core.model.config import DenoiserConfig, ModelConfig
+from dllm_core.model.denoiser import Denoiser
+from dllm_core.model.pretrained import assign_weights, read_denoiser, weights_of, write_weights
+
+VOCABULARY = 19
+
+
+def new_denoiser(seed: int = 0, **sizes: object) -> Denoiser:
+    model = ModelConfig(**{"dim": 16, "layers": 2, "heads": 2, "ffn_dim": 24, **sizes})
+    config = DenoiserConfig(model=model, vocab_size=VOCABULARY, context_length=32, mask_id=0, eos_id=1, pad_id=2)
+    torch.manual_seed(seed)
+    return Denoiser(config).eval()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+def denoiser(request) -> Denoiser:
+    return new_denoiser(tie_embeddings=request.param, qk_norm=request.param)
+
+
+def ids_of(*shape: int, seed: int = 1) -> torch.Tensor:
+    return torch.randint(0, VOCABULARY, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def same(left: torch.Tensor, right: torch.Tensor) -> None:
+    torch.testing.assert_close(left, right, atol=2e-5, rtol=1e-4)
+
+
+@settings(max_examples=25, deadline=None)
+@given(lengths=st.lists(st.integers(1, 20), min_size=1, max_size=5), left=st.booleans(), seed=st.integers(0, 99))
+@torch.inference_mode()
+def test_a_row_does_not_depend_on_its_neighbours_nor_on_padding_at_either_end(denoiser, lengths, left, seed):
+    width = max(lengths) + 2
+    batch = ids_of(len(lengths), width, seed=seed)  # what stands in the padding is arbitrary
+    is_real = torch.zeros(batch.shape, dtype=torch.bool)
+    for row, length in enumerate(lengths):
+        is_real[row, width - length :] = left
+        is_real[row, :length] |= not left
+    together = denoiser(batch, is_real)
+    for row in range(len(lengths)):
+        same(together[row][is_real[row]], denoiser(batch[row][is_real[row]][None])[0])
+
+
+@torch.inference_mode()
+def test_padding_of_a_long_row_is_not_seen_either():
+    long = new_denoiser(layers=1)
+    ids = ids_of(2, 300)  # the fused kernel's side of attention
+    is_real = torch.arange(300).expand(2, 300) < torch.tensor([[270], [300]])
+    together = long(ids, is_real)
+    same(together[0, :270], long(ids[:1, :270])[0])
+    same(together[1], long(ids[1:])[0])
+
+
+@torch.inference_mode()
+def test_logits_that_are_read_are_those_of_their_positions(denoiser):
+    ids = ids_of(3, 11)
+    read = ids_of(3, 11, seed=2) < 7
+    assert 0 < read.sum() < read.numel()
+    same(denoiser(ids, read=read), denoiser(ids)[read])
+    assert denoiser(ids, read=torch.zeros_like(read)).shape == (0, VOCABULARY)
+
+
+@torch.inference_mode()
+def test_every_position_sees_every_other_and_where_it_stands(denoiser):
+    ids = ids_of(1, 7)
+    before = denoiser(ids)[0]
+    for changed in range(7):
+        other = ids.clone()
+        other[0, changed] = (other[0, changed] + 1) % VOCABULARY
+        assert (denoiser(other)[0] != before).any(-1).all()
+    exchanged = ids.clone()
+    exchanged[0, [0, 1]] = ids[0, [1, 0]]
+    assert ids[0, 0] != ids[0, 1]
+    assert (denoiser(exchanged)[0, 2:] - before[2:]).abs().amax(-1).min() > 1e-4
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    heads=st.integers(1, 4),
+    pairs=st.integers(4, 6),
+    layers=st.integers(1, 3),
+    ffn_dim=st.integers(8, 30),
+    qk_norm=st.booleans(),
+    tied=st.booleans(),
+    vocabulary=st.integers(3, 40),
+)
+def test_the_number_of_parameters_is_their_number(heads, pairs, layers, ffn_dim, qk_norm, tied, vocabulary):
+    model = ModelConfig(
+        dim=2 * heads * pairs, layers=layers, heads=heads, ffn_dim=ffn_dim, qk_norm=qk_norm, tie_embeddings=tied
+    )
+    config = DenoiserConfig(model=model, vocab_size=vocabulary, context_length=8, mask_id=0, eos_id=1, pad_id=2)
+    with torch.device("meta"):
+        made = Denoiser(config)
+    assert model.num_parameters(vocabulary) == sum(p.numel() for p in made.parameters() if p.requires_grad)
+    assert model.num_parameters(vocabulary) == sum(tensor.numel() for tensor in weights_of(made).values())
+
+
+@torch.inference_mode()
+def test_new_weights_give_logits_of_about_unit_size(denoiser):
+    assert 0.3 < denoiser(ids_of(8, 20)).std() < 3
+
+
+def test_a_model_that_was_evaluated_first_can_be_trained():
+    model = new_denoiser()
+    with torch.inference_mode():
+        model(ids_of(1, 5))
+    model(ids_of(1, 5)).sum().backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+def test_a_row_longer_than_the_context_gets_positions_too():
+    model = new_denoiser()
+    ids = ids_of(1, 50)
+    with torch.inference_mode():
+        fresh = model(ids)
+        model(ids[:, :5])
+        same(model(ids), fresh)
+
+
+def written(folder, denoiser: Denoiser) -> None:
+    (folder / "config.json").write_text(denoiser.config.model_dump_json(), encoding="utf-8")
+    write_weights(folder / "model.safetensors", weights_of(denoiser))
+
+
+def test_what_was_written_is_read_bit_for_bit(denoiser, tmp_path):
+    written(tmp_path, denoiser)
+    again = read_denoiser(tmp_path)
+    assert again.config == denoiser.config
+    assert list(again.state_dict()) == list(denoiser.state_dict())
+    assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in denoiser.state_dict().items())
+    assert (again.head.weight is again.embed.weight) == denoiser.config.model.tie_embeddings
+    assert not again.training
+    assert not any(p.requires_grad for p in again.parameters())
+    with torch.inference_mode():
+        assert torch.equal(again(ids_of(2, 9)), denoiser(ids_of(2, 9)))
+        assert torch.equal(load_denoiser(str(tmp_path))(ids_of(2, 9)), denoiser(ids_of(2, 9)))
+
+
+def test_missing_unknown_and_misshapen_tensors_are_refused_by_name_and_change_nothing(denoiser):
+    victim = new_denoiser(seed=3, **denoiser.config.model.model_dump(include={"tie_embeddings", "qk_norm"}))
+    before = {name: tensor.clone() for name, tensor in victim.state_dict().items()}
+    weights = weights_of(denoiser)
+    name = "blocks.1.ffn.down.weight"
+    for wrong, problem in (
+        ({k: v for k, v in weights.items() if k != name}, f"missing {name}"),
+        ({**weights, "blocks.2.x": weights[name]}, r"unknown blocks\.2\.x"),
+        ({**weights, name: weights[name].T}, rf"{name} is \[24, 16\], must be \[16, 24\]"),
+    ):
+        with pytest.raises(CheckpointError, match=f"place: {problem}"):
+            assign_weights(victim, wrong, "place")
+    assert all(torch.equal(victim.state_dict()[key], tensor) for key, tensor in before.items())
+
+
+def test_weights_of_another_size_or_kind_are_refused(denoiser, tmp_path):
+    tied = denoiser.config.model.tie_embeddings
+    for sizes in ({"layers": 1}, {"dim": 32}, {"tie_embeddings": not tied}, {"qk_norm": not tied}):
+        written(tmp_path, denoiser)
+        other = new_denoiser(**{"tie_embeddings": tied, "qk_norm": tied, **sizes})
+        (tmp_path / "config.json").write_text(other.config.model_dump_json(), encoding="utf-8")
+        with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+            read_denoiser(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_folder_that_holds_no_denoiser_is_refused(tmp_path, name):
+    for data in (None, b"", b"{", b"[]", b"\xff" * 40, json.dumps({"model": {}}).encode()):
+        written(tmp_path, new_denoiser())
+        (tmp_path / name).unlink() if data is None else (tmp_path / name).write_bytes(data)
+        with pytest.raises(CheckpointError, match=str(tmp_path)):
+            read_denoiser(tmp_path)
+    with pytest.raises(CheckpointError):
+        read_denoiser(tmp_path / "nowhere")
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    rows=st.integers(1, 3),
+    heads=st.integers(1, 3),
+    length=st.integers(1, 12),
+    masking=st.sampled_from(["none", "keys", "pairs"]),
+    seed=st.integers(0, 99),
+)
+def test_attention_of_short_rows_is_the_fused_kernels(rows, heads, length, masking, seed):
+    generator = torch.Generator().manual_seed(seed)
+    q, k, v = torch.randn(3, rows, heads, length, 8, generator=generator).mul(2).unbind(0)
+    attention = None
+    if masking != "none":
+        attention = torch.rand(rows, 1, length if masking == "pairs" else 1, length, generator=generator) < 0.5
+        attention[..., 0] = True  # a query that sees nothing has no answer
+    expected = functional.scaled_dot_product_attention(q, k, v, attn_mask=attention)
+    torch.testing.assert_close(_attend(q, k, v, attention), expected, atol=1e-5, rtol=1e-5)

@@ -1,0 +1,114 @@
+"""What only a disk can get wrong: kills, half-written files, links, permissions, space."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dllm_core.errors import DataError
+from dllm_core.storage.store import LocalStore
+
+KILLED_WRITER = """
+import os, sys
+from pathlib import Path
+from dllm_core.storage.store import LocalStore
+os.fsync = lambda handle: os._exit(9)  # every byte is in the file, and nobody has been promised anything
+store, (verb, source) = LocalStore(Path(sys.argv[1])), sys.argv[2:]
+getattr(store, verb)("a/b", Path(source) if verb == "put_file" else b"new")
+"""
+
+
+@pytest.fixture
+def store(tmp_path) -> LocalStore:
+    return LocalStore(tmp_path / "root")
+
+
+def write_and_be_killed(store: LocalStore, verb: str, source: Path) -> None:
+    command = [sys.executable, "-c", KILLED_WRITER, str(store.root), verb, str(source)]
+    assert subprocess.run(command, check=False).returncode == 9
+
+
+@pytest.mark.parametrize("verb", ["put", "put_if_absent", "put_file"])
+def test_a_killed_write_leaves_no_object_and_is_no_obstacle(store, tmp_path, verb):
+    source = tmp_path / "source"
+    source.write_bytes(b"new")
+    write_and_be_killed(store, verb, source)
+    [left] = (store.root / "a").iterdir()  # the temporary file: the kill came in the middle of a write
+    assert left.read_bytes() == b"new"
+    assert not store.exists("a/b")
+    assert list(store.list()) == []
+    assert store.put_if_absent("a/b", b"whole")
+    assert store.read("a/b") == b"whole"
+
+
+def test_a_killed_write_leaves_the_old_object(store, tmp_path):
+    store.put("a/b", b"old")
+    write_and_be_killed(store, "put", tmp_path)
+    assert store.read("a/b") == b"old"
+    assert [item.key for item in store.list()] == ["a/b"]
+
+
+def test_a_failed_write_leaves_nothing(store):
+    store.put("file", b"x")
+    store.put("folder/file", b"x")
+    for key in ("file/below", "folder"):
+        with pytest.raises(DataError, match=f"{key}.*cannot write"):
+            store.put(key, b"y")
+    assert sorted(path.name for path in store.root.rglob("*")) == ["file", "file", "folder"]
+
+
+def test_a_file_put_in_its_own_place_stays(store):
+    store.put("a/b", b"x")
+    store.put_file("a/b", store.path("a/b"))
+    assert store.read("a/b") == b"x"
+
+
+def test_the_last_object_takes_its_empty_folders_with_it_and_never_the_root(store):
+    store.put("a/b/c/d", b"x")
+    store.put("a/e", b"x")
+    store.delete("a/b/c/d")
+    assert [path.name for path in store.root.iterdir()] == ["a"]
+    assert [path.name for path in (store.root / "a").iterdir()] == ["e"]
+    store.delete("a/e")
+    assert store.root.is_dir()
+    assert not any(store.root.iterdir())
+
+
+def test_a_link_out_of_the_root_is_read_and_a_broken_one_is_no_object(store, tmp_path):
+    (tmp_path / "elsewhere").write_bytes(b"linked")
+    store.root.mkdir()
+    (store.root / "good").symlink_to(tmp_path / "elsewhere")
+    (store.root / "broken").symlink_to(tmp_path / "nowhere")
+    (store.root / "loop").symlink_to(store.root / "loop")
+    assert [item.key for item in store.list()] == ["good"]
+    assert store.read("good") == b"linked"
+    assert store.stat("broken") is store.stat("loop") is None
+
+
+def test_a_fetched_file_is_the_object_itself(store):
+    store.put("a", b"x")
+    assert store.fetch("a").samefile(store.root / "a")
+
+
+def test_too_little_space_is_told_before_anything_is_written(store):
+    with pytest.raises(DataError, match=r"storage\.root: .* MiB free, .* MiB needed") as caught:
+        store.check_writable("storage.root", need_bytes=1 << 62)
+    assert caught.value.exit_code == 3
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused(store):
+    store.root.mkdir(mode=0o500)
+    if os.access(store.root, os.W_OK):
+        pytest.skip("this user writes everywhere")
+    with pytest.raises(DataError, match=r"storage\.root: cannot write"):
+        store.check_writable("storage.root")
+
+
+def test_a_file_where_the_root_should_be_is_refused(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    for root in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(DataError, match=r"storage\.root: cannot write"):
+            LocalStore(root).check_writable("storage.root")
