@@ -32,10 +32,11 @@ def run(target: TargetArg, overrides: OverridesArg = None, output: OutputOption 
     """The whole river: preprocess, train, bundle, evaluate, serve the examples, report. Skips what is done."""
 
     def body(console: Console) -> dict[str, Any]:
-        from workflows.pipeline.flow import Pipeline
         from workflows.target import open_target
 
         opened = open_target(target, overrides or [])
+        from workflows.pipeline.flow import Pipeline  # torch: a mistake about paths need not wait for it
+
         console.print(f"[bold]{opened.run.name}[/bold] [dim]in {opened.run.store.url}[/dim]")
         with Pipeline(opened, console) as pipeline:
             result = pipeline.run()
@@ -123,11 +124,12 @@ def _stage(
     target: str, overrides: list[str] | None, stage: Callable[[Any], Any], *, needs_bundle: bool = False
 ) -> Callable[[Console], Any]:
     def body(console: Console) -> Any:
-        from dllm_core.checkpoints.bundle import read_bundle
-        from workflows.pipeline.flow import Pipeline
         from workflows.target import open_target
 
         opened = open_target(target, overrides or [])
+        from dllm_core.checkpoints.bundle import read_bundle
+        from workflows.pipeline.flow import Pipeline
+
         if needs_bundle:
             read_bundle(opened.run)
         with Pipeline(opened, console) as pipeline:

@@ -7,7 +7,7 @@ import os
 import sysconfig
 import unicodedata
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dllm_core.data.corpus import CorpusBase, list_sources
@@ -35,7 +35,8 @@ def find_sources(corpus: CorpusBase, root: Store) -> Sources:
         key = f"sources/unicode-names-{unicodedata.unidata_version}/names.txt"
         if not root.exists(key):
             root.put_if_absent(key, unicode_names().encode())
-        return Sources(root, tuple(list_sources(corpus, root, key)))
+        # Its content follows from its key: the time at which this machine wrote it down is no part of its identity.
+        return Sources(root, tuple(replace(item, stamp="") for item in list_sources(corpus, root, key)))
     if corpus.path == "python:stdlib":
         store = LocalStore(Path(sysconfig.get_paths()["stdlib"]))
         files = list_sources(corpus, store, "")

@@ -124,7 +124,14 @@ def test_ctrl_c_while_training_leaves_nothing_running_and_the_next_run_goes_on(r
     mark = uuid.uuid4().hex
     words = [*DLLM, "train", str(root / "small.yaml"), "train.steps=600", "train.checkpoint_every=20"]
     environment = {**os.environ, "DLLM_TEST_MARK": mark}
-    driver = subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    driver = subprocess.Popen(
+        words,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job is born deaf to Ctrl-C
+    )
     run = None
     give_up = time.monotonic() + 120
     while run is None and time.monotonic() < give_up and driver.poll() is None:

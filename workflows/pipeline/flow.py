@@ -26,7 +26,7 @@ from workflows.preprocess.flow import Preprocessing, summary
 from workflows.serve.app import check_port
 from workflows.serve.flow import cpus_needed
 from workflows.target import Target
-from workflows.train.flow import final_step, train
+from workflows.train.flow import checkpoint_bytes, final_step, train
 
 
 class Pipeline:
@@ -53,6 +53,7 @@ class Pipeline:
         """Every stage; what each reported."""
         if self._serve_missing():
             check_port(self.target.recipe.serve)  # now, not after minutes of training
+        self._check_room()
         return {
             "run": self.target.run.url,
             "preprocess": self.preprocess(),
@@ -70,6 +71,7 @@ class Pipeline:
         if manifest is not None:
             self._console.skipped(name, _about_corpus(manifest))
             return summary(manifest, 0)
+        self._check_room()
         with self._stage(name) as bar:
             self._cluster()
             work = Preprocessing(plan, fan_out, bar.update)
@@ -81,11 +83,12 @@ class Pipeline:
     def train(self) -> dict[str, Any]:
         """Shards -> checkpoints."""
         recipe, run, name = self.target.recipe, self.target.run, "train"
-        result = self._receipts.read(name, run.name)
-        if result is not None and final_step(run) == result["step"]:
+        result = self._trained()
+        if result is not None:
             self._console.skipped(name, _about_training(result))
             return result
         last: dict[str, Any] = {}
+        self._check_room()
         with self._stage(name) as bar:
             self._cluster()
             bar.update("starting the workers")
@@ -179,6 +182,19 @@ class Pipeline:
         else:
             self._console.skipped("report", url)
         return url
+
+    def _check_room(self) -> None:
+        """Refuse a disk on which what is still to be made will not fit, before anything is started."""
+        plan, recipe = self.target.plan, self.target.recipe
+        needed = 0 if plan.existing() is not None else plan.bytes_needed
+        needed += 0 if self._trained() is not None else checkpoint_bytes(recipe)
+        if needed:
+            plan.store.check_writable("storage.root", needed)
+
+    def _trained(self) -> dict[str, Any] | None:
+        """What the finished training reported."""
+        result = self._receipts.read("train", self.target.run.name)
+        return result if result is not None and final_step(self.target.run) == result["step"] else None
 
     def _bundle_identity(self) -> Any:
         run = self.target.run

@@ -51,6 +51,13 @@ class CorpusPlan:
         """The corpus's folder."""
         return f"{self.store.url}/{corpus_prefix(self.fingerprint)}"
 
+    @property
+    def bytes_needed(self) -> int:
+        """A low estimate of what tokens and noise will take: one token for every 4 bytes of text."""
+        seq_len = self.recipe.packing.seq_len
+        rows = sum(item.size for item in self.sources.files) // (4 * seq_len)
+        return rows * (2 * seq_len + self.recipe.noise.epochs * (seq_len // 8 + 4))
+
     def existing(self) -> CorpusManifest | None:
         """The finished corpus, if it has all the noise that the recipe asks for."""
         if not self.store.exists(f"{corpus_prefix(self.fingerprint)}/manifest.json"):

@@ -5,6 +5,7 @@
 A worker that dies is restarted by Ray Train; a driver that dies is run again. Both go on from the newest checkpoint.
 """
 
+import contextlib
 import os
 import threading
 import time
@@ -27,6 +28,12 @@ def final_step(run: RunDir) -> int | None:
     return committed[-1] if committed else None
 
 
+def checkpoint_bytes(recipe: Recipe) -> int:
+    """What the kept checkpoints and the one in the making take: weights, EMA and two moments, fp32."""
+    parameters = recipe.model.num_parameters(recipe.tokenizer.vocab_size)
+    return 16 * parameters * (recipe.train.keep_checkpoints + 1)
+
+
 def train(recipe: Recipe, run: RunDir, corpus: str, on_message: OnMessage) -> None:
     """Train to the end of the budget on the connected cluster. `on_message` runs in this thread."""
     import ray
@@ -40,8 +47,9 @@ def train(recipe: Recipe, run: RunDir, corpus: str, on_message: OnMessage) -> No
     fitting.start()
     while fitting.is_alive():
         fitting.join(timeout=_POLL_S)
-        for message in ray.get(mailbox.take.remote()):
-            on_message(message)
+        with contextlib.suppress(ray.exceptions.RayError):  # a mailbox that died costs a screen, not a run
+            for message in ray.get(mailbox.take.remote()):
+                on_message(message)
     error = outcome[0]
     if error is not None:
         raise _explained(error)

@@ -1,0 +1,45 @@
+"""Where a corpus's files are found, and what is said when they are not."""
+
+import pytest
+
+from dllm_core.data.corpus import TextCorpus
+from dllm_core.data.sources import find_sources, unicode_names
+from dllm_core.errors import DataError
+from dllm_core.storage.store import LocalStore
+from workflows.preprocess.flow import plan_corpus
+from workflows.recipe import load_recipe, shipped_recipes
+
+
+def test_the_unicode_names_are_one_corpus_wherever_and_whenever_they_are_written_down(tmp_path):
+    [quickstart] = [path for path in shipped_recipes() if path.stem == "quickstart"]
+    recipe = load_recipe(quickstart)
+    fingerprints = {plan_corpus(recipe, LocalStore(tmp_path / name)).fingerprint for name in ("a", "b")}
+    assert len(fingerprints) == 1
+
+
+def test_the_unicode_names_are_columns_of_names():
+    columns = unicode_names().rstrip("\n").split("\n\n")
+    assert columns[0].splitlines()[:2] == ["SPACE", "EXCLAMATION MARK"]
+    assert all(1 <= column.count("\n") + 1 <= 16 for column in columns)
+    assert "CJK UNIFIED IDEOGRAPH-4E00" not in unicode_names()
+
+
+def test_the_standard_library_is_there_without_what_was_installed_beside_it(tmp_path):
+    found = find_sources(TextCorpus(path="python:stdlib", glob="**/*.py"), LocalStore(tmp_path))
+    keys = {item.key for item in found.files}
+    assert {"os.py", "json/decoder.py"} <= keys
+    assert not any(key.startswith("site-packages/") for key in keys)
+
+
+@pytest.mark.parametrize(
+    ("path", "problem"),
+    [("python:haiku", "no such text"), ("/nowhere/at/all", "no such file or folder"), ("", "")],
+)
+def test_what_is_not_there_is_refused_in_one_line(tmp_path, path, problem):
+    if not path:
+        path = str(tmp_path / "empty")
+        (tmp_path / "empty").mkdir()
+        problem = "no file matches"
+    with pytest.raises(DataError, match=problem) as caught:
+        find_sources(TextCorpus(path=path), LocalStore(tmp_path / "root"))
+    assert caught.value.place == "corpus.path"
