@@ -6,7 +6,6 @@ A worker that dies is restarted by Ray Train; a driver that dies is run again. B
 """
 
 import contextlib
-import os
 import threading
 import time
 import warnings
@@ -20,6 +19,7 @@ from workflows.recipe import Recipe
 
 OnMessage = Callable[[dict[str, Any]], None]
 _POLL_S = 0.25
+_RAY_FOLDER = ".ray-train"
 
 
 def final_step(run: RunDir) -> int | None:
@@ -87,22 +87,22 @@ def _fit(recipe: Recipe, run: RunDir, corpus: str, mailbox: Any) -> None:
         ),
         run_config=RunConfig(
             name=name,
-            storage_path=_ray_storage(run),
+            storage_path=f"{run.store.url}/{_RAY_FOLDER}",
             failure_config=FailureConfig(max_failures=placement.max_failures),
         ),
     )
-    trainer.fit()
+    try:
+        trainer.fit()
+    finally:
+        with contextlib.suppress(DataError):  # what is left is small and harmless
+            for item in list(run.store.list(f"{_RAY_FOLDER}/{name}")):
+                run.store.delete(item.key)
 
 
 def _on_worker(config: dict[str, Any]) -> None:
     from workflows.train.worker import train_worker  # DeepSpeed: 2 s that the driver need not pay
 
     train_worker(config)
-
-
-def _ray_storage(run: RunDir) -> str:
-    url = run.store.url
-    return f"{url}/ray-train" if url.startswith("s3://") else os.path.join(url, ".ray-train")
 
 
 def _explained(error: BaseException) -> BaseException:
