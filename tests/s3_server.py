@@ -49,7 +49,7 @@ def s3_server(cache: Path) -> Iterator[S3Server]:
     """Serve; the environment names this server and the cache folder, and no other account, until the end."""
     application = S3Server()
     server = make_server("127.0.0.1", 0, application, threaded=True, request_handler=MotoRequestHandler)
-    serving = threading.Thread(target=server.serve_forever, daemon=True)
+    serving = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)  # looks for its end often
     serving.start()
     with pytest.MonkeyPatch.context() as patch:
         for name in ("AWS_ENDPOINT_URL_S3", "AWS_PROFILE", "AWS_SESSION_TOKEN"):

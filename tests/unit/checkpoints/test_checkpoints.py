@@ -54,8 +54,8 @@ def damage(path: Path, kind: str, at: int = 0) -> None:
 
 def test_the_newest_checkpoint_is_what_was_saved_last(checkpoints, tmp_path):
     assert newest_step(checkpoints) is None
-    save(checkpoints, tmp_path, 3, 20, 100_000_000, 7)
-    assert checkpoints.committed() == [3, 7, 20, 100_000_000]
+    save(checkpoints, tmp_path, 3, 20, 100_000_000, 7, 99_999_999)
+    assert checkpoints.committed() == [3, 7, 20, 99_999_999, 100_000_000]
     newest = checkpoints.newest(lambda error: pytest.fail(str(error)))
     assert newest.manifest.position == TrainPosition(
         step=100_000_000, samples_seen=800_000_000, seconds=100_000_000 / 3

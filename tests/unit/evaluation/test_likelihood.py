@@ -48,10 +48,10 @@ def counts_of(x0: np.ndarray, counted: np.ndarray | None = None) -> np.ndarray:
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("draws", [1, 4])
 def test_an_oracle_denoiser_pays_the_entropy_in_the_mean(schedule, draws):
-    x0 = rows_of(LAW, 12_000 // draws, 16, seed=0)
+    x0 = rows_of(LAW, 96_000 // draws, 16, seed=0)
     found = summarize(score(denoiser_of(LAW), x0, schedule=schedule, draws=draws), counts_of(x0))
     entropy = -float((LAW * np.log(LAW)).sum())
-    assert found.standard_error < 0.015 * entropy
+    assert found.standard_error < 0.006 * entropy  # small enough to see a weight that was clipped at 20
     assert abs(found.nelbo - entropy) < 4 * found.standard_error
 
 
@@ -123,9 +123,7 @@ def test_a_row_has_one_time_in_each_stratum(draws):
 
     process = Recorded(mask_id=MASK)
     x0 = rows_of(LAW, 500, 3, seed=8)
-    score_rows(
-        denoiser_of(LAW), process, x0, x0 >= 0, np.arange(500), seed=1, draws=draws, device=CPU
-    )
+    score_rows(denoiser_of(LAW), process, x0, x0 >= 0, np.arange(500), seed=1, draws=draws, device=CPU)
     times = np.stack(seen)  # [draws N L]
     assert (times == times[..., :1]).all()
     assert ((times > 0) & (times <= 1)).all()

@@ -27,7 +27,7 @@ def store(tmp_path) -> LocalStore:
 
 def write_and_be_killed(store: LocalStore, verb: str, source: Path) -> None:
     command = [sys.executable, "-c", KILLED_WRITER, str(store.root), verb, str(source)]
-    assert subprocess.run(command, check=False).returncode == 9
+    assert subprocess.run(command, check=False, cwd=store.root.parent).returncode == 9
 
 
 @pytest.mark.parametrize("verb", ["put", "put_if_absent", "put_file"])

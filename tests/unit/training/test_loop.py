@@ -323,8 +323,8 @@ def test_the_average_is_the_sum_that_its_formula_says_and_follows_no_later_chang
     for step in range(200):
         source.copy_(torch.tensor([float(step), 1.0]))  # in place, as an optimizer does
         average.update({"a": source}, step)
+        source.fill_(-100)
         decay = min(0.9, (1 + step) / (10 + step))
-        expected = decay * expected + (1 - decay) * source.double()
-    source.fill_(100)
-    torch.testing.assert_close(average.weights["a"].double(), expected, rtol=1e-5, atol=0)
+        expected = decay * expected + (1 - decay) * torch.tensor([float(step), 1.0], dtype=torch.float64)
+        torch.testing.assert_close(average.weights["a"].double(), expected, rtol=1e-5, atol=1e-6)
     assert float(expected[0]) == pytest.approx(199 - 0.9 / 0.1, rel=1e-3)  # a lag of decay / (1 - decay) steps

@@ -1,0 +1,130 @@
+"""Any text is spelled and comes back; no text spells a special token."""
+
+import json
+import pickle
+
+import pytest
+from conftest import small_text
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from dllm_core.data.tokenizer import Tokenizer, TokenizerConfig
+from dllm_core.errors import ConfigError, DataError
+
+CONFIG = TokenizerConfig(vocab_size=300)
+SPECIALS = ("<|mask|>", "<|eos|>", "<|pad|>")
+texts = st.text() | st.lists(st.sampled_from([*SPECIALS, "<|", "mask", "|>", " RED", "\n", "Ġ", "é"])).map("".join)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.train(small_text(40).split("\n\n"), CONFIG)
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=texts)
+@example(text="<|mask|><|eos|> a<|pad|>\x00\r\n\u2028\ufeff\U0010ffff")
+def test_any_text_comes_back_and_holds_no_special_token(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert not tokenizer.special_ids & set(ids)
+    assert all(0 <= i < tokenizer.vocab_size for i in ids)
+
+
+@settings(max_examples=50, deadline=None)
+@given(batch=st.lists(texts, max_size=5))
+def test_a_text_has_the_same_ids_alone_and_in_a_batch(tokenizer, batch):
+    assert list(tokenizer.encode_batch(batch)) == [tokenizer.encode(text) for text in batch]
+
+
+@settings(max_examples=50, deadline=None)
+@given(text=texts, data=st.data())
+def test_special_ids_are_left_out_of_a_decoded_text(tokenizer, text, data):
+    ids = tokenizer.encode(text)
+    for special in tokenizer.special_ids:
+        ids.insert(data.draw(st.integers(0, len(ids))), special)
+    assert tokenizer.decode(ids) == text
+
+
+def test_a_cut_character_shows_as_a_replacement_and_never_fails(tokenizer):
+    ids = tokenizer.encode("€")
+    assert len(ids) > 1
+    assert set(tokenizer.decode(ids[:1])) == {"\ufffd"}
+
+
+def test_every_token_has_a_look_and_the_looks_of_a_text_make_the_text(tokenizer):
+    assert [tokenizer.token_text(i) for i in (tokenizer.mask_id, tokenizer.eos_id, tokenizer.pad_id)] == list(SPECIALS)
+    text = "BLACK ARROW 17\n"
+    assert "".join(tokenizer.token_text(i) for i in tokenizer.encode(text)) == text
+
+
+def test_training_merges_what_is_frequent_and_keeps_to_the_size(tokenizer):
+    assert tokenizer.vocab_size == CONFIG.vocab_size
+    assert len(tokenizer.encode(small_text(40))) < 0.6 * len(small_text(40))
+    assert len({tokenizer.mask_id, tokenizer.eos_id, tokenizer.pad_id}) == 3
+
+
+def test_training_is_a_function_of_its_texts(tokenizer):
+    assert Tokenizer.train(small_text(40).split("\n\n"), CONFIG).digest == tokenizer.digest
+    assert Tokenizer.train(small_text(41).split("\n\n"), CONFIG).digest != tokenizer.digest
+
+
+def test_a_literal_special_token_in_the_training_texts_stays_text():
+    taught = Tokenizer.train(["<|mask|> is a token", "and so is <|eos|>"] * 50, CONFIG)
+    assert not taught.special_ids & set(taught.encode("<|mask|><|eos|>"))
+    assert taught.decode(taught.encode("<|mask|><|eos|>")) == "<|mask|><|eos|>"
+
+
+def test_a_copy_in_another_process_and_one_read_from_a_file_are_the_same_tokenizer(tokenizer, tmp_path):
+    path = tmp_path / "tokenizer.json"
+    path.write_text(tokenizer.json_text, encoding="utf-8")
+    for copy in (pickle.loads(pickle.dumps(tokenizer)), Tokenizer.from_file(path, CONFIG)):
+        assert copy.digest == tokenizer.digest
+        assert (copy.mask_id, copy.eos_id, copy.pad_id) == (tokenizer.mask_id, tokenizer.eos_id, tokenizer.pad_id)
+        assert copy.encode("RED <|mask|> ä") == tokenizer.encode("RED <|mask|> ä")
+
+
+def test_a_file_that_pads_and_truncates_does_neither(tokenizer):
+    values = json.loads(tokenizer.json_text)
+    values["truncation"] = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+    values["padding"] = {
+        "strategy": {"Fixed": 64},
+        "direction": "Right",
+        "pad_to_multiple_of": None,
+        "pad_id": tokenizer.pad_id,
+        "pad_type_id": 0,
+        "pad_token": "<|pad|>",
+    }
+    other = Tokenizer(json.dumps(values), CONFIG)
+    text = "BLACK ARROW 17, and more of it"
+    assert other.encode(text) == next(iter(other.encode_batch([text]))) == tokenizer.encode(text)
+
+
+@pytest.mark.parametrize("field", ["mask_token", "eos_token", "pad_token"])
+def test_a_tokenizer_without_a_special_token_is_refused_by_its_field(tokenizer, field):
+    with pytest.raises(ConfigError, match=rf"tokenizer\.{field}: not in the tokenizer, got '<\|nope\|>'"):
+        Tokenizer(tokenizer.json_text, CONFIG.model_copy(update={field: "<|nope|>"}))
+
+
+def test_a_mask_that_text_can_spell_is_refused(tokenizer):
+    with pytest.raises(ConfigError, match=r"tokenizer\.mask_token: is no special token"):
+        Tokenizer(tokenizer.json_text, CONFIG.model_copy(update={"mask_token": "A"}))
+
+
+def test_the_mask_is_neither_the_end_nor_the_padding_but_those_may_be_one(tokenizer):
+    for field in ("eos_token", "pad_token"):
+        with pytest.raises(ConfigError, match=r"tokenizer\.mask_token: must differ"):
+            TokenizerConfig.checked({field: "<|mask|>"}, "tokenizer")
+    shared = Tokenizer(tokenizer.json_text, TokenizerConfig(pad_token="<|eos|>"))
+    assert shared.pad_id == shared.eos_id
+    assert len(shared.special_ids) == 2
+
+
+@pytest.mark.parametrize("data", [b"", b"{}", b"[1", b"\xff\xfe"])
+def test_a_file_that_is_no_tokenizer_is_refused_by_name(tmp_path, data):
+    path = tmp_path / "tokenizer.json"
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=r"tokenizer\.json"):
+        Tokenizer.from_file(path, CONFIG)
+    with pytest.raises(DataError, match="nowhere"):
+        Tokenizer.from_file(tmp_path / "nowhere", CONFIG)
