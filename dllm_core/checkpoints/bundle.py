@@ -15,8 +15,9 @@ from typing import Any, Literal
 from dllm_core.checkpoints.run_dir import RunDir
 from dllm_core.checkpoints.store import FileEntry, verified_file
 from dllm_core.config.base import Frozen
+from dllm_core.config.fingerprint import seal, unseal
 from dllm_core.data.tokenizer import Tokenizer, TokenizerConfig
-from dllm_core.errors import CheckpointError
+from dllm_core.errors import CheckpointError, ConfigError
 from dllm_core.model.config import DenoiserConfig
 from dllm_core.model.denoiser import Denoiser
 from dllm_core.model.pretrained import CONFIG_NAME, WEIGHTS_NAME, read_denoiser
@@ -96,7 +97,7 @@ def write_bundle(
     manifest = BundleManifest(
         process=process, tokenizer=tokenizer.config, decode=decode, lineage=lineage, files=entries
     )
-    run.store.put(run.key(f"{FOLDER}/{MANIFEST_NAME}"), manifest.model_dump_json(indent=2).encode())
+    run.store.put(run.key(f"{FOLDER}/{MANIFEST_NAME}"), seal(manifest))
 
 
 def read_bundle(run: RunDir) -> ModelBundle:
@@ -107,28 +108,29 @@ def read_bundle(run: RunDir) -> ModelBundle:
         raise CheckpointError(place, "there is no bundle", remedy="finish the run first: `dllm run`")
     raw = run.store.read(key)
     try:
-        manifest = BundleManifest.model_validate_json(raw)
-    except ValueError as error:
-        raise CheckpointError(f"{place}/{MANIFEST_NAME}", "is not a bundle's manifest") from error
+        manifest = BundleManifest.checked(unseal(raw))
+    except (ValueError, ConfigError) as error:
+        raise CheckpointError(f"{place}/{MANIFEST_NAME}", f"is not a bundle's manifest ({error})") from error
     files = {
-        name: verified_file(run.store.fetch, run.key(f"{FOLDER}/{name}"), entry, f"{place}/{name}")
+        name: verified_file(run.store, run.key(f"{FOLDER}/{name}"), entry, f"{place}/{name}")
         for name, entry in manifest.files.items()
     }
     if isinstance(run.store, LocalStore):
         return ModelBundle(run.store.path(run.key(FOLDER)), manifest)
-    return ModelBundle(_gathered(files, raw), manifest)
+    return ModelBundle(_gathered(files, manifest, raw), manifest)
 
 
-def _gathered(files: dict[str, Path], manifest: bytes) -> Path:
-    """One folder with the fetched files, named by the manifest's content."""
+def _gathered(files: dict[str, Path], manifest: BundleManifest, raw: bytes) -> Path:
+    """One folder with the fetched files, named by the manifest's content; a damaged one is made anew."""
     some = next(iter(files.values()))
-    folder = some.parent.parent / "bundles" / hashlib.sha256(manifest).hexdigest()
-    if not folder.is_dir():
+    folder = some.parent.parent / "bundles" / hashlib.sha256(raw).hexdigest()
+    if not all((folder / name).is_file() and entry.matches(folder / name) for name, entry in manifest.files.items()):
+        shutil.rmtree(folder, ignore_errors=True)
         folder.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".tmp-"))
         for name, path in files.items():
             shutil.copyfile(path, scratch / name)
-        (scratch / MANIFEST_NAME).write_bytes(manifest)
+        (scratch / MANIFEST_NAME).write_bytes(raw)
         try:
             os.replace(scratch, folder)
         except OSError:  # another process was first; its folder has the same content

@@ -1,6 +1,7 @@
 """RunDir: `<root>/runs/<name>-<fingerprint>/`, on disk or on S3, and the logs that grow in it."""
 
 import json
+import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,12 +24,12 @@ class RunDir:
     @classmethod
     def at(cls, url: str) -> "RunDir":
         """The run in a folder: `.../runs/<name>` or `s3://.../runs/<name>`."""
-        trimmed = url.rstrip("/") if url.startswith("s3://") else str(Path(url).expanduser().resolve())
-        above, _, name = trimmed.rpartition("/")
-        root, _, folder = above.rpartition("/")
-        if folder != FOLDER:
+        is_s3 = url.startswith("s3://")
+        trimmed = url.rstrip("/") if is_s3 else str(Path(url).expanduser().resolve())
+        root, _, folder_and_name = trimmed.rpartition(f"/{FOLDER}/")
+        if not folder_and_name or "/" in folder_and_name or (is_s3 and len(root) <= len("s3:/")):
             raise ConfigError(url, "is not a run", remedy="a run is <storage.root>/runs/<name>-<fingerprint>")
-        return cls(open_store("storage.root", root), check_name("run", name))
+        return cls(open_store("storage.root", root or "/"), check_name("run", folder_and_name))
 
     @property
     def prefix(self) -> str:
@@ -63,7 +64,7 @@ class JsonLines:
     """A growing log: one JSON object a line. On S3, which cannot append, a local mirror is uploaded by `sync`."""
 
     def __init__(self, run: RunDir, name: str) -> None:
-        self._run, self._key = run, run.key(name)
+        self._run, self._key, self._mended = run, run.key(name), False
         if isinstance(run.store, LocalStore):
             self._path, self._mirrored = run.store.path(self._key), False
             self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -81,8 +82,18 @@ class JsonLines:
 
     def append(self, record: dict[str, Any]) -> None:
         """Add a line; one write call, so that two writers do not mix."""
+        if not self._mended:
+            self._drop_cut_line()
         with self._path.open("ab") as file:
             file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+
+    def _drop_cut_line(self) -> None:
+        """A line that a kill cut short would swallow the next one."""
+        self._mended = True
+        if self._path.exists():
+            data = self._path.read_bytes()
+            if data and not data.endswith(b"\n"):
+                os.truncate(self._path, data.rfind(b"\n") + 1)
 
     def keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
         """Drop lines: after a restart, those of steps that will be taken again, and one that was cut short."""

@@ -3,6 +3,7 @@
 Nothing is pickled and nothing is cut by rank, so any world size, ZeRO stage or backend resumes from any checkpoint.
 """
 
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,11 +11,13 @@ from pathlib import Path
 
 from dllm_core.checkpoints.run_dir import RunDir
 from dllm_core.config.base import Frozen
+from dllm_core.config.fingerprint import seal, unseal
 from dllm_core.errors import CheckpointError, ConfigError, DataError
-from dllm_core.storage.store import LocalStore, file_sha256
+from dllm_core.storage.store import LocalStore, Store, file_sha256
 
 _FOLDER = "checkpoints"
 _MANIFEST = "manifest.json"
+_COMMITTED = re.compile(rf"step-(\d{{8,}})/{re.escape(_MANIFEST)}")
 
 
 class FileEntry(Frozen):
@@ -22,6 +25,10 @@ class FileEntry(Frozen):
 
     bytes: int
     sha256: str
+
+    def matches(self, path: Path) -> bool:
+        """Whether a file is the promised one."""
+        return path.stat().st_size == self.bytes and file_sha256(path) == self.sha256
 
 
 class TrainPosition(Frozen):
@@ -68,17 +75,13 @@ class CheckpointStore:
             entries[name] = FileEntry(bytes=path.stat().st_size, sha256=file_sha256(path))
             self._run.store.put_file(f"{folder}/{name}", path)
         manifest = CheckpointManifest(position=position, files=entries)
-        self._run.store.put(f"{folder}/{_MANIFEST}", manifest.model_dump_json(indent=2).encode())
+        self._run.store.put(f"{folder}/{_MANIFEST}", seal(manifest))
 
     def committed(self) -> list[int]:
         """Steps that have a manifest, oldest first."""
         top = self._run.key(_FOLDER)
         names = [item.key.removeprefix(f"{top}/") for item in self._run.store.list(top)]
-        return sorted(
-            int(name.removeprefix("step-").partition("/")[0])
-            for name in names
-            if name.startswith("step-") and name.endswith(f"/{_MANIFEST}")
-        )
+        return sorted(int(found[1]) for name in names if (found := _COMMITTED.fullmatch(name)))
 
     def newest(self, on_damage: Callable[[CheckpointError], None]) -> Checkpoint | None:
         """The newest checkpoint whose every byte is as promised; damaged ones are reported and passed over."""
@@ -107,21 +110,25 @@ class CheckpointStore:
         place = f"{self._run.store.url}/{folder}"
         try:
             raw = self._run.store.read(f"{folder}/{_MANIFEST}")
-            manifest = CheckpointManifest.model_validate_json(raw)
+            manifest = CheckpointManifest.checked(unseal(raw))
         except (DataError, ConfigError, ValueError) as error:
             raise CheckpointError(f"{place}/{_MANIFEST}", f"cannot be read ({error})") from error
         files = {
-            name: verified_file(self._run.store.fetch, f"{folder}/{name}", entry, f"{place}/{name}")
+            name: verified_file(self._run.store, f"{folder}/{name}", entry, f"{place}/{name}")
             for name, entry in manifest.files.items()
         }
         return Checkpoint(f"step-{step:08d}", manifest, files)
 
 
-def verified_file(fetch: Callable[[str], Path], key: str, entry: FileEntry, place: str) -> Path:
-    """A local file whose sha256 is the promised one."""
+def verified_file(store: Store, key: str, entry: FileEntry, place: str) -> Path:
+    """A local file whose sha256 is the promised one. A cached copy that is not is fetched once more."""
+    is_copy = not isinstance(store, LocalStore)
     try:
-        path = fetch(key)
-        if path.stat().st_size == entry.bytes and file_sha256(path) == entry.sha256:
+        path = store.fetch(key)
+        if is_copy and not entry.matches(path):
+            path.unlink()
+            path = store.fetch(key)
+        if entry.matches(path):
             return path
     except (DataError, OSError) as error:
         raise CheckpointError(place, f"cannot be read ({error})") from error

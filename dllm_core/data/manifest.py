@@ -1,9 +1,9 @@
 """CorpusManifest: what exists, from what, by which tokenizer, with which noise. Written last: where it is, all is."""
 
-import json
 from typing import Any, Literal
 
 from dllm_core.config.base import Frozen
+from dllm_core.config.fingerprint import unseal
 from dllm_core.data.shard import ShardInfo
 from dllm_core.data.tokenizer import Tokenizer, TokenizerConfig
 from dllm_core.errors import ConfigError, DataError
@@ -84,7 +84,7 @@ def read_manifest(store: Store, fingerprint: str) -> CorpusManifest:
     if not store.exists(key):
         raise DataError(f"{store.url}/{key}", "no such corpus", remedy="run `dllm preprocess` first")
     try:
-        return CorpusManifest.checked(json.loads(store.read(key)), key)
+        return CorpusManifest.checked(unseal(store.read(key)), key)
     except (ValueError, ConfigError) as error:
         raise DataError(
             f"{store.url}/{key}", f"not a manifest ({error})", remedy="run `dllm preprocess` again"

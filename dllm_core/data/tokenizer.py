@@ -99,7 +99,10 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, no specials added or recognised."""
-        return list(self._core.encode(text, add_special_tokens=False).ids)
+        try:
+            return list(self._core.encode(text, add_special_tokens=False).ids)
+        except TypeError:  # a lone surrogate
+            raise DataError("text", "is not Unicode", text) from None
 
     def encode_batch(self, texts: Sequence[str]) -> Iterator[list[int]]:
         """`encode` for many texts at once (all cores, unless TOKENIZERS_PARALLELISM=false)."""

@@ -49,4 +49,4 @@ def measure_decoding(engine: Engine, rows: Ints, config: DecodeConfig, *, contex
 def _entropy(tokens: Sequence[int]) -> float:
     counts = np.array(list(Counter(tokens).values()), dtype=np.float64)
     share = counts / max(counts.sum(), 1)
-    return float(-(share * np.log(share)).sum()) if len(share) else 0.0
+    return float((share * -np.log(share)).sum())

@@ -1,7 +1,7 @@
 """The held-out NELBO in nats a token with its standard error, beside the unigram entropy of the same rows.
 
-The weight is exact (1/t for linear noise, never clipped) and t is stratified over (0, 1] across a row's draws and
-across rows. Figures are sums in float64; rows are the unit of the error, since tokens of a row are not independent.
+The weight is exact (1/t for linear noise, never clipped) and t is stratified over (0, 1] across a row's draws.
+Figures are sums in float64; rows are the unit of the error, since tokens of a row are not independent.
 """
 
 import math

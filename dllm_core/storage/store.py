@@ -99,6 +99,8 @@ class LocalStore:
 
     def path(self, key: str) -> Path:
         """The file of a key, proven to lie below the root."""
+        if "\0" in key or not _is_encodable(key):
+            raise DataError(repr(key), "cannot be a file's name")
         path = Path(os.path.normpath(self.root / key))
         if path != self.root and self.root not in path.parents:
             raise DataError(key, "leaves the storage root", remedy=f"keys are relative to {self.root}")
@@ -179,7 +181,7 @@ class LocalStore:
         """Remove the file, and folders that became empty."""
         path = self.path(key)
         with _explained(str(path), "delete"):
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                 path.unlink()
             with contextlib.suppress(OSError):  # the first folder that is not empty, or that another process removed
                 for folder in path.parents[: max(0, len(path.relative_to(self.root).parts) - 1)]:
@@ -210,8 +212,16 @@ def open_store(place: str, url: str) -> Store:
     return LocalStore(Path(os.path.abspath(Path(url).expanduser())))
 
 
+def _is_encodable(key: str) -> bool:
+    try:
+        os.fsencode(key)
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _raise_walk_error(error: OSError) -> None:
-    if error.errno != errno.ENOENT:
+    if error.errno not in {errno.ENOENT, errno.ENOTDIR}:
         raise DataError(str(error.filename), f"cannot be listed ({error.strerror})") from error
 
 

@@ -32,7 +32,10 @@ class Backend(Protocol):
         """Add this rank's gradients; over ranks they are averaged."""
 
     def step(self, learning_rate: float) -> float:
-        """Clip, update, clear; the global gradient norm before clipping."""
+        """Clip, update, clear; the global gradient norm before clipping.
+
+        A norm that is not finite leaves weights and optimizer as they are, on every rank alike.
+        """
 
     def sum_over_ranks(self, values: list[float]) -> list[float]:
         """Element-wise sum in fp64, the same on every rank. Collective."""
@@ -93,7 +96,8 @@ class LocalBackend:
         norm = nn.utils.clip_grad_norm_(self.module.parameters(), self._config.clip_norm)
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
-        self._optimizer.step()
+        if norm.isfinite():
+            self._optimizer.step()
         self._optimizer.zero_grad()
         return float(norm)
 

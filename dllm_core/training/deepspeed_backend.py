@@ -72,7 +72,10 @@ class DeepSpeedBackend:
         norm = None
         if self._config.zero_stage == 0:  # DeepSpeed tells no norm there; gradients are whole and averaged already
             norm = torch.nn.utils.get_total_norm(p.grad for p in self.module.parameters() if p.grad is not None)
-        self._engine.step()
+            if not norm.isfinite():
+                self._engine.zero_grad()
+                return float(norm)
+        self._engine.step()  # ZeRO 1 and 2 leave all as it is where the norm is not finite, and tell infinity
         return float(self._engine.get_global_grad_norm() if norm is None else norm)
 
     def sum_over_ranks(self, values: list[float]) -> list[float]:

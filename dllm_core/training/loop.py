@@ -107,21 +107,25 @@ class Trainer:
         if progress >= 1:
             return progress
         learning_rate = config.learning_rate_at(position.step, progress)
-        if num_bad:
-            self._skip()
-        else:
+        norm = math.nan
+        if not num_bad:
             # The backend averages gradients over ranks; nats must be summed over ranks and divided by tokens once.
             backend.backward(loss.nats * (backend.world_size / tokens))
-            window.add(backend.step(learning_rate), nats, bound, tokens, learning_rate)
+            norm = backend.step(learning_rate)
+        is_taken = math.isfinite(norm)  # a finite loss may still have a gradient that is not
+        if is_taken:
+            window.add(norm, nats, bound, tokens, learning_rate)
             self._skipped_in_a_row = 0
             if self._average is not None:
                 self._average.update(weights_of(backend.module), position.step)
+        else:
+            self._skip()
         self._position = TrainPosition(
             step=position.step + 1,
             samples_seen=position.samples_seen + config.batch_rows,
             tokens_seen=position.tokens_seen + int(tokens),
             seconds=self._clock() - begun,
-            skipped_steps=position.skipped_steps + int(num_bad > 0),
+            skipped_steps=position.skipped_steps + int(not is_taken),
         )
         return max(progress, self._position.step / config.steps)
 
@@ -130,7 +134,8 @@ class Trainer:
         if self._backend.rank == 0:
             self._events.skipped(self._position.step)
         if self._skipped_in_a_row >= _MAX_SKIPPED:
-            problem = f"the loss was not a number {_MAX_SKIPPED} times in a row, at step {self._position.step}"
+            times = f"{_MAX_SKIPPED} times in a row, at step {self._position.step}"
+            problem = f"the loss or its gradient was not a number {times}"
             raise DivergedError("train", problem, remedy="lower train.learning_rate")
 
     def _record(self, window: "_Window") -> StepRecord:

@@ -19,6 +19,7 @@ from conftest import make_small_corpus, small_recipe
 
 from dllm_core.checkpoints.bundle import BundleManifest
 from dllm_core.checkpoints.run_dir import JsonLines
+from dllm_core.config.fingerprint import unseal
 from dllm_core.model import load_denoiser
 from dllm_core.storage.store import file_sha256, sha256
 from workflows.console import Console
@@ -113,7 +114,7 @@ def test_training_learned_something_and_the_figures_are_whole(river):
 def test_the_lineage_names_what_is_on_disk(river):
     target, _, _, _ = river
     run = Path(target.run.url)
-    manifest = BundleManifest.model_validate_json((run / "bundle" / "bundle.json").read_bytes())
+    manifest = BundleManifest.checked(unseal((run / "bundle" / "bundle.json").read_bytes()))
     lineage = manifest.lineage
     assert lineage.recipe_sha256 == sha256((run / "recipe.yaml").read_bytes())
     assert lineage.manifest_sha256 == file_sha256(Path(target.plan.url) / "manifest.json")

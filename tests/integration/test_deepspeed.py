@@ -1,7 +1,7 @@
 """DeepSpeed ZeRO on gloo takes the very steps that plain PyTorch takes, at any world size, and resumes exactly."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -11,12 +11,14 @@ from safetensors.torch import load_file
 
 from dllm_core.checkpoints.run_dir import RunDir
 from dllm_core.checkpoints.store import CheckpointStore
+from dllm_core.data.batch import Batch
 from dllm_core.data.loader import Loader
 from dllm_core.data.manifest import read_manifest
 from dllm_core.model.config import DenoiserConfig
 from dllm_core.model.denoiser import Denoiser
 from dllm_core.model.pretrained import assign_weights
 from dllm_core.objective.diffusion import MaskedDiffusion
+from dllm_core.objective.loss import DenoiserLike, LossSum, Objective
 from dllm_core.storage.store import open_store
 from dllm_core.training.backend import Backend, LocalBackend
 from dllm_core.training.config import TrainConfig
@@ -36,6 +38,21 @@ class Job:
     world_size: int
     train: TrainConfig
     local: bool = False
+    poisoned_step: int | None = None
+
+
+class Poisoned:
+    """An objective whose loss is finite and whose gradient is not, at one of its calls, on the last rank."""
+
+    def __init__(self, objective: Objective, call: int | None) -> None:
+        self._objective, self._call, self._calls = objective, call, 0
+
+    def loss(self, denoiser: DenoiserLike, batch: Batch) -> LossSum:
+        loss = self._objective.loss(denoiser, batch)
+        self._calls += 1
+        if self._calls - 1 != self._call:
+            return loss
+        return replace(loss, nats=loss.nats + 0 * torch.sqrt(0 * loss.nats))
 
 
 class Quiet:
@@ -91,7 +108,10 @@ def train_rank(rank: int, job: Job) -> None:
     trainer = Trainer(
         job.train,
         backend,
-        MaskedDiffusion(recipe.objective, manifest.process.bind(mask_id), torch.device("cpu")),
+        Poisoned(
+            MaskedDiffusion(recipe.objective, manifest.process.bind(mask_id), torch.device("cpu")),
+            job.poisoned_step if rank == job.world_size - 1 else None,
+        ),
         Loader.open(store, manifest, mask_id),
         checkpoints,
         Quiet(),
@@ -104,7 +124,16 @@ def train_rank(rank: int, job: Job) -> None:
         torch.distributed.destroy_process_group()
 
 
-def train(corpus: SmallCorpus, root: Path, name: str, *, world_size: int = 1, local: bool = False, **fields: object):
+def train(
+    corpus: SmallCorpus,
+    root: Path,
+    name: str,
+    *,
+    world_size: int = 1,
+    local: bool = False,
+    poisoned_step: int | None = None,
+    **fields: object,
+):
     """Run `world_size` real processes; the tensors of the last checkpoint."""
     values = {**corpus.recipe.train.model_dump(), **fields}
     tokenizer = corpus.tokenizer
@@ -117,6 +146,7 @@ def train(corpus: SmallCorpus, root: Path, name: str, *, world_size: int = 1, lo
         world_size=world_size,
         train=TrainConfig.checked(values),
         local=local,
+        poisoned_step=poisoned_step,
     )
     (root / f"{name}.rendezvous").unlink(missing_ok=True)
     if local:
@@ -148,6 +178,14 @@ def assert_same(left: dict[str, dict[str, torch.Tensor]], right: dict[str, dict[
 def test_zero_takes_the_steps_of_plain_pytorch_at_any_world_size(small_corpus, tmp_path, world_size, zero_stage):
     reference = train(small_corpus, tmp_path, "reference", local=True)
     zero = train(small_corpus, tmp_path, "zero", world_size=world_size, zero_stage=zero_stage)
+    assert_same(reference, zero, atol=1e-5)
+
+
+@pytest.mark.parametrize(("world_size", "zero_stage"), [(2, 2), pytest.param(2, 0, marks=pytest.mark.long)])
+def test_a_gradient_that_is_no_number_on_one_rank_is_skipped_by_all(small_corpus, tmp_path, world_size, zero_stage):
+    reference = train(small_corpus, tmp_path, "reference", local=True, poisoned_step=2)
+    zero = train(small_corpus, tmp_path, "zero", world_size=world_size, zero_stage=zero_stage, poisoned_step=2)
+    assert all(tensor.isfinite().all() for part in zero.values() for tensor in part.values())
     assert_same(reference, zero, atol=1e-5)
 
 

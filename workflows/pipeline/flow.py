@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from dllm_core.checkpoints.bundle import BundleManifest
 from dllm_core.config.fingerprint import fingerprint
 from dllm_core.data.manifest import CorpusManifest
 from workflows.console import Console
@@ -198,8 +197,8 @@ class Pipeline:
 
     def _bundle_identity(self) -> Any:
         run = self.target.run
-        manifest = BundleManifest.model_validate(run.read_json("bundle/bundle.json"))
-        return manifest.model_dump(mode="json", exclude={"decode"})
+        values = run.read_json("bundle/bundle.json")
+        return {name: value for name, value in values.items() if name not in {"decode", "sha256"}}
 
     def _serve_inputs(self) -> str:
         recipe = self.target.recipe

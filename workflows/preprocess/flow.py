@@ -13,6 +13,7 @@ from functools import partial
 from itertools import accumulate
 from typing import Any
 
+from dllm_core.config.fingerprint import seal
 from dllm_core.data.build import (
     CorpusJob,
     UnitReceipt,
@@ -116,7 +117,7 @@ class Preprocessing:
         )
         noise = self._noise(job, manifest, tokenizer.mask_id)
         manifest = manifest.model_copy(update={"noise_epochs": noise})
-        plan.store.put(job.key("manifest.json"), manifest.model_dump_json(indent=1).encode())
+        plan.store.put(job.key("manifest.json"), seal(manifest))
         return manifest
 
     def _units(self) -> list[Unit]:

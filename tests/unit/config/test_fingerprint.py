@@ -8,13 +8,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dllm_core.config.base import Frozen
-from dllm_core.config.fingerprint import canonical, fingerprint
+from dllm_core.config.fingerprint import canonical, fingerprint, seal, unseal
 
 PLAIN = st.recursive(
     st.one_of(st.none(), st.booleans(), st.integers(), st.text(st.characters(codec="utf-8"))),
     lambda inner: st.one_of(st.lists(inner), st.dictionaries(st.text(st.characters(codec="utf-8")), inner)),
     max_leaves=8,
 )
+
+
+class Leaf(Frozen):
+    name: str
+    sizes: tuple[int, ...]
+    rate: float
 
 
 class Section(Frozen):
@@ -60,3 +66,20 @@ def test_another_process_finds_the_same_name():
 def test_what_is_not_plain_data_is_refused():
     with pytest.raises(TypeError, match="set"):
         fingerprint({"x": {1}})
+
+
+def test_a_sealed_record_comes_back_and_no_changed_bit_of_it_is_taken_for_it():
+    record = Leaf(name='é\n"', sizes=(1, 2), rate=1e-5)
+    data = seal(record)
+    assert Leaf.checked(unseal(data)) == record
+    for i in range(8 * len(data)):
+        flipped = bytearray(data)
+        flipped[i // 8] ^= 1 << i % 8
+        try:
+            values = unseal(bytes(flipped))
+        except ValueError:
+            continue
+        assert Leaf.checked(values) == record  # 1e-05 and 1E-05 are one number
+    for stop in range(len(data)):
+        with pytest.raises(ValueError):  # noqa: PT011
+            unseal(data[:stop])

@@ -71,6 +71,15 @@ class BadAt:
         return replace(loss, nats=loss.nats * self._value) if self._is_bad(self.calls - 1) else loss
 
 
+class BadGradientAt(BadAt):
+    """The loss stays as it is; its gradient is no number."""
+
+    def loss(self, denoiser: DenoiserLike, batch: Batch) -> LossSum:
+        loss = self._objective.loss(denoiser, batch)
+        self.calls += 1
+        return replace(loss, nats=loss.nats + 0 * torch.sqrt(0 * loss.nats)) if self._is_bad(self.calls - 1) else loss
+
+
 class Work:
     """A clock that work alone moves on: a loss takes a second."""
 
@@ -221,6 +230,14 @@ def test_a_step_whose_loss_is_no_number_changes_no_weight_and_is_counted(make, t
     assert trainer.position.samples_seen == 6 * 8  # a bad batch is not met again
     assert [record.step for record in told.records] == [1, 2, 5, 6]
     assert all(math.isfinite(record.loss) for record in told.records)
+
+
+def test_a_step_whose_gradient_alone_is_no_number_is_skipped_like_one_whose_loss_is_none(make, tmp_path):
+    for name, kind in (("loss", BadAt), ("gradient", BadGradientAt)):
+        trainer, _, told = make(name, wrap=lambda objective, kind=kind: kind(objective, lambda call: call == 2))
+        trainer.run()
+        assert told.skips == [2]
+    assert tensors(tmp_path, 6, "loss") == tensors(tmp_path, 6, "gradient")
 
 
 def test_ten_bad_steps_in_a_row_end_the_run_and_nine_do_not(make):
