@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from dllm_core.config.base import Frozen
 from dllm_core.errors import DataError
-from dllm_core.storage.store import Store, file_sha256, sha256
+from dllm_core.storage.store import LocalStore, Store, file_sha256, sha256
 
 
 class ShardInfo(Frozen):
@@ -61,13 +61,14 @@ def map_shard(store: Store, prefix: str, info: ShardInfo) -> dict[str, NDArray[A
     except DataError as error:
         raise DataError(error.place, error.problem, remedy=error.remedy or again) from error
     try:
+        if not isinstance(store, LocalStore) and file_sha256(path) != info.sha256:
+            path.unlink()  # a cached copy may be damaged where the object is whole
+            path = store.fetch(key)
         if file_sha256(path) == info.sha256:
             return _views(path)
     except (OSError, pa.ArrowException) as error:
         raise DataError(str(path), f"cannot be read ({error})", remedy=again) from error
-    is_copy = str(path) != f"{store.url}/{key}"
-    remedy = f"delete this copy of {store.url}/{key}" if is_copy else again
-    raise DataError(str(path), "does not match its sha256 in the manifest", remedy=remedy)
+    raise DataError(f"{store.url}/{key}", "does not match its sha256 in the manifest", remedy=again)
 
 
 def _views(path: Path) -> dict[str, NDArray[Any]]:

@@ -175,3 +175,19 @@ def test_a_bundle_that_was_killed_while_written_does_not_exist(tmp_path, small_c
     assert (tmp_path / "runs" / "small" / "bundle" / "model.safetensors").exists()
     with pytest.raises(CheckpointError, match="there is no bundle"):
         read_bundle(RunDir(LocalStore(tmp_path), "small"))
+
+
+def test_a_damaged_copy_in_the_local_cache_is_fetched_again(small_corpus, denoiser, tmp_path):
+    """The object on S3 is whole: neither the cached copy of it nor the gathered folder may be taken for it."""
+    with s3_server(tmp_path) as server:
+        run = RunDir(S3Store(server.new_bucket(), ""), "small")
+        write(run, small_corpus, denoiser, tmp_path)
+        first = read_bundle(run)
+        expected = (first.folder / "model.safetensors").read_bytes()
+        copies = [*tmp_path.rglob("objects/*"), *tmp_path.rglob("bundles/*/model.safetensors")]
+        assert len(copies) == 4
+        for copy in copies:
+            data = bytearray(copy.read_bytes())
+            data[len(data) // 2] ^= 64
+            copy.write_bytes(data)
+        assert (read_bundle(run).folder / "model.safetensors").read_bytes() == expected

@@ -102,3 +102,26 @@ def test_a_log_cut_anywhere_in_its_last_line_keeps_the_others(tmp_path, cut):
     path = run.store.path(run.key("log.jsonl"))
     path.write_bytes(path.read_bytes()[:-cut])
     assert JsonLines(run, "log.jsonl").read() == [{"step": 1}]
+
+
+@pytest.mark.parametrize(
+    ("url", "root"), [("/runs/x", "/"), ("/a/runs/b/runs/x", "/a/runs/b"), ("s3://runs/runs/x", "s3://runs")]
+)
+def test_the_root_is_what_stands_before_the_last_runs(url, root):
+    assert RunDir.at(url).store.url == root
+
+
+def test_a_bucket_that_is_called_runs_is_no_run():
+    with pytest.raises(ConfigError, match="is not a run"):
+        RunDir.at("s3://runs/x")
+
+
+def test_a_log_goes_on_behind_a_line_that_a_kill_cut_short(tmp_path):
+    run = RunDir(LocalStore(tmp_path), "small-01")
+    log = JsonLines(run, "events.jsonl")
+    log.append({"a": 1})
+    path = tmp_path / run.key("events.jsonl")
+    path.write_bytes(path.read_bytes() + b'{"b')
+    again = JsonLines(run, "events.jsonl")
+    again.append({"c": 1})
+    assert again.read() == [{"a": 1}, {"c": 1}]

@@ -128,3 +128,8 @@ def test_a_file_that_is_no_tokenizer_is_refused_by_name(tmp_path, data):
         Tokenizer.from_file(path, CONFIG)
     with pytest.raises(DataError, match="nowhere"):
         Tokenizer.from_file(tmp_path / "nowhere", CONFIG)
+
+
+def test_what_is_not_unicode_is_refused_in_one_line(tokenizer):
+    with pytest.raises(DataError, match="is not Unicode"):
+        tokenizer.encode("a\ud800")

@@ -112,3 +112,18 @@ def test_a_file_where_the_root_should_be_is_refused(tmp_path):
     for root in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(DataError, match=r"storage\.root: cannot write"):
             LocalStore(root).check_writable("storage.root")
+
+
+def test_a_key_below_a_file_is_no_object(store):
+    store.put("file", b"x")
+    assert list(store.list("file")) == []
+    assert not store.exists("file/below")
+    store.delete("file/below")
+    assert store.read("file") == b"x"
+
+
+@pytest.mark.parametrize("key", ["a\0b", "a\ud800b"])
+def test_a_key_that_cannot_be_a_name_is_refused_in_one_line(store, key):
+    for call in (store.stat, store.read, store.delete, store.fetch, lambda key: store.put(key, b"")):
+        with pytest.raises(DataError, match="cannot be a file's name"):
+            call(key)
