@@ -12,7 +12,7 @@ from pathlib import Path
 
 from dllm_core.data.corpus import CorpusBase, list_sources
 from dllm_core.errors import DataError
-from dllm_core.storage.store import LocalStore, Store, StoredObject, open_store
+from dllm_core.storage.store import LocalStore, Store, StoredObject, local_path, open_store
 
 _PLACE = "corpus.path"
 _COLUMN = 16
@@ -47,19 +47,24 @@ def find_sources(corpus: CorpusBase, root: Store) -> Sources:
         bucket, _, prefix = corpus.path.removeprefix("s3://").strip("/").partition("/")
         store_of_bucket = open_store(_PLACE, f"s3://{bucket}")
         return Sources(store_of_bucket, tuple(list_sources(corpus, store_of_bucket, prefix)))
-    return _local_sources(corpus)
+    return _local_sources(corpus, root)
 
 
-def _local_sources(corpus: CorpusBase) -> Sources:
-    path = Path(os.path.abspath(Path(corpus.path).expanduser()))
+def _local_sources(corpus: CorpusBase, root: Store) -> Sources:
+    path = local_path(_PLACE, corpus.path)
     try:
         is_file, exists = path.is_file(), path.exists()
-    except PermissionError:
-        raise DataError(_PLACE, "no permission", corpus.path) from None
+    except OSError as error:
+        raise DataError(_PLACE, f"cannot be looked at ({error.strerror})", corpus.path) from None
     if not exists:
         raise DataError(_PLACE, "no such file or folder", corpus.path, "name one that exists")
     store = LocalStore(path.parent if is_file else path)
     files = list_sources(corpus, store, path.name if is_file else "")
+    if isinstance(root, LocalStore) and store.root in root.root.parents:  # what we make is no part of what we read
+        ours = f"{root.root.relative_to(store.root).as_posix()}/"
+        files = [item for item in files if not item.key.startswith(ours)]
+        if not files:
+            raise DataError(_PLACE, "holds nothing but storage.root", corpus.path, "name another folder")
     for item in files:
         if not os.access(store.path(item.key), os.R_OK):
             raise DataError(_PLACE, "no permission to read", str(store.path(item.key)))

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 from dllm_core.config.fingerprint import seal
@@ -69,6 +70,8 @@ class CorpusPlan:
 
 def plan_corpus(recipe: Recipe, store: Store) -> CorpusPlan:
     """List the sources and name the corpus. Fast; every mistake about paths is found here."""
+    if recipe.tokenizer.path is not None:
+        Tokenizer.from_file(Path(recipe.tokenizer.path), recipe.tokenizer)  # a bad one is refused before work starts
     is_hub = isinstance(recipe.corpus, HubCorpus)
     sources = Sources(store, ()) if is_hub else find_sources(recipe.corpus, store)
     return CorpusPlan(recipe, store, sources, recipe.corpus_fingerprint(sources.files))
