@@ -138,6 +138,7 @@ def test_echo_and_many_prompts(ask):
         ("POST", "/v1/completions", b" " * ((1 << 20) + 1), 413),
         ("GET", "/v1/completions", None, 405),
         ("GET", "/v1/nowhere", None, 404),
+        ("GET", "/v1/models/", None, 404),
         ("GET", "/v1/models/other", None, 404),
     ],
 )
@@ -153,9 +154,26 @@ def test_every_refusal_has_openais_shape(endpoint, verb, path, body, status):
 def test_a_wrong_content_type_and_an_impossible_length_are_refused(endpoint, ask):
     answer = httpx.post(f"{endpoint[0]}/v1/completions", content=b"prompt=x", headers={"content-type": "text/plain"})
     assert answer.status_code == 415
-    answer = ask(prompt="RED " * 50, max_tokens=16)
-    assert answer.status_code == 400
-    assert answer.json()["error"]["code"] == "context_length_exceeded"
+    for too_long, blamed in [({"prompt": "RED " * 50}, "prompt"), ({"prompt": "R", "max_tokens": 99}, "max_tokens")]:
+        answer = ask(**too_long)
+        assert answer.status_code == 400
+        error = answer.json()["error"]
+        assert (error["param"], error["code"]) == (blamed, "context_length_exceeded")
+
+
+def metrics(url: str) -> dict[str, float]:
+    lines = httpx.get(f"{url}/metrics", timeout=10).text.splitlines()
+    return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines) if name[0] != "#"}
+
+
+def all_rows_are_freed(url: str) -> bool:
+    give_up = time.monotonic() + 20
+    while time.monotonic() < give_up:
+        load = metrics(url)
+        if load["dllm_num_requests_running"] == load["dllm_num_requests_waiting"] == 0:
+            return True
+        time.sleep(0.2)
+    return False
 
 
 def test_a_disconnect_in_mid_stream_frees_the_row(endpoint):
@@ -171,24 +189,31 @@ def test_a_disconnect_in_mid_stream_frees_the_row(endpoint):
     for _ in range(5):
         with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=30) as answer:
             next(answer.iter_lines())
-    give_up = time.monotonic() + 20
-    while time.monotonic() < give_up:
-        lines = httpx.get(f"{url}/metrics").text.splitlines()
-        load = {name: float(value) for name, _, value in (line.partition(" ") for line in lines) if name[0] != "#"}
-        if load["dllm_num_requests_running"] == load["dllm_num_requests_waiting"] == 0:
-            break
-        time.sleep(0.2)
-    assert load["dllm_num_requests_running"] == load["dllm_num_requests_waiting"] == 0
+    assert all_rows_are_freed(url)
+
+
+def test_more_than_replicas_can_hold_is_refused_while_health_and_metrics_answer(endpoint, ask):
+    """1280 rows at once for two replicas that hold 512 waiting ones each, 64 of them in a request."""
+    url = endpoint[0]
+    body = {"prompt": ["RED "] * 8, "n": 8, "max_tokens": 24, "diffusion": {"block_length": 1}}
+    with ThreadPoolExecutor(20) as pool:
+        answers = [pool.submit(ask, **body) for _ in range(20)]
+        while not all(answer.done() for answer in answers):
+            assert httpx.get(f"{url}/health", timeout=4).status_code == 200
+            assert metrics(url)["dllm_decode_replicas"] == 2
+            time.sleep(0.2)
+    for answer in [future.result() for future in answers]:
+        assert answer.status_code in {200, 429}
+        if answer.status_code == 429:
+            assert answer.headers["retry-after"] == "1"
+            assert answer.json()["error"]["code"] == "rate_limit_exceeded"
+    assert all_rows_are_freed(url)
 
 
 def test_the_metrics_count_what_was_answered(endpoint, ask):
-    def value(name):
-        lines = httpx.get(f"{endpoint[0]}/metrics").text.splitlines()
-        return next(float(line.rpartition(" ")[2]) for line in lines if line.startswith(f"{name} "))
-
-    before = value("dllm_generation_tokens_total")
+    before = metrics(endpoint[0])["dllm_generation_tokens_total"]
     usage = ask(prompt="RED ", max_tokens=8).json()["usage"]
-    assert value("dllm_generation_tokens_total") == before + usage["completion_tokens"]
+    assert metrics(endpoint[0])["dllm_generation_tokens_total"] == before + usage["completion_tokens"]
     assert httpx.get(f"{endpoint[0]}/health").json() == {"status": "ok"}
 
 
@@ -197,9 +222,16 @@ def replicas() -> list[psutil.Process]:
     return [child for child in children if "ServeReplica:dllm:DecodeReplica" in " ".join(child.cmdline())]
 
 
-def test_a_killed_replica_costs_no_answer_and_changes_none(ask):
-    """One of two replicas is killed while requests are in flight: all are answered, with the same text."""
-    body = {"prompt": "GREEN STAR", "seed": 5, "temperature": 1.0, "max_tokens": 24}
+def streamed(url: str, body: dict) -> list[str]:
+    """The events of a stream."""
+    with httpx.stream("POST", f"{url}/v1/completions", json={**body, "stream": True}, timeout=60) as answer:
+        return [line.removeprefix("data: ") for line in answer.iter_lines() if line.startswith("data: ")]
+
+
+def test_a_killed_replica_costs_no_answer_and_changes_none(endpoint, ask):
+    """One of two replicas is killed under requests and 30 streams: all are answered to the end, with the same text."""
+    one_by_one = {"block_length": 1}
+    body = {"prompt": "GREEN STAR", "seed": 5, "temperature": 1.0, "max_tokens": 24, "diffusion": one_by_one}
     expected = ask(**body).json()["choices"][0]["text"]
     answers: list[httpx.Response] = []
     begun = threading.Event()
@@ -209,15 +241,20 @@ def test_a_killed_replica_costs_no_answer_and_changes_none(ask):
             answers.append(ask(**body))
             begun.set()
 
-    threads = [threading.Thread(target=load) for _ in range(6)]
-    for thread in threads:
-        thread.start()
-    begun.wait(30)
     victims = replicas()
     assert len(victims) == 2
-    os.kill(victims[0].pid, signal.SIGKILL)
-    for thread in threads:
-        thread.join()
+    threads = [threading.Thread(target=load) for _ in range(6)]
+    with ThreadPoolExecutor(30) as pool:
+        streams = [pool.submit(streamed, endpoint[0], {"model": endpoint[1], **body}) for _ in range(90)]
+        for thread in threads:
+            thread.start()
+        begun.wait(30)
+        os.kill(victims[0].pid, signal.SIGKILL)
+        for thread in threads:
+            thread.join()
+    for *told, last in [stream.result() for stream in streams]:
+        assert last == "[DONE]"
+        assert "".join(json.loads(event)["choices"][0]["text"] for event in told) == expected
     assert {answer.status_code for answer in answers} == {200}, [a.text for a in answers if a.status_code != 200][:3]
     assert {answer.json()["choices"][0]["text"] for answer in answers} == {expected}
     assert len(answers) == 72

@@ -16,9 +16,9 @@ class Example(Frozen):
 class ServeConfig(Frozen):
     """The endpoint. Loopback unless told otherwise: there is no authentication yet."""
 
-    host: str = "127.0.0.1"
+    host: str = Field("127.0.0.1", min_length=1)
     port: int = Field(8000, ge=1, le=65535)
     max_batch_tokens: int = Field(4096, ge=64, description="token positions in one denoiser call")
-    max_queued_requests: int = Field(512, ge=1, description="per replica; more are answered 429")
-    request_timeout_s: float = Field(120, gt=0)
+    max_queued_requests: int = Field(512, ge=1, description="rows that wait in a replica; more are answered 429")
+    request_timeout_s: float = Field(120, gt=0, description="an answer not finished by then ends with error 408")
     examples: tuple[Example, ...] = ()

@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx
 from rich.markup import escape
+from rich.text import Text
 
 from dllm_core.checkpoints.bundle import read_bundle
 from dllm_core.checkpoints.run_dir import RunDir
@@ -32,13 +33,18 @@ def serve_forever(recipe: Recipe, run: RunDir, console: Console) -> None:
     with ray_cluster(cpus_needed(recipe)):
         url = start(run.url, run.name, recipe.serve, recipe.decode, recipe.placement.serve)
         try:
-            console.done("serve", f"[bold]{url}[/bold]  (Ctrl-C stops it)")
-            console.print(escape(f"  {curl_line(url, run.name, recipe)}"))
-            console.result({"url": url, "model": run.name})
+            say_how_to_use(console, url, run.name, recipe)
             while True:
                 time.sleep(1)
         finally:
             stop()
+
+
+def say_how_to_use(console: Console, url: str, model: str, recipe: Recipe) -> None:
+    """Print the address and a command that asks the recipe's first example, character by character as it is."""
+    console.done("serve", f"[bold]{escape(url)}[/bold]  (Ctrl-C stops it)")
+    console.rich.print(Text(f"  {curl_line(url, model, recipe)}"))
+    console.result({"url": url, "model": model})
 
 
 def curl_line(url: str, model: str, recipe: Recipe) -> str:

@@ -1,12 +1,14 @@
 """Gateway: HTTP and text on one side, token ids and decode replicas on the other. Holds no weights.
 
 A replica that dies costs a retry, not an answer: the seed is fixed before the first try, so the text is the same.
+Whatever ends a request early (a deadline, a refusal, a client that left) frees all of its rows.
 """
 
 import asyncio
+import contextlib
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +17,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from ray import serve
 from ray.exceptions import RayError, RayTaskError
-from ray.serve.exceptions import BackPressureError
+from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
@@ -39,9 +41,15 @@ from workflows.serve.text import TextStream
 
 _TRIES = 4
 _PING_EVERY_S = 15.0
+_LOAD_WITHIN_S = 5.0
+_NO_REPLICA = (RayError, RayServeException, TimeoutError)
 _STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
-api = FastAPI(title="dllm", description="A diffusion language model behind OpenAI's completions dialect.")
+api = FastAPI(
+    title="dllm",
+    description="A diffusion language model behind OpenAI's completions dialect.",
+    redirect_slashes=False,
+)
 
 
 @api.exception_handler(ApiError)
@@ -50,16 +58,15 @@ async def _api_error(_: Request, error: ApiError) -> JSONResponse:
 
 
 @api.exception_handler(RequestError)
-async def _request_error(_: Request, error: RequestError) -> JSONResponse:
-    refused = ApiError.of(error)
-    return JSONResponse(refused.body, refused.status)
+async def _request_error(request: Request, error: RequestError) -> JSONResponse:
+    return await _api_error(request, ApiError.of(error))
 
 
 @api.exception_handler(HTTPException)
 async def _http_error(request: Request, error: HTTPException) -> JSONResponse:
     known = {404: f"there is no route {request.url.path}", 405: f"{request.method} is not allowed here"}
-    refused = ApiError(error.status_code, known.get(error.status_code, str(error.detail)))
-    return JSONResponse(refused.body, error.status_code, error.headers)
+    message = known.get(error.status_code, str(error.detail))
+    return JSONResponse(ApiError(error.status_code, message).body, error.status_code, error.headers)
 
 
 @api.exception_handler(RequestValidationError)
@@ -117,6 +124,16 @@ def _busy() -> ApiError:
     return ApiError(429, "all replicas are busy", kind="rate_limit_error", code="rate_limit_exceeded", headers=headers)
 
 
+def _late(timeout_s: float) -> ApiError:
+    return ApiError(408, f"no answer within {timeout_s:g} s", kind="timeout_error", code="request_timeout")
+
+
+async def _joined(first: bytes, others: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    yield first
+    async for other in others:
+        yield other
+
+
 def _explained(error: Exception) -> ApiError:
     """What the client is told: our own refusals by name, everything else as a server error."""
     cause = getattr(error, "cause", None) or error
@@ -126,6 +143,8 @@ def _explained(error: Exception) -> ApiError:
         return ApiError.of(cause)
     if isinstance(cause, BackPressureError):
         return _busy()
+    if isinstance(cause, RayError):
+        return ApiError(503, "the decode replicas keep failing", kind="server_error")
     return ApiError(503, f"decoding broke off ({type(cause).__name__})", kind="server_error")
 
 
@@ -134,9 +153,11 @@ def _explained(error: Exception) -> ApiError:
 class Gateway:
     """The Ray Serve ingress."""
 
-    def __init__(self, replicas: DeploymentHandle, run_url: str, model: str, decode: dict[str, Any]) -> None:
+    def __init__(
+        self, replicas: DeploymentHandle, run_url: str, model: str, decode: dict[str, Any], timeout_s: float
+    ) -> None:
         bundle = read_bundle(RunDir.at(run_url))
-        self._replicas, self._model = replicas, model
+        self._replicas, self._model, self._timeout_s = replicas, model, timeout_s
         self._tokenizer = bundle.tokenizer()
         self._context = int(json.loads((bundle.folder / "config.json").read_bytes())["context_length"])
         self._decode = DecodeConfig.checked(decode)
@@ -145,15 +166,22 @@ class Gateway:
 
     @api.get("/health")
     async def health(self) -> dict[str, str]:
-        """200 if a replica's decoding loop runs (or is idle), 503 if not."""
-        await self._load()
+        """200 if the replica that a request would go to runs its decoding loop (or is idle), 503 if not."""
+        try:
+            await asyncio.wait_for(self._replicas.load.remote(), _LOAD_WITHIN_S)
+        except _NO_REPLICA as error:
+            raise ApiError(503, f"no decode replica answers ({type(error).__name__})", kind="server_error") from error
         return {"status": "ok"}
 
     @api.get("/metrics")
     async def metrics(self) -> Response:
         """Prometheus text."""
-        load = await self._load()
-        self._metrics.load(load["running"], load["waiting"])
+        try:
+            told = self._replicas.broadcast("load")
+            loads = await told.results_async(timeout_s=_LOAD_WITHIN_S, return_exceptions=True)
+        except _NO_REPLICA:  # what was counted here is worth telling all the same
+            loads = []
+        self._metrics.load([load for load in loads if not isinstance(load, BaseException)])
         return Response(self._metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @api.get("/v1/models")
@@ -178,14 +206,21 @@ class Gateway:
     )
     async def completions(self, http: Request) -> Response:
         """Complete a prompt, or fill the hole between a prompt and a suffix."""
+        deadline = time.monotonic() + self._timeout_s
         try:
-            asked = parse_request(await _body(http))
-            self._check_model(asked.model)
-            choices = self._choices(asked)
-            if asked.stream:
-                events = self._events(asked, choices)
-                return StreamingResponse(events, media_type="text/event-stream", headers=_STREAM_HEADERS)
-            await asyncio.gather(*(self._fill(choice, asked) for choice in choices))
+            async with asyncio.timeout(self._timeout_s):
+                asked = parse_request(await _body(http))
+                self._check_model(asked.model)
+                choices = self._choices(asked)
+                if asked.stream:
+                    events = self._events(asked, choices, deadline)
+                    # What is refused before the first event still has its own status.
+                    body = _joined(await anext(events), events)
+                    return StreamingResponse(body, media_type="text/event-stream", headers=_STREAM_HEADERS)
+                await self._fill(choices, asked)
+        except TimeoutError:
+            self._metrics.failed(408)
+            raise _late(self._timeout_s) from None
         except RequestError as error:
             self._metrics.failed(400)
             raise ApiError.of(error) from error
@@ -203,20 +238,14 @@ class Gateway:
             message = f"the model {model!r} does not exist; this endpoint serves {self._model!r}"
             raise ApiError(404, message, param="model", code="model_not_found")
 
-    async def _load(self) -> dict[str, int]:
-        try:
-            load: dict[str, int] = await asyncio.wait_for(self._replicas.load.remote(), timeout=5)
-        except (RayError, TimeoutError) as error:
-            raise ApiError(503, f"no decode replica answers ({type(error).__name__})", kind="server_error") from error
-        return load
-
     def _choices(self, asked: CompletionRequest) -> list[_Choice]:
         """N rows for each prompt, refused here if one cannot be decoded."""
         suffix = tuple(self._tokenizer.encode(asked.suffix)) if asked.suffix else ()
-        rows = [prompt for prompt in asked.prompts for _ in range(asked.n)]
+        rows = asked.rows
         begun, choices = time.monotonic(), []
         for index, (prompt, seed) in enumerate(zip(rows, asked.seeds(len(rows)), strict=True)):
             ids = tuple(self._tokenizer.encode(prompt)) if isinstance(prompt, str) else tuple(prompt)
+            self._check_room(len(ids), len(suffix))
             config = asked.decode_config(self._decode, self._context - len(ids) - len(suffix))
             request = DecodeRequest(prompt=ids, config=config, suffix=suffix, seed=seed)
             request.check(self._tokenizer.vocab_size, self._context)
@@ -224,48 +253,78 @@ class Gateway:
             choices.append(_Choice(index, request, TextStream(self._tokenizer, asked.stops), echo, begun))
         return choices
 
-    async def _fill(self, choice: _Choice, asked: CompletionRequest) -> None:
-        """Decode one choice to its end; a dead replica is tried again elsewhere."""
+    def _check_room(self, prompt: int, suffix: int) -> None:
+        """Refuse what leaves no position open: no other max_tokens would help."""
+        if prompt + suffix >= self._context:
+            problem = f"prompt ({prompt}) + suffix ({suffix}) + 1 exceed the context of {self._context} tokens"
+            raise RequestError("suffix" if suffix > prompt else "prompt", problem, remedy="shorten it")
+
+    async def _fill(self, choices: list[_Choice], asked: CompletionRequest) -> None:
+        """Decode all choices to their end; the first that fails ends the others."""
+
+        async def follow(choice: _Choice) -> None:
+            async for _ in self._pieces(choice, whole=not asked.stops):
+                pass
+            self._count(choice)
+
+        tasks = [asyncio.create_task(follow(choice)) for choice in choices]
+        try:
+            await asyncio.gather(*tasks)
+        except (RayError, RayServeException) as error:
+            raise _explained(error) from error
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    async def _pieces(self, choice: _Choice, *, whole: bool) -> AsyncGenerator[str, None]:
+        """New text as it is committed, or `whole` at its end; a stop string ends it.
+
+        A dead replica is tried again elsewhere. The text is the same there, and `choice.text` knows how much of it
+        was given, so only what lies behind that follows.
+        """
         for attempt in range(_TRIES):
             try:
-                if asked.stops:
-                    async for _ in self._pieces(choice):
-                        pass
-                else:
-                    choice.take(await self._replicas.generate.remote(choice.request))
-                break
-            except RayTaskError as error:
-                raise _explained(error) from error
-            except BackPressureError as error:
-                raise _busy() from error
-            except RayError as error:
+                async with contextlib.aclosing(self._progress(choice.request, whole=whole)) as told:
+                    async for progress in told:
+                        yield choice.take(progress)
+                        if choice.text.stopped:
+                            return
+                return
+            except RayTaskError:  # the replica lives and says no
+                raise
+            except RayError:
                 if attempt == _TRIES - 1:
-                    raise ApiError(503, "the decode replicas keep failing", kind="server_error") from error
-                choice.text = TextStream(self._tokenizer, asked.stops)
+                    raise
                 await asyncio.sleep(0.1 * 4**attempt)
-        self._count(choice)
 
-    async def _pieces(self, choice: _Choice) -> AsyncIterator[str]:
-        """New text as it is committed; a stop string ends it and frees the row."""
-        answers = self._replicas.options(stream=True).stream.remote(choice.request)
+    async def _progress(self, request: DecodeRequest, *, whole: bool) -> AsyncGenerator[Progress, None]:
+        """A replica's progress with one row, or its end alone, which costs one message. Leaving early frees the row."""
+        if whole:
+            answer = self._replicas.generate.remote(request)
+            try:
+                yield await answer
+            finally:
+                answer.cancel()
+            return
+        answers = self._replicas.options(stream=True).stream.remote(request)
         try:
             async for progress in answers:
-                yield choice.take(progress)
-                if choice.text.stopped:
-                    return
+                yield progress
         finally:
             answers.cancel()
 
-    async def _events(self, asked: CompletionRequest, choices: list[_Choice]) -> AsyncIterator[bytes]:
-        """Server-sent events of all choices as they come."""
-        answer_id = completion_id()
+    async def _events(
+        self, asked: CompletionRequest, choices: list[_Choice], deadline: float
+    ) -> AsyncGenerator[bytes, None]:
+        """Server-sent events of all choices as they come. A failure before the first is raised, later ones are told."""
+        answer_id, begun = completion_id(), False
         inbox: asyncio.Queue[tuple[_Choice, str | Exception, bool]] = asyncio.Queue()
 
         async def follow(choice: _Choice) -> None:
             try:
                 if choice.echo:
                     inbox.put_nowait((choice, choice.echo, False))
-                async for piece in self._pieces(choice):
+                async for piece in self._pieces(choice, whole=False):
                     if piece:
                         inbox.put_nowait((choice, piece, False))
                 inbox.put_nowait((choice, "", True))
@@ -276,23 +335,31 @@ class Gateway:
         try:
             open_choices = len(choices)
             while open_choices:
+                left = deadline - time.monotonic()
                 try:
-                    choice, piece, ended = await asyncio.wait_for(inbox.get(), _PING_EVERY_S)
+                    choice, piece, ended = await asyncio.wait_for(inbox.get(), min(_PING_EVERY_S, left))
                 except TimeoutError:
+                    if left <= _PING_EVERY_S:
+                        raise _late(self._timeout_s) from None
                     yield b": ping\n\n"
+                    begun = True
                     continue
                 if isinstance(piece, Exception):
-                    self._metrics.failed(503)
-                    yield _event(_explained(piece).body)
-                    return
+                    raise _explained(piece) from piece
                 reason = choice.finish_reason if ended else None
                 yield _event(completion_body(answer_id, self._model, [choice_body(choice.index, piece, reason)]))
+                begun = True
                 if ended:
                     open_choices -= 1
                     self._count(choice)
             if asked.stream_options is not None and asked.stream_options.include_usage:
                 yield _event(completion_body(answer_id, self._model, [], self._usage(choices)))
             yield b"data: [DONE]\n\n"
+        except ApiError as error:
+            if not begun:
+                raise
+            self._metrics.failed(error.status)
+            yield _event(error.body)
         finally:
             for task in tasks:
                 task.cancel()

@@ -1,5 +1,7 @@
 """What the gateway counts, in Prometheus's text format. Names follow vLLM's where the meaning is the same."""
 
+from collections.abc import Sequence
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
@@ -27,8 +29,9 @@ class GatewayMetrics:
         self._whole = Histogram(
             "dllm_e2e_request_latency_seconds", "From the request to its last token", buckets=_SECONDS, registry=own
         )
-        self._running = Gauge("dllm_num_requests_running", "Rows in a decode replica's batch", registry=own)
-        self._waiting = Gauge("dllm_num_requests_waiting", "Rows waiting in a decode replica", registry=own)
+        self._replicas = Gauge("dllm_decode_replicas", "Decode replicas that answer", registry=own)
+        self._running = Gauge("dllm_num_requests_running", "Rows in the batches of these replicas", registry=own)
+        self._waiting = Gauge("dllm_num_requests_waiting", "Rows waiting in these replicas", registry=own)
 
     def finished(
         self, *, reason: str, prompt: int, tokens: int, calls: int, canvas: int, seconds: float, first: float | None
@@ -49,10 +52,11 @@ class GatewayMetrics:
         """One request was refused or failed."""
         self._errors.labels(str(status)).inc()
 
-    def load(self, running: int, waiting: int) -> None:
-        """What a replica says of its rows."""
-        self._running.set(running)
-        self._waiting.set(waiting)
+    def load(self, loads: Sequence[dict[str, int]]) -> None:
+        """What each replica says of its rows."""
+        self._replicas.set(len(loads))
+        self._running.set(sum(load["running"] for load in loads))
+        self._waiting.set(sum(load["waiting"] for load in loads))
 
     def text(self) -> bytes:
         """The exposition."""

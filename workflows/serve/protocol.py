@@ -18,6 +18,7 @@ from dllm_core.seeding import Purpose, words
 
 MAX_BODY_BYTES = 1 << 20
 _MAX_DEPTH = 64
+_MAX_ROWS = 64
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "logprobs": (None,),
     "presence_penalty": (0, None),
@@ -80,9 +81,18 @@ class CompletionRequest(_Part):
             return [prompt]
         if not prompt:
             raise RequestError("prompt", "is an empty list")
-        if len(prompt) > 64 and not isinstance(prompt[0], int):
-            raise RequestError("prompt", "at most 64 prompts", len(prompt))
+        if len(prompt) > _MAX_ROWS and not isinstance(prompt[0], int):
+            raise RequestError("prompt", f"at most {_MAX_ROWS} prompts", len(prompt))
         return [prompt] if isinstance(prompt[0], int) else list(prompt)
+
+    @property
+    def rows(self) -> list[str | list[int]]:
+        """Each prompt `n` times: what is decoded, at most 64 at once."""
+        prompts = self.prompts
+        if len(prompts) * self.n > _MAX_ROWS:
+            problem = f"{len(prompts)} in prompt times n must be at most {_MAX_ROWS}"
+            raise RequestError("n", problem, self.n, "ask for fewer choices or split the list in prompt")
+        return [prompt for prompt in prompts for _ in range(self.n)]
 
     def decode_config(self, base: DecodeConfig, room: int) -> DecodeConfig:
         """The decoding that is asked for. A default of max_tokens that does not fit `room` is cut to it."""

@@ -1,7 +1,8 @@
 """DecodeReplica: one engine, one decoding loop, many requests at once. Token ids in, token ids out.
 
 The loop is supervised: if it dies or hangs, the health check fails, Ray replaces the replica, and whoever waits is
-told instead of waiting for ever.
+told instead of waiting for ever. Admission is the loop's own: a row too many is refused with BackPressureError, while
+Ray Serve lets every call in, so that a question after the load never waits behind work.
 """
 
 import asyncio
@@ -10,6 +11,8 @@ from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
+
+from ray.serve.exceptions import BackPressureError
 
 from dllm_core.checkpoints.bundle import read_bundle
 from dllm_core.checkpoints.run_dir import RunDir
@@ -33,8 +36,8 @@ class Progress:
 class DecodingLoop:
     """Runs an engine in a thread while requests come and go; the engine is touched between ticks only."""
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self, engine: Engine, max_waiting: int) -> None:
+        self._engine, self._max_waiting = engine, max_waiting
         self._rows: dict[int, asyncio.Queue[Progress | Exception]] = {}
         self._wanted: list[tuple[DecodeRequest, asyncio.Queue[Progress | Exception], asyncio.Future[int]]] = []
         self._dropped: list[int] = []
@@ -44,8 +47,14 @@ class DecodingLoop:
         self._task = asyncio.get_running_loop().create_task(self._run())
 
     async def stream(self, request: DecodeRequest) -> AsyncIterator[Progress]:
-        """Progress after each call that gave the row new answer tokens, and at its end. Leaving early frees the row."""
+        """Progress after each call that gave the row new answer tokens, and at its end. Leaving early frees the row.
+
+        Raises BackPressureError if `max_waiting` rows wait already.
+        """
         self.check()
+        waiting = self.load["waiting"]
+        if waiting >= self._max_waiting:
+            raise BackPressureError(num_queued_requests=waiting, max_queued_requests=self._max_waiting)
         inbox: asyncio.Queue[Progress | Exception] = asyncio.Queue()
         admitted: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._wanted.append((request, inbox, admitted))
@@ -145,17 +154,18 @@ class DecodingLoop:
 class DecodeReplica:
     """The Ray Serve deployment around a DecodingLoop."""
 
-    def __init__(self, run_url: str, max_batch_tokens: int, threads: int, use_gpu: bool) -> None:
+    def __init__(self, run_url: str, max_batch_tokens: int, max_waiting: int, threads: int, use_gpu: bool) -> None:
         import torch
 
         torch.set_num_threads(threads)
         bundle = read_bundle(RunDir.at(run_url))
         self._engine = Engine.of(bundle, "cuda" if use_gpu else "cpu", max_batch_tokens)
+        self._max_waiting = max_waiting
         self._loop: DecodingLoop | None = None
 
     def _decoding(self) -> DecodingLoop:
         if self._loop is None:  # the constructor has no running event loop
-            self._loop = DecodingLoop(self._engine)
+            self._loop = DecodingLoop(self._engine, self._max_waiting)
         return self._loop
 
     async def generate(self, request: DecodeRequest) -> Progress:

@@ -30,11 +30,12 @@ class TextStream:
         if self.stopped:
             return ""
         text = self._tokenizer.decode(tokens)
+        if not last:
+            text = _without_unfinished(text)
+        settled = len(text) if last else self._settled(text)
         cut = min((at for stop in self._stops if (at := text.find(stop)) >= 0), default=None)
-        if cut is not None:
-            text, self.stopped = text[:cut], True
-        elif not last:
-            text = self._without_stop_prefix(_without_unfinished(text))
+        self.stopped = cut is not None and cut <= settled  # else a longer stop string may have begun before this one
+        text = text[: cut if self.stopped else settled]
         new = text[len(self._sent) :]
         self._sent += new
         return new
@@ -44,12 +45,13 @@ class TextStream:
         """All text so far."""
         return self._sent
 
-    def _without_stop_prefix(self, text: str) -> str:
+    def _settled(self, text: str) -> int:
+        """Characters that no stop string can begin in, whatever follows."""
         longest = max((len(stop) for stop in self._stops), default=1) - 1
         for start in range(max(0, len(text) - longest), len(text)):
             if any(stop.startswith(text[start:]) for stop in self._stops):
-                return text[:start]
-        return text
+                return start
+        return len(text)
 
 
 def _without_unfinished(text: str) -> str:

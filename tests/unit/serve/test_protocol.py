@@ -81,6 +81,16 @@ def test_options_override_the_recipe_and_impossible_ones_name_themselves():
         parse(diffusion={"steps_per_block": 99}).decode_config(base, 100)
 
 
+def test_a_request_holds_at_most_64_rows_and_says_which_parameter_makes_them():
+    assert len(parse(prompt=["p"] * 8, n=8).rows) == 64
+    assert parse(prompt=["a", "b"], n=2).rows == ["a", "a", "b", "b"]
+    for fields, place in [({"prompt": ["p"] * 9, "n": 8}, "n"), ({"prompt": ["p"] * 65}, "prompt")]:
+        with pytest.raises(RequestError) as caught:
+            parse(**fields).rows  # noqa: B018
+        assert caught.value.place == place
+        assert "prompt" in str(caught.value)
+
+
 def test_stop_strings_have_limits():
     assert parse(stop="\n").stops == ("\n",)
     for bad in (["a"] * 5, [""], "x" * 65):

@@ -31,6 +31,16 @@ def test_pieces_join_to_the_unary_text_and_stop_before_the_first_stop_string(tex
     assert stream.stopped == bool(cuts)
 
 
+def test_a_stop_string_that_began_earlier_and_is_not_complete_yet_goes_first():
+    stream = TextStream(Bytes(), ["a", "baa"])
+    assert stream.push(list(b"ba")) == ""
+    assert not stream.stopped
+    assert stream.push(list(b"baa")) == ""
+    assert stream.stopped
+    other = TextStream(Bytes(), ["a", "baa"])
+    assert other.push(list(b"ba")) + other.push(list(b"bab")) == "b"
+
+
 def test_an_unfinished_code_point_waits_and_shows_at_the_end():
     stream = TextStream(Bytes())
     euro = list("€".encode())
