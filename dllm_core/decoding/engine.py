@@ -12,7 +12,7 @@ import numpy as np
 
 from dllm_core.checkpoints.bundle import ModelBundle
 from dllm_core.decoding.state import DecodeRequest, DecodeState, FinishReason
-from dllm_core.decoding.step import propose
+from dllm_core.decoding.step import padded_length, propose
 from dllm_core.errors import RequestError
 from dllm_core.model.denoiser import Denoiser
 from dllm_core.noise.process import NoiseProcess
@@ -132,11 +132,11 @@ class Engine:
 
     def _admit(self) -> None:
         """First come, first served, while the padded batch stays within its budget."""
-        longest = max((len(state.canvas) for state in self._active.values()), default=0)
+        taken = sum(padded_length(len(state.canvas)) for state in self._active.values())
         while self._waiting and len(self._active) < self._max_rows:
             row, state = self._waiting[0]
-            longest = max(longest, len(state.canvas))
-            if self._active and longest * (len(self._active) + 1) > self._max_batch_tokens:
+            taken += padded_length(len(state.canvas))
+            if self._active and taken > self._max_batch_tokens:
                 return
             self._active[row] = state
             self._waiting.popleft()

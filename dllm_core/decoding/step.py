@@ -12,6 +12,8 @@ from dllm_core.model.denoiser import Denoiser
 from dllm_core.noise.process import NoiseProcess
 from dllm_core.seeding import Floats, Ints
 
+_PAD_TO = 16  # few lengths, so few forwards; and no matrix product has fewer rows than `Denoiser` asks for
+
 
 @dataclass(frozen=True)
 class Proposal:
@@ -26,8 +28,29 @@ class Proposal:
 def propose(
     denoiser: Denoiser, process: NoiseProcess, rows: Sequence[DecodeState], eos_id: int, pad_id: int
 ) -> list[Proposal]:
-    """One padded forward; logits are read at the open positions of each row's current block only."""
-    length = max(len(row.canvas) for row in rows)
+    """One forward for each padded length among the rows, so that a row's own length alone decides its padding.
+
+    A row padded to its longest neighbour would be summed in another order, and exact ties of confidence, which a
+    canvas of masks is full of, would fall another way: an answer would depend on its neighbours in its last bit.
+    """
+    proposals: dict[int, Proposal] = {}
+    lengths = [padded_length(len(row.canvas)) for row in rows]
+    for length in sorted(set(lengths)):
+        at = [i for i, own in enumerate(lengths) if own == length]
+        found = _propose(denoiser, process, [rows[i] for i in at], length, eos_id, pad_id)
+        proposals.update(zip(at, found, strict=True))
+    return [proposals[i] for i in range(len(rows))]
+
+
+def padded_length(length: int) -> int:
+    """The positions that a row of this length takes in a forward."""
+    return -(-length // _PAD_TO) * _PAD_TO
+
+
+def _propose(
+    denoiser: Denoiser, process: NoiseProcess, rows: Sequence[DecodeState], length: int, eos_id: int, pad_id: int
+) -> list[Proposal]:
+    """Logits are read at the open positions of each row's current block only."""
     ids = np.full((len(rows), length), pad_id, dtype=np.int64)
     is_real = np.zeros((len(rows), length), dtype=bool)
     read = np.zeros((len(rows), length), dtype=bool)

@@ -5,12 +5,13 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dllm_core.decoding.config import DecodeConfig
 from dllm_core.decoding.engine import Engine
-from dllm_core.decoding.state import DecodeRequest
+from dllm_core.decoding.state import DecodeRequest, DecodeState
+from dllm_core.decoding.step import propose
 from dllm_core.decoding.unmask import LowConfidencePolicy, ThresholdPolicy
 from dllm_core.errors import RequestError
 from dllm_core.model.config import DenoiserConfig, ModelConfig
@@ -43,6 +44,12 @@ def engine(denoiser: Denoiser, max_batch_tokens: int = 300) -> Engine:
 
 tokens = st.lists(st.integers(3, VOCABULARY - 1), max_size=9).map(tuple)
 policies = st.one_of(st.floats(0.05, 1).map(lambda x: ThresholdPolicy(threshold=x)), st.just(LowConfidencePolicy()))
+
+
+def request_of(max_tokens: int, steps: int) -> DecodeRequest:
+    policy = LowConfidencePolicy()
+    config = DecodeConfig(policy=policy, block_length=max_tokens, steps_per_block=steps, max_tokens=max_tokens)
+    return DecodeRequest(prompt=(), config=config)
 
 
 @st.composite
@@ -88,12 +95,25 @@ def test_a_decode_fills_all_keeps_what_was_given_and_ends_in_its_budget(denoiser
         assert len(answer) == request.config.max_tokens
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(batch=st.lists(requests(), min_size=2, max_size=7))
+@example(batch=[request_of(1, 1), request_of(3, 2)]).via("exact ties of confidence, broken by the last bit")
 def test_a_row_gets_the_same_tokens_alone_and_in_a_batch(denoiser, batch):
     together = engine(denoiser).generate(batch)
     alone = [engine(denoiser).generate([request])[0] for request in batch]
     assert together == alone
+
+
+@settings(max_examples=60, deadline=None)
+@given(batch=st.lists(requests(), min_size=2, max_size=9))
+def test_a_row_s_confidence_is_the_same_to_the_last_bit_alone_and_in_a_batch(denoiser, batch):
+    process = AbsorbingProcess(mask_id=MASK)
+    rows = [DecodeState.start(request, np.full(request.config.max_tokens, MASK)) for request in batch]
+    together = propose(denoiser, process, rows, EOS, PAD)
+    for row, proposal in zip(rows, together, strict=True):
+        [alone] = propose(denoiser, process, [row], EOS, PAD)
+        assert np.array_equal(alone.confidence, proposal.confidence)
+        assert np.array_equal(alone.tokens, proposal.tokens)
 
 
 @settings(max_examples=30, deadline=None)
