@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dllm_core.errors import DllmError, RequestError
+from dllm_core.errors import ConfigError, DllmError, RequestError
 from workflows.console import Console, Output
 from workflows.env import Interrupted, end_on_sigterm
 
@@ -24,11 +24,13 @@ TargetArg = Annotated[str, typer.Argument(metavar="RECIPE-or-RUN", help="a .yaml
 OverridesArg = Annotated[
     list[str] | None, typer.Argument(metavar="[dotted.path=value]...", help="e.g. train.steps=200 decode.max_tokens=16")
 ]
+_PREPROCESS_ACTIONS = ("plan", "run", "verify", "repair", "inspect")
 OutputOption = Annotated[Output, typer.Option("--output", help="json: one JSON object as the last line of stdout")]
 
 
 @app.command()
-def run(target: TargetArg, overrides: OverridesArg = None, output: OutputOption = "text") -> None:
+def run(target: TargetArg, overrides: OverridesArg = None, output: _PREPROCESS_ACTIONS = ("plan", "run", "verify", "repair", "inspect")
+OutputOption = "text") -> None:
     """The whole river: preprocess, train, bundle, evaluate, serve the examples, report. Skips what is done."""
 
     def body(console: Console) -> dict[str, Any]:
@@ -47,7 +49,8 @@ def run(target: TargetArg, overrides: OverridesArg = None, output: OutputOption 
 
 
 @app.command()
-def show(target: TargetArg, overrides: OverridesArg = None, output: OutputOption = "text") -> None:
+def show(target: TargetArg, overrides: OverridesArg = None, output: _PREPROCESS_ACTIONS = ("plan", "run", "verify", "repair", "inspect")
+OutputOption = "text") -> None:
     """The resolved recipe, every default written out. Starts nothing."""
 
     def body(console: Console) -> dict[str, Any]:
@@ -62,19 +65,38 @@ def show(target: TargetArg, overrides: OverridesArg = None, output: OutputOption
 
 
 @app.command()
-def preprocess(target: TargetArg, overrides: OverridesArg = None, output: OutputOption = "text") -> None:
-    """Corpus to Arrow shards of tokens and noise, with a manifest. Runs only what is missing."""
-    _verb(_stage(target, overrides, lambda pipeline: pipeline.preprocess()), output)
+def preprocess(
+    target: Annotated[
+        str, typer.Argument(metavar="[plan|run|verify|repair|inspect] RECIPE-or-RUN", help="`run` if not said")
+    ],
+    overrides: OverridesArg = None,
+    output: _PREPROCESS_ACTIONS = ("plan", "run", "verify", "repair", "inspect")
+OutputOption = "text",
+) -> None:
+    """Corpus to Arrow shards of tokens and noise, with a manifest. Runs only what is missing.
+
+    plan: what a run would read and make, without running. verify: read every shard again; exit 3 if one is bad.
+    repair: run exactly the bad or missing steps again. inspect: rows as text, clean and noised, and report.html.
+    """
+    action, rest = "run", list(overrides or [])
+    if target in _PREPROCESS_ACTIONS:
+        action, target, rest = target, rest[0] if rest else "", rest[1:]
+    if action == "run":
+        _verb(_stage(target, rest, lambda pipeline: pipeline.preprocess()), output)
+    else:
+        _verb(_on_corpus(action, target, rest), output)
 
 
 @app.command()
-def train(target: TargetArg, overrides: OverridesArg = None, output: OutputOption = "text") -> None:
+def train(target: TargetArg, overrides: OverridesArg = None, output: _PREPROCESS_ACTIONS = ("plan", "run", "verify", "repair", "inspect")
+OutputOption = "text") -> None:
     """Train on the preprocessed corpus (made first if it is missing); goes on from the newest checkpoint."""
     _verb(_stage(target, overrides, lambda p: (p.preprocess(), p.train(), p.bundle())[1]), output)
 
 
 @app.command()
-def evaluate(target: TargetArg, overrides: OverridesArg = None, output: OutputOption = "text") -> None:
+def evaluate(target: TargetArg, overrides: OverridesArg = None, output: _PREPROCESS_ACTIONS = ("plan", "run", "verify", "repair", "inspect")
+OutputOption = "text") -> None:
     """Held-out likelihood of a trained run with its standard error, and tokens per denoiser call."""
     _verb(_stage(target, overrides, lambda pipeline: pipeline.evaluate(), needs_bundle=True), output)
 
@@ -86,7 +108,8 @@ def generate(
     prompt: Annotated[str, typer.Option(help="text before the canvas")] = "",
     suffix: Annotated[str | None, typer.Option(help="text behind it: the hole between is filled")] = None,
     seed: Annotated[int, typer.Option(min=0, help="the same seed gives the same text")] = 0,
-    output: OutputOption = "text",
+    output: _PREPROCESS_ACTIONS = ("plan", "run", "verify", "repair", "inspect")
+OutputOption = "text",
 ) -> None:
     """Complete a prompt, or fill the hole before a suffix, watching the canvas denoise."""
 
@@ -101,7 +124,8 @@ def generate(
 
 
 @app.command()
-def serve(target: TargetArg, overrides: OverridesArg = None, output: OutputOption = "text") -> None:
+def serve(target: TargetArg, overrides: OverridesArg = None, output: _PREPROCESS_ACTIONS = ("plan", "run", "verify", "repair", "inspect")
+OutputOption = "text") -> None:
     """Host a run's bundle behind an OpenAI-shaped endpoint until Ctrl-C."""
 
     def body(console: Console) -> None:
@@ -135,6 +159,20 @@ def _stage(
         with Pipeline(opened, console) as pipeline:
             result = stage(pipeline)
         return {"run": opened.run.url, **result}
+
+    return body
+
+
+def _on_corpus(action: str, target: str, overrides: list[str]) -> Callable[[Console], Any]:
+    def body(console: Console) -> dict[str, Any]:
+        from workflows.target import open_target
+
+        if not target:
+            raise ConfigError("preprocess", "no recipe", action, f"dllm preprocess {action} RECIPE")
+        plan = open_target(target, overrides).plan
+        from workflows.preprocess.show import look_at_corpus
+
+        return look_at_corpus(action, plan, console)
 
     return body
 

@@ -178,10 +178,8 @@ class Preprocessing:
             if receipt is not None:
                 done[unit.index] = receipt
         missing = [unit for unit in units if unit.index not in done]
-        for unit, receipt in zip(
-            missing, self._tasks("signatures", partial(sign_unit, job), missing, units), strict=True
-        ):
-            done[unit.index] = receipt
+        for receipt in self._tasks("signatures", partial(sign_unit, job), missing, units):
+            done[receipt.shard.unit] = receipt
         if missing or not all(job.output.exists(job.key(decisions_key(unit.index))) for unit in units):
             self.on_progress("finding duplicates", 0, 0)
             receipts = [done[unit.index] for unit in units]
