@@ -3,16 +3,18 @@
 Every mistake of a user's is one line and an exit code: 2 recipe, 3 data, 4 preempted, 5 diverged. Ctrl-C ends with 130.
 """
 
+import contextlib
 import os
 import sys
 from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 
-from dllm_core.errors import ConfigError, DllmError, RequestError
+from dllm_core.errors import ConfigError, DataError, DllmError, RequestError
 from workflows.console import Console, Output
-from workflows.env import Interrupted, end_on_sigterm
+from workflows.interrupts import exit_code_of, say_interrupted
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -20,6 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Diffusion language models from corpus to endpoint. A verb takes a recipe file or a run's folder.",
 )
+_USAGE_ERROR: Any = typer.BadParameter.__base__  # click's, which newer typers carry inside and export no more
 TargetArg = Annotated[str, typer.Argument(metavar="RECIPE-or-RUN", help="a .yaml recipe, or a folder below runs/")]
 OverridesArg = Annotated[
     list[str] | None, typer.Argument(metavar="[dotted.path=value]...", help="e.g. train.steps=200 decode.max_tokens=16")
@@ -29,8 +32,7 @@ OutputOption = Annotated[Output, typer.Option("--output", help="json: one JSON o
 
 
 @app.command()
-def run(target: TargetArg, overrides: OverridesArg = None, output: _PREPROCESS_ACTIONS = ("plan", "run", "verify", "repair", "inspect")
-OutputOption = "text") -> None:
+def run(target: TargetArg, overrides: OverridesArg = None, output: OutputOption = "text") -> None:
     """The whole river: preprocess, train, bundle, evaluate, serve the examples, report. Skips what is done."""
 
     def body(console: Console) -> dict[str, Any]:
@@ -39,18 +41,17 @@ OutputOption = "text") -> None:
         opened = open_target(target, overrides or [])
         from workflows.pipeline.flow import Pipeline  # torch: a mistake about paths need not wait for it
 
-        console.print(f"[bold]{opened.run.name}[/bold] [dim]in {opened.run.store.url}[/dim]")
+        console.print(f"[bold]{opened.run.name}[/bold] [dim]in {escape(opened.run.store.url)}[/dim]")
         with Pipeline(opened, console) as pipeline:
             result = pipeline.run()
-        console.print(f"\nServe it again: [bold]dllm serve {_shown(opened.run.url)}[/bold]")
+        console.print(f"\nServe it again: [bold]dllm serve {escape(_shown(opened.run.url))}[/bold]")
         return result
 
     _verb(body, output)
 
 
 @app.command()
-def show(target: TargetArg, overrides: OverridesArg = None, output: _PREPROCESS_ACTIONS = ("plan", "run", "verify", "repair", "inspect")
-OutputOption = "text") -> None:
+def show(target: TargetArg, overrides: OverridesArg = None, output: OutputOption = "text") -> None:
     """The resolved recipe, every default written out. Starts nothing."""
 
     def body(console: Console) -> dict[str, Any]:
@@ -70,8 +71,7 @@ def preprocess(
         str, typer.Argument(metavar="[plan|run|verify|repair|inspect] RECIPE-or-RUN", help="`run` if not said")
     ],
     overrides: OverridesArg = None,
-    output: _PREPROCESS_ACTIONS = ("plan", "run", "verify", "repair", "inspect")
-OutputOption = "text",
+    output: OutputOption = "text",
 ) -> None:
     """Corpus to Arrow shards of tokens and noise, with a manifest. Runs only what is missing.
 
@@ -88,15 +88,13 @@ OutputOption = "text",
 
 
 @app.command()
-def train(target: TargetArg, overrides: OverridesArg = None, output: _PREPROCESS_ACTIONS = ("plan", "run", "verify", "repair", "inspect")
-OutputOption = "text") -> None:
+def train(target: TargetArg, overrides: OverridesArg = None, output: OutputOption = "text") -> None:
     """Train on the preprocessed corpus (made first if it is missing); goes on from the newest checkpoint."""
     _verb(_stage(target, overrides, lambda p: (p.preprocess(), p.train(), p.bundle())[1]), output)
 
 
 @app.command()
-def evaluate(target: TargetArg, overrides: OverridesArg = None, output: _PREPROCESS_ACTIONS = ("plan", "run", "verify", "repair", "inspect")
-OutputOption = "text") -> None:
+def evaluate(target: TargetArg, overrides: OverridesArg = None, output: OutputOption = "text") -> None:
     """Held-out likelihood of a trained run with its standard error, and tokens per denoiser call."""
     _verb(_stage(target, overrides, lambda pipeline: pipeline.evaluate(), needs_bundle=True), output)
 
@@ -108,8 +106,7 @@ def generate(
     prompt: Annotated[str, typer.Option(help="text before the canvas")] = "",
     suffix: Annotated[str | None, typer.Option(help="text behind it: the hole between is filled")] = None,
     seed: Annotated[int, typer.Option(min=0, help="the same seed gives the same text")] = 0,
-    output: _PREPROCESS_ACTIONS = ("plan", "run", "verify", "repair", "inspect")
-OutputOption = "text",
+    output: OutputOption = "text",
 ) -> None:
     """Complete a prompt, or fill the hole before a suffix, watching the canvas denoise."""
 
@@ -124,8 +121,7 @@ OutputOption = "text",
 
 
 @app.command()
-def serve(target: TargetArg, overrides: OverridesArg = None, output: _PREPROCESS_ACTIONS = ("plan", "run", "verify", "repair", "inspect")
-OutputOption = "text") -> None:
+def serve(target: TargetArg, overrides: OverridesArg = None, output: OutputOption = "text") -> None:
     """Host a run's bundle behind an OpenAI-shaped endpoint until Ctrl-C."""
 
     def body(console: Console) -> None:
@@ -138,10 +134,21 @@ OutputOption = "text") -> None:
     _verb(body, output)
 
 
-def main() -> None:
-    """Entry point of the `dllm` script."""
-    end_on_sigterm()
-    app(prog_name="dllm")
+def run_command_line(words: list[str]) -> int:
+    """Run `dllm WORDS`; the exit code. Mistakes in the words themselves are one line too."""
+    try:
+        app(words or ["--help"], prog_name="dllm", standalone_mode=False)
+    except _EndedError as ended:
+        return ended.code
+    except _USAGE_ERROR as error:
+        remedy = f"see {error.ctx.command_path} --help" if error.ctx is not None else "see dllm --help"
+        as_json = "--output=json" in words or ("--output" in words and "json" in words)
+        return _failed(
+            Console("json" if as_json else "text"), ConfigError("command line", _one_line(error), remedy=remedy)
+        )
+    except typer.Exit as asked:
+        return asked.exit_code
+    return 0
 
 
 def _stage(
@@ -177,35 +184,44 @@ def _on_corpus(action: str, target: str, overrides: list[str]) -> Callable[[Cons
     return body
 
 
+class _EndedError(Exception):
+    """A verb has failed and has said so."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
+
+
 def _verb(body: Callable[[Console], Any], output: Output) -> None:
-    """Run a verb; turn what ends it into a line and an exit code."""
+    """Run a verb; turn what ends it into a line, with `--output json` into an object too, and an exit code."""
     console = Console(output)
     try:
         result = body(console)
         if result is not None:
             console.result(result)
     except DllmError as error:
-        code = 2 if isinstance(error, RequestError) else error.exit_code
-        _say(f"dllm: {error}")
+        raise _EndedError(_failed(console, error)) from error
+    except OSError as error:  # the machine: stdout closed or full, a disk that fails
+        raise _EndedError(_failed(console, DataError("dllm", f"the system refuses ({error})"))) from error
+    except KeyboardInterrupt as signalled:
+        # Here and not above: the library that parses the words would take it for its own affair.
+        say_interrupted(signalled)
+        code = exit_code_of(signalled)
+        console.result({"error": {"place": "dllm", "message": "interrupted"}, "exit_code": code})
+        raise _EndedError(code) from signalled
+
+
+def _failed(console: Console, error: DllmError) -> int:
+    code = 2 if isinstance(error, RequestError) else error.exit_code
+    sys.stderr.write(f"dllm: {error}\n")
+    with contextlib.suppress(OSError):  # there may be nobody to tell
         console.result({"error": {"place": error.place, "message": str(error)}, "exit_code": code})
-        _leave(code)
-    except Interrupted:
-        _say("dllm: terminated; what is complete is kept, run it again to go on")
-        _leave(143)
-    except KeyboardInterrupt:
-        _say("\ndllm: interrupted; what is complete is kept, run it again to go on")
-        _leave(130)
+    return code
 
 
-def _say(line: str) -> None:
-    sys.stderr.write(line + "\n")
-
-
-def _leave(code: int) -> None:
-    """Exit without waiting for threads that a library left behind; all blocks have cleaned up already."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+def _one_line(error: Any) -> str:
+    message = " ".join(error.format_message().split()).rstrip(".")
+    return message[:1].lower() + message[1:]
 
 
 def _shown(path: str) -> str:
@@ -214,9 +230,3 @@ def _shown(path: str) -> str:
         return path
     relative = os.path.relpath(path)
     return path if relative.startswith("..") else relative
-
-
-__all__ = ["app", "main"]
-
-if __name__ == "__main__":
-    main()

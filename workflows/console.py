@@ -56,7 +56,7 @@ class Console:
 
     def __init__(self, output: Output = "text") -> None:
         self.output = output
-        self.rich = RichConsole(stderr=output == "json", highlight=False, soft_wrap=True)
+        self.rich = RichConsole(stderr=output == "json", highlight=False, soft_wrap=True, emoji=False)
 
     def print(self, text: str = "") -> None:
         """A line; rich markup is interpreted."""
@@ -76,6 +76,10 @@ class Console:
         took = f" [dim]{seconds:.0f} s[/dim]" if seconds is not None else ""
         self.rich.print(f"[green]✓[/green] [bold]{name:<11}[/bold] {text}{took}")
 
+    def stopped(self, name: str) -> None:
+        """One line for a stage that did not get to its end."""
+        self.rich.print(f"[red]✗[/red] [bold]{name:<11}[/bold] [dim]stopped[/dim]")
+
     def skipped(self, name: str, text: str) -> None:
         """One line for a stage whose inputs have not changed."""
         self.rich.print(f"[dim]–[/dim] [bold]{name:<11}[/bold] {text} [dim](unchanged, skipped)[/dim]")
@@ -84,5 +88,5 @@ class Console:
         """The verb's result, as the last line of stdout, if JSON was asked for."""
         if self.output == "json":
             self.rich.file.flush()
-            sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
+            sys.stdout.write(json.dumps(value) + "\n")
             sys.stdout.flush()

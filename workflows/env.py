@@ -6,12 +6,13 @@ A private cluster is gone when the block ends, whatever ended it. A cluster that
 import contextlib
 import logging
 import os
-import signal
 import threading
 from collections.abc import Iterator
-from types import FrameType
 
 import psutil
+
+from dllm_core.errors import ConfigError
+from workflows.interrupts import end_on_sigterm
 
 _OBJECT_STORE_BYTES = 256 << 20  # references and small results only: shards never pass through it
 _LOCAL = {
@@ -26,10 +27,15 @@ _LOCAL = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 
+_NO_GPU = "set gpus_per_worker and gpus_per_replica to 0, or RAY_ADDRESS to a cluster that has them"
+
 
 @contextlib.contextmanager
-def ray_cluster(cpus: float) -> Iterator[None]:
-    """Connect, or start a cluster with at least `cpus` logical CPUs, so that no placement waits for ever."""
+def ray_cluster(cpus: float, gpus: float = 0) -> Iterator[None]:
+    """Connect, or start a cluster with at least `cpus` logical CPUs, so that no placement waits for ever.
+
+    A private cluster never grows, so GPUs that this machine does not have are refused; another one may.
+    """
     for name, value in _LOCAL.items():
         os.environ.setdefault(name, value)
     import ray
@@ -49,32 +55,24 @@ def ray_cluster(cpus: float) -> Iterator[None]:
                 _node_ip_address="127.0.0.1",
             )
         logging.getLogger("ray").setLevel(logging.ERROR)
+        found = ray.cluster_resources().get("GPU", 0)
+        if not os.environ.get("RAY_ADDRESS") and found < gpus:
+            raise ConfigError("placement", f"asks for {gpus:g} GPUs, this machine has {found:g}", remedy=_NO_GPU)
+        if threading.current_thread() is threading.main_thread():
+            end_on_sigterm()  # ray.init has put its own handler there, which ends in an abort
         yield
     finally:
         _shut_down(before)
 
 
 def _shut_down(before: set[int]) -> None:
-    """Leave the cluster; of a private one nothing may be left running after 3 s."""
+    """Leave the cluster; of a private one nothing may be left running after 2 s."""
     import ray
 
     started = [child for child in psutil.Process().children(recursive=True) if child.pid not in before]
     closing = threading.Thread(target=ray.shutdown, daemon=True)
     closing.start()
-    closing.join(timeout=3)
+    closing.join(timeout=2)
     for process in started:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
-
-
-class Interrupted(KeyboardInterrupt):
-    """SIGTERM: ends a verb as Ctrl-C does, with its own exit code."""
-
-
-def end_on_sigterm() -> None:
-    """Let SIGTERM unwind the stack, so that every block above cleans up."""
-
-    def raise_interrupted(number: int, frame: FrameType | None) -> None:
-        raise Interrupted
-
-    signal.signal(signal.SIGTERM, raise_interrupted)

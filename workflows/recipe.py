@@ -3,7 +3,6 @@
 No Ray, no torch: `dllm show` answers at once, and a mistake is refused before anything starts.
 """
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -23,7 +22,7 @@ from dllm_core.evaluation.config import EvaluateConfig
 from dllm_core.model.config import ModelConfig
 from dllm_core.noise.process import NoiseConfig
 from dllm_core.objective.config import MaskedDiffusionConfig
-from dllm_core.storage.store import StoredObject, check_name
+from dllm_core.storage.store import StoredObject, check_name, local_path
 from dllm_core.training.config import BOOKKEEPING, TrainConfig
 from workflows.placement import PlacementConfig
 from workflows.serve.config import ServeConfig
@@ -74,6 +73,9 @@ class Recipe(Frozen):
         records = [getattr(source, "record", None) for source in self.corpus.all_sources]
         if self.tokenizer.chat is None and any(isinstance(record, ChatRecord) for record in records):
             raise FieldProblem("tokenizer.chat", "missing", None, "conversations need turn markers: tokenizer.chat={}")
+        if self.serve.max_batch_tokens < self.packing.seq_len:
+            problem = f"must be >= packing.seq_len={self.packing.seq_len}, or no full row could be decoded"
+            raise FieldProblem("serve.max_batch_tokens", problem, self.serve.max_batch_tokens)
         return self
 
     def corpus_fingerprint(self, sources: Sequence[StoredObject]) -> str:
@@ -124,20 +126,21 @@ def _anchored(recipe: Recipe) -> Recipe:
     """Relative paths start at the working directory; written out, so that a run means the same from anywhere."""
     corpus, tokenizer = recipe.corpus, recipe.tokenizer
     if isinstance(corpus, MixtureCorpus):
-        anchored = tuple(s.model_copy(update={"path": _absolute(s.path)}) for s in corpus.sources)
+        anchored = tuple(
+            source.model_copy(update={"path": _absolute(f"corpus.sources.{i}.path", source.path)})
+            for i, source in enumerate(corpus.sources)
+        )
         corpus = corpus.model_copy(update={"sources": anchored})
     elif not isinstance(corpus, HubSource):
-        corpus = corpus.model_copy(update={"path": _absolute(corpus.path)})
+        corpus = corpus.model_copy(update={"path": _absolute("corpus.path", corpus.path)})
     if tokenizer.path is not None:
-        tokenizer = tokenizer.model_copy(update={"path": _absolute(tokenizer.path)})
-    storage = StorageConfig(root=_absolute(recipe.storage.root))
+        tokenizer = tokenizer.model_copy(update={"path": _absolute("tokenizer.path", tokenizer.path)})
+    storage = StorageConfig(root=_absolute("storage.root", recipe.storage.root))
     return recipe.model_copy(update={"corpus": corpus, "tokenizer": tokenizer, "storage": storage})
 
 
-def _absolute(path: str) -> str:
-    if "://" in path or path.startswith("python:"):
-        return path
-    return os.path.abspath(Path(path).expanduser())
+def _absolute(place: str, path: str) -> str:
+    return path if "://" in path or path.startswith("python:") else str(local_path(place, path))
 
 
 def shipped_recipes() -> list[Path]:

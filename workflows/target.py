@@ -36,7 +36,10 @@ def is_run(target: str) -> bool:
     """Whether an argument names a run's folder rather than a recipe file."""
     if target.startswith("s3://"):
         return not target.endswith((".yaml", ".yml"))
-    return Path(target).is_dir()
+    try:
+        return Path(target).is_dir()
+    except (OSError, ValueError):  # too long, no permission, a NUL: reading it as a recipe says so
+        return False
 
 
 def read_target_recipe(target: str, overrides: Sequence[str]) -> tuple[Recipe, RunDir | None]:
@@ -47,7 +50,11 @@ def read_target_recipe(target: str, overrides: Sequence[str]) -> tuple[Recipe, R
     key = run.key(RECIPE_NAME)
     if not run.store.exists(key):
         raise ConfigError(target, f"has no {RECIPE_NAME}", remedy="name a recipe file, or a folder below runs/")
-    values = parse_yaml(run.store.read(key).decode("utf-8"), f"{run.url}/{RECIPE_NAME}")
+    place = f"{run.url}/{RECIPE_NAME}"
+    try:
+        values = parse_yaml(run.store.read(key).decode("utf-8"), place)
+    except UnicodeDecodeError:
+        raise ConfigError(place, "is not text", remedy="start from a recipe file") from None
     old = Recipe.checked(values, RECIPE_NAME)
     new = Recipe.checked(apply_overrides(values, list(overrides)))
     if (old.corpus_fingerprint([]), old.run_fingerprint("")) != (

@@ -1,15 +1,17 @@
 """RunDir: `<root>/runs/<name>-<fingerprint>/`, on disk or on S3, and the logs that grow in it."""
 
+import contextlib
+import fcntl
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dllm_core.errors import ConfigError, DataError
-from dllm_core.storage.store import LocalStore, Store, check_name, open_store
+from dllm_core.storage.store import LocalStore, Store, check_name, local_path, open_store
 
 FOLDER = "runs"
 
@@ -25,7 +27,7 @@ class RunDir:
     def at(cls, url: str) -> "RunDir":
         """The run in a folder: `.../runs/<name>` or `s3://.../runs/<name>`."""
         is_s3 = url.startswith("s3://")
-        trimmed = url.rstrip("/") if is_s3 else str(Path(url).expanduser().resolve())
+        trimmed = url.rstrip("/") if is_s3 else str(local_path("run", url).resolve())
         root, _, folder_and_name = trimmed.rpartition(f"/{FOLDER}/")
         if not folder_and_name or "/" in folder_and_name or (is_s3 and len(root) <= len("s3:/")):
             raise ConfigError(url, "is not a run", remedy="a run is <storage.root>/runs/<name>-<fingerprint>")
@@ -44,6 +46,28 @@ class RunDir:
     def key(self, name: str) -> str:
         """Full key of something in the run's folder."""
         return f"{self.prefix}/{name}"
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Refuse a second driver on one run: both would train in one folder. A lock dies with its process.
+
+        On disk only; S3 has none, and there the first to commit a step keeps it.
+        """
+        if not isinstance(self.store, LocalStore):
+            yield
+            return
+        path = self.store.path(self.key(".lock"))
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = path.open("ab")
+        except OSError as error:
+            raise DataError(str(path), f"cannot be written ({error.strerror})") from error
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise DataError(self.url, "another dllm is at work on this run", remedy="wait for it") from None
+            yield
 
     def read_json(self, name: str) -> Any:
         """A JSON file of the run, or None if there is none; a damaged one is an error."""

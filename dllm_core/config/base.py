@@ -4,7 +4,7 @@ import difflib
 import typing
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from dllm_core.errors import ConfigError
 
@@ -20,6 +20,16 @@ class Frozen(BaseModel):
     """An immutable value that refuses unknown keys, NaN and infinities."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _yes_is_no_number(cls, values: Any) -> Any:
+        """`steps: yes` would be 1."""
+        for name, value in values.items() if isinstance(values, dict) else ():
+            field = cls.model_fields.get(name)
+            if isinstance(value, bool) and field is not None and bool not in _types_in(field.annotation):
+                raise FieldProblem(name, "must not be true or false", value)
+        return values
 
     @classmethod
     def checked(cls, values: Any, place: str = "") -> Self:
@@ -57,11 +67,14 @@ def explain(error: ValidationError, schema: type[BaseModel], values: Any, place:
 
 def _written_path(location: tuple[str | int, ...], values: Any) -> list[str]:
     """The path as the user wrote it: pydantic adds the tag of a union's member, which no recipe holds."""
-    path = []
+    path: list[str] = []
+    tagged: Any = None  # the mapping whose tag was passed over already
     for position, part in enumerate(location):
         here = values
         last = position == len(location) - 1
-        if isinstance(here, dict) and part not in here and not last:
+        is_open = isinstance(here, dict) and not last and here is not tagged
+        if is_open and (part not in here or here.get("type") == part):
+            tagged = here
             continue
         path.append(str(part))
         if isinstance(here, dict):
@@ -69,6 +82,14 @@ def _written_path(location: tuple[str | int, ...], values: Any) -> list[str]:
         elif isinstance(here, list | tuple) and isinstance(part, int) and part < len(here):
             values = here[part]
     return path
+
+
+def _types_in(annotation: Any) -> set[Any]:
+    """Every plain type in an annotation; {bool} also where anything is allowed."""
+    if annotation is Any:
+        return {bool}
+    parts = typing.get_args(annotation)
+    return set().union(*(_types_in(part) for part in parts)) if parts else {annotation}
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
@@ -81,6 +102,8 @@ def _field_names(schema: type[BaseModel], path: list[str]) -> set[str]:
     """Every field that could stand at `path`, over all members of a union."""
     models: list[type[BaseModel]] = [schema]
     for name in path:
+        if name.isdigit():
+            continue  # an item of a list: its models are those of the list
         fields = [model.model_fields[name] for model in models if name in model.model_fields]
         models = [found for field in fields for found in _models_in(field.annotation)]
     return {name for model in models for name in model.model_fields}

@@ -35,6 +35,8 @@ def parse_yaml(text: str, place: str) -> Any:
     """Parse YAML; a syntax error names its place and line."""
     try:
         return yaml.load(text, Loader=_Loader)
+    except RecursionError:
+        raise ConfigError(place, "is nested too deep") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2026-02-31
         mark = getattr(error, "problem_mark", None)
         where = f"{place} line {mark.line + 1}" if mark is not None else place
@@ -49,7 +51,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConfigError(str(path), "no such recipe", remedy="name a .yaml file or a run folder") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a NUL in its name
         raise ConfigError(str(path), f"cannot be read ({error})") from None
     values = parse_yaml(text, str(path))
     if not isinstance(values, dict):

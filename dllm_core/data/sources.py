@@ -13,7 +13,7 @@ from pathlib import Path
 from dllm_core.data.corpus import CorpusBase, HubSource, SourceBase
 from dllm_core.data.units import SourceFiles, list_files
 from dllm_core.errors import DataError
-from dllm_core.storage.store import LocalStore, Store, open_store
+from dllm_core.storage.store import LocalStore, Store, local_path, open_store
 
 _PLACE = "corpus.path"
 _COLUMN = 16
@@ -47,19 +47,24 @@ def find_source(source: SourceBase, root: Store) -> SourceFiles:
         bucket, _, prefix = source.path.removeprefix("s3://").strip("/").partition("/")
         store_of_bucket = open_store(_PLACE, f"s3://{bucket}")
         return SourceFiles(store_of_bucket, tuple(list_files(source, store_of_bucket, prefix)))
-    return _local_files(source)
+    return _local_files(source, root)
 
 
-def _local_files(source: SourceBase) -> SourceFiles:
-    path = Path(os.path.abspath(Path(source.path).expanduser()))
+def _local_files(source: SourceBase, root: Store) -> SourceFiles:
+    path = local_path(_PLACE, source.path)
     try:
         is_file, exists = path.is_file(), path.exists()
-    except PermissionError:
-        raise DataError(_PLACE, "no permission", source.path) from None
+    except OSError as error:
+        raise DataError(_PLACE, f"cannot be looked at ({error.strerror})", source.path) from None
     if not exists:
         raise DataError(_PLACE, "no such file or folder", source.path, "name one that exists")
     store = LocalStore(path.parent if is_file else path)
     files = list_files(source, store, path.name if is_file else "")
+    if isinstance(root, LocalStore) and store.root in root.root.parents:  # what we make is no part of what we read
+        ours = f"{root.root.relative_to(store.root).as_posix()}/"
+        files = [item for item in files if not item.key.startswith(ours)]
+        if not files:
+            raise DataError(_PLACE, "holds nothing but storage.root", source.path, "name another folder")
     for item in files:
         if not os.access(store.path(item.key), os.R_OK):
             raise DataError(_PLACE, "no permission to read", str(store.path(item.key)))

@@ -21,7 +21,7 @@ _SAMPLE_ROWS = 64
 
 @dataclass(frozen=True)
 class ShardCheck:
-    """One shard to look at. epoch: of a noise shard, None for tokens; tokens: its token shard; first_row: its row id."""
+    """One shard to look at. epoch: of noise, None for tokens; tokens: its token shard; first_row: the row id there."""
 
     shard: ShardInfo
     epoch: int | None = None
@@ -52,10 +52,8 @@ def checks_of(manifest: CorpusManifest) -> list[ShardCheck]:
 def verify_shard(job: CorpusJob, manifest: CorpusManifest, mask_id: int, check: ShardCheck) -> Problem | None:
     """The first thing that is wrong with a shard, or None."""
     try:
-        if check.epoch is None:
-            what = _tokens(job, manifest, check.shard)
-        else:
-            what = _noise(job, manifest, mask_id, check)
+        is_noise = check.epoch is not None
+        what = _noise(job, manifest, mask_id, check) if is_noise else _tokens(job, manifest, check.shard)
     except DataError as error:
         what = error.problem
     except (pa.ArrowException, KeyError, ValueError) as error:

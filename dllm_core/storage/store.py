@@ -28,6 +28,16 @@ def check_name(place: str, name: str) -> str:
     return name
 
 
+def local_path(place: str, text: str) -> Path:
+    """An absolute path from what a user wrote; `~` is expanded, `..` folded, links are kept."""
+    try:
+        if "\0" in text:
+            raise ValueError("it holds a NUL")
+        return Path(os.path.abspath(Path(text).expanduser()))
+    except (RuntimeError, ValueError) as error:  # ~nobody: there is no such user
+        raise ConfigError(place, f"is no path ({error})", text) from None
+
+
 def sha256(data: bytes) -> str:
     """Hex sha256 of bytes."""
     return hashlib.sha256(data).hexdigest()
@@ -209,7 +219,7 @@ def open_store(place: str, url: str) -> Store:
         return S3Store.from_url(place, url)
     if "://" in url:
         raise ConfigError(place, "unknown kind of storage", url, "a folder or s3://bucket/prefix")
-    return LocalStore(Path(os.path.abspath(Path(url).expanduser())))
+    return LocalStore(local_path(place, url))
 
 
 def _is_encodable(key: str) -> bool:

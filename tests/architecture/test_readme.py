@@ -65,7 +65,7 @@ def test_the_readme_has_a_command_for_every_verb():
 def test_the_typo_of_the_readme_gets_the_answer_of_the_readme():
     [(command, answer)] = re.findall(r"^\$ dllm (.*)\n(dllm: .*)$", README, re.MULTILINE)
     told = subprocess.run(
-        [sys.executable, "-m", "workflows.cli", *shlex.split(command)],
+        [sys.executable, "-m", "workflows", *shlex.split(command)],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -19,7 +19,7 @@ from dllm_core.checkpoints.run_dir import JsonLines, RunDir
 from dllm_core.checkpoints.store import CheckpointStore
 from dllm_core.storage.store import open_store
 
-DLLM = [sys.executable, "-m", "workflows.cli"]
+DLLM = [sys.executable, "-m", "workflows"]
 
 
 def dllm(*words: str) -> subprocess.CompletedProcess[str]:
@@ -50,6 +50,10 @@ MISTAKES = [
     (2, "name=../escape", "dllm: name: must be 1-128 of"),
     (2, "storage.root=ftp://host/x", "dllm: storage.root: unknown kind of storage, got 'ftp://host/x'"),
     (2, "train", "dllm: train: not an override: write dotted.path=value"),
+    (2, "train.steps=yes", "dllm: train.steps: must not be true or false, got True"),
+    (2, "storage.root=~nosuchuser/x", "dllm: storage.root: is no path ("),
+    (2, "packing.seq_len=8192", "dllm: serve.max_batch_tokens: must be >= packing.seq_len=8192"),
+    (3, "tokenizer.path=/nope.json", "dllm: tokenizer.path: cannot be read ("),
     (3, "corpus.path=/nowhere/at/all", "dllm: corpus.path: no such file or folder, got '/nowhere/at/all'"),
     (3, "corpus.glob=*.pdf", "dllm: corpus.path: no file matches '*.pdf'"),
     (3, "storage.root=/proc/nowhere", "dllm: storage.root: cannot write ("),
@@ -103,6 +107,31 @@ def test_with_json_the_last_line_is_one_object_for_an_answer_and_for_an_error(sm
     assert (told.returncode, error["exit_code"], error["error"]["place"]) == (2, 2, "decode.max_tokens")
 
 
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--foo"], "no such option: --foo"),
+        (["show"], "missing argument 'RECIPE-or-RUN'"),
+        (["show", "x.yaml", "--output", "xml"], "invalid value for '--output'"),
+        (["nope"], "no such command 'nope'"),
+        (["show", "x" * 300], "cannot be read"),
+    ],
+)
+def test_a_mistake_in_the_words_themselves_is_one_line(words, line):
+    told = dllm(*words)
+    assert told.returncode == 2
+    assert line in told.stderr
+    assert told.stderr.count("\n") == 1
+
+
+def test_text_that_looks_like_markup_or_cannot_be_spelled_is_shown_as_it_is(small_bundle):
+    words = [*DLLM, "generate", small_bundle.url, "--prompt", "[/b] :warning: [red]é\\"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    told = subprocess.run(words, env=environment, capture_output=True, check=False, timeout=120)
+    assert told.returncode == 0
+    assert told.stdout.startswith(b"[/b] :warning: [red]\\xe9\\")
+
+
 def test_show_prints_the_resolved_recipe(root):
     told = dllm("show", str(root / "small.yaml"), "train.steps=77")
     assert told.returncode == 0
@@ -120,9 +149,11 @@ def processes_marked(mark: str) -> list[psutil.Process]:
     return found
 
 
-def test_ctrl_c_while_training_leaves_nothing_running_and_the_next_run_goes_on(root):
+def interrupted_while_training(
+    words: list[str], root: Path, after: int, number: signal.Signals
+) -> tuple[int, str, RunDir]:
+    """Start a run, send it a signal once it has a checkpoint beyond `after`; its exit code, stderr and folder."""
     mark = uuid.uuid4().hex
-    words = [*DLLM, "train", str(root / "small.yaml"), "train.steps=600", "train.checkpoint_every=20"]
     environment = {**os.environ, "DLLM_TEST_MARK": mark}
     driver = subprocess.Popen(
         words,
@@ -138,15 +169,28 @@ def test_ctrl_c_while_training_leaves_nothing_running_and_the_next_run_goes_on(r
         time.sleep(0.2)
         names = [folder.name for folder in (root / "storage" / "runs").glob("small-*")]
         runs = [RunDir(open_store("root", str(root / "storage")), name) for name in names]
-        run = next((run for run in runs if CheckpointStore(run).committed()), None)
+        run = next((run for run in runs if max(CheckpointStore(run).committed(), default=0) > after), None)
     assert run is not None
     assert processes_marked(mark)
-    os.killpg(driver.pid, signal.SIGINT)
+    if number == signal.SIGINT:
+        os.killpg(driver.pid, number)  # a terminal sends it to all that run in the foreground
+    else:
+        driver.send_signal(number)
     _, told = driver.communicate(timeout=30)
-    assert driver.returncode == 130
-    assert told.strip().splitlines()[-1].startswith("dllm: interrupted; what is complete is kept")
-    assert "Traceback" not in told
     assert processes_marked(mark) == []
+    return driver.returncode, told, run
+
+
+def test_a_signal_while_training_leaves_nothing_running_and_the_next_run_goes_on(root):
+    words = [*DLLM, "train", str(root / "small.yaml"), "train.steps=400", "train.checkpoint_every=20"]
+    code, told, run = interrupted_while_training(words, root, 0, signal.SIGTERM)
+    assert code == 143
+    assert told.strip().splitlines()[-1].startswith("dllm: terminated; what is complete is kept")
+    stopped_at = CheckpointStore(run).committed()[-1]
+    code, again, run = interrupted_while_training(words, root, stopped_at, signal.SIGINT)
+    assert code == 130
+    assert again.strip().splitlines()[-1].startswith("dllm: interrupted; what is complete is kept")
+    assert "Traceback" not in told + again
 
     stopped_at = CheckpointStore(run).committed()[-1]
     told = dllm(*words[3:], "train.log_every=5")

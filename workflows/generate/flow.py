@@ -6,6 +6,7 @@ dllm generate RUN --prompt "GREEK SMALL LETTER " decode.policy.threshold=0.7
 import time
 from typing import Any
 
+from rich.console import Console as RichConsole
 from rich.live import Live
 from rich.text import Text
 
@@ -33,7 +34,7 @@ def generate(
     last: Frame | None = None
     begun = time.monotonic()
     if console.output == "text" and console.rich.is_terminal:
-        with Live(console=console.rich, refresh_per_second=30, transient=True) as live:
+        with Live(console=RichConsole(), refresh_per_second=30, transient=True) as live:  # one that wraps
             for last in unfold(engine, tokenizer, request):
                 live.update(canvas_text(last))
                 time.sleep(_FRAME_S)

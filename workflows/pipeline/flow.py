@@ -11,8 +11,11 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+from rich.markup import escape
+
 from dllm_core.config.fingerprint import fingerprint
-from dllm_core.data.manifest import CorpusManifest
+from dllm_core.data.manifest import CorpusManifest, read_manifest, read_tokenizer
+from dllm_core.errors import ConfigError
 from workflows.console import Console
 from workflows.env import ray_cluster
 from workflows.evaluate.flow import evaluate
@@ -38,9 +41,13 @@ class Pipeline:
         self._has_cluster = False
 
     def __enter__(self) -> "Pipeline":
+        self._stack.enter_context(self.target.run.locked())
+        return self
+
+    def _keep_recipe(self) -> None:
+        """The recipe of the weights. A verb that only looks at them, with overrides of its own, leaves it alone."""
         run = self.target.run
         run.store.put(run.key("recipe.yaml"), self.target.recipe.to_yaml().encode())
-        return self
 
     def __exit__(self, *error: Any) -> None:
         try:
@@ -53,9 +60,11 @@ class Pipeline:
         if self._serve_missing():
             check_port(self.target.recipe.serve)  # now, not after minutes of training
         self._check_room()
+        preprocessed = self.preprocess()
+        self._check_examples()
         return {
             "run": self.target.run.url,
-            "preprocess": self.preprocess(),
+            "preprocess": preprocessed,
             "train": self.train(),
             "bundle": self.bundle(),
             "evaluate": self.evaluate(),
@@ -87,6 +96,7 @@ class Pipeline:
             self._console.skipped(name, _about_training(result))
             return result
         last: dict[str, Any] = {}
+        self._keep_recipe()
         self._check_room()
         with self._stage(name) as bar:
             self._cluster()
@@ -117,11 +127,12 @@ class Pipeline:
         inputs = bundle_inputs(recipe, run, final_step(run) or 0)
         result = self._receipts.read(name, inputs)
         if result is not None and run.store.exists(run.key("bundle/bundle.json")):
-            self._console.skipped(name, f"{run.url}/bundle")
+            self._console.skipped(name, escape(f"{run.url}/bundle"))
             return result
+        self._keep_recipe()
         result = make_bundle(recipe, run, self.target.corpus).model_dump(mode="json")
         self._receipts.write(name, inputs, result)
-        self._console.done(name, f"{run.url}/bundle")
+        self._console.done(name, escape(f"{run.url}/bundle"))
         self._events.add(name, "done", step=result["step"])
         return result
 
@@ -177,10 +188,21 @@ class Pipeline:
                 bar.update("drawing")
                 write_report(self.target.recipe, run)
             self._receipts.write("report", inputs, {})
-            self._console.done("report", url, self._took)
+            self._console.done("report", escape(url), self._took)
         else:
-            self._console.skipped("report", url)
+            self._console.skipped("report", escape(url))
         return url
+
+    def _check_examples(self) -> None:
+        """Refuse an example that leaves no room for its answer now, not after minutes of training."""
+        store, recipe = self.target.run.store, self.target.recipe
+        tokenizer = read_tokenizer(store, read_manifest(store, self.target.corpus))
+        for number, example in enumerate(recipe.serve.examples):
+            given = len(tokenizer.encode(example.prompt)) + len(tokenizer.encode(example.suffix or ""))
+            room = recipe.packing.seq_len - given
+            if room < (example.max_tokens or 1):
+                problem = f"its {given} tokens leave {max(room, 0)} of packing.seq_len={recipe.packing.seq_len}"
+                raise ConfigError(f"serve.examples.{number}.prompt", problem, example.prompt, "shorten it")
 
     def _check_room(self) -> None:
         """Refuse a disk on which what is still to be made will not fit, before anything is started."""
@@ -217,6 +239,7 @@ class Pipeline:
             with self._console.stage(name) as bar:
                 yield bar
         except BaseException as error:
+            self._console.stopped(name)
             self._events.add(name, "failed", error=f"{type(error).__name__}: {error}")
             raise
         finally:
@@ -227,7 +250,12 @@ class Pipeline:
             return
         placement = self.target.recipe.placement
         training = placement.train.workers * placement.train.cpus_per_worker
-        self._stack.enter_context(ray_cluster(max(training, cpus_needed(self.target.recipe))))
+        gpus = max(
+            placement.train.workers * placement.train.gpus_per_worker,
+            placement.evaluate.gpus_per_worker,
+            placement.serve.min_replicas * placement.serve.gpus_per_replica,
+        )
+        self._stack.enter_context(ray_cluster(max(training, cpus_needed(self.target.recipe)), gpus))
         self._has_cluster = True
 
 
@@ -249,7 +277,7 @@ def _about_training(result: dict[str, Any]) -> str:
 def _about_evaluation(result: dict[str, Any]) -> str:
     text = (
         f"held-out NELBO {result['nelbo']:.3f} ± {result['standard_error']:.3f} nats/token, "
-        f"unigram entropy {result['unigram_entropy']:.3f}: [bold]{result['gain']:.2f} below[/bold]"
+        f"unigram entropy {result['unigram_entropy']:.3f}: [bold]{_gain(result['gain'])}[/bold]"
     )
     decoding = result.get("decoding")
     if decoding:
@@ -258,6 +286,10 @@ def _about_evaluation(result: dict[str, Any]) -> str:
     return text
 
 
+def _gain(nats: float) -> str:
+    return f"{nats:.2f} below" if nats > 0 else f"{-nats:.2f} above, nothing was learned"
+
+
 def _line(text: str) -> str:
     """Text in one line, its brackets not taken for markup."""
-    return text.replace("[", "\\[").replace("\n", " ⏎ ")
+    return escape(text.replace("\n", " ⏎ "))

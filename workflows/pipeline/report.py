@@ -1,9 +1,6 @@
 """report.html: one self-contained page with the loss curve, the noise, one decode unfolding, and the lineage."""
 
-import base64
 import html
-import io
-import json
 from typing import Any
 
 import numpy as np
@@ -13,9 +10,10 @@ from dllm_core.checkpoints.run_dir import JsonLines, RunDir
 from dllm_core.data.loader import Loader
 from dllm_core.data.manifest import read_manifest
 from dllm_core.decoding.engine import Engine
-from workflows.generate.unfold import Frame, request_for, unfold
 from workflows.drawing import ACCENT, INK, SOFT, axes, cell, figures, page, png, table
+from workflows.generate.unfold import Frame, request_for, unfold
 from workflows.recipe import Recipe
+
 
 def write_report(recipe: Recipe, run: RunDir) -> None:
     """Draw the run's report from its own files."""
@@ -25,19 +23,19 @@ def write_report(recipe: Recipe, run: RunDir) -> None:
     records = JsonLines(run, "metrics.jsonl").read()
     frames = _frames(recipe, bundle)
     parts = [
-            _figures(records, evaluation),
-            "<h2>Training</h2>",
-            _loss_curve(records, evaluation),
-            "<h2>The forward process: what the denoiser is shown</h2>",
-            _noise(recipe, run, bundle),
-            "<h2>The reverse: one decode, call by call</h2>",
-            _canvas(frames, recipe),
-            "<h2>What the endpoint answered</h2>",
-            _answers(answers),
-            "<h2>Lineage</h2>",
-            table(bundle.manifest.lineage.model_dump(mode="json")),
-            "<h2>Recipe</h2>",
-            f"<pre class=canvas>{html.escape(recipe.to_yaml())}</pre>",
+        _figures(records, evaluation),
+        "<h2>Training</h2>",
+        _loss_curve(records, evaluation),
+        "<h2>The forward process: what the denoiser is shown</h2>",
+        _noise(recipe, run, bundle),
+        "<h2>The reverse: one decode, call by call</h2>",
+        _canvas(frames, recipe),
+        "<h2>What the endpoint answered</h2>",
+        _answers(answers),
+        "<h2>Lineage</h2>",
+        table(bundle.manifest.lineage.model_dump(mode="json")),
+        "<h2>Recipe</h2>",
+        f"<pre class=canvas>{html.escape(recipe.to_yaml())}</pre>",
     ]
     run.store.put(run.key("report.html"), page(run.name, run.url, *parts))
 
@@ -163,5 +161,3 @@ def _answers(answers: list[dict[str, Any]]) -> str:
         for a in answers
     )
     return f"<table>{rows}</table>"
-
-

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from dllm_core.data.build import (
@@ -106,6 +107,8 @@ class CorpusPlan:
 
 def plan_corpus(recipe: Recipe, store: Store) -> CorpusPlan:
     """List the sources and name the corpus. Fast; every mistake about paths is found here."""
+    if recipe.tokenizer.path is not None:
+        Tokenizer.from_file(Path(recipe.tokenizer.path), recipe.tokenizer)  # a bad one is refused before work starts
     listed = find_files(recipe.corpus, store)
     return CorpusPlan(recipe, store, listed, recipe.corpus_fingerprint([f for files in listed for f in files.files]))
 

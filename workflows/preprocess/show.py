@@ -34,7 +34,11 @@ def look_at_corpus(action: str, corpus: CorpusPlan, console: Console) -> dict[st
     if action == "verify" and problems:
         remedy = "dllm preprocess repair, with the same recipe"
         raise DataError(corpus.url, f"{len(problems)} files are bad", problems[0]["key"], remedy)
-    told = f"{len(problems)} files repaired by {result['tasks_run']} tasks" if action == "repair" else "every shard is whole"
+    told = (
+        f"{len(problems)} files repaired by {result['tasks_run']} tasks"
+        if action == "repair"
+        else "every shard is whole"
+    )
     console.done(action, told, time.monotonic() - begun)
     return result
 

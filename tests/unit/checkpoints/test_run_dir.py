@@ -116,6 +116,14 @@ def test_a_bucket_that_is_called_runs_is_no_run():
         RunDir.at("s3://runs/x")
 
 
+def test_a_second_driver_on_a_run_is_refused_until_the_first_is_gone(tmp_path):
+    run = RunDir(LocalStore(tmp_path), "small-01")
+    with run.locked(), pytest.raises(DataError, match="another dllm is at work"), run.locked():
+        pass
+    with run.locked():
+        pass
+
+
 def test_a_log_goes_on_behind_a_line_that_a_kill_cut_short(tmp_path):
     run = RunDir(LocalStore(tmp_path), "small-01")
     log = JsonLines(run, "events.jsonl")

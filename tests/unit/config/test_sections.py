@@ -17,6 +17,7 @@ class Flat(Frozen):
 class Steep(Frozen):
     type: Literal["steep"] = "steep"
     power: int = Field(2, ge=1)
+    steep: int = Field(1, ge=1)
 
 
 class Stage(Frozen):
@@ -49,6 +50,13 @@ REFUSALS = [
     ({"stage": {"slope": {"type": "steep", "powr": 1}}}, "stage.slope.powr: unknown name: did you mean 'power'?"),
     ({"stage": {"slope": {"type": "flat", "rate": float("nan")}}}, "stage.slope.rate: must be"),
     ({"stages": [{}, {"steps": -1}]}, "stages.1.steps: must be greater than or equal to 1, got -1"),
+    (
+        {"stage": {"slope": {"type": "steep", "steep": 0}}},
+        "stage.slope.steep: must be greater than or equal",
+    ),
+    ({"stage": {"slope": {"type": "flat", "foo": 1}}}, "stage.slope.foo: unknown name: known names: power, rate"),
+    ({"stages": [{"foo": 1}]}, "stages.0.foo: unknown name: known names: slope, steps, warmup_steps"),
+    ({"stage": {"steps": True}}, "stage.steps: must not be true or false, got True"),
     ({"stage": 3}, "stage: must be a valid dictionary"),
 ]
 

@@ -31,6 +31,15 @@ def test_the_standard_library_is_there_without_what_was_installed_beside_it(tmp_
     assert not any(key.startswith("site-packages/") for key in keys)
 
 
+def test_what_we_make_inside_the_corpus_is_no_part_of_it(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    root = LocalStore(tmp_path / "dllm-runs")
+    before = find_source(TextCorpus(path=str(tmp_path)), root)
+    root.put("corpora/x/manifest.json", b"{}")
+    assert [item.key for item in find_source(TextCorpus(path=str(tmp_path)), root).files] == ["a.txt"]
+    assert before == find_source(TextCorpus(path=str(tmp_path)), root)
+
+
 @pytest.mark.parametrize(
     ("path", "problem"),
     [("python:haiku", "no such text"), ("/nowhere/at/all", "no such file or folder"), ("", "")],

@@ -1,0 +1,43 @@
+"""Ctrl-C and SIGTERM: both unwind the stack, so that every block cleans up; then one line and an exit code.
+
+Standard library only: it stands before anything slow is imported.
+"""
+
+import os
+import signal
+import sys
+from types import FrameType
+
+
+class Interrupted(KeyboardInterrupt):
+    """SIGTERM: ends a verb as Ctrl-C does, with its own exit code."""
+
+
+def end_on_sigterm() -> None:
+    """Let SIGTERM unwind the stack. Ray takes the signal over when it starts: call this again after."""
+
+    def raise_interrupted(number: int, frame: FrameType | None) -> None:
+        raise Interrupted
+
+    signal.signal(signal.SIGTERM, raise_interrupted)
+
+
+def exit_code_of(signalled: KeyboardInterrupt) -> int:
+    """128 + the number of the signal, as shells count."""
+    return 143 if isinstance(signalled, Interrupted) else 130
+
+
+def say_interrupted(signalled: KeyboardInterrupt) -> None:
+    """The one line."""
+    what = "terminated" if isinstance(signalled, Interrupted) else "interrupted"
+    sys.stderr.write(f"\ndllm: {what}; what is complete is kept, run it again to go on\n")
+
+
+def leave(code: int) -> None:
+    """Exit without waiting for threads that a library left behind."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):  # a closed pipe or a full disk: there is nobody left to tell
+            code = code or 3
+    os._exit(code)
