@@ -11,6 +11,7 @@ from dllm_core.config.fingerprint import seal, unseal
 from dllm_core.data.build import to_arrow
 from dllm_core.data.manifest import corpus_prefix
 from dllm_core.data.shard import map_shard
+from dllm_core.data.verify import ShardCheck, checks_of, verify_shard
 from dllm_core.errors import DataError
 from dllm_core.storage.store import LocalStore, sha256
 from workflows.fan_out import serially
@@ -40,10 +41,6 @@ def problems(corpus: CorpusPlan) -> list[str]:
         return [error.place]
 
 
-def shards(files) -> list:
-    return sorted(path for path in files if path.suffix == ".arrow" and path.parent.name != "manifest")
-
-
 def test_a_whole_corpus_is_never_accused(copy):
     for _ in range(3):
         assert problems(copy[0]) == []
@@ -52,7 +49,7 @@ def test_a_whole_corpus_is_never_accused(copy):
 def test_every_flipped_bit_cut_end_swap_and_loss_is_found_by_its_file(copy):
     corpus, folder, files = copy
     rng = random.Random(0)
-    paths = shards(files)
+    paths = [folder / check.shard.key for check in checks_of(corpus.existing())]
     for trial in range(150):
         path = rng.choice(paths)
         kind = ("flip", "cut", "swap", "delete", "double")[trial % 5]
@@ -62,7 +59,7 @@ def test_every_flipped_bit_cut_end_swap_and_loss_is_found_by_its_file(copy):
         elif kind == "cut":
             del data[rng.randrange(len(data)) :]
         elif kind == "double":
-            data += data
+            data = data + data
         elif kind == "swap":
             other = rng.choice([p for p in paths if p.parent == path.parent and files[p] != files[path]])
             data = bytearray(files[other])
@@ -94,8 +91,6 @@ def test_numbers_that_mean_nothing_are_found_though_every_sha256_is_right(copy):
     shard = manifest.train.shards[0]
     columns = {name: np.array(values) for name, values in map_shard(job.output, job.prefix, shard).items()}
     columns["ids"][0, 0] = 60_000
-    from dllm_core.data.verify import ShardCheck, verify_shard
-
     data = to_arrow(columns, {})
     (folder / shard.key).write_bytes(data)
     wrong = shard.model_copy(update={"bytes": len(data), "sha256": sha256(data)})
