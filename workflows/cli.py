@@ -27,6 +27,7 @@ TargetArg = Annotated[str, typer.Argument(metavar="RECIPE-or-RUN", help="a .yaml
 OverridesArg = Annotated[
     list[str] | None, typer.Argument(metavar="[dotted.path=value]...", help="e.g. train.steps=200 decode.max_tokens=16")
 ]
+_PREPROCESS_ACTIONS = ("plan", "run", "verify", "repair", "inspect")
 OutputOption = Annotated[Output, typer.Option("--output", help="json: one JSON object as the last line of stdout")]
 
 
@@ -65,9 +66,25 @@ def show(target: TargetArg, overrides: OverridesArg = None, output: OutputOption
 
 
 @app.command()
-def preprocess(target: TargetArg, overrides: OverridesArg = None, output: OutputOption = "text") -> None:
-    """Corpus to Arrow shards of tokens and noise, with a manifest. Runs only what is missing."""
-    _verb(_stage(target, overrides, lambda pipeline: pipeline.preprocess()), output)
+def preprocess(
+    target: Annotated[
+        str, typer.Argument(metavar="[plan|run|verify|repair|inspect] RECIPE-or-RUN", help="`run` if not said")
+    ],
+    overrides: OverridesArg = None,
+    output: OutputOption = "text",
+) -> None:
+    """Corpus to Arrow shards of tokens and noise, with a manifest. Runs only what is missing.
+
+    plan: what a run would read and make, without running. verify: read every shard again; exit 3 if one is bad.
+    repair: run exactly the bad or missing steps again. inspect: rows as text, clean and noised, and report.html.
+    """
+    action, rest = "run", list(overrides or [])
+    if target in _PREPROCESS_ACTIONS:
+        action, target, rest = target, rest[0] if rest else "", rest[1:]
+    if action == "run":
+        _verb(_stage(target, rest, lambda pipeline: pipeline.preprocess()), output)
+    else:
+        _verb(_on_corpus(action, target, rest), output)
 
 
 @app.command()
@@ -149,6 +166,20 @@ def _stage(
         with Pipeline(opened, console) as pipeline:
             result = stage(pipeline)
         return {"run": opened.run.url, **result}
+
+    return body
+
+
+def _on_corpus(action: str, target: str, overrides: list[str]) -> Callable[[Console], Any]:
+    def body(console: Console) -> dict[str, Any]:
+        from workflows.target import open_target
+
+        if not target:
+            raise ConfigError("preprocess", "no recipe", action, f"dllm preprocess {action} RECIPE")
+        plan = open_target(target, overrides).plan
+        from workflows.preprocess.show import look_at_corpus
+
+        return look_at_corpus(action, plan, console)
 
     return body
 

@@ -3,6 +3,7 @@
 The function must be idempotent: a task whose worker dies is run again.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
@@ -79,4 +80,6 @@ def serially(
 
 
 def _call(function: Callable[[Item], Result], item: Item) -> Result:
+    # A task has one core: the Rust libraries below would start a thread for each core of the machine in every task.
+    os.environ.setdefault("RAYON_NUM_THREADS", "1")
     return function(item)

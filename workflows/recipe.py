@@ -13,8 +13,8 @@ from pydantic import Field, field_validator, model_validator
 from dllm_core.config.base import FieldProblem, Frozen
 from dllm_core.config.fingerprint import fingerprint
 from dllm_core.config.overrides import apply_overrides, read_recipe
-from dllm_core.data.corpus import AnyCorpus, HubCorpus
-from dllm_core.data.packing import PackingConfig
+from dllm_core.data.corpus import AnyCorpus, ChatRecord, HubSource, MixtureCorpus
+from dllm_core.data.packing import AnyPacking, WrapPacking
 from dllm_core.data.tokenizer import TokenizerConfig
 from dllm_core.decoding.config import DecodeConfig
 from dllm_core.errors import ConfigError
@@ -44,7 +44,7 @@ class Recipe(Frozen):
     storage: StorageConfig = StorageConfig()
     corpus: AnyCorpus
     tokenizer: TokenizerConfig = TokenizerConfig()
-    packing: PackingConfig = PackingConfig()
+    packing: AnyPacking = WrapPacking()
     noise: NoiseConfig = NoiseConfig()
     model: ModelConfig = ModelConfig()
     objective: MaskedDiffusionConfig = MaskedDiffusionConfig()
@@ -70,6 +70,9 @@ class Recipe(Frozen):
         if self.decode.max_tokens > self.packing.seq_len:
             problem = f"must be <= packing.seq_len={self.packing.seq_len}, the model's context"
             raise FieldProblem("decode.max_tokens", problem, self.decode.max_tokens)
+        records = [getattr(source, "record", None) for source in self.corpus.all_sources]
+        if self.tokenizer.chat is None and any(isinstance(record, ChatRecord) for record in records):
+            raise FieldProblem("tokenizer.chat", "missing", None, "conversations need turn markers: tokenizer.chat={}")
         if self.serve.max_batch_tokens < self.packing.seq_len:
             problem = f"must be >= packing.seq_len={self.packing.seq_len}, or no full row could be decoded"
             raise FieldProblem("serve.max_batch_tokens", problem, self.serve.max_batch_tokens)
@@ -80,17 +83,21 @@ class Recipe(Frozen):
         return fingerprint(
             {
                 "seed": self.seed,
-                "corpus": self.corpus.model_dump(mode="json", exclude=self._not_identity()),
+                "corpus": self._corpus_identity(),
                 "tokenizer": self.tokenizer,
                 "packing": self.packing,
-                "noise": {"process": self.noise.process, "t_min": self.noise.t_min},
+                "noise": self.noise.model_dump(mode="json", exclude={"epochs"}),
                 "sources": [[item.key, item.size, item.stamp] for item in sources],
             }
         )
 
-    def _not_identity(self) -> set[str]:
+    def _corpus_identity(self) -> dict[str, Any]:
         """A folder that was moved is the same corpus: its files tell. What a hub serves, only its name tells."""
-        return {"max_bad_fraction"} | (set() if isinstance(self.corpus, HubCorpus) else {"path"})
+        values = self.corpus.model_dump(mode="json", exclude={"max_bad_fraction"})
+        for source, section in zip(self.corpus.all_sources, values.get("sources", [values]), strict=True):
+            if not isinstance(source, HubSource):
+                del section["path"]
+        return values
 
     def run_fingerprint(self, corpus_fingerprint: str) -> str:
         """Identity of the weights: everything but evaluation, decoding, serving, placement and storage."""
@@ -118,7 +125,13 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 def _anchored(recipe: Recipe) -> Recipe:
     """Relative paths start at the working directory; written out, so that a run means the same from anywhere."""
     corpus, tokenizer = recipe.corpus, recipe.tokenizer
-    if not isinstance(corpus, HubCorpus):
+    if isinstance(corpus, MixtureCorpus):
+        anchored = tuple(
+            source.model_copy(update={"path": _absolute(f"corpus.sources.{i}.path", source.path)})
+            for i, source in enumerate(corpus.sources)
+        )
+        corpus = corpus.model_copy(update={"sources": anchored})
+    elif not isinstance(corpus, HubSource):
         corpus = corpus.model_copy(update={"path": _absolute("corpus.path", corpus.path)})
     if tokenizer.path is not None:
         tokenizer = tokenizer.model_copy(update={"path": _absolute("tokenizer.path", tokenizer.path)})

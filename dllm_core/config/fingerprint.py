@@ -20,9 +20,9 @@ def fingerprint(value: Any) -> str:
     return hashlib.sha256(canonical(value).encode()).hexdigest()[:LENGTH]
 
 
-def seal(record: BaseModel) -> bytes:
+def seal(record: BaseModel | dict[str, Any]) -> bytes:
     """A record as JSON that carries the sha256 of its own content: what a manifest is written as."""
-    values = record.model_dump(mode="json")
+    values = record.model_dump(mode="json") if isinstance(record, BaseModel) else record
     return json.dumps({**values, _SEAL: _digest(values)}, indent=1, ensure_ascii=False).encode()
 
 

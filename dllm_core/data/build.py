@@ -1,28 +1,35 @@
-"""The two steps that make a corpus, each a pure function of its arguments that can be killed and run again.
+"""The steps that make a corpus, each a pure function of its arguments that can be killed and run again.
 
-`tokenize_unit`: records -> token shards + receipt. `noise_shard`: a token shard -> its noise of an epoch + receipt.
-A receipt is written after its shard; a step whose receipt stands is not run again.
+`sign_unit` and `decide`: which documents are duplicates, in the whole corpus (skipped if the recipe asks for none).
+`tokenize_unit`: records -> token shards, quarantine, receipt. `noise_shard`: a token shard -> its noise of an epoch.
+A receipt is written after its files; a step whose receipt stands is not run again.
 """
 
-import base64
 import hashlib
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TypeVar
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dllm_core.config.base import Frozen
-from dllm_core.data.corpus import AnyCorpus, BadRecord, HubCorpus, Unit, read_unit
+from dllm_core.data.corpus import AnyCorpus, HubSource
+from dllm_core.data.dedup import Signatures, duplicates, signatures
+from dllm_core.data.encoding import encode_documents
+from dllm_core.data.filters import first_reason
 from dllm_core.data.manifest import Accounting
-from dllm_core.data.noising import CorpusNoise, pack_bits
-from dllm_core.data.packing import wrap
+from dllm_core.data.noising import CorpusNoise, pack_bits, unpack_bits
+from dllm_core.data.packing import AnyPacking, Rows, pack
+from dllm_core.data.quarantine import Removed, removed_lines
+from dllm_core.data.readers import read_unit
+from dllm_core.data.records import BadRecord, Document
 from dllm_core.data.shard import ShardInfo, id_type, map_shard, put_shard, to_arrow
 from dllm_core.data.tokenizer import Tokenizer
+from dllm_core.data.units import Unit
 from dllm_core.storage.store import Store
 
-_ENCODE_AT_ONCE = 1024
+SPLITS = ("train", "heldout")
 
 
 class UnitReceipt(Frozen):
@@ -35,7 +42,13 @@ class UnitReceipt(Frozen):
     quarantine: str | None
 
 
-AnyReceipt = TypeVar("AnyReceipt", UnitReceipt, ShardInfo)
+class FileReceipt(Frozen):
+    """A step that made one shard-like file."""
+
+    shard: ShardInfo
+
+
+AnyReceipt = TypeVar("AnyReceipt", UnitReceipt, FileReceipt)
 
 
 @dataclass(frozen=True)
@@ -43,19 +56,29 @@ class CorpusJob:
     """All that a worker needs to know of a corpus in the making; `prefix` is its folder in `output`."""
 
     corpus: AnyCorpus
-    source: Store
+    stores: tuple[Store, ...]
     output: Store
     prefix: str
-    seq_len: int
+    packing: AnyPacking
 
     def key(self, name: str) -> str:
         """Full key of something in the corpus's folder."""
         return f"{self.prefix}/{name}"
 
 
+def _share(text: str, salt: bytes = b"") -> float:
+    """A number in [0, 1) that a text and a salt decide."""
+    return int.from_bytes(hashlib.sha256(salt + text.encode()).digest()[:8]) / 2**64
+
+
 def is_heldout(text: str, fraction: float) -> bool:
     """Whether a document is held out: by the hash of its text, so equal documents are on one side."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) < fraction * 2**64
+    return _share(text) < fraction
+
+
+def copies(text: str, weight: float) -> int:
+    """How often a training document is taken: `weight` times in the mean, decided by its hash."""
+    return int(weight) + int(_share(text, b"weight") < weight - int(weight))
 
 
 def sample_texts(job: CorpusJob, units: Sequence[Unit], limit_bytes: int) -> list[str]:
@@ -64,11 +87,13 @@ def sample_texts(job: CorpusJob, units: Sequence[Unit], limit_bytes: int) -> lis
     share = max(1, limit_bytes // max(1, len(units)))
     for unit in units:
         of_unit = 0
-        for record in read_unit(job.corpus, job.source, unit):
-            if isinstance(record, BadRecord) or is_heldout(record.text, job.corpus.heldout_fraction):
+        for record, reason in _sifted(job, unit):
+            if reason is not None or is_heldout(record.text, job.corpus.heldout_fraction):  # type: ignore[union-attr]
                 continue
-            texts.append(record.text)
-            of_unit += len(record.text.encode())
+            assert isinstance(record, Document)
+            pieces = [part.text for part in record.parts] or [record.text]
+            texts += pieces
+            of_unit += sum(len(piece.encode()) for piece in pieces)
             if of_unit >= share:
                 break
         size += of_unit
@@ -77,74 +102,153 @@ def sample_texts(job: CorpusJob, units: Sequence[Unit], limit_bytes: int) -> lis
     return texts
 
 
+def _sifted(job: CorpusJob, unit: Unit) -> Iterator[tuple[Document | BadRecord, str | None]]:
+    """Every record of a unit with the reason for which it is dropped, or None: what both passes agree on."""
+    for record in read_unit(job.corpus, job.stores, unit):
+        if isinstance(record, BadRecord):
+            yield record, record.reason
+        elif not record.text.strip():
+            yield record, "empty"
+        else:
+            yield record, first_reason(job.corpus.filters, record.text)
+
+
+def signature_key(unit: int) -> str:
+    """Where the signatures of a unit's documents stand."""
+    return f"dedup/signatures-{unit:06d}.arrow"
+
+
+def decisions_key(unit: int) -> str:
+    """Where it stands which of a unit's documents are duplicates."""
+    return f"dedup/decisions-{unit:06d}.arrow"
+
+
+def signature_receipt_key(unit: int) -> str:
+    """Where the receipt of a unit's signatures stands."""
+    return f"receipts/signatures/unit-{unit:06d}.json"
+
+
+def sign_unit(job: CorpusJob, unit: Unit) -> FileReceipt:
+    """First pass: the signatures of a unit's documents that no filter drops, in order."""
+    assert job.corpus.dedup is not None
+    texts = [record.text for record, reason in _sifted(job, unit) if reason is None and isinstance(record, Document)]
+    columns = signatures(texts, job.corpus.dedup).to_columns()
+    data = to_arrow(columns, {"unit": str(unit.index)})
+    name = signature_key(unit.index)
+    info = put_shard(job.output, job.prefix, name, data, unit=unit.index, rows=len(texts), tokens=0)
+    receipt = FileReceipt(shard=info)
+    job.output.put(job.key(signature_receipt_key(unit.index)), receipt.model_dump_json().encode())
+    return receipt
+
+
+def decide(job: CorpusJob, receipts: Sequence[FileReceipt]) -> None:
+    """Between the passes: which documents of the whole corpus go, written down for each unit."""
+    assert job.corpus.dedup is not None
+    parts = [Signatures.from_columns(map_shard(job.output, job.prefix, receipt.shard)) for receipt in receipts]
+    for receipt, found in zip(receipts, duplicates(parts, job.corpus.dedup), strict=True):
+        unit = receipt.shard.unit
+        columns: dict[str, NDArray[Any]] = {"representative": found.representative}
+        columns["is_exact"] = found.is_exact.astype(np.uint8)
+        job.output.put(job.key(decisions_key(unit)), to_arrow(columns, {"unit": str(unit)}))
+
+
+def _decisions(job: CorpusJob, unit: Unit) -> dict[str, NDArray[Any]] | None:
+    if job.corpus.dedup is None:
+        return None
+    import pyarrow as pa
+
+    table = pa.ipc.open_file(pa.BufferReader(job.output.read(job.key(decisions_key(unit.index))))).read_all()
+    return {name: table[name].to_numpy() for name in ("representative", "is_exact")}
+
+
 def unit_receipt_key(unit: int) -> str:
     """Where the receipt of a unit's tokens stands."""
     return f"receipts/tokens/unit-{unit:06d}.json"
 
 
+@dataclass
+class _Sorted:
+    """A unit's documents by where they go."""
+
+    documents: dict[str, list[Document]] = field(default_factory=lambda: {split: [] for split in SPLITS})
+    removed: list[Removed] = field(default_factory=list)
+    bytes_in: int = 0
+    documents_in: int = 0
+
+
 def tokenize_unit(job: CorpusJob, tokenizer: Tokenizer, unit: Unit) -> UnitReceipt:
-    """Read, split, encode and pack one unit; write its two shards, its quarantine and, last, its receipt."""
-    documents: dict[str, list[str]] = {"train": [], "heldout": []}
-    bad: list[BadRecord] = []
-    empty = bytes_in = 0
-    for record in read_unit(job.corpus, job.source, unit):
-        bytes_in += len(record.raw if isinstance(record, BadRecord) else record.text.encode())
-        if isinstance(record, BadRecord):
-            bad.append(record)
-        elif not record.text.strip():
-            empty += 1
-        else:
-            split = "heldout" if is_heldout(record.text, job.corpus.heldout_fraction) else "train"
-            documents[split].append(record.text)
-    shards = {split: _token_shard(job, tokenizer, unit, split, texts) for split, texts in documents.items()}
+    """Read, sift, encode and pack one unit; write its two shards, its quarantine and, last, its receipt."""
+    found = _sort(job, unit)
+    shards, kept = {}, {}
+    weight = job.corpus.all_sources[unit.source].weight
+    for split, documents in found.documents.items():
+        times = [copies(d.text, weight) if split == "train" else 1 for d in documents]
+        repeated = [document for document, n in zip(documents, times, strict=True) for _ in range(n)]
+        rows = pack(job.packing, encode_documents(tokenizer, repeated), tokenizer.eos_id)
+        left_out = {id(repeated[index]) for index in rows.left_out.tolist()}
+        for document, n in zip(documents, times, strict=True):
+            if not n or id(document) in left_out:
+                rule = "packing.too_long" if n else "weight"
+                found.removed.append(Removed.of(document, "filtered", rule))
+        kept[split] = sum(n > 0 and id(d) not in left_out for d, n in zip(documents, times, strict=True))
+        shards[split] = _token_shard(job, tokenizer, unit, split, rows)
+    is_hub = isinstance(job.corpus.all_sources[unit.source], HubSource)
     accounting = Accounting(
-        bytes_in=bytes_in if isinstance(job.corpus, HubCorpus) else unit.num_bytes,
-        documents_in=len(documents["train"]) + len(documents["heldout"]) + empty + len(bad),
-        train=len(documents["train"]),
-        heldout=len(documents["heldout"]),
-        empty=empty,
-        quarantined=len(bad),
+        bytes_in=found.bytes_in if is_hub else unit.num_bytes,
+        documents_in=found.documents_in,
+        **kept,
+        **{kind: _counted(found.removed, kind) for kind in ("filtered", "duplicates", "quarantined")},
     )
-    receipt = UnitReceipt(
-        unit=unit.index, accounting=accounting, **shards, quarantine=_quarantine(job, unit.index, bad)
-    )
+    quarantine = None
+    if found.removed:
+        quarantine = f"quarantine/unit-{unit.index:06d}.jsonl"
+        job.output.put(job.key(quarantine), removed_lines(found.removed))
+    receipt = UnitReceipt(unit=unit.index, accounting=accounting, **shards, quarantine=quarantine)
     job.output.put(job.key(unit_receipt_key(unit.index)), receipt.model_dump_json().encode())
     return receipt
 
 
-def _token_shard(job: CorpusJob, tokenizer: Tokenizer, unit: Unit, split: str, texts: list[str]) -> ShardInfo:
-    encoded = [
-        ids
-        for start in range(0, len(texts), _ENCODE_AT_ONCE)
-        for ids in tokenizer.encode_batch(texts[start : start + _ENCODE_AT_ONCE])
-    ]
-    rows, counts = wrap(encoded, job.seq_len, tokenizer.eos_id)
-    dtype = id_type(tokenizer.vocab_size)
+def _sort(job: CorpusJob, unit: Unit) -> _Sorted:
+    found, decisions, ordinal = _Sorted(), _decisions(job, unit), -1
+    for record, reason in _sifted(job, unit):
+        found.documents_in += 1
+        found.bytes_in += len(record.raw if isinstance(record, BadRecord) else record.text.encode())
+        if isinstance(record, BadRecord):
+            found.removed.append(Removed.of(record, "quarantined", record.reason))
+            continue
+        if reason is not None:
+            found.removed.append(Removed.of(record, "filtered", reason))
+            continue
+        ordinal += 1
+        if decisions is not None and decisions["representative"][ordinal] >= 0:
+            kind = "exact" if decisions["is_exact"][ordinal] else "near"
+            found.removed.append(Removed.of(record, "duplicates", kind))
+            continue
+        found.documents["heldout" if is_heldout(record.text, job.corpus.heldout_fraction) else "train"].append(record)
+    return found
+
+
+def _counted(removed: list[Removed], kind: str) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for item in removed:
+        if item.kind == kind:
+            counts[item.rule] = counts.get(item.rule, 0) + 1
+    return dict(sorted(counts.items()))
+
+
+def _token_shard(job: CorpusJob, tokenizer: Tokenizer, unit: Unit, split: str, rows: Rows) -> ShardInfo:
+    columns: dict[str, NDArray[Any]] = {
+        "ids": rows.ids.astype(id_type(tokenizer.vocab_size)),
+        "num_tokens": rows.num_tokens,
+    }
+    if rows.starts is not None:
+        columns["starts"] = pack_bits(rows.starts)
+    if rows.is_learned is not None:
+        columns["is_learned"] = pack_bits(rows.is_learned)
     name = f"tokens/{split}-{unit.index:06d}.arrow"
-    data = to_arrow(
-        {"ids": rows.astype(dtype), "num_tokens": counts},
-        {"split": split, "unit": str(unit.index), "tokenizer_sha256": tokenizer.digest},
-    )
-    return put_shard(job.output, job.prefix, name, data, unit=unit.index, rows=len(rows), tokens=int(counts.sum()))
-
-
-def _quarantine(job: CorpusJob, unit: int, bad: list[BadRecord]) -> str | None:
-    if not bad:
-        return None
-    name = f"quarantine/unit-{unit:06d}.jsonl"
-    lines = [
-        json.dumps(
-            {
-                "key": record.key,
-                "offset": record.offset,
-                "reason": record.reason,
-                "raw": base64.b64encode(record.raw).decode(),
-            }
-        )
-        for record in bad
-    ]
-    job.output.put(job.key(name), ("\n".join(lines) + "\n").encode())
-    return name
+    data = to_arrow(columns, {"split": split, "unit": str(unit.index), "tokenizer_sha256": tokenizer.digest})
+    tokens = int(rows.num_tokens.sum())
+    return put_shard(job.output, job.prefix, name, data, unit=unit.index, rows=len(rows.ids), tokens=tokens)
 
 
 def noise_receipt_key(epoch: int, unit: int) -> str:
@@ -152,20 +256,27 @@ def noise_receipt_key(epoch: int, unit: int) -> str:
     return f"receipts/noise/epoch-{epoch:03d}/unit-{unit:06d}.json"
 
 
-def noise_shard(job: CorpusJob, noise: CorpusNoise, tokens: ShardInfo, first_row: int, epoch: int) -> ShardInfo:
-    """Write down the noise of one token shard for one epoch: t [N] and one bit a token, then the receipt."""
+def noise_shard(job: CorpusJob, noise: CorpusNoise, tokens: ShardInfo, first_row: int, epoch: int) -> FileReceipt:
+    """Write down the noise of one token shard for one epoch: t and one bit a token, then the receipt."""
     views = map_shard(job.output, job.prefix, tokens)
     x0 = views["ids"].astype(np.int64)
     sample_ids = first_row + np.arange(tokens.rows, dtype=np.int64)
-    xt, t = noise.corrupt(epoch, sample_ids, x0)
+    is_learned = unpack_bits(views["is_learned"], x0.shape[1]) if "is_learned" in views else None
+    xt, t = noise.corrupt(epoch, sample_ids, x0, is_learned)
     data = to_arrow(
-        {"t": t, "is_noised": pack_bits(xt, x0)},
+        {"t": t, "is_noised": pack_bits(xt != x0)},
         {"epoch": str(epoch), "unit": str(tokens.unit), "tokens_sha256": tokens.sha256},
     )
     name = f"noise/epoch-{epoch:03d}/train-{tokens.unit:06d}.arrow"
     info = put_shard(job.output, job.prefix, name, data, unit=tokens.unit, rows=tokens.rows, tokens=tokens.tokens)
-    job.output.put(job.key(noise_receipt_key(epoch, tokens.unit)), info.model_dump_json().encode())
-    return info
+    receipt = FileReceipt(shard=info)
+    job.output.put(job.key(noise_receipt_key(epoch, tokens.unit)), receipt.model_dump_json().encode())
+    return receipt
+
+
+def shards_of(receipt: UnitReceipt | FileReceipt) -> list[ShardInfo]:
+    """The files that a receipt vouches for."""
+    return [receipt.shard] if isinstance(receipt, FileReceipt) else [receipt.train, receipt.heldout]
 
 
 def finished(job: CorpusJob, receipt_key: str, kind: type[AnyReceipt]) -> AnyReceipt | None:
@@ -177,8 +288,7 @@ def finished(job: CorpusJob, receipt_key: str, kind: type[AnyReceipt]) -> AnyRec
         receipt = kind.model_validate_json(job.output.read(key))
     except ValueError:
         return None
-    infos = [receipt] if isinstance(receipt, ShardInfo) else [receipt.train, receipt.heldout]
-    return receipt if all(_stands(job, info) for info in infos) else None
+    return receipt if all(_stands(job, info) for info in shards_of(receipt)) else None
 
 
 def _stands(job: CorpusJob, info: ShardInfo) -> bool:

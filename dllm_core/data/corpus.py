@@ -1,260 +1,150 @@
-"""A corpus as units: byte ranges of files that workers read on their own, split at record ends.
+"""Section `corpus`: where text comes from and what is taken of it. Sections only, and no I/O.
 
-Unit ids come from sorted names, sizes and `unit_bytes` alone, never from workers. A record belongs to the unit in
-which it starts. A bad record is returned as such, with its offset and reason; it never costs its neighbours.
+`units.py` cuts a corpus into work, `readers.py` reads bytes, `records.py` makes documents of them.
 """
 
-import json
-import re
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from dllm_core.config.base import Frozen
-from dllm_core.errors import DataError
-from dllm_core.storage.store import Store, StoredObject
-
-_NEWLINES = {"line": 1, "paragraph": 2}
-_READ_AHEAD = 1 << 16
-_BYTE_ORDER_MARK = "\ufeff"
+from dllm_core.config.base import FieldProblem, Frozen
+from dllm_core.data.dedup import DedupConfig
+from dllm_core.data.filters import AnyFilter
 
 
-class CorpusBase(Frozen):
-    """What every kind of corpus has."""
+class TextRecord(Frozen):
+    """A record of named fields is a document: the text in `field`."""
+
+    type: Literal["text"] = "text"
+    field: str = "text"
+
+
+class ChatRecord(Frozen):
+    """A conversation in `field`: a list of `{role, content}`; the assistant's turns are what is learned."""
+
+    type: Literal["chat"] = "chat"
+    field: str = "messages"
+
+
+class PairRecord(Frozen):
+    """A prompt and its answer, which alone is learned."""
+
+    type: Literal["pair"] = "pair"
+    prompt_field: str = "prompt"
+    answer_field: str = "answer"
+
+
+AnyRecord = Annotated[TextRecord | ChatRecord | PairRecord, Field(discriminator="type")]
+
+
+class SourceBase(Frozen):
+    """What every source has."""
 
     path: str = Field(min_length=1, description="folder, file, s3://bucket/prefix, python:stdlib, python:unicode-names")
     glob: str = Field("**/*", description="which files below `path`")
-    unit_bytes: int = Field(4 << 20, ge=1 << 10, le=1 << 32, description="bytes of input a task reads")
-    heldout_fraction: float = Field(0.02, gt=0, lt=0.5)
-    max_bad_fraction: float = Field(0.01, ge=0, le=1, description="more bad records than this end the run")
+    weight: float = Field(1.0, gt=0, le=1000, description="how often a training document is taken, in the mean")
 
 
-class TextCorpus(CorpusBase):
-    """Plain text: a document is a file, a paragraph (after a blank line) or a line."""
+class TextSource(SourceBase):
+    """Plain text, also .gz and .zst: a document is a file, a paragraph (after a blank line) or a line."""
 
     type: Literal["text"] = "text"
     document: Literal["file", "paragraph", "line"] = "file"
 
 
-class JsonlCorpus(CorpusBase):
-    """One JSON object a line, its text in `text_field`."""
+class JsonlSource(SourceBase):
+    """One JSON object a line, also .gz and .zst."""
 
     type: Literal["jsonl"] = "jsonl"
-    glob: str = "**/*.jsonl"
-    text_field: str = "text"
+    glob: str = "**/*.jsonl*"
+    record: AnyRecord = TextRecord()
 
 
-class HubCorpus(CorpusBase):
+class ParquetSource(SourceBase):
+    """Parquet files, a record a row; a row group is the smallest unit."""
+
+    type: Literal["parquet"] = "parquet"
+    glob: str = "**/*.parquet"
+    record: AnyRecord = TextRecord()
+
+
+class ArrowSource(SourceBase):
+    """Arrow IPC files (file or stream format), a record a row; a record batch is the smallest unit."""
+
+    type: Literal["arrow"] = "arrow"
+    glob: str = "**/*.arrow"
+    record: AnyRecord = TextRecord()
+
+
+class HubSource(SourceBase):
     """Anything that `datasets.load_dataset(path, ...)` streams: a hub name or a local builder such as `json`."""
 
     type: Literal["hub"] = "hub"
     subset: str | None = None
     split: str = "train"
-    text_field: str = "text"
     data_files: str | None = None
+    record: AnyRecord = TextRecord()
 
 
-AnyCorpus = Annotated[TextCorpus | JsonlCorpus | HubCorpus, Field(discriminator="type")]
+AnySource = Annotated[TextSource | JsonlSource | ParquetSource | ArrowSource | HubSource, Field(discriminator="type")]
 
 
-class Segment(Frozen):
-    """Bytes [start, stop) of one file; for a hub corpus, row shard `start` of `stop`."""
+class CorpusBase(Frozen):
+    """What every corpus has, whatever its sources."""
 
-    key: str
-    start: int
-    stop: int
-
-
-class Unit(Frozen):
-    """The work of one task."""
-
-    index: int
-    segments: tuple[Segment, ...]
+    unit_bytes: int = Field(4 << 20, ge=1 << 10, le=1 << 32, description="bytes of input a task reads")
+    heldout_fraction: float = Field(0.02, gt=0, lt=0.5)
+    max_bad_fraction: float = Field(0.01, ge=0, le=1, description="more bad records than this end the run")
+    filters: tuple[AnyFilter, ...] = Field((), description="a document is dropped by the first that has a reason")
+    dedup: DedupConfig | None = Field(None, description="null: every document is kept")
 
     @property
-    def num_bytes(self) -> int:
-        """Bytes of input; a hub corpus has none that are known beforehand."""
-        return sum(segment.stop - segment.start for segment in self.segments)
+    def all_sources(self) -> tuple[SourceBase, ...]:
+        """The sources in their order; a plain corpus is its own only one."""
+        assert isinstance(self, SourceBase)
+        return (self,)
 
 
-@dataclass(frozen=True)
-class Document:
-    """A clean text and where it came from."""
-
-    text: str
-    key: str
-    offset: int
+class TextCorpus(TextSource, CorpusBase):
+    """A corpus of plain text."""
 
 
-@dataclass(frozen=True)
-class BadRecord:
-    """Bytes that are no document, kept for the quarantine."""
-
-    key: str
-    offset: int
-    reason: str
-    raw: bytes
+class JsonlCorpus(JsonlSource, CorpusBase):
+    """A corpus of JSON lines."""
 
 
-def list_sources(corpus: CorpusBase, store: Store, prefix: str) -> list[StoredObject]:
-    """The corpus's files in the order of their names; an empty corpus is an error."""
-    named = store.stat(prefix) if prefix else None
-    if named is not None:
-        if not named.size:
-            raise DataError("corpus.path", "is an empty file", corpus.path, "name a file with text")
-        return [named]
-    pattern = re.compile(_glob_regex(corpus.glob))
-    found = [item for item in store.list(prefix) if item.size and pattern.fullmatch(_below(item.key, prefix))]
-    found = [item for item in found if not any(part.startswith(".") for part in _below(item.key, prefix).split("/"))]
-    if not found:
-        raise DataError("corpus.path", f"no file matches {corpus.glob!r}", corpus.path, "check the path and the glob")
-    return found
+class ParquetCorpus(ParquetSource, CorpusBase):
+    """A corpus of Parquet files."""
 
 
-def plan_units(corpus: CorpusBase, sources: list[StoredObject]) -> list[Unit]:
-    """Cut the files into units of about `unit_bytes`. Files that are one document each are never cut."""
-    whole = isinstance(corpus, TextCorpus) and corpus.document == "file"
-    units: list[Unit] = []
-    segments: list[Segment] = []
-    filled = 0
-    for source in sources:
-        start = 0
-        while start < source.size:
-            stop = source.size if whole else min(source.size, start + corpus.unit_bytes - filled)
-            segments.append(Segment(key=source.key, start=start, stop=stop))
-            filled += stop - start
-            start = stop
-            if filled >= corpus.unit_bytes:
-                units.append(Unit(index=len(units), segments=tuple(segments)))
-                segments, filled = [], 0
-    if segments:
-        units.append(Unit(index=len(units), segments=tuple(segments)))
-    return units
+class ArrowCorpus(ArrowSource, CorpusBase):
+    """A corpus of Arrow files."""
 
 
-def read_unit(corpus: CorpusBase, store: Store, unit: Unit) -> Iterator[Document | BadRecord]:
-    """The records that start in a unit, in order."""
-    for segment in unit.segments:
-        if isinstance(corpus, HubCorpus):
-            yield from _read_hub(corpus, segment)
-        elif isinstance(corpus, TextCorpus):
-            for offset, raw in _raw_records(corpus, store, segment):
-                yield _decoded(segment.key, offset, raw)
-        elif isinstance(corpus, JsonlCorpus):
-            for offset, raw in _split_records(store, segment, newlines=1):
-                yield _parsed(segment.key, offset, raw, corpus.text_field)
+class HubCorpus(HubSource, CorpusBase):
+    """A corpus that `datasets` streams."""
 
 
-def hub_units(corpus: HubCorpus) -> list[Unit]:
-    """One unit for each shard that the data set streams in."""
-    shards = _load_hub(corpus).num_shards
-    return [Unit(index=i, segments=(Segment(key=f"hub:{corpus.path}", start=i, stop=shards),)) for i in range(shards)]
+class MixtureCorpus(CorpusBase):
+    """Several sources; `weight` says how often each one's training documents are taken (0.5: a half of them)."""
+
+    type: Literal["mixture"] = "mixture"
+    sources: tuple[AnySource, ...] = Field(min_length=1)
+
+    @property
+    def all_sources(self) -> tuple[SourceBase, ...]:
+        """The sources in their order."""
+        return self.sources
+
+    @model_validator(mode="after")
+    def _records_go_together(self) -> Self:
+        """Conversations and plain text may be mixed: both are token rows in the end. Hub sources stand alone."""
+        for index, source in enumerate(self.sources):
+            if isinstance(source, HubSource):
+                raise FieldProblem(f"sources.{index}.type", "a hub source cannot be mixed", "hub", "download it first")
+        return self
 
 
-def _raw_records(corpus: TextCorpus, store: Store, segment: Segment) -> Iterator[tuple[int, bytes]]:
-    if corpus.document == "file":
-        yield segment.start, store.read(segment.key, segment.start, segment.stop)
-    else:
-        yield from _split_records(store, segment, _NEWLINES[corpus.document])
-
-
-def _split_records(store: Store, segment: Segment, newlines: int) -> Iterator[tuple[int, bytes]]:
-    """(offset, bytes) of the records that start in [start, stop): runs of >= `newlines` line ends part them."""
-    separator = re.compile(rb"(?:\r?\n){%d,}" % newlines)
-    base = max(0, segment.start - 4 * newlines)  # enough to see whether a record starts exactly at `start`
-    data = store.read(segment.key, base, segment.stop)
-    ended = len(data) < segment.stop - base
-    starts_here = segment.start == 0 or any(
-        segment.start <= base + match.end() < segment.stop for match in separator.finditer(data)
-    )
-    if not starts_here:
-        return
-    ahead = _READ_AHEAD
-    while not ended and not _closed(separator, data, segment.stop - base):
-        more = store.read(segment.key, base + len(data), base + len(data) + ahead)
-        ended = len(more) < ahead
-        data += more
-        ahead *= 2  # a record longer than the unit costs a logarithmic number of reads
-    begin = 0
-    for match in [*separator.finditer(data), None]:
-        end = match.start() if match else len(data)
-        offset = base + begin
-        owned = segment.start <= offset < segment.stop and (begin > 0 or base == 0)
-        if owned and end > begin:
-            yield offset, data[begin:end].rstrip(b"\r\n")
-        if match:
-            begin = match.end()
-
-
-def _closed(separator: re.Pattern[bytes], data: bytes, stop: int) -> bool:
-    """Whether the record that crosses `stop` ends inside `data` (a separator at its very end may still go on)."""
-    return any(match.end() >= stop and match.end() < len(data) for match in separator.finditer(data, max(0, stop - 8)))
-
-
-def _decoded(key: str, offset: int, raw: bytes) -> Document | BadRecord:
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        return BadRecord(key, offset + error.start, f"not UTF-8 ({error.reason})", raw)
-    return Document(text.removeprefix(_BYTE_ORDER_MARK) if offset == 0 else text, key, offset)
-
-
-def _parsed(key: str, offset: int, raw: bytes, field: str) -> Document | BadRecord:
-    line = _decoded(key, offset, raw)
-    if isinstance(line, BadRecord) or not line.text.strip():
-        return line
-    try:
-        text = json.loads(line.text)[field]
-        if not isinstance(text, str):
-            return BadRecord(key, offset, f"{field!r} is not a string", raw)
-        if not _is_unicode(text):  # a lone surrogate is legal JSON and no text
-            return BadRecord(key, offset, f"{field!r} is not Unicode", raw)
-    except (ValueError, RecursionError):
-        return BadRecord(key, offset, "not JSON", raw)
-    except (KeyError, TypeError, IndexError):
-        return BadRecord(key, offset, f"no field {field!r}", raw)
-    return Document(text, key, offset)
-
-
-def _load_hub(corpus: HubCorpus) -> Any:
-    import datasets  # 0.8 s and pandas: only who names a hub corpus pays
-
-    try:
-        return datasets.load_dataset(
-            corpus.path, corpus.subset, split=corpus.split, data_files=corpus.data_files, streaming=True
-        )
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError("corpus.path", f"cannot be loaded ({reason})", corpus.path) from error
-
-
-def _read_hub(corpus: HubCorpus, segment: Segment) -> Iterator[Document | BadRecord]:
-    shard = _load_hub(corpus).shard(num_shards=segment.stop, index=segment.start)
-    for row, record in enumerate(shard):
-        text = record.get(corpus.text_field)
-        if isinstance(text, str) and _is_unicode(text):
-            yield Document(text, f"{segment.key}/{segment.start}", row)
-        else:
-            raw = repr(record).encode("utf-8", "backslashreplace")
-            yield BadRecord(f"{segment.key}/{segment.start}", row, f"no text in {corpus.text_field!r}", raw)
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _below(key: str, prefix: str) -> str:
-    return key.removeprefix(f"{prefix}/") if prefix else key
-
-
-def _glob_regex(glob: str) -> str:
-    """`**/` crosses folders, `*` and `?` do not."""
-    parts = re.split(r"(\*\*/|\*\*|\*|\?)", glob)
-    meaning = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
-    return "".join(meaning.get(part, re.escape(part)) for part in parts)
+AnyCorpus = Annotated[
+    TextCorpus | JsonlCorpus | ParquetCorpus | ArrowCorpus | HubCorpus | MixtureCorpus, Field(discriminator="type")
+]

@@ -3,20 +3,21 @@
 Rank r of W reads rows [r B/W, (r+1) B/W) of every batch: world size changes who reads a row, never which.
 """
 
-from bisect import bisect_right
-from itertools import accumulate
-from typing import Any
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dllm_core.data.batch import Batch
-from dllm_core.data.manifest import CorpusManifest, Split, corpus_prefix
+from dllm_core.data.manifest import CorpusManifest, Split, corpus_prefix, first_rows
 from dllm_core.data.noising import CorpusNoise, unpack_bits
 from dllm_core.data.order import SampleOrder
 from dllm_core.data.shard import ShardInfo, map_shard
-from dllm_core.seeding import Ints
+from dllm_core.seeding import Floats, Ints
 from dllm_core.storage.store import Store
+
+Bools = NDArray[np.bool_]
 
 
 class SplitReader:
@@ -24,27 +25,49 @@ class SplitReader:
 
     def __init__(self, store: Store, prefix: str, shards: tuple[ShardInfo, ...]) -> None:
         self._store, self._prefix, self._shards = store, prefix, shards
-        self._first_rows = [0, *accumulate(shard.rows for shard in shards)]
+        self._first_rows = np.array(first_rows(shards), np.int64)
         self._mapped: dict[int, dict[str, NDArray[Any]]] = {}
 
-    def read(self, columns: tuple[str, ...], rows: Ints) -> tuple[NDArray[Any], ...]:
-        """The named columns at global row ids [N], each [N] or [N K], in the order asked for."""
-        parts = [self._row(int(row)) for row in rows]
-        return tuple(np.stack([views[column][at] for views, at in parts]) for column in columns)
+    def read(self, columns: tuple[str, ...], rows: Ints) -> dict[str, NDArray[Any]]:
+        """Those of the columns that are stored, at global row ids [N]: each [N] or [N K], in the order asked for."""
+        shard_of = np.searchsorted(self._first_rows, rows, side="right") - 1
+        result: dict[str, NDArray[Any]] = {}
+        for shard in np.unique(shard_of).tolist():
+            views, at = self._views(shard), shard_of == shard
+            local = rows[at] - self._first_rows[shard]
+            for name in columns:
+                if name in views:
+                    if name not in result:
+                        result[name] = np.empty((len(rows), *views[name].shape[1:]), views[name].dtype)
+                    result[name][at] = views[name][local]
+        return result
 
-    def _row(self, row: int) -> tuple[dict[str, NDArray[Any]], int]:
-        shard = bisect_right(self._first_rows, row) - 1
+    def _views(self, shard: int) -> dict[str, NDArray[Any]]:
         if shard not in self._mapped:
             self._mapped[shard] = map_shard(self._store, self._prefix, self._shards[shard])
-        return self._mapped[shard], row - self._first_rows[shard]
+        return self._mapped[shard]
 
 
-def heldout_rows(store: Store, manifest: CorpusManifest) -> tuple[Ints, NDArray[np.bool_]]:
-    """All held-out rows: ids int64 [N L] and which tokens count, bool [N L]; N may be 0."""
-    if not manifest.heldout.rows:
-        nothing = np.empty((0, manifest.seq_len), dtype=np.int64)
-        return nothing, nothing.astype(bool)
-    return _read_tokens(reader(store, manifest, manifest.heldout), np.arange(manifest.heldout.rows), manifest.seq_len)
+class TokenRows:
+    """Rows for a denoiser: x0 int64 [N L]; is_real, is_learned bool [N L]; segment_ids int32 [N L] or None."""
+
+    def __init__(self, source: SplitReader, seq_len: int, rows: Ints) -> None:
+        read = source.read(("ids", "num_tokens", "starts", "is_learned"), rows)
+        self.x0: Ints = read["ids"].astype(np.int64) if len(rows) else np.empty((0, seq_len), np.int64)
+        counts = read["num_tokens"] if len(rows) else np.empty(0, np.int32)
+        self.is_real: Bools = np.arange(seq_len) < counts[:, None]
+        self.has_prompt = "is_learned" in read
+        self.is_learned: Bools = self.is_real
+        if self.has_prompt:
+            self.is_learned = self.is_real & unpack_bits(read["is_learned"], seq_len)
+        self.segment_ids: NDArray[np.int32] | None = None
+        if "starts" in read:
+            self.segment_ids = np.cumsum(unpack_bits(read["starts"], seq_len), axis=1, dtype=np.int32)
+
+
+def split_rows(store: Store, manifest: CorpusManifest, split: Split, rows: Ints) -> TokenRows:
+    """Rows [N] of a split."""
+    return TokenRows(reader(store, manifest, split), manifest.seq_len, rows)
 
 
 def reader(store: Store, manifest: CorpusManifest, split: Split) -> SplitReader:
@@ -52,9 +75,11 @@ def reader(store: Store, manifest: CorpusManifest, split: Split) -> SplitReader:
     return SplitReader(store, corpus_prefix(manifest.fingerprint), split.shards)
 
 
-def _read_tokens(source: SplitReader, rows: Ints, seq_len: int) -> tuple[Ints, NDArray[np.bool_]]:
-    ids, counts = source.read(("ids", "num_tokens"), rows)
-    return ids.astype(np.int64), np.arange(seq_len) < counts[:, None]
+class Batches(Protocol):
+    """What a training loop reads from."""
+
+    def batch(self, counter: int, rows: int, rank: int = 0, world_size: int = 1) -> Batch:
+        """Rank's share of the global batch of `rows` rows that starts at sample `counter`."""
 
 
 class Loader:
@@ -75,22 +100,45 @@ class Loader:
         """Rank's share of the global batch of `rows` rows that starts at sample `counter`."""
         counters = counter + np.arange(rank * rows // world_size, (rank + 1) * rows // world_size, dtype=np.int64)
         epochs, ids = self._noise.order.samples(counters)
-        x0, loss_mask = _read_tokens(self._tokens, ids, self._seq_len)
-        xt = np.empty_like(x0)
-        t = np.empty(len(ids), dtype=np.float32)
-        for epoch in np.unique(epochs):
+        tokens = TokenRows(self._tokens, self._seq_len, ids)
+        xt = np.empty_like(tokens.x0)
+        t = np.empty(xt.shape, dtype=np.float32)
+        for epoch in np.unique(epochs).tolist():
             at = epochs == epoch
-            xt[at], t[at] = self._noised(int(epoch), ids[at], x0[at])
-        return Batch(x0=x0, xt=xt, t=np.repeat(t[:, None], self._seq_len, axis=1), loss_mask=loss_mask)
+            is_learned = tokens.is_learned[at] if tokens.has_prompt else None
+            xt[at], times = self._noised(epoch, ids[at], tokens.x0[at], is_learned)
+            t[at] = self._noise.per_token(times, self._seq_len)
+        return Batch(x0=tokens.x0, xt=xt, t=t, loss_mask=tokens.is_learned, segment_ids=tokens.segment_ids)
 
-    def _noised(self, epoch: int, ids: Ints, x0: Ints) -> tuple[Ints, NDArray[np.float32]]:
+    def _noised(self, epoch: int, ids: Ints, x0: Ints, is_learned: Bools | None) -> tuple[Ints, Floats]:
         if epoch >= len(self._written):
-            return self._noise.corrupt(epoch, ids, x0)
-        t, bits = self._written[epoch].read(("t", "is_noised"), ids)
-        return np.where(unpack_bits(bits, self._seq_len), self._noise.process.prior(x0), x0), t
+            return self._noise.corrupt(epoch, ids, x0, is_learned)
+        read = self._written[epoch].read(("t", "is_noised"), ids)
+        is_noised = unpack_bits(read["is_noised"], self._seq_len)
+        return np.where(is_noised, self._noise.process.prior(x0), x0), read["t"]
+
+
+class Prefetcher:
+    """Batches read one ahead in a thread: it changes when a batch is read, never which."""
+
+    def __init__(self, loader: Batches) -> None:
+        self._loader = loader
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader")
+        self._next: tuple[tuple[int, int, int, int], Future[Batch]] | None = None
+
+    def batch(self, counter: int, rows: int, rank: int = 0, world_size: int = 1) -> Batch:
+        """The batch, and the next one is on its way."""
+        wanted = (counter, rows, rank, world_size)
+        if self._next is not None and self._next[0] == wanted:
+            found = self._next[1].result()
+        else:
+            found = self._loader.batch(*wanted)
+        ahead = (counter + rows, rows, rank, world_size)
+        self._next = ahead, self._thread.submit(self._loader.batch, *ahead)
+        return found
 
 
 def corpus_noise(manifest: CorpusManifest, mask_id: int) -> CorpusNoise:
     """The noise function of a corpus."""
     order = SampleOrder(manifest.seed, manifest.train.rows)
-    return CorpusNoise(manifest.process.bind(mask_id), order, manifest.t_min)
+    return CorpusNoise(manifest.process.bind(mask_id), order, manifest.t_min, manifest.block_length)

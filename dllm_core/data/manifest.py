@@ -1,9 +1,18 @@
-"""CorpusManifest: what exists, from what, by which tokenizer, with which noise. Written last: where it is, all is."""
+"""CorpusManifest: what exists, from what, by which tokenizer, with which noise. Written last: where it is, all is.
+
+On disk it is a small tree, so that 60,000 shards load in seconds: `manifest.json`, sealed, names one Arrow table of
+shards for each split and noise epoch by its sha256.
+"""
 
 from typing import Any, Literal
 
+import numpy as np
+import pyarrow as pa
+from pydantic import Field
+
 from dllm_core.config.base import Frozen
-from dllm_core.config.fingerprint import unseal
+from dllm_core.config.fingerprint import seal, unseal
+from dllm_core.data.packing import AnyPacking
 from dllm_core.data.shard import ShardInfo
 from dllm_core.data.tokenizer import Tokenizer, TokenizerConfig
 from dllm_core.errors import ConfigError, DataError
@@ -11,26 +20,47 @@ from dllm_core.noise.process import AbsorbingNoise
 from dllm_core.storage.store import Store, sha256
 
 FORMAT: Literal[1] = 1
+NAME = "manifest.json"
+Counts = dict[str, int]
 
 
 class Accounting(Frozen):
-    """Where every record went: documents_in = train + heldout + empty + quarantined, per unit and in all."""
+    """Where every record went: documents_in = train + heldout + filtered + duplicates + quarantined, unit by unit."""
 
     bytes_in: int = 0
     documents_in: int = 0
     train: int = 0
     heldout: int = 0
-    empty: int = 0
-    quarantined: int = 0
+    filtered: Counts = Field(default_factory=dict)
+    duplicates: Counts = Field(default_factory=dict)
+    quarantined: Counts = Field(default_factory=dict)
 
     def __add__(self, other: "Accounting") -> "Accounting":
-        return Accounting(**{name: getattr(self, name) + getattr(other, name) for name in Accounting.model_fields})
+        sums: dict[str, Any] = {}
+        for name in Accounting.model_fields:
+            left, right = getattr(self, name), getattr(other, name)
+            if isinstance(left, dict):
+                sums[name] = {key: left.get(key, 0) + right.get(key, 0) for key in sorted({*left, *right})}
+            else:
+                sums[name] = left + right
+        return Accounting(**sums)
+
+    @property
+    def num_quarantined(self) -> int:
+        """Bad records."""
+        return sum(self.quarantined.values())
+
+    @property
+    def documents_out(self) -> int:
+        """Documents that made tokens."""
+        return self.train + self.heldout
 
     def check(self, place: str) -> None:
         """Refuse a sum that does not add up: a record was lost or counted twice."""
-        out = self.train + self.heldout + self.empty + self.quarantined
-        if out != self.documents_in:
-            raise DataError(place, f"{self.documents_in} records in but {out} accounted for")
+        removed = sum(sum(counts.values()) for counts in (self.filtered, self.duplicates, self.quarantined))
+        if self.documents_out + removed != self.documents_in:
+            problem = f"{self.documents_in} records in but {self.documents_out + removed} accounted for"
+            raise DataError(place, problem)
 
 
 class Split(Frozen):
@@ -55,22 +85,30 @@ class CorpusManifest(Frozen):
     format: Literal[1] = FORMAT
     fingerprint: str
     source: dict[str, Any]
+    units: int
     tokenizer: TokenizerConfig
     tokenizer_sha256: str
+    tokenizer_engine: str
     vocab_size: int
-    seq_len: int
+    packing: AnyPacking
     seed: int
     process: AbsorbingNoise
     t_min: float
+    block_length: int | None = None
     accounting: Accounting
     train: Split
     heldout: Split
     noise_epochs: tuple[tuple[ShardInfo, ...], ...]
 
     @property
-    def digest_fields(self) -> dict[str, Any]:
-        """What a trained run depends on; not the written noise epochs, since computed ones are equal."""
-        return self.model_dump(mode="json", exclude={"noise_epochs"})
+    def seq_len(self) -> int:
+        """Tokens in a row."""
+        return self.packing.seq_len
+
+
+class _Table(Frozen):
+    key: str
+    sha256: str
 
 
 def corpus_prefix(fingerprint: str) -> str:
@@ -78,17 +116,71 @@ def corpus_prefix(fingerprint: str) -> str:
     return f"corpora/{fingerprint}"
 
 
+def write_manifest(store: Store, manifest: CorpusManifest) -> None:
+    """Write the tables of shards, then the manifest that names them."""
+    prefix = corpus_prefix(manifest.fingerprint)
+
+    def table(name: str, shards: tuple[ShardInfo, ...]) -> dict[str, Any]:
+        sink = pa.BufferOutputStream()
+        columns = {field: [getattr(shard, field) for shard in shards] for field in ShardInfo.model_fields}
+        arrow = pa.table(columns, schema=_SCHEMA)
+        with pa.ipc.new_file(sink, arrow.schema) as writer:
+            writer.write_table(arrow)
+        data = bytes(sink.getvalue())
+        key = f"manifest/{name}-{sha256(data)[:16]}.arrow"  # a new table never replaces one that is in use
+        store.put(f"{prefix}/{key}", data)
+        return _Table(key=key, sha256=sha256(data)).model_dump()
+
+    values = manifest.model_dump(mode="json", exclude={"train", "heldout", "noise_epochs"})
+    values["train"] = table("train", manifest.train.shards)
+    values["heldout"] = table("heldout", manifest.heldout.shards)
+    values["noise_epochs"] = [table(f"noise-{e:03d}", shards) for e, shards in enumerate(manifest.noise_epochs)]
+    store.put(f"{prefix}/{NAME}", seal(values))
+
+
+def has_manifest(store: Store, fingerprint: str) -> bool:
+    """Whether a corpus is finished."""
+    return store.exists(f"{corpus_prefix(fingerprint)}/{NAME}")
+
+
 def read_manifest(store: Store, fingerprint: str) -> CorpusManifest:
     """The manifest of a finished corpus."""
-    key = f"{corpus_prefix(fingerprint)}/manifest.json"
+    prefix = corpus_prefix(fingerprint)
+    key = f"{prefix}/{NAME}"
     if not store.exists(key):
         raise DataError(f"{store.url}/{key}", "no such corpus", remedy="run `dllm preprocess` first")
+
+    def shards(table: Any) -> tuple[ShardInfo, ...]:
+        entry = _Table.checked(table, key)
+        data = store.read(f"{prefix}/{entry.key}")
+        if sha256(data) != entry.sha256:
+            raise ValueError(f"{entry.key} does not match its sha256")
+        rows = pa.ipc.open_file(pa.BufferReader(data)).read_all().to_pylist()
+        return tuple(ShardInfo.model_construct(**row) for row in rows)
+
     try:
-        return CorpusManifest.checked(unseal(store.read(key)), key)
-    except (ValueError, ConfigError) as error:
-        raise DataError(
-            f"{store.url}/{key}", f"not a manifest ({error})", remedy="run `dllm preprocess` again"
-        ) from error
+        values = unseal(store.read(key))
+        train, heldout = shards(values.pop("train")), shards(values.pop("heldout"))
+        noise = tuple(shards(table) for table in values.pop("noise_epochs"))
+        empty: dict[str, Any] = {"train": {"shards": ()}, "heldout": {"shards": ()}, "noise_epochs": ()}
+        manifest = CorpusManifest.checked({**values, **empty}, key)
+    except (ValueError, KeyError, ConfigError, pa.ArrowException) as error:
+        remedy = "run `dllm preprocess repair`"
+        raise DataError(f"{store.url}/{key}", f"is damaged ({error})", remedy=remedy) from error
+    made = {"train": Split.model_construct(shards=train), "heldout": Split.model_construct(shards=heldout)}
+    return manifest.model_copy(update={**made, "noise_epochs": noise})
+
+
+_SCHEMA = pa.schema(
+    [
+        pa.field("key", pa.string()),
+        pa.field("unit", pa.int64()),
+        pa.field("rows", pa.int64()),
+        pa.field("tokens", pa.int64()),
+        pa.field("bytes", pa.int64()),
+        pa.field("sha256", pa.string()),
+    ]
+)
 
 
 def read_tokenizer(store: Store, manifest: CorpusManifest) -> Tokenizer:
@@ -97,6 +189,11 @@ def read_tokenizer(store: Store, manifest: CorpusManifest) -> Tokenizer:
     data = store.read(key)
     if sha256(data) != manifest.tokenizer_sha256:
         raise DataError(
-            f"{store.url}/{key}", "is not the tokenizer of the manifest", remedy="run `dllm preprocess` again"
+            f"{store.url}/{key}", "is not the tokenizer of the manifest", remedy="run `dllm preprocess repair`"
         )
     return Tokenizer(data.decode("utf-8"), manifest.tokenizer, key)
+
+
+def first_rows(shards: tuple[ShardInfo, ...]) -> list[int]:
+    """The row id of each shard's first row."""
+    return [0, *np.cumsum([shard.rows for shard in shards]).tolist()][:-1] if shards else []

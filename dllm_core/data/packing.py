@@ -1,35 +1,186 @@
-"""Documents -> rows of fixed length. Wrap packing: one document after the other, each closed by an end token."""
+"""Section `packing` and what it does: token runs -> rows of fixed length. Pure.
 
-from collections.abc import Iterable
-from typing import Literal
+wrap: one document after the other, cut where a row is full. isolated: whole documents, best fit; a row says where each
+begins, so that attention stays inside it. padded: one document a row, for fine-tuning.
+"""
+
+from bisect import bisect_left, insort
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from dllm_core.config.base import Frozen
 
-IntRows = NDArray[np.int32]
+Ids = NDArray[np.uint32]
+Bools = NDArray[np.bool_]
 
 
-class PackingConfig(Frozen):
-    """Section `packing`."""
+class PackingBase(Frozen):
+    """What every kind has."""
 
-    type: Literal["wrap"] = "wrap"
     seq_len: int = Field(64, ge=8, le=1 << 20)
 
 
-def wrap(documents: Iterable[list[int]], seq_len: int, eos_id: int) -> tuple[IntRows, IntRows]:
-    """(rows [N seq_len], number of counted tokens [N]).
+class WrapPacking(PackingBase):
+    """Documents end to end, no waste but the last row's."""
 
-    Every document is followed by one end token, which counts. The last row is filled up with end tokens that
-    do not.
+    type: Literal["wrap"] = "wrap"
+
+
+class IsolatedPacking(PackingBase):
+    """Documents whole, best fit decreasing; one longer than a row is cut into rows. arXiv:2404.10830."""
+
+    type: Literal["isolated"] = "isolated"
+
+
+class PaddedPacking(PackingBase):
+    """One document a row; one longer than a row is left out and counted as `packing.too_long`."""
+
+    type: Literal["padded"] = "padded"
+    learn_padding: bool = Field(False, description="end tokens behind the answer are learned (LLaDA, section 2.3)")
+
+
+def _wrap_unless_said(section: Any) -> Any:
+    return {"type": "wrap", **section} if isinstance(section, dict) else section
+
+
+AnyPacking = Annotated[
+    WrapPacking | IsolatedPacking | PaddedPacking, Field(discriminator="type"), BeforeValidator(_wrap_unless_said)
+]
+
+
+@dataclass(frozen=True)
+class TokenRun:
+    """Documents end to end. ids [N]; offsets int64 [D+1]; is_learned bool [N], None where all tokens are."""
+
+    ids: Ids
+    offsets: NDArray[np.int64]
+    is_learned: Bools | None = None
+
+    @property
+    def num_documents(self) -> int:
+        """D."""
+        return len(self.offsets) - 1
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Packed rows. ids [N L]; num_tokens int32 [N]: real tokens, the rest of a row is end tokens as filler.
+
+    starts bool [N L]: where a document (and the filler) begins, None where rows are not isolated. is_learned
+    bool [N L]: None where every real token is. left_out: documents that fit no row.
     """
-    stream = [token for document in documents for token in (*document, eos_id)]
-    num_rows = -(-len(stream) // seq_len)
-    rows = np.full(num_rows * seq_len, eos_id, dtype=np.int32)
-    rows[: len(stream)] = stream
+
+    ids: Ids
+    num_tokens: NDArray[np.int32]
+    starts: Bools | None
+    is_learned: Bools | None
+    left_out: NDArray[np.int64]
+
+
+def pack(config: PackingBase, run: TokenRun, eos_id: int) -> Rows:
+    """Every document is followed by one end token, which counts as its last token."""
+    run = _with_end(run, eos_id)
+    if isinstance(config, WrapPacking):
+        return _wrap(run, config.seq_len, eos_id)
+    if isinstance(config, IsolatedPacking):
+        return _place(run, *_best_fit(np.diff(run.offsets), config.seq_len), config.seq_len, eos_id)
+    assert isinstance(config, PaddedPacking)
+    return _pad(run, config, eos_id)
+
+
+def _with_end(run: TokenRun, eos_id: int) -> TokenRun:
+    documents = np.arange(run.num_documents, dtype=np.int64)
+    places = np.arange(len(run.ids), dtype=np.int64) + np.repeat(documents, np.diff(run.offsets))
+    ids = np.full(len(run.ids) + run.num_documents, eos_id, dtype=np.uint32)
+    ids[places] = run.ids
+    is_learned = None
+    if run.is_learned is not None:
+        is_learned = np.ones(len(ids), dtype=bool)
+        is_learned[places] = run.is_learned
+    return TokenRun(ids, run.offsets + np.arange(len(run.offsets)), is_learned)
+
+
+def _wrap(run: TokenRun, seq_len: int, eos_id: int) -> Rows:
+    num_rows = -(-len(run.ids) // seq_len)
+
+    def in_rows(values: NDArray[np.generic], filler: int) -> NDArray[np.generic]:
+        rows = np.full(num_rows * seq_len, filler, dtype=values.dtype)
+        rows[: len(values)] = values
+        return rows.reshape(num_rows, seq_len)
+
     counts = np.full(num_rows, seq_len, dtype=np.int32)
     if num_rows:
-        counts[-1] = len(stream) - (num_rows - 1) * seq_len
-    return rows.reshape(num_rows, seq_len), counts
+        counts[-1] = len(run.ids) - (num_rows - 1) * seq_len
+    learned = None if run.is_learned is None else in_rows(run.is_learned, 0)
+    return Rows(in_rows(run.ids, eos_id), counts, None, learned, np.empty(0, np.int64))  # type: ignore[arg-type]
+
+
+def _best_fit(lengths: NDArray[np.int64], seq_len: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Pieces [P 3] of (document, begin, end) in the order of their rows, and the row of each [P].
+
+    Longest first, each into the fullest row that still holds it; ties by document, so the result is one function of
+    the lengths. O(P log L): at most L different room sizes are kept sorted.
+    """
+    full = lengths // seq_len
+    pieces = [(d, k * seq_len, (k + 1) * seq_len) for d in np.flatnonzero(full) for k in range(full[d])]
+    rows = list(range(len(pieces)))
+    rest = lengths % seq_len
+    order = np.argsort(-rest, kind="stable")
+    rooms: list[int] = []  # sorted distinct room sizes, each with its rows
+    rows_with: dict[int, list[int]] = {}
+    num_rows = len(pieces)
+    for document in order[rest[order] > 0].tolist():
+        size = int(rest[document])
+        at = bisect_left(rooms, size)
+        if at < len(rooms):
+            room = rooms[at]
+            row = rows_with[room].pop()
+            if not rows_with[room]:
+                del rows_with[room], rooms[at]
+        else:
+            room, row = seq_len, num_rows
+            num_rows += 1
+        pieces.append((document, int(lengths[document]) - size, int(lengths[document])))
+        rows.append(row)
+        if room > size:
+            if room - size not in rows_with:
+                insort(rooms, room - size)
+            rows_with.setdefault(room - size, []).append(row)
+    in_order = np.argsort(np.array(rows, np.int64), kind="stable")
+    return np.array(pieces, np.int64).reshape(-1, 3)[in_order], np.array(rows, np.int64)[in_order]
+
+
+def _place(run: TokenRun, pieces: NDArray[np.int64], rows: NDArray[np.int64], seq_len: int, eos_id: int) -> Rows:
+    num_rows = int(rows[-1]) + 1 if len(rows) else 0
+    ids = np.full((num_rows, seq_len), eos_id, dtype=np.uint32)
+    starts = np.zeros((num_rows, seq_len), dtype=bool)
+    learned = None if run.is_learned is None else np.zeros((num_rows, seq_len), dtype=bool)
+    used = np.zeros(num_rows, dtype=np.int32)
+    for (document, begin, end), row in zip(pieces.tolist(), rows.tolist(), strict=True):
+        source = slice(int(run.offsets[document]) + begin, int(run.offsets[document]) + end)
+        place = slice(int(used[row]), int(used[row]) + end - begin)
+        ids[row, place] = run.ids[source]
+        starts[row, place.start] = True
+        if learned is not None and run.is_learned is not None:
+            learned[row, place] = run.is_learned[source]
+        used[row] = place.stop
+    with_filler = np.flatnonzero(used < seq_len)
+    starts[with_filler, used[with_filler]] = True
+    return Rows(ids, used, starts, learned, np.empty(0, np.int64))
+
+
+def _pad(run: TokenRun, config: PaddedPacking, eos_id: int) -> Rows:
+    lengths = np.diff(run.offsets)
+    kept = np.flatnonzero(lengths <= config.seq_len)
+    pieces = np.stack([kept, np.zeros_like(kept), lengths[kept]], axis=1)
+    packed = _place(run, pieces, np.arange(len(kept)), config.seq_len, eos_id)
+    num_tokens, learned = packed.num_tokens, packed.is_learned
+    if config.learn_padding:
+        if learned is not None:
+            learned |= np.arange(config.seq_len) >= num_tokens[:, None]
+        num_tokens = np.full_like(num_tokens, config.seq_len)
+    return Rows(packed.ids, num_tokens, None, learned, np.flatnonzero(lengths > config.seq_len))

@@ -7,12 +7,13 @@ import os
 import sysconfig
 import unicodedata
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
-from dllm_core.data.corpus import CorpusBase, list_sources
+from dllm_core.data.corpus import CorpusBase, HubSource, SourceBase
+from dllm_core.data.units import SourceFiles, list_files
 from dllm_core.errors import DataError
-from dllm_core.storage.store import LocalStore, Store, StoredObject, local_path, open_store
+from dllm_core.storage.store import LocalStore, Store, local_path, open_store
 
 _PLACE = "corpus.path"
 _COLUMN = 16
@@ -21,54 +22,53 @@ _BY_RULE = ("CJK UNIFIED IDEOGRAPH-", "CJK COMPATIBILITY IDEOGRAPH-", "HANGUL SY
             "NUSHU CHARACTER-", "KHITAN SMALL SCRIPT CHARACTER-")  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Sources:
-    """A corpus's files, listed: `store` reads their keys."""
-
-    store: Store
-    files: tuple[StoredObject, ...]
+def find_files(corpus: CorpusBase, root: Store) -> tuple[SourceFiles, ...]:
+    """List every source's files; missing and unreadable ones are refused now. `root` keeps what is made first."""
+    return tuple(find_source(source, root) for source in corpus.all_sources)
 
 
-def find_sources(corpus: CorpusBase, root: Store) -> Sources:
-    """List a corpus's files; missing and unreadable ones are refused now. `root` keeps what has to be made first."""
-    if corpus.path == "python:unicode-names":
+def find_source(source: SourceBase, root: Store) -> SourceFiles:
+    """List one source's files. A hub source has none that are known beforehand."""
+    if isinstance(source, HubSource):
+        return SourceFiles(root, ())
+    if source.path == "python:unicode-names":
         key = f"sources/unicode-names-{unicodedata.unidata_version}/names.txt"
         if not root.exists(key):
             root.put_if_absent(key, unicode_names().encode())
         # Its content follows from its key: the time at which this machine wrote it down is no part of its identity.
-        return Sources(root, tuple(replace(item, stamp="") for item in list_sources(corpus, root, key)))
-    if corpus.path == "python:stdlib":
+        return SourceFiles(root, tuple(replace(item, stamp="") for item in list_files(source, root, key)))
+    if source.path == "python:stdlib":
         store = LocalStore(Path(sysconfig.get_paths()["stdlib"]))
-        files = list_sources(corpus, store, "")
-        return Sources(store, tuple(item for item in files if not item.key.startswith("site-packages/")))
-    if corpus.path.startswith("python:"):
-        raise DataError(_PLACE, "no such text", corpus.path, "python:unicode-names or python:stdlib")
-    if corpus.path.startswith("s3://"):
-        bucket, _, prefix = corpus.path.removeprefix("s3://").strip("/").partition("/")
+        files = list_files(source, store, "")
+        return SourceFiles(store, tuple(item for item in files if not item.key.startswith("site-packages/")))
+    if source.path.startswith("python:"):
+        raise DataError(_PLACE, "no such text", source.path, "python:unicode-names or python:stdlib")
+    if source.path.startswith("s3://"):
+        bucket, _, prefix = source.path.removeprefix("s3://").strip("/").partition("/")
         store_of_bucket = open_store(_PLACE, f"s3://{bucket}")
-        return Sources(store_of_bucket, tuple(list_sources(corpus, store_of_bucket, prefix)))
-    return _local_sources(corpus, root)
+        return SourceFiles(store_of_bucket, tuple(list_files(source, store_of_bucket, prefix)))
+    return _local_files(source, root)
 
 
-def _local_sources(corpus: CorpusBase, root: Store) -> Sources:
-    path = local_path(_PLACE, corpus.path)
+def _local_files(source: SourceBase, root: Store) -> SourceFiles:
+    path = local_path(_PLACE, source.path)
     try:
         is_file, exists = path.is_file(), path.exists()
     except OSError as error:
-        raise DataError(_PLACE, f"cannot be looked at ({error.strerror})", corpus.path) from None
+        raise DataError(_PLACE, f"cannot be looked at ({error.strerror})", source.path) from None
     if not exists:
-        raise DataError(_PLACE, "no such file or folder", corpus.path, "name one that exists")
+        raise DataError(_PLACE, "no such file or folder", source.path, "name one that exists")
     store = LocalStore(path.parent if is_file else path)
-    files = list_sources(corpus, store, path.name if is_file else "")
+    files = list_files(source, store, path.name if is_file else "")
     if isinstance(root, LocalStore) and store.root in root.root.parents:  # what we make is no part of what we read
         ours = f"{root.root.relative_to(store.root).as_posix()}/"
         files = [item for item in files if not item.key.startswith(ours)]
         if not files:
-            raise DataError(_PLACE, "holds nothing but storage.root", corpus.path, "name another folder")
+            raise DataError(_PLACE, "holds nothing but storage.root", source.path, "name another folder")
     for item in files:
         if not os.access(store.path(item.key), os.R_OK):
             raise DataError(_PLACE, "no permission to read", str(store.path(item.key)))
-    return Sources(store, tuple(files))
+    return SourceFiles(store, tuple(files))
 
 
 def unicode_names() -> str:

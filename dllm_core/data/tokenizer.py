@@ -1,36 +1,73 @@
-"""Tokenizer: text <-> ids, and the only source of mask, end and pad ids.
+"""Tokenizer: text <-> ids, and the only source of mask, end, pad and turn-marker ids.
 
 Text is encoded with special tokens disallowed: a literal `<|mask|>` in a document or a prompt is text.
+Bulk encoding runs on `fastokens` where it proves identical on start, else on `tokenizers`; `engine` says which.
 """
 
 import hashlib
+import importlib.metadata
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
+import numpy as np
 import tokenizers
+from numpy.typing import NDArray
 from pydantic import Field, model_validator
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from dllm_core.config.base import FieldProblem, Frozen
 from dllm_core.errors import ConfigError, DataError
 
+_PROBES = (
+    *("", " ", "\n", "\r\n\r\n \t\t x", "  leading and trailing  ", "word", "Word's don't WE'LL 're", "a1b22c333 4444"),
+    *("caf\u00e9 cafe\u0301 \u00c5 \u212b", "\ufb01 \u2460 \u0130 \u017f \u00df", "\ufeff\u200b\u200d\u202e\u00ad\x00"),
+    "\u65e5\u672c\u8a9e \ud55c\uae00 \u0e20\u0e32\u0e29\u0e32 \u0627\u0644\u0639\u0631",
+    "\U0001f469\u200d\U0001f467 \U0001f1e9\U0001f1ea \U0010ffff\ufffd\ufffe",
+    *("x" * 3000, " " * 500 + "\n" * 200, "ab" * 700 + "\u00e9" * 300, "def f(x):\n\treturn {'a': [1, 2]}\n\n\n"),
+    "<|endoftext|><s></s>[MASK]<mask><pad><|im_start|>user<unk>",
+)  # fmt: skip
+
+
+class ChatTemplate(Frozen):
+    """The tokens that mark the turns of a conversation; `{role token} text {end token}` for every message."""
+
+    system: str = "<|system|>"
+    user: str = "<|user|>"
+    assistant: str = "<|assistant|>"
+    end: str = "<|end|>"
+
+    @model_validator(mode="after")
+    def _markers_differ(self) -> Self:
+        if len({self.system, self.user, self.assistant, self.end}) < 4:
+            raise FieldProblem("end", "the four markers must differ", self.end)
+        return self
+
 
 class TokenizerConfig(Frozen):
     """Section `tokenizer`: a `tokenizer.json` by path, or a byte-level BPE trained on the corpus."""
 
     path: str | None = None
-    vocab_size: int = Field(512, ge=260, le=1 << 20, description="of a trained tokenizer, specials included")
+    vocab_size: int = Field(512, ge=264, le=1 << 20, description="of a trained tokenizer, specials included")
     train_bytes: int = Field(32 << 20, ge=1 << 10, description="how much of the corpus trains it")
     mask_token: str = "<|mask|>"
     eos_token: str = "<|eos|>"
     pad_token: str = "<|pad|>"
+    chat: ChatTemplate | None = Field(None, description="needed for conversations; {} takes the default markers")
 
     @model_validator(mode="after")
     def _mask_is_no_text(self) -> Self:
         if self.mask_token in {self.eos_token, self.pad_token}:
             raise FieldProblem("mask_token", "must differ from eos_token and pad_token", self.mask_token)
         return self
+
+    @property
+    def special_tokens(self) -> list[str]:
+        """All tokens that no text may spell, each once."""
+        markers = [] if self.chat is None else list(self.chat.model_dump().values())
+        return list(dict.fromkeys([self.mask_token, self.eos_token, self.pad_token, *markers]))
 
 
 class Tokenizer:
@@ -45,13 +82,14 @@ class Tokenizer:
         self._core.encode_special_tokens = True
         self._core.no_padding()
         self._core.no_truncation()
-        self.mask_id = self._special("mask_token")
-        self.eos_id = self._special("eos_token")
-        self.pad_id = self._special("pad_token")
+        self.mask_id = self._special("mask_token", config.mask_token)
+        self.eos_id = self._special("eos_token", config.eos_token)
+        self.pad_id = self._special("pad_token", config.pad_token)
+        chat = {} if config.chat is None else config.chat.model_dump()
+        self._markers = {name: self._special(f"chat.{name}", token) for name, token in chat.items()}
         self.vocab_size: int = max(self._core.get_vocab(with_added_tokens=True).values()) + 1
 
-    def _special(self, field: str) -> int:
-        token = getattr(self.config, field)
+    def _special(self, field: str, token: str) -> int:
         found = self._core.token_to_id(token)
         if found is None:
             raise ConfigError(f"tokenizer.{field}", "not in the tokenizer", token, f"see {self._place}")
@@ -77,7 +115,7 @@ class Tokenizer:
         core.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
             vocab_size=config.vocab_size,
-            special_tokens=[config.mask_token, config.eos_token, config.pad_token],
+            special_tokens=config.special_tokens,
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
@@ -95,7 +133,21 @@ class Tokenizer:
     @property
     def special_ids(self) -> frozenset[int]:
         """Ids that no text encodes to."""
-        return frozenset((self.mask_id, self.eos_id, self.pad_id))
+        return frozenset((self.mask_id, self.eos_id, self.pad_id, *self._markers.values()))
+
+    def role_id(self, role: str) -> int:
+        """The marker that opens a turn of `system`, `user` or `assistant`."""
+        return self._marker(role)
+
+    @property
+    def end_of_turn_id(self) -> int:
+        """The marker that closes every turn."""
+        return self._marker("end")
+
+    def _marker(self, name: str) -> int:
+        if name not in self._markers:
+            raise ConfigError("tokenizer.chat", "missing", remedy="conversations need it: tokenizer.chat={}")
+        return self._markers[name]
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, no specials added or recognised."""
@@ -105,9 +157,47 @@ class Tokenizer:
             raise DataError("text", "is not Unicode", text) from None
 
     def encode_batch(self, texts: Sequence[str]) -> Iterator[list[int]]:
-        """`encode` for many texts at once (all cores, unless TOKENIZERS_PARALLELISM=false)."""
-        for encoding in self._core.encode_batch_fast(list(texts), add_special_tokens=False):
-            yield encoding.ids
+        """`encode` for many texts."""
+        ids, offsets = self.encode_flat(texts)
+        for start, stop in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
+            yield ids[start:stop].tolist()
+
+    def encode_flat(self, texts: Sequence[str]) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
+        """Ids of many texts end to end, uint32 [N], and where each begins and ends, int64 [len(texts) + 1].
+
+        The bulk path: no Python object a token. Threads: RAYON_NUM_THREADS, TOKENIZERS_PARALLELISM.
+        """
+        if self._fast is not None:
+            ids, offsets = self._fast.encode_batch_flat(
+                list(texts), add_special_tokens=False, split_special_tokens=True
+            )
+            return np.frombuffer(ids, np.uint32), np.frombuffer(offsets, np.uint64).astype(np.int64)
+        encoded = [encoding.ids for encoding in self._core.encode_batch_fast(list(texts), add_special_tokens=False)]
+        lengths = [len(part) for part in encoded]
+        flat = np.fromiter((token for part in encoded for token in part), np.uint32, sum(lengths))
+        return flat, np.cumsum([0, *lengths], dtype=np.int64)
+
+    @property
+    def engine(self) -> str:
+        """The library that encodes in bulk, with its version."""
+        name = "tokenizers" if self._fast is None else "fastokens"
+        return f"{name} {importlib.metadata.version(name)}"
+
+    @cached_property
+    def _fast(self) -> Any:
+        """`fastokens` for this tokenizer, or None: not installed, not able to, or not identical on every probe."""
+        try:
+            import fastokens
+
+            fast = fastokens.Tokenizer.from_json_str(self.json_text)
+            specials = self.config.special_tokens
+            probes = [*_PROBES, *specials, " ".join(specials), "".join(f"a{token}b" for token in specials)]
+            ids, offsets = fast.encode_batch_flat(probes, add_special_tokens=False, split_special_tokens=True)
+        except Exception:  # noqa: BLE001 (whatever it is, the reference library takes over)
+            return None
+        flat, bounds = np.frombuffer(ids, np.uint32), np.frombuffer(offsets, np.uint64).tolist()
+        found = [flat[start:stop].tolist() for start, stop in itertools.pairwise(bounds)]
+        return fast if found == [self.encode(probe) for probe in probes] else None
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids; specials are left out, an incomplete UTF-8 sequence shows as U+FFFD."""

@@ -54,8 +54,14 @@ def score_rows(
     seed: int,
     draws: int,
     device: torch.device,
+    segment_ids: NDArray[np.int32] | None = None,
+    not_noised: Bools | None = None,
 ) -> RowScores:
-    """Monte Carlo estimate for rows x0 [N L]; `row_ids` [N] make it a pure function of the row, not of the batch."""
+    """Monte Carlo estimate for rows x0 [N L]; `row_ids` [N] make it a pure function of the row, not of the batch.
+
+    segment_ids [N L]: isolated documents. not_noised bool [N L]: a prompt, on which the likelihood is conditioned.
+    """
+    isolated = {} if segment_ids is None else {"segment_ids": torch.from_numpy(segment_ids).to(device)}
     nats = np.zeros(len(x0))
     offsets = uniforms(seed, Purpose.EVALUATE, 0, row_ids, 1)[:, 0].astype(np.float64)
     for draw in range(draws):
@@ -64,10 +70,12 @@ def score_rows(
         times = np.repeat(t.astype(np.float32)[:, None], x0.shape[1], axis=1)
         u = uniforms(seed, Purpose.EVALUATE, 1 + draw, row_ids, x0.shape[1])
         xt = process.corrupt(x0, times, u)
+        if not_noised is not None:
+            xt = np.where(not_noised, x0, xt)
         read = (xt != x0) & counted
         if not read.any():
             continue
-        logits = denoiser(torch.from_numpy(xt).to(device), read=torch.from_numpy(read).to(device))
+        logits = denoiser(torch.from_numpy(xt).to(device), read=torch.from_numpy(read).to(device), **isolated)
         log_probs = process.x0_log_probs(logits.float())
         target = torch.from_numpy(x0[read]).to(device)
         nll = -log_probs.gather(-1, target[:, None])[:, 0].double().cpu().numpy()

@@ -46,15 +46,25 @@ class Denoiser(nn.Module):
             self.head.weight = self.embed.weight
         self._tables: tuple[Tensor, Tensor] | None = None
 
-    def forward(self, input_ids: Tensor, is_real: Tensor | None = None, read: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        input_ids: Tensor,
+        is_real: Tensor | None = None,
+        read: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+    ) -> Tensor:
         """Logits for input_ids [B L].
 
         is_real: bool [B L], False at padding, which no position sees. read: bool [B L]; then the head runs at
-        those positions only and the result is [read.sum() V] in row-major order, else [B L V].
+        those positions only and the result is [read.sum() V] in row-major order, else [B L V]. segment_ids: int
+        [B L]; a position sees its own segment only. Positions need not restart: RoPE tells distances alone.
         """
         model = self.config.model
         cos, sin = self._rope(input_ids.shape[1], input_ids.device)
         attention = None if is_real is None else is_real[:, None, None, :]
+        if segment_ids is not None:
+            same = (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
+            attention = same if attention is None else attention & same
         x = self.embed(input_ids) * (model.dim**0.5 if model.tie_embeddings else 1.0)
         for block in self.blocks:
             x = block(x, cos, sin, attention)

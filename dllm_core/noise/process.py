@@ -3,9 +3,9 @@
 A recipe does not know the mask id (the tokenizer does), so a section is *bound* to a vocabulary before use.
 """
 
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from dllm_core.config.base import Frozen
 from dllm_core.noise.absorbing import AbsorbingProcess
@@ -46,3 +46,10 @@ class NoiseConfig(Frozen):
     process: AbsorbingNoise = AbsorbingNoise()
     epochs: int = Field(2, ge=0, le=1 << 20)
     t_min: float = Field(1e-3, ge=0, lt=1, description="training times lie in (t_min, 1]")
+    block_length: int | None = Field(None, ge=1, description="one t for each block of so many tokens; null: one a row")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _computed(cls, values: Any) -> Any:
+        """`noise: computed` writes nothing down and gives the same batches."""
+        return {"epochs": 0} if values == "computed" else values

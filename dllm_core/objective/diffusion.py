@@ -1,6 +1,7 @@
 """Masked diffusion: the weighted cross-entropy at noised positions whose expectation is the NELBO."""
 
 import torch
+from torch import Tensor
 from torch.nn import functional
 
 from dllm_core.data.batch import Batch
@@ -25,7 +26,10 @@ class MaskedDiffusion:
         t = torch.from_numpy(batch.t).to(self._device)
         counted = torch.from_numpy(batch.loss_mask).to(self._device)
         read = (xt == self._process.mask_id) & counted
-        logits = denoiser(xt, read=read).float()  # bf16 would round a sum of 1e5 nats to the nearest 512
+        isolated: dict[str, Tensor] = {}
+        if batch.segment_ids is not None:
+            isolated["segment_ids"] = torch.from_numpy(batch.segment_ids).to(self._device)
+        logits = denoiser(xt, read=read, **isolated).float()  # bf16 would round a sum of 1e5 nats to the nearest 512
         is_mask = torch.arange(logits.shape[-1], device=self._device) == self._process.mask_id
         nll = functional.cross_entropy(logits.masked_fill(is_mask, -torch.inf), x0[read], reduction="none")
         rate = self._process.nelbo_rate(t[read])

@@ -11,8 +11,8 @@ from dllm_core.data.batch import Batch
 class DenoiserLike(Protocol):
     """Anything that gives logits [n V] at the n positions of `read`."""
 
-    def __call__(self, input_ids: Tensor, *, read: Tensor) -> Tensor:
-        """input_ids int64 [B L], read bool [B L]."""
+    def __call__(self, input_ids: Tensor, *, read: Tensor, segment_ids: Tensor | None = None) -> Tensor:
+        """input_ids int64 [B L], read bool [B L], segment_ids int [B L] where documents are isolated."""
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 Credentials never enter a recipe, a fingerprint or a pickle: every process opens its own client.
 """
 
+import contextlib
 import hashlib
 import os
 import random
@@ -24,6 +25,7 @@ from dllm_core.storage.store import LocalStore, StoredObject
 
 _WRITER = "dllm-writer"  # metadata of `put_if_absent`: tells a retry that its own first try got through
 _ATTEMPTS = 8
+_CACHE_BYTES = 20 << 30
 
 
 @cache
@@ -42,6 +44,22 @@ def _new_client(attempts: int, connect_seconds: float, read_seconds: float) -> A
 def cache_folder() -> Path:
     """Where fetched objects are kept: $DLLM_CACHE, or ~/.cache/dllm."""
     return Path(os.path.abspath(os.environ.get("DLLM_CACHE") or Path.home() / ".cache" / "dllm"))
+
+
+def _prune(cached: LocalStore, keep: str) -> None:
+    """Drop what was used longest ago until the cache holds $DLLM_CACHE_BYTES (20 GiB) at most.
+
+    A file that is mapped stays readable for who has it open.
+    """
+    limit = int(os.environ.get("DLLM_CACHE_BYTES") or _CACHE_BYTES)
+    items = sorted(cached.list("objects"), key=lambda item: int(item.stamp))
+    total = sum(item.size for item in items)
+    for item in items:
+        if total <= limit:
+            return
+        if item.key != keep:
+            cached.delete(item.key)
+            total -= item.size
 
 
 @dataclass(frozen=True)
@@ -137,7 +155,11 @@ class S3Store:
         stat = cached.stat(cache_key)
         if stat is None or stat.size != head["ContentLength"]:
             cached.put(cache_key, self.read(key))
-        return cached.path(cache_key)
+            _prune(cached, cache_key)
+        path = cached.path(cache_key)
+        with contextlib.suppress(OSError):
+            os.utime(path)  # the cache drops what was used longest ago
+        return path
 
     def put(self, key: str, data: bytes) -> None:
         """One PUT: S3 shows an object whole or not at all."""

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dllm_core.checkpoints.store import Checkpoint, CheckpointStore, TrainPosition
-from dllm_core.data.loader import Loader
+from dllm_core.data.loader import Batches
 from dllm_core.errors import DivergedError
 from dllm_core.model.pretrained import WEIGHTS_NAME, weights_of
 from dllm_core.objective.loss import Objective
@@ -35,7 +35,7 @@ class Trainer:
         config: TrainConfig,
         backend: Backend,
         objective: Objective,
-        loader: Loader,
+        loader: Batches,
         checkpoints: CheckpointStore,
         events: TrainEvents,
         *,

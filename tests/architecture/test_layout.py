@@ -52,8 +52,10 @@ def test_a_file_says_what_it_is_and_has_one_room(path):
         ("deepspeed", {"dllm_core/training/deepspeed_backend.py"}),
         ("boto3", {"dllm_core/storage/s3.py"}),
         ("botocore", {"dllm_core/storage/s3.py"}),
-        ("datasets", {"dllm_core/data/corpus.py"}),
+        ("datasets", {"dllm_core/data/readers.py"}),
         ("tokenizers", {"dllm_core/data/tokenizer.py"}),
+        ("fastokens", {"dllm_core/data/tokenizer.py"}),
+        ("rensa", {"dllm_core/data/dedup.py"}),
     ],
 )
 def test_a_library_is_imported_in_the_one_file_that_wraps_it(library, only):

@@ -5,7 +5,6 @@ checkpoints/bundle -> serve/replica -> decoding/engine.
 """
 
 import itertools
-import json
 import os
 import signal
 import socket
@@ -20,6 +19,7 @@ from conftest import make_small_corpus, small_recipe
 from dllm_core.checkpoints.bundle import BundleManifest
 from dllm_core.checkpoints.run_dir import JsonLines
 from dllm_core.config.fingerprint import unseal
+from dllm_core.data.manifest import read_manifest
 from dllm_core.model import load_denoiser
 from dllm_core.storage.store import file_sha256, sha256
 from workflows.console import Console
@@ -79,14 +79,14 @@ def test_every_promised_file_is_there(river):
     for name in ("recipe.yaml", "metrics.jsonl", "events.jsonl", "report.html", "bundle/bundle.json", "tensorboard"):
         assert (run / name).exists(), name
     corpus = Path(target.plan.url)
-    manifest = json.loads((corpus / "manifest.json").read_text())
+    manifest = read_manifest(target.run.store, target.corpus)
     assert sorted(path.name for path in (corpus / "noise").iterdir()) == ["epoch-000", "epoch-001"]
     for shard in [
-        *manifest["train"]["shards"],
-        *manifest["heldout"]["shards"],
-        *itertools.chain(*manifest["noise_epochs"]),
+        *manifest.train.shards,
+        *manifest.heldout.shards,
+        *itertools.chain(*manifest.noise_epochs),
     ]:
-        assert file_sha256(corpus / shard["key"]) == shard["sha256"]
+        assert file_sha256(corpus / shard.key) == shard.sha256
 
 
 def test_a_killed_worker_is_restarted_and_goes_on_from_the_last_checkpoint(river):

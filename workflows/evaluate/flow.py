@@ -13,7 +13,7 @@ import torch
 
 from dllm_core.checkpoints.bundle import ModelBundle, read_bundle
 from dllm_core.checkpoints.run_dir import RunDir
-from dllm_core.data.loader import reader
+from dllm_core.data.loader import split_rows
 from dllm_core.data.manifest import CorpusManifest, read_manifest
 from dllm_core.decoding.engine import Engine
 from dllm_core.evaluation.generation import DecodeCost, measure_decoding
@@ -98,30 +98,27 @@ def _opened(job: EvaluateJob) -> tuple[ModelBundle, CorpusManifest, str]:
     return bundle, read_manifest(job.run.store, bundle.manifest.lineage.corpus), device
 
 
-def _read(job: EvaluateJob, manifest: CorpusManifest, rows: Ints) -> tuple[Ints, Any]:
-    ids, counts = reader(job.run.store, manifest, manifest.heldout).read(("ids", "num_tokens"), rows)
-    return ids.astype(np.int64), np.arange(manifest.seq_len) < counts[:, None]
-
-
 def _score(job: EvaluateJob, rows: Ints) -> _Scored:
     bundle, manifest, device = _opened(job)
-    x0, counted = _read(job, manifest, rows)
+    read = split_rows(job.run.store, manifest, manifest.heldout, rows)
     scores = score_rows(
         bundle.denoiser(device),
         bundle.process,
-        x0,
-        counted,
+        read.x0,
+        read.is_learned,
         rows,
         seed=job.recipe.seed,
         draws=job.recipe.evaluate.draws,
         device=torch.device(device),
+        segment_ids=read.segment_ids,
+        not_noised=~read.is_learned if read.has_prompt else None,
     )
-    return _Scored(scores, np.bincount(x0[counted], minlength=manifest.vocab_size))
+    return _Scored(scores, np.bincount(read.x0[read.is_learned], minlength=manifest.vocab_size))
 
 
 def _decode(job: EvaluateJob, rows: Ints) -> DecodeCost:
     bundle, manifest, device = _opened(job)
     chosen = rows[np.linspace(0, len(rows) - 1, min(job.recipe.evaluate.prompts, len(rows))).astype(np.int64)]
-    x0, _ = _read(job, manifest, chosen)
+    x0 = split_rows(job.run.store, manifest, manifest.heldout, chosen).x0
     engine = Engine.of(bundle, device, job.recipe.serve.max_batch_tokens)
     return measure_decoding(engine, x0, job.recipe.decode, context=manifest.seq_len, seed=job.recipe.seed)

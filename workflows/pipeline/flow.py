@@ -264,7 +264,7 @@ def _about_corpus(manifest: CorpusManifest) -> str:
     return (
         f"{count.documents_in:,} documents, {manifest.train.tokens:,} + {manifest.heldout.tokens:,} held-out tokens, "
         f"vocabulary {manifest.vocab_size:,}, {len(manifest.noise_epochs)} epochs of noise"
-        + (f", [yellow]{count.quarantined:,} bad records in quarantine[/yellow]" if count.quarantined else "")
+        + (f", [yellow]{count.num_quarantined:,} bad records in quarantine[/yellow]" if count.num_quarantined else "")
     )
 
 

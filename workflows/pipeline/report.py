@@ -1,9 +1,6 @@
 """report.html: one self-contained page with the loss curve, the noise, one decode unfolding, and the lineage."""
 
-import base64
 import html
-import io
-import json
 from typing import Any
 
 import numpy as np
@@ -13,22 +10,9 @@ from dllm_core.checkpoints.run_dir import JsonLines, RunDir
 from dllm_core.data.loader import Loader
 from dllm_core.data.manifest import read_manifest
 from dllm_core.decoding.engine import Engine
+from workflows.drawing import ACCENT, INK, SOFT, axes, cell, figures, page, png, table
 from workflows.generate.unfold import Frame, request_for, unfold
 from workflows.recipe import Recipe
-
-_INK, _ACCENT, _SOFT = "#1f2430", "#2a6fdb", "#9db7e0"
-_STYLE = """
-body{font:16px/1.55 system-ui,sans-serif;color:#1f2430;max-width:60rem;margin:2.5rem auto;padding:0 1.2rem}
-h1{font-size:1.6rem;margin-bottom:.2rem}h2{font-size:1.15rem;margin:2.2rem 0 .6rem}p.sub{color:#667;margin-top:0}
-img{width:100%;height:auto}table{border-collapse:collapse;width:100%;font-size:.92rem}
-td,th{padding:.3rem .7rem .3rem 0;text-align:left;border-bottom:1px solid #e6e8ee;vertical-align:top}
-.figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(15rem,1fr));gap:1rem;margin:1.4rem 0}
-.figures div{background:#f4f6fa;border-radius:.5rem;padding:.8rem 1rem}.figures b{display:block;font-size:1.45rem}
-.figures span{color:#667;font-size:.85rem}.canvas{font:13px/1.6 ui-monospace,monospace;background:#f7f8fb;
-border-radius:.5rem;padding:.7rem .9rem;overflow-x:auto}.canvas div{white-space:pre}
-.canvas i{color:#99a;font-style:normal}
-.given{color:#99a}.open{color:#c5cad6}.new{background:#d5e6ff;color:#0b3f91;border-radius:2px}code{font-size:.88rem}
-"""
 
 
 def write_report(recipe: Recipe, run: RunDir) -> None:
@@ -38,28 +22,22 @@ def write_report(recipe: Recipe, run: RunDir) -> None:
     answers = (run.read_json("stages/serve.json") or {"result": {"answers": []}})["result"]["answers"]
     records = JsonLines(run, "metrics.jsonl").read()
     frames = _frames(recipe, bundle)
-    page = "".join(
-        [
-            f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(run.name)}</title>",
-            "<meta name=viewport content='width=device-width'>",
-            f"<style>{_STYLE}</style><h1>{html.escape(run.name)}</h1>",
-            f"<p class=sub>{html.escape(run.url)}</p>",
-            _figures(records, evaluation),
-            "<h2>Training</h2>",
-            _loss_curve(records, evaluation),
-            "<h2>The forward process: what the denoiser is shown</h2>",
-            _noise(recipe, run, bundle),
-            "<h2>The reverse: one decode, call by call</h2>",
-            _canvas(frames, recipe),
-            "<h2>What the endpoint answered</h2>",
-            _answers(answers),
-            "<h2>Lineage</h2>",
-            _table(bundle.manifest.lineage.model_dump(mode="json")),
-            "<h2>Recipe</h2>",
-            f"<pre class=canvas>{html.escape(recipe.to_yaml())}</pre></html>",
-        ]
-    )
-    run.store.put(run.key("report.html"), page.encode())
+    parts = [
+        _figures(records, evaluation),
+        "<h2>Training</h2>",
+        _loss_curve(records, evaluation),
+        "<h2>The forward process: what the denoiser is shown</h2>",
+        _noise(recipe, run, bundle),
+        "<h2>The reverse: one decode, call by call</h2>",
+        _canvas(frames, recipe),
+        "<h2>What the endpoint answered</h2>",
+        _answers(answers),
+        "<h2>Lineage</h2>",
+        table(bundle.manifest.lineage.model_dump(mode="json")),
+        "<h2>Recipe</h2>",
+        f"<pre class=canvas>{html.escape(recipe.to_yaml())}</pre>",
+    ]
+    run.store.put(run.key("report.html"), page(run.name, run.url, *parts))
 
 
 def _figures(records: list[dict[str, Any]], evaluation: dict[str, Any]) -> str:
@@ -76,23 +54,21 @@ def _figures(records: list[dict[str, Any]], evaluation: dict[str, Any]) -> str:
         rate = float(np.median([record["tokens_per_s"] for record in records]))
         cards.append((f"{rate / 1000:.1f}k", "training tokens/s (median)"))
         cards.append((f"{records[-1]['tokens'] / 1e6:.2f}M", f"tokens in {records[-1]['step']:,} steps"))
-    items = "".join(f"<div><b>{html.escape(value)}</b><span>{html.escape(name)}</span></div>" for value, name in cards)
-    return f"<div class=figures>{items}</div>"
+    return figures(cards)
 
 
 def _loss_curve(records: list[dict[str, Any]], evaluation: dict[str, Any]) -> str:
     if not records:
         return "<p>No steps were logged.</p>"
-    figure, axes = _axes(1, 1, 3.6)
-    axis = axes[0]
+    figure, [axis] = axes(1, 1, 3.6)
     tokens = np.array([record["tokens"] for record in records]) / 1e6
     bound = np.array([record["bound"] for record in records])
     width = max(1, len(bound) // 40)
     kernel = np.ones(width) / width
     smooth = np.convolve(np.pad(bound, (width - 1, 0), mode="edge"), kernel, mode="valid")
-    axis.plot(tokens, bound, color=_SOFT, lw=0.7, label="training NELBO")
-    axis.plot(tokens, smooth, color=_ACCENT, lw=1.8, label=f"mean of {width} records")
-    axis.axhline(evaluation["unigram_entropy"], color=_INK, lw=1, ls="--", label="unigram entropy, held out")
+    axis.plot(tokens, bound, color=SOFT, lw=0.7, label="training NELBO")
+    axis.plot(tokens, smooth, color=ACCENT, lw=1.8, label=f"mean of {width} records")
+    axis.axhline(evaluation["unigram_entropy"], color=INK, lw=1, ls="--", label="unigram entropy, held out")
     axis.errorbar(
         [tokens[-1]],
         [evaluation["nelbo"]],
@@ -105,7 +81,7 @@ def _loss_curve(records: list[dict[str, Any]], evaluation: dict[str, Any]) -> st
     top = float(np.quantile(bound, 0.995))
     axis.set(xlabel="tokens seen, millions", ylabel="nats/token", ylim=(0, top * 1.05), xlim=(0, None))
     axis.legend(frameon=False, fontsize=9)
-    return _png(figure, "training and held-out NELBO over tokens seen")
+    return png(figure, "training and held-out NELBO over tokens seen")
 
 
 def _noise(recipe: Recipe, run: RunDir, bundle: ModelBundle) -> str:
@@ -116,13 +92,13 @@ def _noise(recipe: Recipe, run: RunDir, bundle: ModelBundle) -> str:
     batch = loader.batch(0, min(512, manifest.train.rows))
     t = batch.t[:, 0]
     rate = (batch.xt != batch.x0).mean(1)
-    figure, (left, right) = _axes(1, 2, 3.0)
+    figure, (left, right) = axes(1, 2, 3.0)
     grid = np.linspace(0, 1, 101, dtype=np.float32)
-    left.scatter(t, rate, s=6, color=_SOFT, label="rows")
-    left.plot(grid, 1 - recipe.noise.process.schedule.alpha(grid), color=_ACCENT, label="1 - alpha(t)")
+    left.scatter(t, rate, s=6, color=SOFT, label="rows")
+    left.plot(grid, 1 - recipe.noise.process.schedule.alpha(grid), color=ACCENT, label="1 - alpha(t)")
     left.set(xlabel="t", ylabel="share of masked tokens")
     left.legend(frameon=False, fontsize=9)
-    right.hist(t, bins=20, range=(0, 1), color=_SOFT, edgecolor="white")
+    right.hist(t, bins=20, range=(0, 1), color=SOFT, edgecolor="white")
     right.set(xlabel="t", ylabel="rows", title=f"t of the first {len(t)} rows: stratified along the order")
     right.title.set_fontsize(9)
     process = manifest.process.bind(tokenizer.mask_id)
@@ -132,11 +108,11 @@ def _noise(recipe: Recipe, run: RunDir, bundle: ModelBundle) -> str:
     for time in (0.1, 0.4, 0.7, 1.0):
         xt = process.corrupt(x0, np.full((1, 1), time, np.float32), u)[0]
         shown = [
-            "<span class=open>░</span>" if int(token) == tokenizer.mask_id else _token(tokenizer.token_text(int(token)))
+            "<span class=open>░</span>" if int(token) == tokenizer.mask_id else cell(tokenizer.token_text(int(token)))
             for token in xt
         ]
         lines.append(f"<div><i>t = {time:.1f}  </i>{''.join(shown)}</div>")
-    return _png(figure, "mask rate against t") + f"<div class=canvas>{''.join(lines)}</div>"
+    return png(figure, "mask rate against t") + f"<div class=canvas>{''.join(lines)}</div>"
 
 
 def _frames(recipe: Recipe, bundle: ModelBundle) -> list[Frame]:
@@ -160,11 +136,11 @@ def _canvas(frames: list[Frame], recipe: Recipe) -> str:
             if frame.is_open[i]:
                 cells.append("<span class=open>░</span>")
             elif not frame.first <= i < frame.stop:
-                cells.append(f"<span class=given>{_token(token)}</span>")
+                cells.append(f"<span class=given>{cell(token)}</span>")
             elif frame.committed_at[i] == frame.num_calls:
-                cells.append(f"<span class=new>{_token(token)}</span>")
+                cells.append(f"<span class=new>{cell(token)}</span>")
             else:
-                cells.append(_token(token))
+                cells.append(cell(token))
         lines.append(f"<div><i>{frame.num_calls:>3}  </i>{''.join(cells)}</div>")
     answer = frames[-1].answer
     assert answer is not None
@@ -178,38 +154,10 @@ def _canvas(frames: list[Frame], recipe: Recipe) -> str:
 
 def _answers(answers: list[dict[str, Any]]) -> str:
     rows = "".join(
-        f"<tr><td><code><span class=given>{_token(a['prompt'])}</span>{_token(a['text'])}"
-        f"<span class=given>{_token(a['suffix'] or '')}</span></code></td>"
+        f"<tr><td><code><span class=given>{cell(a['prompt'])}</span>{cell(a['text'])}"
+        f"<span class=given>{cell(a['suffix'] or '')}</span></code></td>"
         f"<td>{a['num_tokens']} tokens</td><td>{a['num_calls']} calls</td>"
         f"<td>{a['tokens_per_call']:.2f} per call</td></tr>"
         for a in answers
     )
     return f"<table>{rows}</table>"
-
-
-def _table(values: dict[str, Any]) -> str:
-    rows = "".join(
-        f"<tr><th>{html.escape(name)}</th><td><code>{html.escape(json.dumps(value).strip(chr(34)))}</code></td></tr>"
-        for name, value in values.items()
-    )
-    return f"<table>{rows}</table>"
-
-
-def _token(text: str) -> str:
-    return html.escape(text).replace("\n", "⏎")
-
-
-def _axes(rows: int, columns: int, height: float) -> tuple[Any, list[Any]]:
-    from matplotlib.figure import Figure  # without pyplot: no display, no global state
-
-    figure = Figure(figsize=(9, height), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).ravel().tolist()
-    for axis in axes:
-        axis.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
-def _png(figure: Any, alt: str) -> str:
-    sink = io.BytesIO()
-    figure.savefig(sink, format="png", dpi=160)
-    return f"<img alt='{html.escape(alt)}' src='data:image/png;base64,{base64.b64encode(sink.getvalue()).decode()}'>"

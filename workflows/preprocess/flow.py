@@ -2,35 +2,50 @@
 
     dllm preprocess workflows/recipes/quickstart.yaml noise.epochs=4
 
-Two rounds of tasks (tokens, then noise, which needs the number of all rows), then the manifest. Every task leaves a
-receipt, so a run that was killed goes on with what is missing.
+Rounds of tasks (signatures where duplicates are removed, tokens, then noise, which needs the number of all rows), then
+the manifest. Every task leaves a receipt, so a run that was killed goes on with what is missing.
 """
 
 import json
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from dllm_core.config.fingerprint import seal
 from dllm_core.data.build import (
     CorpusJob,
+    FileReceipt,
     UnitReceipt,
+    decide,
+    decisions_key,
     finished,
     noise_receipt_key,
     noise_shard,
     sample_texts,
+    sign_unit,
+    signature_receipt_key,
     tokenize_unit,
     unit_receipt_key,
 )
-from dllm_core.data.corpus import HubCorpus, Unit, hub_units, plan_units
+from dllm_core.data.corpus import HubSource
 from dllm_core.data.loader import corpus_noise
-from dllm_core.data.manifest import Accounting, CorpusManifest, Split, corpus_prefix, read_manifest
+from dllm_core.data.manifest import (
+    Accounting,
+    CorpusManifest,
+    Split,
+    corpus_prefix,
+    first_rows,
+    has_manifest,
+    read_manifest,
+    write_manifest,
+)
+from dllm_core.data.readers import load_hub
 from dllm_core.data.shard import ShardInfo
-from dllm_core.data.sources import Sources, find_sources
+from dllm_core.data.sources import find_files
 from dllm_core.data.tokenizer import Tokenizer
+from dllm_core.data.units import SourceFiles, Unit, hub_units, plan_units
 from dllm_core.errors import DataError
 from dllm_core.storage.store import Store
 from workflows.fan_out import FanOut
@@ -45,7 +60,7 @@ class CorpusPlan:
 
     recipe: Recipe
     store: Store
-    sources: Sources
+    listed: tuple[SourceFiles, ...]
     fingerprint: str
 
     @property
@@ -54,15 +69,37 @@ class CorpusPlan:
         return f"{self.store.url}/{corpus_prefix(self.fingerprint)}"
 
     @property
+    def num_bytes(self) -> int:
+        """Bytes of all files, as they are stored; 0 for a hub corpus."""
+        return sum(item.size for files in self.listed for item in files.files)
+
+    @property
     def bytes_needed(self) -> int:
         """A low estimate of what tokens and noise will take: one token for every 4 bytes of text."""
         seq_len = self.recipe.packing.seq_len
-        rows = sum(item.size for item in self.sources.files) // (4 * seq_len)
+        rows = self.num_bytes // (4 * seq_len)
         return rows * (2 * seq_len + self.recipe.noise.epochs * (seq_len // 8 + 4))
+
+    def job(self) -> CorpusJob:
+        """What a task is given."""
+        return CorpusJob(
+            corpus=self.recipe.corpus,
+            stores=tuple(files.store for files in self.listed),
+            output=self.store,
+            prefix=corpus_prefix(self.fingerprint),
+            packing=self.recipe.packing,
+        )
+
+    def units(self) -> list[Unit]:
+        """The work, cut. Reads the index of every table file; a hub corpus is asked for its shards."""
+        corpus = self.recipe.corpus
+        if isinstance(corpus, HubSource):
+            return hub_units(corpus, load_hub(corpus).num_shards)
+        return plan_units(corpus, self.listed)
 
     def existing(self) -> CorpusManifest | None:
         """The finished corpus, if it has all the noise that the recipe asks for."""
-        if not self.store.exists(f"{corpus_prefix(self.fingerprint)}/manifest.json"):
+        if not has_manifest(self.store, self.fingerprint):
             return None
         manifest = read_manifest(self.store, self.fingerprint)
         return manifest if len(manifest.noise_epochs) >= self.recipe.noise.epochs else None
@@ -72,9 +109,8 @@ def plan_corpus(recipe: Recipe, store: Store) -> CorpusPlan:
     """List the sources and name the corpus. Fast; every mistake about paths is found here."""
     if recipe.tokenizer.path is not None:
         Tokenizer.from_file(Path(recipe.tokenizer.path), recipe.tokenizer)  # a bad one is refused before work starts
-    is_hub = isinstance(recipe.corpus, HubCorpus)
-    sources = Sources(store, ()) if is_hub else find_sources(recipe.corpus, store)
-    return CorpusPlan(recipe, store, sources, recipe.corpus_fingerprint(sources.files))
+    listed = find_files(recipe.corpus, store)
+    return CorpusPlan(recipe, store, listed, recipe.corpus_fingerprint([f for files in listed for f in files.files]))
 
 
 @dataclass
@@ -88,16 +124,11 @@ class Preprocessing:
 
     def run(self) -> CorpusManifest:
         """Make what is missing; the manifest is written last."""
-        recipe, plan = self.plan.recipe, self.plan
-        job = CorpusJob(
-            corpus=recipe.corpus,
-            source=plan.sources.store,
-            output=plan.store,
-            prefix=corpus_prefix(plan.fingerprint),
-            seq_len=recipe.packing.seq_len,
-        )
-        units = self._units()
+        recipe, plan, job = self.plan.recipe, self.plan, self.plan.job()
+        units = plan.units()
         tokenizer = self._tokenizer(job, units)
+        if recipe.corpus.dedup is not None:
+            self._duplicates(job, units)
         receipts = self._tokens(job, tokenizer, units)
         accounting = self._accounted(receipts)
         train = Split(shards=tuple(receipt.train for receipt in receipts if receipt.train.rows))
@@ -106,13 +137,16 @@ class Preprocessing:
         manifest = CorpusManifest(
             fingerprint=plan.fingerprint,
             source=recipe.corpus.model_dump(mode="json"),
+            units=len(units),
             tokenizer=tokenizer.config,
             tokenizer_sha256=tokenizer.digest,
+            tokenizer_engine=tokenizer.engine,
             vocab_size=tokenizer.vocab_size,
-            seq_len=recipe.packing.seq_len,
+            packing=recipe.packing,
             seed=recipe.seed,
             process=recipe.noise.process,
             t_min=recipe.noise.t_min,
+            block_length=recipe.noise.block_length,
             accounting=accounting,
             train=train,
             heldout=heldout,
@@ -120,12 +154,8 @@ class Preprocessing:
         )
         noise = self._noise(job, manifest, tokenizer.mask_id)
         manifest = manifest.model_copy(update={"noise_epochs": noise})
-        plan.store.put(job.key("manifest.json"), seal(manifest))
+        write_manifest(plan.store, manifest)
         return manifest
-
-    def _units(self) -> list[Unit]:
-        corpus = self.plan.recipe.corpus
-        return hub_units(corpus) if isinstance(corpus, HubCorpus) else plan_units(corpus, list(self.plan.sources.files))
 
     def _tokenizer(self, job: CorpusJob, units: list[Unit]) -> Tokenizer:
         """The recipe's tokenizer, or one trained on the corpus; it is kept beside the shards."""
@@ -143,6 +173,21 @@ class Preprocessing:
         job.output.put(key, tokenizer.json_text.encode())
         return tokenizer
 
+    def _duplicates(self, job: CorpusJob, units: list[Unit]) -> None:
+        """The first pass over all documents, and what follows from it."""
+        done: dict[int, FileReceipt] = {}
+        for unit in units:
+            receipt = finished(job, signature_receipt_key(unit.index), FileReceipt)
+            if receipt is not None:
+                done[unit.index] = receipt
+        missing = [unit for unit in units if unit.index not in done]
+        for receipt in self._tasks("signatures", partial(sign_unit, job), missing, units):
+            done[receipt.shard.unit] = receipt
+        if missing or not all(job.output.exists(job.key(decisions_key(unit.index))) for unit in units):
+            self.on_progress("finding duplicates", 0, 0)
+            receipts = [done[unit.index] for unit in units]
+            self.fan_out(partial(decide, job), [receipts], workers=1, on_done=lambda done: None)
+
     def _tokens(self, job: CorpusJob, tokenizer: Tokenizer, units: list[Unit]) -> list[UnitReceipt]:
         done: dict[int, UnitReceipt] = {}
         for unit in units:
@@ -150,59 +195,64 @@ class Preprocessing:
             if receipt is not None:
                 done[unit.index] = receipt
         missing = [unit for unit in units if unit.index not in done]
-        for receipt in self._tasks("tokens", partial(tokenize_unit, job, tokenizer), missing, len(units)):
+        for receipt in self._tasks("tokens", partial(tokenize_unit, job, tokenizer), missing, units):
             done[receipt.unit] = receipt
         return [done[unit.index] for unit in units]
 
     def _noise(self, job: CorpusJob, manifest: CorpusManifest, mask_id: int) -> tuple[tuple[ShardInfo, ...], ...]:
         shards = manifest.train.shards
-        first_rows = [0, *accumulate(shard.rows for shard in shards)]
         wanted = [
             _NoiseTask(shard, first_row, epoch)
             for epoch in range(self.plan.recipe.noise.epochs)
-            for shard, first_row in zip(shards, first_rows, strict=False)
+            for shard, first_row in zip(shards, first_rows(shards), strict=True)
         ]
         done: dict[tuple[int, int], ShardInfo] = {}
         for task in wanted:
-            receipt = finished(job, noise_receipt_key(task.epoch, task.tokens.unit), ShardInfo)
+            receipt = finished(job, noise_receipt_key(task.epoch, task.tokens.unit), FileReceipt)
             if receipt is not None:
-                done[task.epoch, task.tokens.unit] = receipt
+                done[task.epoch, task.tokens.unit] = receipt.shard
         missing = [task for task in wanted if (task.epoch, task.tokens.unit) not in done]
         draw = partial(_draw_noise, job, manifest, mask_id)
-        for task, info in zip(missing, self._tasks("noise", draw, missing, len(wanted)), strict=True):
-            done[task.epoch, task.tokens.unit] = info
+        for task, made in zip(missing, self._tasks("noise", draw, missing, wanted), strict=True):
+            done[task.epoch, task.tokens.unit] = made.shard
         epochs = range(self.plan.recipe.noise.epochs)
         return tuple(tuple(done[epoch, shard.unit] for shard in shards) for epoch in epochs)
 
-    def _tasks(self, what: str, function: Callable[[Any], Any], missing: list[Any], total: int) -> list[Any]:
-        before = total - len(missing)
+    def _tasks(self, what: str, function: Callable[[Any], Any], missing: list[Any], wanted: list[Any]) -> list[Any]:
+        before, total = len(wanted) - len(missing), len(wanted)
         self.on_progress(what, before, total)
         if not missing:
             return []
         self.ran += len(missing)
+        begun, num_bytes = time.monotonic(), self.plan.num_bytes * len(missing) / total
+
+        def tell(done: int) -> None:
+            seconds = max(time.monotonic() - begun, 1e-3)
+            rate = num_bytes * done / len(missing) / seconds
+            left = seconds / done * (len(missing) - done)
+            told = f"{what}  {before + done:,}/{total:,}" + (f"  {rate / 1e6:.1f} MB/s" if rate else "")
+            self.on_progress(f"{told}  {left:.0f} s left", before + done, total)
+
         workers = self.plan.recipe.placement.preprocess.workers
-        return self.fan_out(
-            function,
-            missing,
-            workers=workers,
-            on_done=lambda done: self.on_progress(what, before + done, total),
-        )
+        return self.fan_out(function, missing, workers=workers, on_done=tell)
 
     def _accounted(self, receipts: list[UnitReceipt]) -> Accounting:
         total = Accounting()
         for receipt in receipts:
             receipt.accounting.check(f"unit {receipt.unit}")
             total = total + receipt.accounting
+        total.check("corpus")
         allowed = self.plan.recipe.corpus.max_bad_fraction
-        if total.quarantined > allowed * total.documents_in:
-            share = f"{total.quarantined} of {total.documents_in} records are bad, {allowed:.0%} are allowed"
+        if total.num_quarantined > allowed * total.documents_in:
+            share = f"{total.num_quarantined} of {total.documents_in} records are bad, {allowed:.0%} are allowed"
             remedy = f"see {self.plan.url}/quarantine; narrow corpus.glob or raise corpus.max_bad_fraction"
             raise DataError("corpus.max_bad_fraction", share, remedy=remedy)
         return total
 
     def _refuse_empty(self, train: Split, heldout: Split) -> None:
         if not train.rows:
-            raise DataError("corpus.path", "no text to train on", self.plan.recipe.corpus.path)
+            path = getattr(self.plan.recipe.corpus, "path", "the mixture")
+            raise DataError("corpus.path", "no text to train on", path)
         if heldout.rows < 2:
             fraction = self.plan.recipe.corpus.heldout_fraction
             remedy = "raise it, or cut documents finer: corpus.document=paragraph or line"
@@ -216,7 +266,7 @@ class _NoiseTask:
     epoch: int
 
 
-def _draw_noise(job: CorpusJob, manifest: CorpusManifest, mask_id: int, task: _NoiseTask) -> ShardInfo:
+def _draw_noise(job: CorpusJob, manifest: CorpusManifest, mask_id: int, task: _NoiseTask) -> FileReceipt:
     return noise_shard(job, corpus_noise(manifest, mask_id), task.tokens, task.first_row, task.epoch)
 
 
@@ -243,5 +293,6 @@ def summary(manifest: CorpusManifest, ran: int) -> dict[str, Any]:
         "heldout_rows": manifest.heldout.rows,
         "heldout_tokens": manifest.heldout.tokens,
         "vocab_size": manifest.vocab_size,
+        "tokenizer_engine": manifest.tokenizer_engine,
         "noise_epochs": len(manifest.noise_epochs),
     }

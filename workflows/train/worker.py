@@ -12,7 +12,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from dllm_core.checkpoints.run_dir import JsonLines
 from dllm_core.checkpoints.store import CheckpointStore
-from dllm_core.data.loader import Loader
+from dllm_core.data.loader import Loader, Prefetcher
 from dllm_core.data.manifest import read_manifest, read_tokenizer
 from dllm_core.errors import CheckpointError
 from dllm_core.model.denoiser import Denoiser
@@ -61,7 +61,7 @@ def train_worker(config: dict[str, Any]) -> None:
         recipe.train,
         backend,
         MaskedDiffusion(recipe.objective, manifest.process.bind(mask_id), device),
-        Loader.open(job.run.store, manifest, mask_id),
+        Prefetcher(Loader.open(job.run.store, manifest, mask_id)),
         checkpoints,
         _Listener(job, announcer, newest.manifest.position.step if newest else 0) if rank == 0 else _Silence(),
         samples_per_epoch=manifest.train.rows,

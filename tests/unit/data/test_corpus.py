@@ -3,25 +3,18 @@
 import json
 import re
 import unicodedata
+from pathlib import Path
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from dllm_core.data import corpus as corpus_module
-from dllm_core.data.corpus import (
-    BadRecord,
-    CorpusBase,
-    Document,
-    JsonlCorpus,
-    Segment,
-    TextCorpus,
-    Unit,
-    list_sources,
-    plan_units,
-    read_unit,
-)
-from dllm_core.data.sources import find_sources, unicode_names
+from dllm_core.data import readers
+from dllm_core.data.corpus import CorpusBase, JsonlCorpus, TextCorpus, TextRecord
+from dllm_core.data.readers import read_unit
+from dllm_core.data.records import BadRecord, Document
+from dllm_core.data.sources import find_source, unicode_names
+from dllm_core.data.units import Segment, SourceFiles, Unit, list_files, plan_units
 from dllm_core.errors import DataError
 from dllm_core.storage.store import LocalStore, StoredObject
 
@@ -50,7 +43,11 @@ def new_store(tmp_path_factory):
 
 
 def read(corpus: CorpusBase, store: LocalStore, units: list[Unit]) -> list[Document | BadRecord]:
-    return [record for unit in units for record in read_unit(corpus, store, unit)]
+    return [record for unit in units for record in read_unit(corpus, (store,), unit)]
+
+
+def planned(corpus: CorpusBase, files: list[StoredObject]) -> list[Unit]:
+    return plan_units(corpus, [SourceFiles(LocalStore(Path("/nowhere")), tuple(files))])
 
 
 def as_one_unit(**files: bytes) -> list[Unit]:
@@ -92,9 +89,9 @@ def test_units_of_any_size_hold_every_record_once_as_it_is_in_the_whole_file(
 ):
     store = new_store(one=one, two=two)
     corpus = TextCorpus(path="x", document=kind).model_copy(update={"unit_bytes": unit_bytes})
-    units = plan_units(corpus, [item for item in store.list() if item.size])
+    units = planned(corpus, [item for item in store.list() if item.size])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(corpus_module, "_READ_AHEAD", ahead)
+        patch.setattr(readers, "_READ_AHEAD", ahead)
         found = read(corpus, store, units)
     assert found == [*records_of("one", kind, one), *records_of("two", kind, two)]
 
@@ -106,7 +103,7 @@ def test_jsonl_of_any_text_comes_back_whatever_the_units(new_store, lines, unit_
     data = "".join(json.dumps({"text": line}, ensure_ascii=False) + end for line in lines).encode()
     store = new_store(x=data)
     corpus = JsonlCorpus(path="x").model_copy(update={"unit_bytes": unit_bytes})
-    found = read(corpus, store, plan_units(corpus, list(store.list())))
+    found = read(corpus, store, planned(corpus, list(store.list())))
     assert [record.text for record in found] == lines
 
 
@@ -119,7 +116,7 @@ def test_jsonl_of_any_text_comes_back_whatever_the_units(new_store, lines, unit_
 def test_units_hold_every_byte_once_and_have_the_size_that_was_asked_for(sizes, unit_bytes, kind):
     corpus = TextCorpus(path="x", document=kind).model_copy(update={"unit_bytes": unit_bytes})
     sources = [StoredObject(f"f{i}", size, "") for i, size in enumerate(sizes)]
-    units = plan_units(corpus, sources)
+    units = planned(corpus, sources)
     assert [unit.index for unit in units] == list(range(len(units)))
     segments = [segment for unit in units for segment in unit.segments]
     covered = [(segment.key, at) for segment in segments for at in range(segment.start, segment.stop)]
@@ -136,14 +133,14 @@ def test_a_record_longer_than_its_unit_and_the_read_ahead_is_whole(new_store):
     long = b"x" * 300_000
     data = b"first\n" + long + b"\nlast"
     store, corpus = new_store(x=data), TextCorpus(path="x", document="line", unit_bytes=1024)
-    found = read(corpus, store, plan_units(corpus, list(store.list())))
+    found = read(corpus, store, planned(corpus, list(store.list())))
     assert [(record.offset, len(record.text)) for record in found] == [(0, 5), (6, 300_000), (300_007, 4)]
 
 
 def test_a_file_that_is_one_document_is_never_cut_and_loses_its_byte_order_mark(new_store):
     text = "\ufeffone\r\n\n" + "two\n" * 2000
     store, corpus = new_store(x=text.encode(), y=b"other"), TextCorpus(path="x", unit_bytes=1024)
-    found = read(corpus, store, plan_units(corpus, list(store.list())))
+    found = read(corpus, store, planned(corpus, list(store.list())))
     assert found == [Document(text.removeprefix("\ufeff"), "x", 0), Document("other", "y", 0)]
 
 
@@ -190,7 +187,7 @@ def test_a_bad_line_of_json_is_kept_with_its_reason_and_its_neighbours_are_read(
 
 def test_the_text_field_is_the_one_that_was_named_and_a_pair_of_surrogates_is_a_character(new_store):
     data = rb'{"text": "no", "body": "\ud83d\ude00"}'
-    [found] = read(JsonlCorpus(path="x", text_field="body"), new_store(x=data), as_one_unit(x=data))
+    [found] = read(JsonlCorpus(path="x", record=TextRecord(field="body")), new_store(x=data), as_one_unit(x=data))
     assert found.text == "\U0001f600"
 
 
@@ -222,7 +219,7 @@ def test_a_glob_chooses_files_below_the_path_and_stars_do_not_cross_folders(stor
         store.put(f"{prefix}/{name}".lstrip("/"), b"x")
     store.put("below/beside.txt" if prefix else "empty.txt", b"")
     found = [
-        item.key.removeprefix(f"{prefix}/" if prefix else "") for item in list_sources(corpus_at(glob), store, prefix)
+        item.key.removeprefix(f"{prefix}/" if prefix else "") for item in list_files(corpus_at(glob), store, prefix)
     ]
     assert found == sorted(expected)
 
@@ -236,15 +233,15 @@ def test_a_corpus_without_text_is_refused_by_its_path(store):
     store.put("folder/.hidden", b"x")
     for glob, prefix in (("**/*", ""), ("*.md", ""), ("**/*", "folder"), ("**/*", "nowhere")):
         with pytest.raises(DataError, match=r"corpus\.path: no file matches"):
-            list_sources(corpus_at(glob), store, prefix)
+            list_files(corpus_at(glob), store, prefix)
     with pytest.raises(DataError, match=r"corpus\.path: is an empty file"):
-        list_sources(corpus_at("**/*"), store, "empty.txt")
+        list_files(corpus_at("**/*"), store, "empty.txt")
 
 
 def test_a_single_file_is_a_corpus_whatever_its_name_and_the_glob(store):
     store.put("folder/.notes", b"text")
     path = str(store.path("folder/.notes"))
-    sources = find_sources(TextCorpus(path=path, glob="*.txt"), store)
+    sources = find_source(TextCorpus(path=path, glob="*.txt"), store)
     [item] = sources.files
     assert sources.store.read(item.key) == b"text"
 
@@ -252,7 +249,7 @@ def test_a_single_file_is_a_corpus_whatever_its_name_and_the_glob(store):
 @pytest.mark.parametrize(("path", "problem"), [("no/such", "no such file or folder"), ("python:x", "no such text")])
 def test_a_path_that_is_not_there_is_refused(store, path, problem):
     with pytest.raises(DataError, match=rf"corpus\.path: {problem}.*{path}"):
-        find_sources(TextCorpus(path=path), store)
+        find_source(TextCorpus(path=path), store)
 
 
 def test_the_names_of_characters_are_those_not_made_from_the_code_point_in_columns_of_at_most_sixteen():
@@ -267,6 +264,6 @@ def test_the_names_of_characters_are_those_not_made_from_the_code_point_in_colum
 
 def test_a_corpus_that_python_carries_is_made_once(store):
     corpus = TextCorpus(path="python:unicode-names", document="paragraph")
-    first, second = find_sources(corpus, store), find_sources(corpus, store)
+    first, second = find_source(corpus, store), find_source(corpus, store)
     assert first == second
     assert first.store.read(first.files[0].key).decode() == unicode_names()

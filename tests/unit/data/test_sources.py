@@ -3,7 +3,7 @@
 import pytest
 
 from dllm_core.data.corpus import TextCorpus
-from dllm_core.data.sources import find_sources, unicode_names
+from dllm_core.data.sources import find_source, unicode_names
 from dllm_core.errors import DataError
 from dllm_core.storage.store import LocalStore
 from workflows.preprocess.flow import plan_corpus
@@ -25,7 +25,7 @@ def test_the_unicode_names_are_columns_of_names():
 
 
 def test_the_standard_library_is_there_without_what_was_installed_beside_it(tmp_path):
-    found = find_sources(TextCorpus(path="python:stdlib", glob="**/*.py"), LocalStore(tmp_path))
+    found = find_source(TextCorpus(path="python:stdlib", glob="**/*.py"), LocalStore(tmp_path))
     keys = {item.key for item in found.files}
     assert {"os.py", "json/decoder.py"} <= keys
     assert not any(key.startswith("site-packages/") for key in keys)
@@ -34,10 +34,10 @@ def test_the_standard_library_is_there_without_what_was_installed_beside_it(tmp_
 def test_what_we_make_inside_the_corpus_is_no_part_of_it(tmp_path):
     (tmp_path / "a.txt").write_text("text")
     root = LocalStore(tmp_path / "dllm-runs")
-    before = find_sources(TextCorpus(path=str(tmp_path)), root)
+    before = find_source(TextCorpus(path=str(tmp_path)), root)
     root.put("corpora/x/manifest.json", b"{}")
-    assert [item.key for item in find_sources(TextCorpus(path=str(tmp_path)), root).files] == ["a.txt"]
-    assert before == find_sources(TextCorpus(path=str(tmp_path)), root)
+    assert [item.key for item in find_source(TextCorpus(path=str(tmp_path)), root).files] == ["a.txt"]
+    assert before == find_source(TextCorpus(path=str(tmp_path)), root)
 
 
 @pytest.mark.parametrize(
@@ -50,5 +50,5 @@ def test_what_is_not_there_is_refused_in_one_line(tmp_path, path, problem):
         (tmp_path / "empty").mkdir()
         problem = "no file matches"
     with pytest.raises(DataError, match=problem) as caught:
-        find_sources(TextCorpus(path=path), LocalStore(tmp_path / "root"))
+        find_source(TextCorpus(path=path), LocalStore(tmp_path / "root"))
     assert caught.value.place == "corpus.path"

@@ -99,3 +99,17 @@ def test_what_was_fetched_is_not_downloaded_again_unless_its_copy_was_cut_short(
     assert server.requests == before + 1  # the question for its ETag
     copy.write_bytes(b"byt")
     assert store.fetch("a").read_bytes() == b"bytes"
+
+
+def test_the_cache_holds_what_it_may_and_drops_what_was_used_longest_ago(server, store, monkeypatch):
+    for name in "abcd":
+        store.put(name, name.encode() * 100)
+    monkeypatch.setenv("DLLM_CACHE_BYTES", "250")
+    first = store.fetch("a")
+    second = store.fetch("b")
+    store.fetch("a")  # used again: `b` is now the oldest
+    third = store.fetch("c")
+    assert first.exists()
+    assert third.read_bytes() == b"c" * 100
+    assert not second.exists()
+    assert store.fetch("b").read_bytes() == b"b" * 100

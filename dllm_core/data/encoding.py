@@ -1,0 +1,59 @@
+"""Documents -> token runs. A plain document is learned whole; of a conversation only what the assistant says.
+
+A conversation is spelled `<|user|>` text `<|end|>` `<|assistant|>` text `<|end|>`: the markers are special tokens, so
+no text can spell them. What is learned of a turn is its text and its end, which is what a decoder has to produce.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dllm_core.data.packing import Ids, TokenRun
+from dllm_core.data.records import Document
+from dllm_core.data.tokenizer import Tokenizer
+
+
+def encode_documents(tokenizer: Tokenizer, documents: Sequence[Document]) -> TokenRun:
+    """Token run of documents, in order. The end token of each is added when it is packed."""
+    if not any(document.parts for document in documents):
+        ids, offsets = tokenizer.encode_flat([document.text for document in documents])
+        return TokenRun(ids, offsets)
+    spelled = [_spelled(tokenizer, document) for document in documents]
+    texts = [piece for pieces in spelled for piece, _ in pieces if isinstance(piece, str)]
+    ids, offsets = tokenizer.encode_flat(texts)
+    run_ids: list[Ids] = []
+    learned: list[NDArray[np.bool_]] = []
+    lengths, text = [], 0
+    for pieces in spelled:
+        length = 0
+        for piece, is_learned in pieces:
+            if isinstance(piece, str):
+                part = ids[offsets[text] : offsets[text + 1]]
+                text += 1
+            else:
+                part = np.array([piece], dtype=np.uint32)
+            run_ids.append(part)
+            learned.append(np.full(len(part), is_learned))
+            length += len(part)
+        lengths.append(length)
+    return TokenRun(
+        np.concatenate([*run_ids, np.empty(0, np.uint32)]),
+        np.cumsum([0, *lengths], dtype=np.int64),
+        np.concatenate([*learned, np.empty(0, bool)]),
+    )
+
+
+def _spelled(tokenizer: Tokenizer, document: Document) -> list[tuple[str | int, bool]]:
+    """(text or marker id, whether it is learned)."""
+    if not document.parts:
+        return [(document.text, True)]
+    pieces: list[tuple[str | int, bool]] = []
+    for part in document.parts:
+        if part.role is None:
+            pieces.append((part.text, part.is_learned))
+        else:
+            pieces.append((tokenizer.role_id(part.role), False))
+            pieces.append((part.text, part.is_learned))
+            pieces.append((tokenizer.end_of_turn_id, part.is_learned))
+    return pieces

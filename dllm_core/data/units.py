@@ -1,0 +1,128 @@
+"""Units: a corpus cut into work that tasks do on their own.
+
+Unit ids come from sorted names, sizes and `unit_bytes` alone, never from workers. A byte range is split at record ends:
+a record belongs to the unit in which it starts.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dllm_core.config.base import Frozen
+from dllm_core.data.corpus import ArrowSource, CorpusBase, HubSource, ParquetSource, SourceBase, TextSource
+from dllm_core.errors import DataError
+from dllm_core.storage.file import StoredFile
+from dllm_core.storage.store import Store, StoredObject
+
+COMPRESSED = (".gz", ".zst")
+
+
+class Segment(Frozen):
+    """Part [start, stop) of one file: bytes; row groups or record batches of a table; row shard `start` of `stop`."""
+
+    key: str
+    start: int
+    stop: int
+
+
+class Unit(Frozen):
+    """The work of one task: segments of one source. num_bytes: of input, as far as known beforehand."""
+
+    index: int
+    source: int = 0
+    segments: tuple[Segment, ...]
+    num_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class SourceFiles:
+    """One source's files, listed: `store` reads their keys."""
+
+    store: Store
+    files: tuple[StoredObject, ...]
+
+
+def list_files(source: SourceBase, store: Store, prefix: str) -> list[StoredObject]:
+    """The source's files in the order of their names; a source without any is an error."""
+    named = store.stat(prefix) if prefix else None
+    if named is not None:
+        if not named.size:
+            raise DataError("corpus.path", "is an empty file", source.path, "name a file with text")
+        return [named]
+    pattern = re.compile(_glob_regex(source.glob))
+    found = [item for item in store.list(prefix) if item.size and pattern.fullmatch(_below(item.key, prefix))]
+    found = [item for item in found if not any(part.startswith(".") for part in _below(item.key, prefix).split("/"))]
+    if not found:
+        raise DataError("corpus.path", f"no file matches {source.glob!r}", source.path, "check the path and the glob")
+    return found
+
+
+def plan_units(corpus: CorpusBase, listed: Sequence[SourceFiles]) -> list[Unit]:
+    """Cut every source's files into units of about `unit_bytes`; a unit never holds two sources."""
+    units: list[Unit] = []
+    for index, (source, files) in enumerate(zip(corpus.all_sources, listed, strict=True)):
+        segments: list[Segment] = []
+        filled = 0
+        for segment, num_bytes, is_last in _segments(source, files, corpus.unit_bytes):
+            segments.append(segment)
+            filled += num_bytes
+            if filled >= corpus.unit_bytes or is_last:
+                units.append(Unit(index=len(units), source=index, segments=tuple(segments), num_bytes=filled))
+                segments, filled = [], 0
+    return units
+
+
+def _segments(source: SourceBase, listed: SourceFiles, unit_bytes: int) -> Iterable[tuple[Segment, int, bool]]:
+    """(segment, bytes, whether it is the source's last). A byte range ends where its unit is full."""
+    filled = 0
+    for number, item in enumerate(listed.files):
+        is_last_file = number == len(listed.files) - 1
+        if isinstance(source, ParquetSource | ArrowSource):
+            sizes = _table_parts(source, listed.store, item)
+            for part, size in enumerate(sizes):
+                yield Segment(key=item.key, start=part, stop=part + 1), size, is_last_file and part == len(sizes) - 1
+            continue
+        whole = item.key.endswith(COMPRESSED) or (isinstance(source, TextSource) and source.document == "file")
+        start = 0
+        while start < item.size:
+            stop = item.size if whole else min(item.size, start + unit_bytes - filled)
+            filled += stop - start
+            yield Segment(key=item.key, start=start, stop=stop), stop - start, is_last_file and stop == item.size
+            filled = 0 if filled >= unit_bytes else filled
+            start = stop
+
+
+def _table_parts(source: SourceBase, store: Store, item: StoredObject) -> list[int]:
+    """Bytes of each row group or record batch; only the table's own index is read."""
+    try:
+        with StoredFile(store, item) as file:
+            if isinstance(source, ParquetSource):
+                footer = pq.ParquetFile(file).metadata
+                return [footer.row_group(i).total_byte_size for i in range(footer.num_row_groups)] or [0]
+            if file.read(6) != b"ARROW1":
+                return [item.size]  # the stream format has no index: one part
+            batches = int(pa.ipc.open_file(file).num_record_batches)
+            return [item.size // batches] * batches if batches else [0]
+    except (pa.ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise DataError("corpus.path", f"is not a {source.type} file ({reason})", item.key) from error  # type: ignore[attr-defined]
+
+
+def hub_units(source: HubSource, num_shards: int) -> list[Unit]:
+    """One unit for each shard that the data set streams in."""
+    key = f"hub:{source.path}"
+    return [Unit(index=i, segments=(Segment(key=key, start=i, stop=num_shards),)) for i in range(num_shards)]
+
+
+def _below(key: str, prefix: str) -> str:
+    return key.removeprefix(f"{prefix}/") if prefix else key
+
+
+def _glob_regex(glob: str) -> str:
+    """`**/` crosses folders, `*` and `?` do not."""
+    parts = re.split(r"(\*\*/|\*\*|\*|\?)", glob)
+    meaning = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+    return "".join(meaning.get(part, re.escape(part)) for part in parts)

@@ -1,0 +1,97 @@
+"""Verify: does a finished corpus hold what its manifest promises? Each check is of one shard, so any worker does it.
+
+Arrow's own validation passes a flipped bit: what counts is the sha256, then what the numbers mean.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from dllm_core.data.build import CorpusJob
+from dllm_core.data.loader import corpus_noise
+from dllm_core.data.manifest import CorpusManifest, first_rows
+from dllm_core.data.noising import pack_bits, unpack_bits
+from dllm_core.data.packing import IsolatedPacking
+from dllm_core.data.shard import ShardInfo, id_type, map_shard
+from dllm_core.errors import DataError
+
+_SAMPLE_ROWS = 64
+
+
+@dataclass(frozen=True)
+class ShardCheck:
+    """One shard to look at. epoch: of noise, None for tokens; tokens: its token shard; first_row: the row id there."""
+
+    shard: ShardInfo
+    epoch: int | None = None
+    tokens: ShardInfo | None = None
+    first_row: int = 0
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is wrong with one shard. epoch as in ShardCheck."""
+
+    key: str
+    unit: int
+    epoch: int | None
+    what: str
+
+
+def checks_of(manifest: CorpusManifest) -> list[ShardCheck]:
+    """Every shard of a corpus: tokens, held-out tokens, then noise."""
+    checks = [ShardCheck(shard) for shard in (*manifest.train.shards, *manifest.heldout.shards)]
+    starts = first_rows(manifest.train.shards)
+    for epoch, shards in enumerate(manifest.noise_epochs):
+        for shard, tokens, first_row in zip(shards, manifest.train.shards, starts, strict=True):
+            checks.append(ShardCheck(shard, epoch, tokens, first_row))
+    return checks
+
+
+def verify_shard(job: CorpusJob, manifest: CorpusManifest, mask_id: int, check: ShardCheck) -> Problem | None:
+    """The first thing that is wrong with a shard, or None."""
+    try:
+        is_noise = check.epoch is not None
+        what = _noise(job, manifest, mask_id, check) if is_noise else _tokens(job, manifest, check.shard)
+    except DataError as error:
+        what = error.problem
+    except (pa.ArrowException, KeyError, ValueError) as error:
+        what = f"cannot be read ({error})"
+    return None if what is None else Problem(check.shard.key, check.shard.unit, check.epoch, what)
+
+
+def _tokens(job: CorpusJob, manifest: CorpusManifest, shard: ShardInfo) -> str | None:
+    views = map_shard(job.output, job.prefix, shard)
+    ids, counts = views["ids"], views["num_tokens"]
+    if ids.shape != (shard.rows, manifest.seq_len) or ids.dtype != id_type(manifest.vocab_size):
+        return f"ids are {ids.dtype} {list(ids.shape)}, not [{shard.rows} {manifest.seq_len}]"
+    if isinstance(manifest.packing, IsolatedPacking) != ("starts" in views):
+        return "document boundaries are not as the packing asks"
+    if len(ids) and int(ids.max()) >= manifest.vocab_size:
+        return f"holds the id {int(ids.max())}, the vocabulary ends at {manifest.vocab_size}"
+    if len(counts) and not 1 <= int(counts.min()) <= int(counts.max()) <= manifest.seq_len:
+        return "counts more tokens than a row has"
+    if int(counts.sum()) != shard.tokens:
+        return f"holds {int(counts.sum())} tokens, the manifest says {shard.tokens}"
+    return None
+
+
+def _noise(job: CorpusJob, manifest: CorpusManifest, mask_id: int, check: ShardCheck) -> str | None:
+    assert check.tokens is not None
+    assert check.epoch is not None
+    views = map_shard(job.output, job.prefix, check.shard)
+    if len(views["t"]) != check.tokens.rows:
+        return f"holds noise of {len(views['t'])} rows, its tokens have {check.tokens.rows}"
+    try:
+        tokens = map_shard(job.output, job.prefix, check.tokens)
+    except DataError:
+        return None  # the check of the tokens says so; this file is what the manifest promises
+    rows = np.unique(np.linspace(0, check.tokens.rows - 1, min(_SAMPLE_ROWS, check.tokens.rows)).astype(np.int64))
+    x0 = tokens["ids"][rows].astype(np.int64)
+    is_learned = unpack_bits(tokens["is_learned"][rows], manifest.seq_len) if "is_learned" in tokens else None
+    noise = corpus_noise(manifest, mask_id)
+    xt, t = noise.corrupt(check.epoch, check.first_row + rows, x0, is_learned)
+    if not np.array_equal(t, views["t"][rows]) or not np.array_equal(pack_bits(xt != x0), views["is_noised"][rows]):
+        return "is not the noise that is computed for these rows"
+    return None

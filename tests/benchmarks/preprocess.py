@@ -1,0 +1,101 @@
+"""Text tree -> committed token and noise shards, against the raw tokenizer's own rate in the same run.
+
+    python tests/benchmarks/preprocess.py [--vocab 32768] [--seq-len 1024]
+
+One JSON line: million tokens a second on one core, the tokenizer alone, their ratio and two processes against one.
+The corpus is the standard library's sources.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+
+os.environ.update(RAYON_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
+
+from dllm_core.data.build import CorpusJob, noise_shard, tokenize_unit
+from dllm_core.data.corpus import TextCorpus
+from dllm_core.data.noising import CorpusNoise
+from dllm_core.data.order import SampleOrder
+from dllm_core.data.packing import WrapPacking
+from dllm_core.data.readers import read_unit
+from dllm_core.data.records import Document
+from dllm_core.data.sources import find_files
+from dllm_core.data.tokenizer import Tokenizer, TokenizerConfig
+from dllm_core.data.units import plan_units
+from dllm_core.noise.absorbing import AbsorbingProcess
+from dllm_core.storage.store import LocalStore
+
+
+def work(job: CorpusJob, tokenizer: Tokenizer, noise: CorpusNoise, unit) -> int:
+    """One unit, to committed tokens and one epoch of noise; its tokens."""
+    receipt = tokenize_unit(job, tokenizer, unit)
+    if receipt.train.rows:
+        noise_shard(job, noise, receipt.train, 0, 0)
+    return receipt.train.tokens + receipt.heldout.tokens
+
+
+def one_after_the_other(job, tokenizer, noise, units) -> int:
+    return sum(work(job, tokenizer, noise, unit) for unit in units)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--vocab", type=int, default=32768)
+    parser.add_argument("--seq-len", type=int, default=1024)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        corpus = TextCorpus(path="python:stdlib", glob="**/*.py", unit_bytes=1 << 20)
+        listed = find_files(corpus, LocalStore(Path(scratch)))
+        units = plan_units(corpus, listed)
+        stores = tuple(files.store for files in listed)
+        texts = [r.text for unit in units for r in read_unit(corpus, stores, unit) if isinstance(r, Document)]
+        tokenizer = Tokenizer.train(texts[:400], TokenizerConfig(vocab_size=options.vocab))
+        engine = tokenizer.engine  # and its self-test
+        job = CorpusJob(corpus, stores, LocalStore(Path(scratch)), "corpora/x", WrapPacking(seq_len=options.seq_len))
+        noise = CorpusNoise(AbsorbingProcess(mask_id=tokenizer.mask_id), SampleOrder(1, 1 << 24), 1e-3)
+
+        def timed(function) -> tuple[float, int]:
+            begun = time.perf_counter()
+            tokens = function()
+            return time.perf_counter() - begun, tokens
+
+        raw, tokens = min(timed(lambda: len(tokenizer.encode_flat(texts)[0])) for _ in range(2))
+        one, made = min(timed(lambda: one_after_the_other(job, tokenizer, noise, units)) for _ in range(2))
+        with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+            task = partial(work, job, tokenizer, noise)
+            list(pool.map(task, units[:4]))  # both are started and warm
+            two, _ = min(timed(lambda: sum(pool.map(task, units))) for _ in range(2))
+        print(
+            json.dumps(
+                {
+                    "benchmark": "preprocess",
+                    "engine": engine,
+                    "vocab": tokenizer.vocab_size,
+                    "seq_len": options.seq_len,
+                    "bytes": sum(unit.num_bytes for unit in units),
+                    "mtokens_per_s_one_core": round(made / one / 1e6, 2),
+                    "tokenizer_alone": round(tokens / raw / 1e6, 2),
+                    "ratio": round((made / one) / (tokens / raw), 3),
+                    "two_processes_against_one": round(one / two, 2),
+                    "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+                    "machine": f"{platform.machine()} {os.cpu_count()} cores",
+                    "commit": subprocess.run(
+                        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+                    ).stdout.strip(),
+                }
+            )
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

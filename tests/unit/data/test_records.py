@@ -1,0 +1,94 @@
+"""Conversations and pairs: what is read, what is learned, and that no text can play a marker."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import small_text
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dllm_core.data.corpus import ChatRecord, PairRecord, TextRecord
+from dllm_core.data.encoding import encode_documents
+from dllm_core.data.records import BadRecord, Document, from_json
+from dllm_core.data.tokenizer import ChatTemplate, Tokenizer, TokenizerConfig
+from dllm_core.errors import ConfigError
+
+MARKERS = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
+texts = st.text(max_size=12) | st.sampled_from([*MARKERS, "<|mask|> a", "RED 1"])
+messages = st.lists(
+    st.fixed_dictionaries({"role": st.sampled_from(["system", "user", "assistant"]), "content": texts}), max_size=5
+).map(lambda found: [*found, {"role": "assistant", "content": "yes"}])
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    config = TokenizerConfig(vocab_size=320, chat=ChatTemplate())
+    return Tokenizer.train(small_text(40).split("\n\n"), config)
+
+
+def parsed(record, values) -> Document | BadRecord:
+    raw = json.dumps(values).encode()
+    return from_json(record, "file", 0, raw)
+
+
+@settings(max_examples=80, deadline=None)
+@given(conversation=messages)
+def test_the_assistants_turns_and_their_ends_are_learned_and_nothing_else(tokenizer, conversation):
+    document = parsed(ChatRecord(), {"messages": conversation})
+    run = encode_documents(tokenizer, [document])
+    expected_ids, expected_learned = [], []
+    for message in conversation:
+        own = tokenizer.encode(message["content"])
+        is_learned = message["role"] == "assistant"
+        expected_ids += [tokenizer.role_id(message["role"]), *own, tokenizer.end_of_turn_id]
+        expected_learned += [False, *[is_learned] * len(own), is_learned]
+    assert run.ids.tolist() == expected_ids
+    assert run.is_learned.tolist() == expected_learned
+
+
+@given(conversation=messages)
+def test_no_text_spells_a_marker(tokenizer, conversation):
+    run = encode_documents(tokenizer, [parsed(ChatRecord(), {"messages": conversation})])
+    markers = {tokenizer.role_id(role) for role in ("system", "user", "assistant")} | {tokenizer.end_of_turn_id}
+    assert sum(int(i) in markers for i in run.ids) == 2 * len(conversation)
+
+
+@given(prompt=texts, answer=texts)
+def test_a_pair_learns_its_answer_alone(tokenizer, prompt, answer):
+    run = encode_documents(tokenizer, [parsed(PairRecord(), {"prompt": prompt, "answer": answer})])
+    head, tail = tokenizer.encode(prompt), tokenizer.encode(answer)
+    assert run.ids.tolist() == head + tail
+    assert run.is_learned.tolist() == [False] * len(head) + [True] * len(tail)
+
+
+def test_plain_documents_take_the_bulk_path_and_are_learned_whole(tokenizer):
+    documents = [parsed(TextRecord(), {"text": text}) for text in ("RED", "", "BLUE 2")]
+    run = encode_documents(tokenizer, documents)
+    assert run.is_learned is None
+    assert np.diff(run.offsets).tolist() == [len(tokenizer.encode(text)) for text in ("RED", "", "BLUE 2")]
+
+
+BAD_CHATS = [
+    ({}, "no field 'messages'"),
+    ({"messages": []}, "no list of messages"),
+    ({"messages": "hello"}, "no list of messages"),
+    ({"messages": [{"role": "robot", "content": "x"}]}, "without a role"),
+    ({"messages": ["x"]}, "without a role"),
+    ({"messages": [{"role": "user", "content": "x"}]}, "no message of the assistant"),
+    ({"messages": [{"role": "assistant"}]}, "no field 'content'"),
+    ({"messages": [{"role": "assistant", "content": 3}]}, "is not a string"),
+]
+
+
+@pytest.mark.parametrize(("values", "reason"), BAD_CHATS, ids=[reason for _, reason in BAD_CHATS])
+def test_what_is_no_conversation_is_kept_with_its_reason(values, reason):
+    record = parsed(ChatRecord(), values)
+    assert isinstance(record, BadRecord)
+    assert reason in record.reason
+
+
+def test_a_tokenizer_without_markers_refuses_conversations(tokenizer):
+    plain = Tokenizer.train(["RED"], TokenizerConfig(vocab_size=300))
+    with pytest.raises(ConfigError, match=r"tokenizer\.chat: missing"):
+        encode_documents(plain, [parsed(ChatRecord(), {"messages": [{"role": "assistant", "content": "x"}]})])

@@ -1,0 +1,138 @@
+"""No damage passes `verify`, no whole corpus is accused, and `repair` gives the very bytes back."""
+
+import random
+import shutil
+
+import numpy as np
+import pytest
+from conftest import SmallCorpus, make_small_corpus
+
+from dllm_core.config.fingerprint import seal, unseal
+from dllm_core.data.build import to_arrow
+from dllm_core.data.manifest import corpus_prefix
+from dllm_core.data.shard import map_shard
+from dllm_core.data.verify import ShardCheck, checks_of, verify_shard
+from dllm_core.errors import DataError
+from dllm_core.storage.store import LocalStore, sha256
+from workflows.fan_out import serially
+from workflows.preprocess.flow import CorpusPlan, Preprocessing, plan_corpus
+from workflows.preprocess.verbs import plan, repair, verify
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> SmallCorpus:
+    return make_small_corpus(tmp_path_factory.mktemp("whole"))
+
+
+@pytest.fixture
+def copy(whole, tmp_path):
+    """The corpus in a folder of its own: its plan, the folder, every file's bytes."""
+    root = tmp_path / "storage"
+    shutil.copytree(whole.store.root, root)
+    found = plan_corpus(whole.recipe, LocalStore(root))
+    folder = root / corpus_prefix(found.fingerprint)
+    return found, folder, {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def problems(corpus: CorpusPlan) -> list[str]:
+    try:
+        return [problem.key for problem in verify(corpus, serially, lambda *told: None)]
+    except DataError as error:
+        return [error.place]
+
+
+def test_a_whole_corpus_is_never_accused(copy):
+    for _ in range(3):
+        assert problems(copy[0]) == []
+
+
+def test_every_flipped_bit_cut_end_swap_and_loss_is_found_by_its_file(copy):
+    corpus, folder, files = copy
+    rng = random.Random(0)
+    paths = [folder / check.shard.key for check in checks_of(corpus.existing())]
+    for trial in range(150):
+        path = rng.choice(paths)
+        kind = ("flip", "cut", "swap", "delete", "double")[trial % 5]
+        data = bytearray(files[path])
+        if kind == "flip":
+            data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        elif kind == "cut":
+            del data[rng.randrange(len(data)) :]
+        elif kind == "double":
+            data = data + data
+        elif kind == "swap":
+            other = rng.choice([p for p in paths if p.parent == path.parent and files[p] != files[path]])
+            data = bytearray(files[other])
+        path.unlink()
+        if kind != "delete":
+            path.write_bytes(data)
+        assert path.relative_to(folder).as_posix() in problems(corpus), kind
+        path.write_bytes(files[path])
+    assert problems(corpus) == []
+
+
+def test_a_flipped_bit_in_the_manifest_its_tables_or_the_tokenizer_is_found(copy):
+    corpus, folder, files = copy
+    rng = random.Random(1)
+    for path in [folder / "manifest.json", folder / "tokenizer.json", *folder.glob("manifest/*")]:
+        for _ in range(15):
+            data = bytearray(files[path])
+            data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+            path.write_bytes(data)
+            assert problems(corpus), path.name
+        path.write_bytes(files[path])
+
+
+def test_numbers_that_mean_nothing_are_found_though_every_sha256_is_right(copy):
+    """A shard and a manifest that were both made wrong: an id outside the vocabulary, noise of another epoch."""
+    corpus, folder, _ = copy
+    job = corpus.job()
+    manifest = corpus.existing()
+    shard = manifest.train.shards[0]
+    columns = {name: np.array(values) for name, values in map_shard(job.output, job.prefix, shard).items()}
+    columns["ids"][0, 0] = 60_000
+    data = to_arrow(columns, {})
+    (folder / shard.key).write_bytes(data)
+    wrong = shard.model_copy(update={"bytes": len(data), "sha256": sha256(data)})
+    found = verify_shard(job, manifest, 0, ShardCheck(wrong))
+    assert "60000" in found.what
+    first, second = manifest.noise_epochs[0][1], manifest.noise_epochs[1][1]
+    swapped = ShardCheck(second, 0, manifest.train.shards[1], manifest.train.shards[0].rows)
+    assert "is not the noise" in verify_shard(job, manifest, 0, swapped).what
+    right = ShardCheck(first, 0, manifest.train.shards[1], manifest.train.shards[0].rows)
+    assert verify_shard(job, manifest, 0, right) is None
+
+
+@pytest.mark.parametrize("victims", ["tokens", "noise", "manifest.json", "manifest", "tokenizer.json"])
+def test_repair_gives_the_very_bytes_back_and_runs_only_what_was_bad(copy, victims):
+    corpus, folder, files = copy
+    paths = [path for path in files if path.relative_to(folder).as_posix().startswith(victims)]
+    for path in sorted(paths)[:2]:
+        path.write_bytes(files[path][:-3])
+    result = repair(corpus, serially, lambda *told: None)
+    again = {path: path.read_bytes() for path in files}
+    assert again == files
+    assert problems(corpus) == []
+    total = len(corpus.units()) + 2 * len(corpus.existing().train.shards)
+    assert result["tasks_run"] < total
+
+
+def test_repair_of_a_whole_corpus_runs_nothing(copy):
+    assert repair(copy[0], serially, lambda *told: None)["tasks_run"] == 0
+
+
+def test_a_plan_writes_nothing_and_says_what_a_run_then_makes(whole, tmp_path):
+    corpus = plan_corpus(whole.recipe, LocalStore(tmp_path / "new"))
+    told = plan(corpus)
+    assert not (tmp_path / "new" / "corpora").exists()
+    manifest = Preprocessing(corpus, serially).run()
+    assert told["units"] == manifest.units
+    assert told["units_done"] == 0
+    assert told["tokens"] == pytest.approx(manifest.train.tokens + manifest.heldout.tokens, rel=0.3)
+    assert plan(corpus)["units_done"] == manifest.units
+
+
+def test_a_manifest_with_a_seal_of_its_own_is_still_its_content(copy):
+    _, folder, files = copy
+    values = unseal(files[folder / "manifest.json"])
+    assert seal(values) == files[folder / "manifest.json"]

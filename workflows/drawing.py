@@ -1,0 +1,69 @@
+"""What reports are drawn with: one style, plots as inline PNGs, tables. Pages hold everything they need."""
+
+import base64
+import html
+import io
+import json
+from typing import Any
+
+INK, ACCENT, SOFT = "#1f2430", "#2a6fdb", "#9db7e0"
+STYLE = """
+body{font:16px/1.55 system-ui,sans-serif;color:#1f2430;max-width:60rem;margin:2.5rem auto;padding:0 1.2rem}
+h1{font-size:1.6rem;margin-bottom:.2rem}h2{font-size:1.15rem;margin:2.2rem 0 .6rem}p.sub{color:#667;margin-top:0}
+img{width:100%;height:auto}table{border-collapse:collapse;width:100%;font-size:.92rem}
+td,th{padding:.3rem .7rem .3rem 0;text-align:left;border-bottom:1px solid #e6e8ee;vertical-align:top}
+.figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(15rem,1fr));gap:1rem;margin:1.4rem 0}
+.figures div{background:#f4f6fa;border-radius:.5rem;padding:.8rem 1rem}.figures b{display:block;font-size:1.45rem}
+.figures span{color:#667;font-size:.85rem}.canvas{font:13px/1.6 ui-monospace,monospace;background:#f7f8fb;
+border-radius:.5rem;padding:.7rem .9rem;overflow-x:auto}.canvas div{white-space:pre}
+.canvas i{color:#99a;font-style:normal}
+.given{color:#99a}.open{color:#c5cad6}.new{background:#d5e6ff;color:#0b3f91;border-radius:2px}code{font-size:.88rem}
+"""
+
+
+def page(title: str, place: str, *parts: str) -> bytes:
+    """A whole page."""
+    head = (
+        f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title>"
+        "<meta name=viewport content='width=device-width'>"
+        f"<style>{STYLE}</style><h1>{html.escape(title)}</h1><p class=sub>{html.escape(place)}</p>"
+    )
+    return (head + "".join(parts) + "</html>").encode()
+
+
+def figures(cards: list[tuple[str, str]]) -> str:
+    """Large numbers, each (value, what it is)."""
+    items = "".join(f"<div><b>{html.escape(value)}</b><span>{html.escape(name)}</span></div>" for value, name in cards)
+    return f"<div class=figures>{items}</div>"
+
+
+def table(values: dict[str, Any]) -> str:
+    """Names and values."""
+    rows = "".join(
+        f"<tr><th>{html.escape(name)}</th><td><code>{html.escape(json.dumps(value).strip(chr(34)))}</code></td></tr>"
+        for name, value in values.items()
+    )
+    return f"<table>{rows}</table>"
+
+
+def cell(text: str) -> str:
+    """A token's text in a canvas."""
+    return html.escape(text).replace("\n", "⏎")
+
+
+def axes(rows: int, columns: int, height: float) -> tuple[Any, list[Any]]:
+    """A figure and its axes, row by row."""
+    from matplotlib.figure import Figure  # without pyplot: no display, no global state
+
+    figure = Figure(figsize=(9, height), layout="constrained")
+    found = figure.subplots(rows, columns, squeeze=False).ravel().tolist()
+    for axis in found:
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, found
+
+
+def png(figure: Any, alt: str) -> str:
+    """A figure as an image of the page."""
+    sink = io.BytesIO()
+    figure.savefig(sink, format="png", dpi=160)
+    return f"<img alt='{html.escape(alt)}' src='data:image/png;base64,{base64.b64encode(sink.getvalue()).decode()}'>"

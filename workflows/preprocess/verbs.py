@@ -1,0 +1,136 @@
+"""The preprocess verbs beside `run`: plan (what it would do), verify (is it whole), repair (what is not), inspect.
+
+dllm preprocess verify workflows/recipes/quickstart.yaml
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+from dllm_core.data.build import (
+    FileReceipt,
+    UnitReceipt,
+    finished,
+    noise_receipt_key,
+    sample_texts,
+    unit_receipt_key,
+)
+from dllm_core.data.manifest import NAME, read_manifest, read_tokenizer
+from dllm_core.data.tokenizer import Tokenizer
+from dllm_core.data.verify import Problem, checks_of, verify_shard
+from dllm_core.errors import DataError
+from workflows.fan_out import FanOut
+from workflows.preprocess.flow import CorpusPlan, OnProgress, Preprocessing
+
+_SAMPLE_BYTES = 1 << 20
+_WORKER_MIB = 220  # a Ray worker with pyarrow, numpy and a tokenizer, measured; units come on top
+
+
+def plan(corpus: CorpusPlan) -> dict[str, Any]:
+    """What a run would read and make. Nothing is written; a sample of at most 1 MB is tokenized for the estimates."""
+    recipe, job, units = corpus.recipe, corpus.job(), corpus.units()
+    done = sum(finished(job, unit_receipt_key(unit.index), UnitReceipt) is not None for unit in units)
+    texts = sample_texts(job, units[:1], _SAMPLE_BYTES)
+    sample = sum(len(text.encode()) for text in texts)
+    if not texts:
+        raise DataError("corpus.path", "no text in its first unit", recipe.corpus.type)
+    begun = time.perf_counter()
+    config = recipe.tokenizer.model_copy(update={"vocab_size": min(recipe.tokenizer.vocab_size, 4096), "path": None})
+    tokenizer = Tokenizer.train(texts[:256], config)
+    trained = time.perf_counter()
+    tokens = len(tokenizer.encode_flat(texts)[0])
+    rate = sample / max(time.perf_counter() - trained, 1e-6)
+    num_bytes = corpus.num_bytes
+    workers = recipe.placement.preprocess.workers
+    total_tokens = int(num_bytes * tokens / sample)
+    rows = -(-total_tokens // recipe.packing.seq_len)
+    epochs, seq_len = recipe.noise.epochs, recipe.packing.seq_len
+    id_bytes = 2 if recipe.tokenizer.vocab_size <= 1 << 16 else 4
+    # Reading, packing, hashing and writing cost about as much as encoding (tests/benchmarks/preprocess.py).
+    seconds = 2 * num_bytes / rate / workers + (trained - begun) + 3
+    return {
+        "corpus": corpus.url,
+        "files": sum(len(files.files) for files in corpus.listed),
+        "input_bytes": num_bytes,
+        "units": len(units),
+        "units_done": done,
+        "shards": len(units) * (2 + epochs),
+        "tokens": total_tokens,
+        "rows": rows,
+        "disk_bytes": rows * (id_bytes * seq_len + 4 + epochs * (seq_len // 8 + 4)),
+        "seconds": round(seconds, 1),
+        "memory_bytes": workers * ((_WORKER_MIB << 20) + 12 * recipe.corpus.unit_bytes),
+        "workers": workers,
+        "tokenizer_engine": tokenizer.engine,
+    }
+
+
+def verify(corpus: CorpusPlan, fan_out: FanOut, on_progress: OnProgress) -> list[Problem]:
+    """Everything that is wrong with a finished corpus; an unreadable manifest is a DataError."""
+    job, manifest = corpus.job(), read_manifest(corpus.store, corpus.fingerprint)
+    tokenizer = read_tokenizer(corpus.store, manifest)
+    manifest.accounting.check(f"{corpus.url}/{NAME}")
+    checks = checks_of(manifest)
+    on_progress("shards", 0, len(checks))
+    found = fan_out(
+        partial(verify_shard, job, manifest, tokenizer.mask_id),
+        checks,
+        workers=corpus.recipe.placement.preprocess.workers,
+        on_done=lambda done: on_progress("shards", done, len(checks)),
+    )
+    return [problem for problem in found if problem is not None]
+
+
+def repair(corpus: CorpusPlan, fan_out: FanOut, on_progress: OnProgress) -> dict[str, Any]:
+    """Run again exactly what is bad or missing: the steps whose receipts are taken back. Then verify."""
+    job, store = corpus.job(), corpus.store
+    try:
+        problems = verify(corpus, fan_out, on_progress)
+    except DataError as error:
+        problems = _without_manifest(corpus, error)
+    for problem in problems:
+        if problem.key == "tokenizer.json":
+            store.delete(job.key(problem.key))
+        elif problem.epoch is None:
+            store.delete(job.key(unit_receipt_key(problem.unit)))
+        else:
+            store.delete(job.key(noise_receipt_key(problem.epoch, problem.unit)))
+    work = Preprocessing(corpus, fan_out, on_progress)
+    if problems:
+        work.run()
+    left = verify(corpus, fan_out, on_progress)
+    if left:
+        raise DataError(left[0].key, f"still {left[0].what}", remedy=f"delete {corpus.url} and run again")
+    return {"corpus": corpus.url, "repaired": [asdict(problem) for problem in problems], "tasks_run": work.ran}
+
+
+def _without_manifest(corpus: CorpusPlan, error: DataError) -> list[Problem]:
+    """A manifest or tokenizer that cannot be read: receipts still say what was made, and each file is looked at."""
+    from dllm_core.storage.store import sha256
+
+    job = corpus.job()
+    problems = [Problem(NAME, -1, None, error.problem)]
+    tokenizer_key = job.key("tokenizer.json")
+    try:
+        Tokenizer(job.output.read(tokenizer_key).decode(), corpus.recipe.tokenizer, tokenizer_key)
+    except (DataError, UnicodeDecodeError):
+        problems.append(Problem("tokenizer.json", -1, None, "cannot be read"))
+    if "tokenizer" in error.problem:
+        problems.append(Problem("tokenizer.json", -1, None, error.problem))
+
+    def look(receipt: UnitReceipt | FileReceipt | None, epoch: int | None, shards: Callable[[Any], Any]) -> None:
+        if receipt is None:
+            return
+        for shard in shards(receipt):
+            if sha256(job.output.read(job.key(shard.key))) != shard.sha256:
+                problems.append(Problem(shard.key, shard.unit, epoch, "does not match its sha256"))
+
+    for unit in corpus.units():
+        key = unit_receipt_key(unit.index)
+        look(finished(job, key, UnitReceipt), None, lambda r: (r.train, r.heldout))
+        for epoch in range(corpus.recipe.noise.epochs):
+            noise = finished(job, noise_receipt_key(epoch, unit.index), FileReceipt)
+            look(noise, epoch, lambda r: (r.shard,))
+    return problems
