@@ -120,7 +120,7 @@ def _inflated_records(store: Store, segment: Segment, newlines: int, *, whole: b
             if whole:
                 continue
             # The last separator may go on in the next piece, so the record behind it is not begun yet.
-            cuts = [match for match in separator.finditer(data) if match.end() < len(data)]
+            cuts = [match for match in separator.finditer(data) if data[match.end() :] not in {b"", b"\r"}]
             begin = 0
             for match in cuts:
                 if match.start() > begin:

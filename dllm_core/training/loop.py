@@ -86,6 +86,8 @@ class Trainer:
                     self._save()
                 saved_at = self._position.step
             if progress >= 1:
+                # No rank leaves, and takes its connections down, while another still writes.
+                self._backend.sum_over_ranks([0.0])
                 return self._position
 
     def _progress(self, seconds: float) -> float:

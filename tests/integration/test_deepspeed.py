@@ -122,6 +122,9 @@ def train_rank(rank: int, job: Job) -> None:
     trainer.run()
     if not job.local:
         torch.distributed.destroy_process_group()
+        # DeepSpeed keeps the group's threads; at the interpreter's own end they sometimes abort the process
+        # ("terminate called without an active exception"), after all work is done.
+        os._exit(0)
 
 
 def train(
