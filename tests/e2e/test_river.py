@@ -79,6 +79,7 @@ def test_every_promised_file_is_there(river):
     for name in ("recipe.yaml", "metrics.jsonl", "events.jsonl", "report.html", "bundle/bundle.json", "tensorboard"):
         assert (run / name).exists(), name
     corpus = Path(target.plan.url)
+    assert {path.name for path in corpus.iterdir()} >= {"manifest.json", "tokens", "noise", "quarantine"}
     manifest = read_manifest(target.run.store, target.corpus)
     assert sorted(path.name for path in (corpus / "noise").iterdir()) == ["epoch-000", "epoch-001"]
     for shard in [

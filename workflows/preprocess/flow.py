@@ -134,6 +134,7 @@ class Preprocessing:
         train = Split(shards=tuple(receipt.train for receipt in receipts if receipt.train.rows))
         heldout = Split(shards=tuple(receipt.heldout for receipt in receipts if receipt.heldout.rows))
         self._refuse_empty(train, heldout)
+        plan.store.put(job.key("quarantine/summary.json"), accounting.model_dump_json(indent=1).encode())
         manifest = CorpusManifest(
             fingerprint=plan.fingerprint,
             source=recipe.corpus.model_dump(mode="json"),

@@ -156,6 +156,8 @@ def _removed(store: Store, manifest: CorpusManifest) -> str:
     axis.set(xlabel="records")
     shown = []
     for item in store.list(f"{corpus_prefix(manifest.fingerprint)}/quarantine"):
+        if not item.key.endswith(".jsonl"):
+            continue
         for line in store.read(item.key, 0, 1 << 16).decode("utf-8", "replace").splitlines():
             try:
                 record = json.loads(line)

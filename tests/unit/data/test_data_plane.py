@@ -38,7 +38,8 @@ def made(root: Path, **sections) -> SmallCorpus:
 
 def quarantine_of(corpus: SmallCorpus) -> list[dict]:
     prefix = f"{corpus_prefix(corpus.manifest.fingerprint)}/quarantine"
-    return [json.loads(line) for item in corpus.store.list(prefix) for line in corpus.store.read(item.key).splitlines()]
+    files = [item.key for item in corpus.store.list(prefix) if item.key.endswith(".jsonl")]
+    return [json.loads(line) for key in files for line in corpus.store.read(key).splitlines()]
 
 
 def texts_of(corpus: SmallCorpus) -> Counter:
