@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dllm_core.data.build import (
+    AnyReceipt,
     CorpusJob,
     FileReceipt,
     UnitReceipt,
@@ -176,11 +177,7 @@ class Preprocessing:
 
     def _duplicates(self, job: CorpusJob, units: list[Unit]) -> None:
         """The first pass over all documents, and what follows from it."""
-        done: dict[int, FileReceipt] = {}
-        for unit in units:
-            receipt = finished(job, signature_receipt_key(unit.index), FileReceipt)
-            if receipt is not None:
-                done[unit.index] = receipt
+        done = _receipts(job, units, signature_receipt_key, FileReceipt)
         missing = [unit for unit in units if unit.index not in done]
         for receipt in self._tasks("signatures", partial(sign_unit, job), missing, units):
             done[receipt.shard.unit] = receipt
@@ -190,11 +187,7 @@ class Preprocessing:
             self.fan_out(partial(decide, job), [receipts], workers=1, on_done=lambda done: None)
 
     def _tokens(self, job: CorpusJob, tokenizer: Tokenizer, units: list[Unit]) -> list[UnitReceipt]:
-        done: dict[int, UnitReceipt] = {}
-        for unit in units:
-            receipt = finished(job, unit_receipt_key(unit.index), UnitReceipt)
-            if receipt is not None:
-                done[unit.index] = receipt
+        done = _receipts(job, units, unit_receipt_key, UnitReceipt)
         missing = [unit for unit in units if unit.index not in done]
         for receipt in self._tasks("tokens", partial(tokenize_unit, job, tokenizer), missing, units):
             done[receipt.unit] = receipt
@@ -258,6 +251,14 @@ class Preprocessing:
             fraction = self.plan.recipe.corpus.heldout_fraction
             remedy = "raise it, or cut documents finer: corpus.document=paragraph or line"
             raise DataError("corpus.heldout_fraction", "fewer than 2 held-out rows to evaluate on", fraction, remedy)
+
+
+def _receipts(
+    job: CorpusJob, units: list[Unit], key_of: Callable[[int], str], kind: type[AnyReceipt]
+) -> dict[int, AnyReceipt]:
+    """What was completed before, by unit."""
+    found = {unit.index: finished(job, key_of(unit.index), kind) for unit in units}
+    return {index: receipt for index, receipt in found.items() if receipt is not None}
 
 
 @dataclass(frozen=True)
