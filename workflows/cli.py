@@ -14,7 +14,7 @@ from rich.markup import escape
 
 from dllm_core.errors import ConfigError, DataError, DllmError, RequestError
 from workflows.console import Console, Output
-from workflows.interrupts import exit_code_of, say_interrupted
+from workflows.interrupts import Interrupted, exit_code_of, say_interrupted
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -22,6 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Diffusion language models from corpus to endpoint. A verb takes a recipe file or a run's folder.",
 )
+_INTERRUPTED = 130
 _USAGE_ERROR: Any = typer.BadParameter.__base__  # click's, which newer typers carry inside and export no more
 TargetArg = Annotated[str, typer.Argument(metavar="RECIPE-or-RUN", help="a .yaml recipe, or a folder below runs/")]
 OverridesArg = Annotated[
@@ -137,7 +138,7 @@ def serve(target: TargetArg, overrides: OverridesArg = None, output: OutputOptio
 def run_command_line(words: list[str]) -> int:
     """Run `dllm WORDS`; the exit code. Mistakes in the words themselves are one line too."""
     try:
-        app(words or ["--help"], prog_name="dllm", standalone_mode=False)
+        code = app(words or ["--help"], prog_name="dllm", standalone_mode=False)
     except _EndedError as ended:
         return ended.code
     except _USAGE_ERROR as error:
@@ -147,8 +148,12 @@ def run_command_line(words: list[str]) -> int:
             Console("json" if as_json else "text"), ConfigError("command line", _one_line(error), remedy=remedy)
         )
     except typer.Exit as asked:
-        return asked.exit_code
-    return 0
+        code = asked.exit_code
+    except typer.Abort:
+        code = _INTERRUPTED
+    if code == _INTERRUPTED:  # a signal before a verb had begun, which the library that parses the words has caught
+        raise Interrupted if Interrupted.happened else KeyboardInterrupt
+    return code if isinstance(code, int) else 0
 
 
 def _stage(

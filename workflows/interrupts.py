@@ -10,13 +10,16 @@ from types import FrameType
 
 
 class Interrupted(KeyboardInterrupt):
-    """SIGTERM: ends a verb as Ctrl-C does, with its own exit code."""
+    """SIGTERM: ends a verb as Ctrl-C does, with its own exit code. happened: one was raised in this process."""
+
+    happened = False
 
 
 def end_on_sigterm() -> None:
     """Let SIGTERM unwind the stack. Ray takes the signal over when it starts: call this again after."""
 
     def raise_interrupted(number: int, frame: FrameType | None) -> None:
+        Interrupted.happened = True
         raise Interrupted
 
     signal.signal(signal.SIGTERM, raise_interrupted)
