@@ -114,3 +114,12 @@ def small_bundle(small_corpus: SmallCorpus, tmp_path_factory: pytest.TempPathFac
         ),
     )
     return run
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Torch on one thread for a whole file: bits and CPU time do not depend on the machine's cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -13,7 +13,7 @@ from dllm_core.checkpoints.run_dir import RunDir
 from dllm_core.config.base import Frozen
 from dllm_core.config.fingerprint import seal, unseal
 from dllm_core.errors import CheckpointError, ConfigError, DataError
-from dllm_core.storage.store import LocalStore, Store, file_sha256
+from dllm_core.storage.store import LocalStore, Store, fetch_intact, file_sha256
 
 _FOLDER = "checkpoints"
 _MANIFEST = "manifest.json"
@@ -121,14 +121,10 @@ class CheckpointStore:
 
 
 def verified_file(store: Store, key: str, entry: FileEntry, place: str) -> Path:
-    """A local file whose sha256 is the promised one. A cached copy that is not is fetched once more."""
-    is_copy = not isinstance(store, LocalStore)
+    """A local file whose sha256 is the promised one."""
     try:
-        path = store.fetch(key)
-        if is_copy and not entry.matches(path):
-            path.unlink()
-            path = store.fetch(key)
-        if entry.matches(path):
+        path = fetch_intact(store, key, entry.sha256)
+        if path is not None:
             return path
     except (DataError, OSError) as error:
         raise CheckpointError(place, f"cannot be read ({error})") from error

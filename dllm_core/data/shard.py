@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from dllm_core.config.base import Frozen
 from dllm_core.errors import DataError
-from dllm_core.storage.store import LocalStore, Store, file_sha256, sha256
+from dllm_core.storage.store import Store, fetch_intact, sha256
 
 
 class ShardInfo(Frozen):
@@ -57,17 +57,13 @@ def map_shard(store: Store, prefix: str, info: ShardInfo) -> dict[str, NDArray[A
     """Read-only numpy views [N] or [N K] into the mapped file, after its sha256 has been checked."""
     key, again = f"{prefix}/{info.key}", f"delete {store.url}/{prefix} and run `dllm preprocess` again"
     try:
-        path = store.fetch(key)
+        path = fetch_intact(store, key, info.sha256)
+        if path is not None:
+            return _views(path)
     except DataError as error:
         raise DataError(error.place, error.problem, remedy=error.remedy or again) from error
-    try:
-        if not isinstance(store, LocalStore) and file_sha256(path) != info.sha256:
-            path.unlink()  # a cached copy may be damaged where the object is whole
-            path = store.fetch(key)
-        if file_sha256(path) == info.sha256:
-            return _views(path)
     except (OSError, pa.ArrowException) as error:
-        raise DataError(str(path), f"cannot be read ({error})", remedy=again) from error
+        raise DataError(f"{store.url}/{key}", f"cannot be read ({error})", remedy=again) from error
     raise DataError(f"{store.url}/{key}", "does not match its sha256 in the manifest", remedy=again)
 
 

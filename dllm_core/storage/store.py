@@ -222,6 +222,18 @@ def open_store(place: str, url: str) -> Store:
     return LocalStore(local_path(place, url))
 
 
+def fetch_intact(store: Store, key: str, sha256_hex: str) -> Path | None:
+    """A local file with this sha256, or None. A cached copy that is damaged is fetched once more."""
+    path = store.fetch(key)
+    if file_sha256(path) == sha256_hex:
+        return path
+    if isinstance(store, LocalStore):
+        return None
+    path.unlink()
+    path = store.fetch(key)
+    return path if file_sha256(path) == sha256_hex else None
+
+
 def _is_encodable(key: str) -> bool:
     try:
         os.fsencode(key)

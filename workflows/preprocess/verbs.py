@@ -4,7 +4,6 @@ dllm preprocess verify workflows/recipes/quickstart.yaml
 """
 
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -15,12 +14,14 @@ from dllm_core.data.build import (
     finished,
     noise_receipt_key,
     sample_texts,
+    shards_of,
     unit_receipt_key,
 )
 from dllm_core.data.manifest import NAME, read_manifest, read_tokenizer
 from dllm_core.data.tokenizer import Tokenizer
 from dllm_core.data.verify import Problem, checks_of, verify_shard
 from dllm_core.errors import DataError
+from dllm_core.storage.store import sha256
 from workflows.fan_out import FanOut
 from workflows.preprocess.flow import CorpusPlan, OnProgress, Preprocessing
 
@@ -108,8 +109,6 @@ def repair(corpus: CorpusPlan, fan_out: FanOut, on_progress: OnProgress) -> dict
 
 def _without_manifest(corpus: CorpusPlan, error: DataError) -> list[Problem]:
     """A manifest or tokenizer that cannot be read: receipts still say what was made, and each file is looked at."""
-    from dllm_core.storage.store import sha256
-
     job = corpus.job()
     problems = [Problem(NAME, -1, None, error.problem)]
     tokenizer_key = job.key("tokenizer.json")
@@ -120,17 +119,14 @@ def _without_manifest(corpus: CorpusPlan, error: DataError) -> list[Problem]:
     if "tokenizer" in error.problem:
         problems.append(Problem("tokenizer.json", -1, None, error.problem))
 
-    def look(receipt: UnitReceipt | FileReceipt | None, epoch: int | None, shards: Callable[[Any], Any]) -> None:
-        if receipt is None:
-            return
-        for shard in shards(receipt):
+    def look(receipt: UnitReceipt | FileReceipt | None, epoch: int | None) -> None:
+        for shard in shards_of(receipt) if receipt is not None else ():
             if sha256(job.output.read(job.key(shard.key))) != shard.sha256:
                 problems.append(Problem(shard.key, shard.unit, epoch, "does not match its sha256"))
 
     for unit in corpus.units():
         key = unit_receipt_key(unit.index)
-        look(finished(job, key, UnitReceipt), None, lambda r: (r.train, r.heldout))
+        look(finished(job, key, UnitReceipt), None)
         for epoch in range(corpus.recipe.noise.epochs):
-            noise = finished(job, noise_receipt_key(epoch, unit.index), FileReceipt)
-            look(noise, epoch, lambda r: (r.shard,))
+            look(finished(job, noise_receipt_key(epoch, unit.index), FileReceipt), epoch)
     return problems

@@ -25,12 +25,7 @@ def new_denoiser(seed: int = 0, **sizes: object) -> Denoiser:
     return Denoiser(config).eval()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])

@@ -28,13 +28,7 @@ from dllm_core.training.ema import WeightAverage
 from dllm_core.training.events import StepRecord
 from dllm_core.training.loop import Trainer
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Told:
