@@ -117,9 +117,9 @@ def test_a_row_has_one_time_in_each_stratum(draws):
     class Recorded(AbsorbingProcess):
         """Keeps the times that it is given."""
 
-        def corrupt(self, x0, t, u):
+        def corrupt(self, x0, t, u, v=None):
             seen.append(t)
-            return super().corrupt(x0, t, u)
+            return super().corrupt(x0, t, u, v)
 
     process = Recorded(mask_id=MASK)
     x0 = rows_of(LAW, 500, 3, seed=8)

@@ -39,7 +39,7 @@ def test_the_mask_rate_at_t_is_one_minus_alpha(schedule, t):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_the_weight_is_minus_alpha_prime_over_one_minus_alpha(schedule):
     t = np.linspace(0.01, 1, 50)
-    weight = AbsorbingProcess(mask_id=MASK, schedule=schedule).nelbo_rate(t)
+    weight = AbsorbingProcess(mask_id=MASK, schedule=schedule).ce_weight(t)
     np.testing.assert_allclose(weight * (1 - schedule.alpha(t)), -schedule.dalpha_dt(t), rtol=1e-12)
     if isinstance(schedule, LinearSchedule):
         np.testing.assert_allclose(weight, 1 / t)
