@@ -2,7 +2,7 @@
 
 from typing import ClassVar
 
-from dllm_core.noise.arrays import Array, array_namespace, cast, picked, widened
+from dllm_core.noise.arrays import Array, array_namespace, cast, picked
 from dllm_core.noise.interpolating import InterpolatingProcess, Mixture
 
 
@@ -26,8 +26,8 @@ class AbsorbingProcess(InterpolatingProcess):
 
     def ce_weight(self, t: Array) -> Array:
         """w(t) = -alpha'(t) / (1 - alpha(t)), the cross-entropy's weight at a mask; 1/t if linear. MDLM, eq. 11."""
-        time = widened(t)
-        return cast(-self.schedule.dalpha_dt(time) / (1 - self.schedule.alpha(time)), t)
+        alpha, fall = self._inside(t)
+        return cast(fall / (1 - alpha), t)
 
     def nelbo_rate(self, x0_log_probs: Array, x0: Array, xt: Array, t: Array) -> Array:
         """w(t) (-log p(x0)) at masks, 0 elsewhere: the general rate, without its sum over V."""

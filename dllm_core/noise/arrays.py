@@ -36,3 +36,11 @@ def vocabulary(values: Array) -> Array:
     """The ids [V] that the last axis of values [... V] runs over."""
     xp = array_namespace(values)
     return np.arange(values.shape[-1]) if xp is np else xp.arange(values.shape[-1], device=values.device)
+
+
+def softplus(x: Array) -> Array:
+    """The logarithm of 1 + exp(x), whose gradient keeps x and nothing else."""
+    if array_namespace(x) is np:
+        return np.logaddexp(x, 0)
+    softplus = sys.modules["torch"].nn.functional.softplus
+    return softplus(x, threshold=80)  # above it x is taken; exp(80) still fits float32

@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from dllm_core.config.base import Frozen
-from dllm_core.noise.arrays import Array, array_namespace, cast, picked, vocabulary, widened
+from dllm_core.noise.arrays import Array, array_namespace, cast, picked, softplus, vocabulary, widened
 from dllm_core.noise.schedule import AnySchedule, LinearSchedule
 
 _LEAST = 1e-300  # stands for a weight of 0 under a logarithm; always multiplied by that 0
-_EDGE = 1e-12  # the rate's limits at alpha = 0 and 1 are taken this far inside
+_EDGE = 1e-12  # the rates' limits at t = 0 and 1 are taken this far inside
 _LARGEST_LOG = 80.0  # exp of it fits float32; beyond, the weight in front is 0
 
 
@@ -105,15 +105,20 @@ class InterpolatingProcess(Frozen):
         [... V] tensor is kept for the gradient.
         """
         xp = array_namespace(x0_log_probs)
-        time = xp.clip(widened(t), _EDGE, 1)
-        alpha = xp.clip(self.schedule.alpha(time), _EDGE, 1 - _EDGE)
+        alpha, fall = self._inside(t)
         mixture = self.mix(alpha)
         text = mixture.text / (x0_log_probs.shape[-1] - 1)
         of_text = self.text_inflow(alpha) * xp.where(xt == x0, text / (mixture.keep + text), 1.0)
-        weight = xp.where(xt == self.mask_id, 1 / (alpha * (1 - alpha)), of_text) * -self.schedule.dalpha_dt(time)
+        weight = xp.where(xt == self.mask_id, 1 / (alpha * (1 - alpha)), of_text) * fall
         ratio = self.log_ratio(mixture, x0_log_probs, x0, xt, t)
         excess = xp.expm1(xp.clip(-ratio, None, _LARGEST_LOG)) + ratio
         return cast(weight, t) * (self.divergence(mixture, x0_log_probs, x0, t) + excess)
+
+    def _inside(self, t: Array) -> tuple[Array, Array]:
+        """alpha(t), kept off 0 and 1, and -alpha'(t)."""
+        clip, time = array_namespace(t).clip, widened(t)
+        fall = -self.schedule.dalpha_dt(clip(time, _EDGE, 1))
+        return clip(self.schedule.alpha(time), _EDGE, 1 - _EDGE), fall
 
     def log_ratio(self, mixture: Mixture, x0_log_probs: Array, x0: Array, at: Array, like: Array) -> Array:
         """The log of p/q [...] at the ids `at`, with p and q the marginals of `mixture`, in the type of `like`.
@@ -127,15 +132,13 @@ class InterpolatingProcess(Frozen):
         far = xp.logaddexp(cast(log_keep, like) + of_x0, cast(log_text, like)) - cast(xp.log(q_x0), like)
         at_x0 = xp.where(change > -0.5, xp.log1p(xp.clip(change, -0.5, None)), far)
         of_at = picked(x0_log_probs, at) + cast(log_keep - log_text, like)
-        return xp.where(at == x0, at_x0, xp.logaddexp(of_at, xp.zeros_like(of_at)))
+        return xp.where(at == x0, at_x0, softplus(of_at))
 
     def divergence(self, mixture: Mixture, x0_log_probs: Array, x0: Array, like: Array) -> Array:
         """KL(q || p) [...] of the marginals of `mixture`. The sum over V is taken in the type of the log-probs."""
-        xp = array_namespace(x0_log_probs)
         keep, text, log_keep, log_text = _logs(mixture, x0_log_probs.shape[-1] - 1)
         gain = x0_log_probs + cast(log_keep - log_text, x0_log_probs)[..., None]
-        log_ratios = xp.logaddexp(gain, xp.zeros_like(gain[..., :1]))  # 0 at the mask, whose gain is -inf
-        others = log_ratios.sum(-1) - picked(log_ratios, x0)
+        others = softplus(gain).sum(-1) - softplus(picked(gain, x0))  # the mask's is 0; `gather` keeps what it reads
         at_x0 = self.log_ratio(mixture, x0_log_probs, x0, x0, like)
         return -cast(keep + text, like) * at_x0 - cast(text, like) * others
 
