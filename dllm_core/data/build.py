@@ -78,7 +78,8 @@ def is_heldout(text: str, fraction: float) -> bool:
 
 def copies(text: str, weight: float) -> int:
     """How often a training document is taken: `weight` times in the mean, decided by its hash."""
-    return int(weight) + int(_share(text, b"weight") < weight - int(weight))
+    whole = int(weight)
+    return whole if whole == weight else whole + int(_share(text, b"weight") < weight - whole)
 
 
 def sample_texts(job: CorpusJob, units: Sequence[Unit], limit_bytes: int) -> list[str]:
@@ -192,9 +193,8 @@ def tokenize_unit(job: CorpusJob, tokenizer: Tokenizer, unit: Unit) -> UnitRecei
                 found.removed.append(Removed.of(document, "filtered", rule))
         kept[split] = sum(n > 0 and id(d) not in left_out for d, n in zip(documents, times, strict=True))
         shards[split] = _token_shard(job, tokenizer, unit, split, rows)
-    is_hub = isinstance(job.corpus.all_sources[unit.source], HubSource)
     accounting = Accounting(
-        bytes_in=found.bytes_in if is_hub else unit.num_bytes,
+        bytes_in=found.bytes_in,
         documents_in=found.documents_in,
         **kept,
         **{kind: _counted(found.removed, kind) for kind in ("filtered", "duplicates", "quarantined")},
@@ -209,10 +209,12 @@ def tokenize_unit(job: CorpusJob, tokenizer: Tokenizer, unit: Unit) -> UnitRecei
 
 
 def _sort(job: CorpusJob, unit: Unit) -> _Sorted:
-    found, decisions, ordinal = _Sorted(), _decisions(job, unit), -1
+    found, decisions, ordinal = _Sorted(bytes_in=unit.num_bytes), _decisions(job, unit), -1
+    is_hub = isinstance(job.corpus.all_sources[unit.source], HubSource)
     for record, reason in _sifted(job, unit):
         found.documents_in += 1
-        found.bytes_in += len(record.raw if isinstance(record, BadRecord) else record.text.encode())
+        if is_hub:  # of files the unit knows
+            found.bytes_in += len(record.raw if isinstance(record, BadRecord) else record.text.encode())
         if isinstance(record, BadRecord):
             found.removed.append(Removed.of(record, "quarantined", record.reason))
             continue
@@ -259,7 +261,7 @@ def noise_receipt_key(epoch: int, unit: int) -> str:
 def noise_shard(job: CorpusJob, noise: CorpusNoise, tokens: ShardInfo, first_row: int, epoch: int) -> FileReceipt:
     """Write down the noise of one token shard for one epoch: t and one bit a token, then the receipt."""
     views = map_shard(job.output, job.prefix, tokens)
-    x0 = views["ids"].astype(np.int64)
+    x0 = views["ids"]  # as stored: int64 would be four times the bytes to move
     sample_ids = first_row + np.arange(tokens.rows, dtype=np.int64)
     is_learned = unpack_bits(views["is_learned"], x0.shape[1]) if "is_learned" in views else None
     xt, t = noise.corrupt(epoch, sample_ids, x0, is_learned)
