@@ -27,6 +27,7 @@ from dllm_core.data.records import BadRecord, Document
 from dllm_core.data.shard import ShardInfo, id_type, map_shard, put_shard, to_arrow
 from dllm_core.data.tokenizer import Tokenizer
 from dllm_core.data.units import Unit
+from dllm_core.errors import DataError
 from dllm_core.storage.store import Store
 
 SPLITS = ("train", "heldout")
@@ -142,6 +143,11 @@ def sign_unit(job: CorpusJob, unit: Unit) -> FileReceipt:
     return receipt
 
 
+def decisions_receipt_key(unit: int) -> str:
+    """Where the receipt of a unit's decisions stands."""
+    return f"receipts/decisions/unit-{unit:06d}.json"
+
+
 def decide(job: CorpusJob, receipts: Sequence[FileReceipt]) -> None:
     """Between the passes: which documents of the whole corpus go, written down for each unit."""
     assert job.corpus.dedup is not None
@@ -150,16 +156,19 @@ def decide(job: CorpusJob, receipts: Sequence[FileReceipt]) -> None:
         unit = receipt.shard.unit
         columns: dict[str, NDArray[Any]] = {"representative": found.representative}
         columns["is_exact"] = found.is_exact.astype(np.uint8)
-        job.output.put(job.key(decisions_key(unit)), to_arrow(columns, {"unit": str(unit)}))
+        data, rows = to_arrow(columns, {"unit": str(unit)}), len(found.representative)
+        info = put_shard(job.output, job.prefix, decisions_key(unit), data, unit=unit, rows=rows, tokens=0)
+        job.output.put(job.key(decisions_receipt_key(unit)), FileReceipt(shard=info).model_dump_json().encode())
 
 
 def _decisions(job: CorpusJob, unit: Unit) -> dict[str, NDArray[Any]] | None:
     if job.corpus.dedup is None:
         return None
-    import pyarrow as pa
-
-    table = pa.ipc.open_file(pa.BufferReader(job.output.read(job.key(decisions_key(unit.index))))).read_all()
-    return {name: table[name].to_numpy() for name in ("representative", "is_exact")}
+    receipt = finished(job, decisions_receipt_key(unit.index), FileReceipt)
+    if receipt is None:
+        key = job.key(decisions_key(unit.index))
+        raise DataError(key, "went away or changed", remedy="run `dllm preprocess` again")
+    return map_shard(job.output, job.prefix, receipt.shard)
 
 
 def unit_receipt_key(unit: int) -> str:
@@ -281,16 +290,21 @@ def shards_of(receipt: UnitReceipt | FileReceipt) -> list[ShardInfo]:
     return [receipt.shard] if isinstance(receipt, FileReceipt) else [receipt.train, receipt.heldout]
 
 
-def finished(job: CorpusJob, receipt_key: str, kind: type[AnyReceipt]) -> AnyReceipt | None:
-    """The receipt of a step if it was completed and its files have the promised sizes, else None."""
+def receipt_of(job: CorpusJob, receipt_key: str, kind: type[AnyReceipt]) -> AnyReceipt | None:
+    """The receipt of a step that was completed once, whatever became of its files."""
     key = job.key(receipt_key)
     if not job.output.exists(key):
         return None
     try:
-        receipt = kind.model_validate_json(job.output.read(key))
+        return kind.model_validate_json(job.output.read(key))
     except ValueError:
         return None
-    return receipt if all(_stands(job, info) for info in shards_of(receipt)) else None
+
+
+def finished(job: CorpusJob, receipt_key: str, kind: type[AnyReceipt]) -> AnyReceipt | None:
+    """The receipt of a step if it was completed and its files have the promised sizes, else None."""
+    receipt = receipt_of(job, receipt_key, kind)
+    return receipt if receipt is not None and all(_stands(job, info) for info in shards_of(receipt)) else None
 
 
 def _stands(job: CorpusJob, info: ShardInfo) -> bool:

@@ -82,4 +82,4 @@ def _views(path: Path) -> dict[str, NDArray[Any]]:
 
 
 def _offset_bytes(array: Any) -> int:
-    return int(array.offset) * array.type.bit_width // 8
+    return int(array.offset * array.type.bit_width // 8)
