@@ -14,6 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dllm_core.data.build import (
     AnyReceipt,
     CorpusJob,
@@ -42,7 +44,7 @@ from dllm_core.data.manifest import (
     read_manifest,
     write_manifest,
 )
-from dllm_core.data.shard import ShardInfo
+from dllm_core.data.shard import ShardInfo, id_type
 from dllm_core.data.sources import find_files
 from dllm_core.data.tokenizer import Tokenizer
 from dllm_core.data.units import SourceFiles, Unit, plan_units
@@ -76,9 +78,18 @@ class CorpusPlan:
     @property
     def bytes_needed(self) -> int:
         """A low estimate of what tokens and noise will take: one token for every 4 bytes of text."""
+        return self.disk_bytes(self.num_bytes // (4 * self.recipe.packing.seq_len))
+
+    def disk_bytes(self, rows: int) -> int:
+        """What so many rows take with their written noise."""
         seq_len = self.recipe.packing.seq_len
-        rows = self.num_bytes // (4 * seq_len)
-        return rows * (2 * seq_len + self.recipe.noise.epochs * (seq_len // 8 + 4))
+        id_bytes = np.dtype(id_type(self.recipe.tokenizer.vocab_size)).itemsize
+        return rows * (id_bytes * seq_len + 4 + self.recipe.noise.epochs * (seq_len // 8 + 4))
+
+    @property
+    def is_made(self) -> bool:
+        """Whether there is a manifest, of however many noise epochs; reads nothing."""
+        return has_manifest(self.store, self.fingerprint)
 
     def job(self) -> CorpusJob:
         """What a task is given."""
@@ -96,7 +107,7 @@ class CorpusPlan:
 
     def existing(self) -> CorpusManifest | None:
         """The finished corpus, if it has all the noise that the recipe asks for."""
-        if not has_manifest(self.store, self.fingerprint):
+        if not self.is_made:
             return None
         manifest = read_manifest(self.store, self.fingerprint)
         return manifest if len(manifest.noise_epochs) >= self.recipe.noise.epochs else None

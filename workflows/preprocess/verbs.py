@@ -49,8 +49,6 @@ def plan(corpus: CorpusPlan) -> dict[str, Any]:
     workers = recipe.placement.preprocess.workers
     total_tokens = int(num_bytes * tokens / sample)
     rows = -(-total_tokens // recipe.packing.seq_len)
-    epochs, seq_len = recipe.noise.epochs, recipe.packing.seq_len
-    id_bytes = 2 if recipe.tokenizer.vocab_size <= 1 << 16 else 4
     # Reading, packing, hashing and writing cost about as much as encoding (tests/benchmarks/preprocess.py).
     seconds = 2 * num_bytes / rate / workers + (trained - begun) + 3
     return {
@@ -59,10 +57,10 @@ def plan(corpus: CorpusPlan) -> dict[str, Any]:
         "input_bytes": num_bytes,
         "units": len(units),
         "units_done": done,
-        "shards": len(units) * (2 + epochs),
+        "shards": len(units) * (2 + recipe.noise.epochs),
         "tokens": total_tokens,
         "rows": rows,
-        "disk_bytes": rows * (id_bytes * seq_len + 4 + epochs * (seq_len // 8 + 4)),
+        "disk_bytes": corpus.disk_bytes(rows),
         "seconds": round(seconds, 1),
         "memory_bytes": workers * ((_WORKER_MIB << 20) + 12 * recipe.corpus.unit_bytes),
         "workers": workers,
