@@ -52,7 +52,7 @@ class Problem:
 
 
 def checks_of(job: CorpusJob, manifest: CorpusManifest) -> list[ShardCheck]:
-    """Every shard of a corpus: tokens, held-out tokens, noise; then what the search for duplicates left, by receipts."""
+    """Every shard of a corpus: tokens, held-out tokens, noise; then what the search for duplicates left."""
     shards_of_tokens = (*manifest.train.shards, *manifest.heldout.shards)
     checks = [ShardCheck(shard, unit_receipt_key(shard.unit)) for shard in shards_of_tokens]
     starts = first_rows(manifest.train.shards)

@@ -40,9 +40,12 @@ def test_a_hub_source_is_one_of_a_mixture(tmp_path, streamed):
 
 
 def test_a_streamed_record_without_its_field_is_quarantined_with_its_row(tmp_path, streamed):
-    hub, texts = streamed
-    corpus = made(tmp_path, corpus={**hub, "record": {"type": "text", "field": "body"}, "max_bad_fraction": 0.5})
-    assert not quarantine_of(corpus)
+    hub, _ = streamed
+    with (tmp_path / "streamed" / "part-1.jsonl").open("a") as file:
+        file.write(json.dumps({"body": None}) + "\n")
+    corpus = made(tmp_path, corpus={**hub, "max_bad_fraction": 0.5})
+    [record] = quarantine_of(corpus)
+    assert (record["key"], record["offset"], record["reason"]) == ("hub:json/1", 20, "'body' is not a string")
     with pytest.raises(DataError, match=r"are bad, 1% are allowed"):
         made(tmp_path, corpus={**hub, "record": {"type": "text", "field": "other"}})
 
