@@ -41,12 +41,19 @@ def philox(counter: tuple[Words, Words, Words, Words], key: tuple[int, int]) -> 
         k0 = np.uint64((key[0] + r * _WEYL[0]) & 0xFFFFFFFF)
         k1 = np.uint64((key[1] + r * _WEYL[1]) & 0xFFFFFFFF)
         p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0, c1, c2, c3 = (p1 >> _SHIFT) ^ c1 ^ k0, p1 & _LOW, (p0 >> _SHIFT) ^ c3 ^ k1, p0 & _LOW
+        c0, c2 = p1 >> _SHIFT, p0 >> _SHIFT
+        c0 ^= c1  # in place: a new array for every step costs a fifth of the time
+        c0 ^= k0
+        c2 ^= c3
+        c2 ^= k1
+        p0 &= _LOW
+        p1 &= _LOW
+        c1, c3 = p1, p0
     return c0, c1, c2, c3
 
 
-def words(seed: int, purpose: Purpose, epoch: int, index: Any, count: int) -> Words:
-    """`count` 32-bit words for every index. index: int array [N]; result uint64 [N count] of 32-bit values."""
+def words(seed: int, purpose: Purpose, epoch: int, index: Any, count: int) -> NDArray[np.uint32]:
+    """`count` 32-bit words for every index. index: int array [N]; result uint32 [N count]."""
     if not 0 <= epoch < _MAX_EPOCH:
         raise ValueError(f"epoch must be in [0, {_MAX_EPOCH}), got {epoch}")
     index = np.asarray(index, dtype=np.uint64).reshape(-1, 1)
@@ -59,14 +66,19 @@ def words(seed: int, purpose: Purpose, epoch: int, index: Any, count: int) -> Wo
         np.broadcast_to(index & _LOW, shape),
         np.broadcast_to(index >> _SHIFT, shape),
     )
-    drawn = philox(counter, (seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF))
-    return np.stack(drawn, axis=-1).reshape(shape[0], -1)[:, :count]
+    drawn = np.empty((*shape, 4), np.uint32)
+    for place, word in enumerate(philox(counter, (seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF))):
+        drawn[..., place] = word
+    return drawn.reshape(shape[0], -1)[:, :count]
 
 
 def uniforms(seed: int, purpose: Purpose, epoch: int, index: Any, count: int) -> Floats:
     """Uniforms in [0, 1) on a grid of 2**-24, exact in float32. index: int array [N]; float32 [N count]."""
-    bits = words(seed, purpose, epoch, index, count) >> np.uint64(8)
-    return bits.astype(np.float32) * np.float32(2.0**-24)
+    bits = words(seed, purpose, epoch, index, count)
+    bits >>= np.uint32(8)
+    uniform: Floats = bits.view(np.int32).astype(np.float32)  # numpy converts signed integers several times faster
+    uniform *= np.float32(2.0**-24)
+    return uniform
 
 
 def uniforms64(seed: int, purpose: Purpose, epoch: int, index: Any, count: int) -> Doubles:

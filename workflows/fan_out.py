@@ -7,11 +7,15 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
-from dllm_core.errors import DllmError
+from dllm_core.errors import DataError, DllmError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 _MAX_RETRIES = 3
+
+
+def _say_nothing(done: int, result: Any) -> None:
+    pass
 
 
 class FanOut(Protocol):
@@ -23,10 +27,10 @@ class FanOut(Protocol):
         items: Sequence[Item],
         *,
         workers: int,
-        on_done: Callable[[int], None],
+        on_done: Callable[[int, Any], None] = ...,
         gpus: float = 0,
     ) -> list[Result]:
-        """Results in the order of `items`; `on_done(number finished)` after each."""
+        """Results in the order of `items`; `on_done(number finished, result)` after each."""
 
 
 def fan_out(
@@ -34,7 +38,7 @@ def fan_out(
     items: Sequence[Item],
     *,
     workers: int,
-    on_done: Callable[[int], None],
+    on_done: Callable[[int, Any], None] = _say_nothing,
     gpus: float = 0,
 ) -> list[Result]:
     """As Ray tasks on the connected cluster. The first error of ours ends all and is raised as it is."""
@@ -52,10 +56,15 @@ def fan_out(
                 running[task.remote(shared, items[index])] = index
             done, _ = ray.wait(list(running), num_returns=1)
             for ref in done:
-                results[running.pop(ref)] = ray.get(ref)
-                on_done(len(results))
+                result = ray.get(ref)
+                results[running.pop(ref)] = result
+                on_done(len(results), result)
     except ray.exceptions.RayTaskError as error:
         raise (error.cause if isinstance(error.cause, DllmError) else error) from None
+    except ray.exceptions.RayError as error:  # a worker or its node died, again and again
+        problem = f"a task was lost {_MAX_RETRIES + 1} times ({str(error).splitlines()[0]})"
+        remedy = "what is complete is kept: run again; fewer workers, or smaller units, need less memory"
+        raise DataError("placement.preprocess.workers", problem, workers, remedy) from error
     finally:
         for ref in running:
             ray.cancel(ref, force=True)
@@ -67,7 +76,7 @@ def serially(
     items: Sequence[Item],
     *,
     workers: int,
-    on_done: Callable[[int], None],
+    on_done: Callable[[int, Any], None] = _say_nothing,
     gpus: float = 0,
 ) -> list[Result]:
     """In this process, one by one: the same results without a cluster."""
@@ -75,7 +84,7 @@ def serially(
     results = []
     for index, item in enumerate(items):
         results.append(function(item))
-        on_done(index + 1)
+        on_done(index + 1, results[-1])
     return results
 
 

@@ -5,7 +5,7 @@ No Ray, no torch: `dllm show` answers at once, and a mistake is refused before a
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import yaml
 from pydantic import Field, field_validator, model_validator
@@ -13,7 +13,7 @@ from pydantic import Field, field_validator, model_validator
 from dllm_core.config.base import FieldProblem, Frozen
 from dllm_core.config.fingerprint import fingerprint
 from dllm_core.config.overrides import apply_overrides, read_recipe
-from dllm_core.data.corpus import AnyCorpus, ChatRecord, HubSource, MixtureCorpus
+from dllm_core.data.corpus import AnyCorpus, ChatRecord, HubSource, MixtureCorpus, SourceBase
 from dllm_core.data.packing import AnyPacking, WrapPacking
 from dllm_core.data.tokenizer import TokenizerConfig
 from dllm_core.decoding.config import DecodeConfig
@@ -28,6 +28,7 @@ from workflows.placement import PlacementConfig
 from workflows.serve.config import ServeConfig
 
 RECIPES = Path(__file__).parent / "recipes"
+AnySource = TypeVar("AnySource", bound=SourceBase)
 
 
 class StorageConfig(Frozen):
@@ -139,17 +140,21 @@ def _anchored(recipe: Recipe) -> Recipe:
     """Relative paths start at the working directory; written out, so that a run means the same from anywhere."""
     corpus, tokenizer = recipe.corpus, recipe.tokenizer
     if isinstance(corpus, MixtureCorpus):
-        anchored = tuple(
-            source.model_copy(update={"path": _absolute(f"corpus.sources.{i}.path", source.path)})
-            for i, source in enumerate(corpus.sources)
-        )
+        anchored = tuple(_located(f"corpus.sources.{i}.path", source) for i, source in enumerate(corpus.sources))
         corpus = corpus.model_copy(update={"sources": anchored})
-    elif not isinstance(corpus, HubSource):
-        corpus = corpus.model_copy(update={"path": _absolute("corpus.path", corpus.path)})
+    else:
+        corpus = _located("corpus.path", corpus)
     if tokenizer.path is not None:
         tokenizer = tokenizer.model_copy(update={"path": _absolute("tokenizer.path", tokenizer.path)})
     storage = StorageConfig(root=_absolute("storage.root", recipe.storage.root))
     return recipe.model_copy(update={"corpus": corpus, "tokenizer": tokenizer, "storage": storage})
+
+
+def _located(place: str, source: AnySource) -> AnySource:
+    """A source with its path written out; a hub's name is no path."""
+    if isinstance(source, HubSource):
+        return source
+    return source.model_copy(update={"path": _absolute(place, source.path)})
 
 
 def _absolute(place: str, path: str) -> str:

@@ -27,6 +27,7 @@ from dllm_core.data.records import BadRecord, Document
 from dllm_core.data.shard import ShardInfo, id_type, map_shard, put_shard, to_arrow
 from dllm_core.data.tokenizer import Tokenizer
 from dllm_core.data.units import Unit
+from dllm_core.errors import DataError
 from dllm_core.storage.store import Store
 
 SPLITS = ("train", "heldout")
@@ -78,7 +79,8 @@ def is_heldout(text: str, fraction: float) -> bool:
 
 def copies(text: str, weight: float) -> int:
     """How often a training document is taken: `weight` times in the mean, decided by its hash."""
-    return int(weight) + int(_share(text, b"weight") < weight - int(weight))
+    whole = int(weight)
+    return whole if whole == weight else whole + int(_share(text, b"weight") < weight - whole)
 
 
 def sample_texts(job: CorpusJob, units: Sequence[Unit], limit_bytes: int) -> list[str]:
@@ -141,6 +143,11 @@ def sign_unit(job: CorpusJob, unit: Unit) -> FileReceipt:
     return receipt
 
 
+def decisions_receipt_key(unit: int) -> str:
+    """Where the receipt of a unit's decisions stands."""
+    return f"receipts/decisions/unit-{unit:06d}.json"
+
+
 def decide(job: CorpusJob, receipts: Sequence[FileReceipt]) -> None:
     """Between the passes: which documents of the whole corpus go, written down for each unit."""
     assert job.corpus.dedup is not None
@@ -149,16 +156,19 @@ def decide(job: CorpusJob, receipts: Sequence[FileReceipt]) -> None:
         unit = receipt.shard.unit
         columns: dict[str, NDArray[Any]] = {"representative": found.representative}
         columns["is_exact"] = found.is_exact.astype(np.uint8)
-        job.output.put(job.key(decisions_key(unit)), to_arrow(columns, {"unit": str(unit)}))
+        data, rows = to_arrow(columns, {"unit": str(unit)}), len(found.representative)
+        info = put_shard(job.output, job.prefix, decisions_key(unit), data, unit=unit, rows=rows, tokens=0)
+        job.output.put(job.key(decisions_receipt_key(unit)), FileReceipt(shard=info).model_dump_json().encode())
 
 
 def _decisions(job: CorpusJob, unit: Unit) -> dict[str, NDArray[Any]] | None:
     if job.corpus.dedup is None:
         return None
-    import pyarrow as pa
-
-    table = pa.ipc.open_file(pa.BufferReader(job.output.read(job.key(decisions_key(unit.index))))).read_all()
-    return {name: table[name].to_numpy() for name in ("representative", "is_exact")}
+    receipt = finished(job, decisions_receipt_key(unit.index), FileReceipt)
+    if receipt is None:
+        key = job.key(decisions_key(unit.index))
+        raise DataError(key, "went away or changed", remedy="run `dllm preprocess` again")
+    return map_shard(job.output, job.prefix, receipt.shard)
 
 
 def unit_receipt_key(unit: int) -> str:
@@ -192,9 +202,8 @@ def tokenize_unit(job: CorpusJob, tokenizer: Tokenizer, unit: Unit) -> UnitRecei
                 found.removed.append(Removed.of(document, "filtered", rule))
         kept[split] = sum(n > 0 and id(d) not in left_out for d, n in zip(documents, times, strict=True))
         shards[split] = _token_shard(job, tokenizer, unit, split, rows)
-    is_hub = isinstance(job.corpus.all_sources[unit.source], HubSource)
     accounting = Accounting(
-        bytes_in=found.bytes_in if is_hub else unit.num_bytes,
+        bytes_in=found.bytes_in,
         documents_in=found.documents_in,
         **kept,
         **{kind: _counted(found.removed, kind) for kind in ("filtered", "duplicates", "quarantined")},
@@ -209,10 +218,12 @@ def tokenize_unit(job: CorpusJob, tokenizer: Tokenizer, unit: Unit) -> UnitRecei
 
 
 def _sort(job: CorpusJob, unit: Unit) -> _Sorted:
-    found, decisions, ordinal = _Sorted(), _decisions(job, unit), -1
+    found, decisions, ordinal = _Sorted(bytes_in=unit.num_bytes), _decisions(job, unit), -1
+    is_hub = isinstance(job.corpus.all_sources[unit.source], HubSource)
     for record, reason in _sifted(job, unit):
         found.documents_in += 1
-        found.bytes_in += len(record.raw if isinstance(record, BadRecord) else record.text.encode())
+        if is_hub:  # of files the unit knows
+            found.bytes_in += len(record.raw if isinstance(record, BadRecord) else record.text.encode())
         if isinstance(record, BadRecord):
             found.removed.append(Removed.of(record, "quarantined", record.reason))
             continue
@@ -259,7 +270,7 @@ def noise_receipt_key(epoch: int, unit: int) -> str:
 def noise_shard(job: CorpusJob, noise: CorpusNoise, tokens: ShardInfo, first_row: int, epoch: int) -> FileReceipt:
     """Write down the noise of one token shard for one epoch: t and one bit a token, then the receipt."""
     views = map_shard(job.output, job.prefix, tokens)
-    x0 = views["ids"].astype(np.int64)
+    x0 = views["ids"]  # as stored: int64 would be four times the bytes to move
     sample_ids = first_row + np.arange(tokens.rows, dtype=np.int64)
     is_learned = unpack_bits(views["is_learned"], x0.shape[1]) if "is_learned" in views else None
     xt, t = noise.corrupt(epoch, sample_ids, x0, is_learned)
@@ -279,16 +290,21 @@ def shards_of(receipt: UnitReceipt | FileReceipt) -> list[ShardInfo]:
     return [receipt.shard] if isinstance(receipt, FileReceipt) else [receipt.train, receipt.heldout]
 
 
-def finished(job: CorpusJob, receipt_key: str, kind: type[AnyReceipt]) -> AnyReceipt | None:
-    """The receipt of a step if it was completed and its files have the promised sizes, else None."""
+def receipt_of(job: CorpusJob, receipt_key: str, kind: type[AnyReceipt]) -> AnyReceipt | None:
+    """The receipt of a step that was completed once, whatever became of its files."""
     key = job.key(receipt_key)
     if not job.output.exists(key):
         return None
     try:
-        receipt = kind.model_validate_json(job.output.read(key))
+        return kind.model_validate_json(job.output.read(key))
     except ValueError:
         return None
-    return receipt if all(_stands(job, info) for info in shards_of(receipt)) else None
+
+
+def finished(job: CorpusJob, receipt_key: str, kind: type[AnyReceipt]) -> AnyReceipt | None:
+    """The receipt of a step if it was completed and its files have the promised sizes, else None."""
+    receipt = receipt_of(job, receipt_key, kind)
+    return receipt if receipt is not None and all(_stands(job, info) for info in shards_of(receipt)) else None
 
 
 def _stands(job: CorpusJob, info: ShardInfo) -> bool:

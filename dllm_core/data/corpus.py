@@ -3,11 +3,11 @@
 `units.py` cuts a corpus into work, `readers.py` reads bytes, `records.py` makes documents of them.
 """
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from dllm_core.config.base import FieldProblem, Frozen
+from dllm_core.config.base import Frozen
 from dllm_core.data.dedup import DedupConfig
 from dllm_core.data.filters import AnyFilter
 
@@ -126,7 +126,10 @@ class HubCorpus(HubSource, CorpusBase):
 
 
 class MixtureCorpus(CorpusBase):
-    """Several sources; `weight` says how often each one's training documents are taken (0.5: a half of them)."""
+    """Several sources; `weight` says how often each one's training documents are taken (0.5: a half of them).
+
+    Conversations and plain text may be mixed: both are token rows in the end.
+    """
 
     type: Literal["mixture"] = "mixture"
     sources: tuple[AnySource, ...] = Field(min_length=1)
@@ -135,14 +138,6 @@ class MixtureCorpus(CorpusBase):
     def all_sources(self) -> tuple[SourceBase, ...]:
         """The sources in their order."""
         return self.sources
-
-    @model_validator(mode="after")
-    def _records_go_together(self) -> Self:
-        """Conversations and plain text may be mixed: both are token rows in the end. Hub sources stand alone."""
-        for index, source in enumerate(self.sources):
-            if isinstance(source, HubSource):
-                raise FieldProblem(f"sources.{index}.type", "a hub source cannot be mixed", "hub", "download it first")
-        return self
 
 
 AnyCorpus = Annotated[

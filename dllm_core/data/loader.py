@@ -18,6 +18,7 @@ from dllm_core.seeding import Floats, Ints
 from dllm_core.storage.store import Store
 
 Bools = NDArray[np.bool_]
+_ORDER_AHEAD = 1 << 13
 
 
 class SplitReader:
@@ -90,6 +91,7 @@ class Loader:
         prefix = corpus_prefix(manifest.fingerprint)
         self._written = [SplitReader(store, prefix, shards) for shards in manifest.noise_epochs]
         self._noise, self._seq_len = noise, manifest.seq_len
+        self._ahead: tuple[int, Ints, Ints] = (0, np.empty(0, np.int64), np.empty(0, np.int64))
 
     @classmethod
     def open(cls, store: Store, manifest: CorpusManifest, mask_id: int) -> "Loader":
@@ -99,7 +101,7 @@ class Loader:
     def batch(self, counter: int, rows: int, rank: int = 0, world_size: int = 1) -> Batch:
         """Rank's share of the global batch of `rows` rows that starts at sample `counter`."""
         counters = counter + np.arange(rank * rows // world_size, (rank + 1) * rows // world_size, dtype=np.int64)
-        epochs, ids = self._noise.order.samples(counters)
+        epochs, ids = self._samples(counters)
         tokens = TokenRows(self._tokens, self._seq_len, ids)
         xt = np.empty_like(tokens.x0)
         t = np.empty(xt.shape, dtype=np.float32)
@@ -109,6 +111,18 @@ class Loader:
             xt[at], times = self._noised(epoch, ids[at], tokens.x0[at], is_learned)
             t[at] = self._noise.per_token(times, self._seq_len)
         return Batch(x0=tokens.x0, xt=xt, t=t, loss_mask=tokens.is_learned, segment_ids=tokens.segment_ids)
+
+    def _samples(self, counters: Ints) -> tuple[Ints, Ints]:
+        """The order of consecutive counters, computed for many batches at once: one by one it took half the time."""
+        if not len(counters):  # fewer rows than ranks
+            return counters, counters
+        first, epochs, ids = self._ahead
+        if not first <= counters[0] <= counters[-1] < first + len(ids):
+            first = int(counters[0])
+            epochs, ids = self._noise.order.samples(first + np.arange(max(_ORDER_AHEAD, len(counters))))
+            self._ahead = first, epochs, ids
+        at = slice(int(counters[0]) - first, int(counters[-1]) - first + 1)
+        return epochs[at], ids[at]
 
     def _noised(self, epoch: int, ids: Ints, x0: Ints, is_learned: Bools | None) -> tuple[Ints, Floats]:
         if epoch >= len(self._written):

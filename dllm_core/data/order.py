@@ -42,7 +42,7 @@ class SampleOrder:
         if values.size and not 0 <= int(values.min()) <= int(values.max()) < self.num_samples:
             raise IndexError(f"must be in [0, {self.num_samples})")
         half = np.uint64(max(1, ((self.num_samples - 1).bit_length() + 1) // 2))
-        keys = words(self.seed, Purpose.ORDER, epoch, np.zeros(1, np.int64), 2 * _ROUNDS)[0]
+        keys = words(self.seed, Purpose.ORDER, epoch, np.zeros(1, np.int64), 2 * _ROUNDS)[0].astype(np.uint64)
         keys = keys[::2] | keys[1::2] << np.uint64(32)
         result = values.astype(np.uint64)
         outside = np.ones(result.shape, dtype=bool)

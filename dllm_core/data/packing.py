@@ -93,15 +93,16 @@ def pack(config: PackingBase, run: TokenRun, eos_id: int) -> Rows:
 
 
 def _with_end(run: TokenRun, eos_id: int) -> TokenRun:
-    documents = np.arange(run.num_documents, dtype=np.int64)
-    places = np.arange(len(run.ids), dtype=np.int64) + np.repeat(documents, np.diff(run.offsets))
-    ids = np.full(len(run.ids) + run.num_documents, eos_id, dtype=np.uint32)
-    ids[places] = run.ids
+    offsets = run.offsets + np.arange(len(run.offsets))
+    is_text = np.ones(len(run.ids) + run.num_documents, dtype=bool)
+    is_text[offsets[1:] - 1] = False
+    ids = np.full(len(is_text), eos_id, dtype=np.uint32)
+    ids[is_text] = run.ids
     is_learned = None
     if run.is_learned is not None:
         is_learned = np.ones(len(ids), dtype=bool)
-        is_learned[places] = run.is_learned
-    return TokenRun(ids, run.offsets + np.arange(len(run.offsets)), is_learned)
+        is_learned[is_text] = run.is_learned
+    return TokenRun(ids, offsets, is_learned)
 
 
 def _wrap(run: TokenRun, seq_len: int, eos_id: int) -> Rows:

@@ -23,6 +23,7 @@ from dllm_core.data.corpus import (
     SourceBase,
     TextSource,
 )
+from dllm_core.data.hub import hub_records
 from dllm_core.data.records import BadRecord, Document, decoded, from_fields, from_json
 from dllm_core.data.units import COMPRESSED, Segment, Unit
 from dllm_core.errors import DataError
@@ -189,21 +190,7 @@ def _tables(source: ParquetSource | ArrowSource, file: Any, segment: Segment) ->
         first += batch.num_rows
 
 
-def load_hub(source: HubSource) -> Any:
-    """The data set, streamed."""
-    import datasets  # 0.8 s and pandas: only who names a hub corpus pays
-
-    try:
-        return datasets.load_dataset(
-            source.path, source.subset, split=source.split, data_files=source.data_files, streaming=True
-        )
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError("corpus.path", f"cannot be loaded ({reason})", source.path) from error
-
-
 def _read_hub(source: HubSource, segment: Segment) -> Iterator[Record]:
-    shard = load_hub(source).shard(num_shards=segment.stop, index=segment.start)
-    for row, record in enumerate(shard):
+    for row, record in enumerate(hub_records(source, segment.start, segment.stop)):
         raw = repr(record).encode("utf-8", "backslashreplace")
         yield from_fields(source.record, record, f"{segment.key}/{segment.start}", row, raw)

@@ -35,7 +35,9 @@ def to_arrow(columns: dict[str, NDArray[Any]], metadata: dict[str, str]) -> byte
     """An Arrow IPC file of one record batch. Columns [N] or [N K]; the bytes depend on the arguments alone."""
     arrays, fields = [], []
     for name, values in columns.items():
-        array = pa.array(np.ascontiguousarray(values).reshape(-1))
+        flat = np.ascontiguousarray(values).reshape(-1)
+        # Not `pa.array`: it copies, and imports pandas (1 s in every new worker) to ask whether this is a series.
+        array = pa.Array.from_buffers(pa.from_numpy_dtype(flat.dtype), len(flat), [None, pa.py_buffer(flat)])
         if values.ndim == 2:
             array = pa.FixedSizeListArray.from_arrays(array, values.shape[1])
         arrays.append(array)
@@ -71,9 +73,13 @@ def _views(path: Path) -> dict[str, NDArray[Any]]:
     batch = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
     views: dict[str, NDArray[Any]] = {}
     for name, column in zip(batch.schema.names, batch.columns, strict=True):
-        if pa.types.is_fixed_size_list(column.type):
-            width = column.type.list_size
-            views[name] = column.flatten().to_numpy(zero_copy_only=True).reshape(-1, width)
-        else:
-            views[name] = column.to_numpy(zero_copy_only=True)
+        width = column.type.list_size if pa.types.is_fixed_size_list(column.type) else None
+        flat = column if width is None else column.flatten()
+        # Not `to_numpy`, which imports pandas. The view keeps the mapping open.
+        view = np.frombuffer(flat.buffers()[1] or b"", flat.type.to_pandas_dtype(), len(flat), _offset_bytes(flat))
+        views[name] = view if width is None else view.reshape(-1, width)
     return views
+
+
+def _offset_bytes(array: Any) -> int:
+    return int(array.offset * array.type.bit_width // 8)

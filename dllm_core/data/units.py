@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from dllm_core.config.base import Frozen
 from dllm_core.data.corpus import ArrowSource, CorpusBase, HubSource, ParquetSource, SourceBase, TextSource
+from dllm_core.data.hub import num_shards
 from dllm_core.errors import DataError
 from dllm_core.storage.file import StoredFile
 from dllm_core.storage.store import Store, StoredObject
@@ -21,7 +22,7 @@ COMPRESSED = (".gz", ".zst")
 
 
 class Segment(Frozen):
-    """Part [start, stop) of one file: bytes; row groups or record batches of a table; row shard `start` of `stop`."""
+    """Part [start, stop) of a file: bytes; row groups or record batches of a table. A hub's: part `start` of `stop`."""
 
     key: str
     start: int
@@ -61,9 +62,18 @@ def list_files(source: SourceBase, store: Store, prefix: str) -> list[StoredObje
 
 
 def plan_units(corpus: CorpusBase, listed: Sequence[SourceFiles]) -> list[Unit]:
-    """Cut every source's files into units of about `unit_bytes`; a unit never holds two sources."""
+    """Cut every source's files into units of about `unit_bytes`; a unit never holds two sources.
+
+    Reads the index of every table file; a hub source is asked for its parts.
+    """
     units: list[Unit] = []
     for index, (source, files) in enumerate(zip(corpus.all_sources, listed, strict=True)):
+        if isinstance(source, HubSource):
+            parts = num_shards(source)
+            for part in range(parts):
+                segment = Segment(key=f"hub:{source.path}", start=part, stop=parts)
+                units.append(Unit(index=len(units), source=index, segments=(segment,)))
+            continue
         segments: list[Segment] = []
         filled = 0
         for segment, num_bytes, is_last in _segments(source, files, corpus.unit_bytes):
@@ -109,12 +119,6 @@ def _table_parts(source: SourceBase, store: Store, item: StoredObject) -> list[i
     except (pa.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
         raise DataError("corpus.path", f"is not a {source.type} file ({reason})", item.key) from error  # type: ignore[attr-defined]
-
-
-def hub_units(source: HubSource, num_shards: int) -> list[Unit]:
-    """One unit for each shard that the data set streams in."""
-    key = f"hub:{source.path}"
-    return [Unit(index=i, segments=(Segment(key=key, start=i, stop=num_shards),)) for i in range(num_shards)]
 
 
 def _below(key: str, prefix: str) -> str:

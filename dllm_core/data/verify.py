@@ -8,7 +8,15 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from dllm_core.data.build import CorpusJob
+from dllm_core.data.build import (
+    CorpusJob,
+    FileReceipt,
+    decisions_receipt_key,
+    noise_receipt_key,
+    receipt_of,
+    signature_receipt_key,
+    unit_receipt_key,
+)
 from dllm_core.data.loader import corpus_noise
 from dllm_core.data.manifest import CorpusManifest, first_rows
 from dllm_core.data.noising import pack_bits, unpack_bits
@@ -21,44 +29,57 @@ _SAMPLE_ROWS = 64
 
 @dataclass(frozen=True)
 class ShardCheck:
-    """One shard to look at. epoch: of noise, None for tokens; tokens: its token shard; first_row: the row id there."""
+    """One file to look at. receipt: key of the one that vouches for it.
+
+    Of noise: epoch, its token shard and the row id there; otherwise None. What a first pass left is only hashed.
+    """
 
     shard: ShardInfo
+    receipt: str
     epoch: int | None = None
     tokens: ShardInfo | None = None
     first_row: int = 0
+    is_intermediate: bool = False
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What is wrong with one shard. epoch as in ShardCheck."""
+    """What is wrong with one file. receipt: what to take back so that it is made again, None if it is no task's."""
 
     key: str
-    unit: int
-    epoch: int | None
     what: str
+    receipt: str | None = None
 
 
-def checks_of(manifest: CorpusManifest) -> list[ShardCheck]:
-    """Every shard of a corpus: tokens, held-out tokens, then noise."""
-    checks = [ShardCheck(shard) for shard in (*manifest.train.shards, *manifest.heldout.shards)]
+def checks_of(job: CorpusJob, manifest: CorpusManifest) -> list[ShardCheck]:
+    """Every shard of a corpus: tokens, held-out tokens, noise; then what the search for duplicates left."""
+    shards_of_tokens = (*manifest.train.shards, *manifest.heldout.shards)
+    checks = [ShardCheck(shard, unit_receipt_key(shard.unit)) for shard in shards_of_tokens]
     starts = first_rows(manifest.train.shards)
     for epoch, shards in enumerate(manifest.noise_epochs):
         for shard, tokens, first_row in zip(shards, manifest.train.shards, starts, strict=True):
-            checks.append(ShardCheck(shard, epoch, tokens, first_row))
+            checks.append(ShardCheck(shard, noise_receipt_key(epoch, shard.unit), epoch, tokens, first_row))
+    if job.corpus.dedup is not None:
+        for unit in range(manifest.units):
+            for key in (signature_receipt_key(unit), decisions_receipt_key(unit)):
+                receipt = receipt_of(job, key, FileReceipt)
+                checks += [] if receipt is None else [ShardCheck(receipt.shard, key, is_intermediate=True)]
     return checks
 
 
 def verify_shard(job: CorpusJob, manifest: CorpusManifest, mask_id: int, check: ShardCheck) -> Problem | None:
     """The first thing that is wrong with a shard, or None."""
     try:
+        if check.is_intermediate:
+            map_shard(job.output, job.prefix, check.shard)
+            return None
         is_noise = check.epoch is not None
         what = _noise(job, manifest, mask_id, check) if is_noise else _tokens(job, manifest, check.shard)
     except DataError as error:
         what = error.problem
     except (pa.ArrowException, KeyError, ValueError) as error:
         what = f"cannot be read ({error})"
-    return None if what is None else Problem(check.shard.key, check.shard.unit, check.epoch, what)
+    return None if what is None else Problem(check.shard.key, what, check.receipt)
 
 
 def _tokens(job: CorpusJob, manifest: CorpusManifest, shard: ShardInfo) -> str | None:

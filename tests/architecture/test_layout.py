@@ -52,7 +52,7 @@ def test_a_file_says_what_it_is_and_has_one_room(path):
         ("deepspeed", {"dllm_core/training/deepspeed_backend.py"}),
         ("boto3", {"dllm_core/storage/s3.py"}),
         ("botocore", {"dllm_core/storage/s3.py"}),
-        ("datasets", {"dllm_core/data/readers.py"}),
+        ("datasets", {"dllm_core/data/hub.py"}),
         ("tokenizers", {"dllm_core/data/tokenizer.py"}),
         ("fastokens", {"dllm_core/data/tokenizer.py"}),
         ("rensa", {"dllm_core/data/dedup.py"}),

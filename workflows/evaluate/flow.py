@@ -52,7 +52,7 @@ def evaluate(recipe: Recipe, run: RunDir, fan_out: FanOut, on_progress: OnProgre
         batches,
         workers=placement.workers,
         gpus=placement.gpus_per_worker,
-        on_done=lambda done: on_progress("held-out rows", min(done * size, len(rows)), len(rows)),
+        on_done=lambda done, result: on_progress("held-out rows", min(done * size, len(rows)), len(rows)),
     )
     scores = RowScores(
         np.concatenate([part.scores.nats for part in scored]),
@@ -72,7 +72,6 @@ def evaluate(recipe: Recipe, run: RunDir, fan_out: FanOut, on_progress: OnProgre
             [rows],
             workers=1,
             gpus=placement.gpus_per_worker,
-            on_done=lambda done: None,
         )
         policy = recipe.decode.policy.model_dump(mode="json")
         result["decoding"] = {

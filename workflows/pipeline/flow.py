@@ -59,7 +59,7 @@ class Pipeline:
         """Every stage; what each reported."""
         if self._serve_missing():
             check_port(self.target.recipe.serve)  # now, not after minutes of training
-        self._check_room()
+        self._check_room(self._corpus_bytes() + self._training_bytes())
         preprocessed = self.preprocess()
         self._check_examples()
         return {
@@ -79,7 +79,7 @@ class Pipeline:
         if manifest is not None:
             self._console.skipped(name, _about_corpus(manifest))
             return summary(manifest, 0)
-        self._check_room()
+        self._check_room(self._corpus_bytes())
         with self._stage(name) as bar:
             self._cluster()
             work = Preprocessing(plan, fan_out, bar.update)
@@ -97,7 +97,7 @@ class Pipeline:
             return result
         last: dict[str, Any] = {}
         self._keep_recipe()
-        self._check_room()
+        self._check_room(self._training_bytes())
         with self._stage(name) as bar:
             self._cluster()
             bar.update("starting the workers")
@@ -204,13 +204,16 @@ class Pipeline:
                 problem = f"its {given} tokens leave {max(room, 0)} of packing.seq_len={recipe.packing.seq_len}"
                 raise ConfigError(f"serve.examples.{number}.prompt", problem, example.prompt, "shorten it")
 
-    def _check_room(self) -> None:
+    def _check_room(self, needed: int) -> None:
         """Refuse a disk on which what is still to be made will not fit, before anything is started."""
-        plan, recipe = self.target.plan, self.target.recipe
-        needed = 0 if plan.existing() is not None else plan.bytes_needed
-        needed += 0 if self._trained() is not None else checkpoint_bytes(recipe)
         if needed:
-            plan.store.check_writable("storage.root", needed)
+            self.target.plan.store.check_writable("storage.root", needed)
+
+    def _corpus_bytes(self) -> int:
+        return 0 if self.target.plan.is_made else self.target.plan.bytes_needed
+
+    def _training_bytes(self) -> int:
+        return 0 if self._trained() is not None else checkpoint_bytes(self.target.recipe)
 
     def _trained(self) -> dict[str, Any] | None:
         """What the finished training reported."""

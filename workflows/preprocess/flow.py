@@ -14,23 +14,25 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dllm_core.data.build import (
     AnyReceipt,
     CorpusJob,
     FileReceipt,
     UnitReceipt,
     decide,
-    decisions_key,
+    decisions_receipt_key,
     finished,
     noise_receipt_key,
     noise_shard,
     sample_texts,
+    shards_of,
     sign_unit,
     signature_receipt_key,
     tokenize_unit,
     unit_receipt_key,
 )
-from dllm_core.data.corpus import HubSource
 from dllm_core.data.loader import corpus_noise
 from dllm_core.data.manifest import (
     Accounting,
@@ -42,11 +44,10 @@ from dllm_core.data.manifest import (
     read_manifest,
     write_manifest,
 )
-from dllm_core.data.readers import load_hub
-from dllm_core.data.shard import ShardInfo
+from dllm_core.data.shard import ShardInfo, id_type
 from dllm_core.data.sources import find_files
 from dllm_core.data.tokenizer import Tokenizer
-from dllm_core.data.units import SourceFiles, Unit, hub_units, plan_units
+from dllm_core.data.units import SourceFiles, Unit, plan_units
 from dllm_core.errors import DataError
 from dllm_core.storage.store import Store
 from workflows.fan_out import FanOut
@@ -77,9 +78,18 @@ class CorpusPlan:
     @property
     def bytes_needed(self) -> int:
         """A low estimate of what tokens and noise will take: one token for every 4 bytes of text."""
+        return self.disk_bytes(self.num_bytes // (4 * self.recipe.packing.seq_len))
+
+    def disk_bytes(self, rows: int) -> int:
+        """What so many rows take with their written noise."""
         seq_len = self.recipe.packing.seq_len
-        rows = self.num_bytes // (4 * seq_len)
-        return rows * (2 * seq_len + self.recipe.noise.epochs * (seq_len // 8 + 4))
+        id_bytes = np.dtype(id_type(self.recipe.tokenizer.vocab_size)).itemsize
+        return rows * (id_bytes * seq_len + 4 + self.recipe.noise.epochs * (seq_len // 8 + 4))
+
+    @property
+    def is_made(self) -> bool:
+        """Whether there is a manifest, of however many noise epochs; reads nothing."""
+        return has_manifest(self.store, self.fingerprint)
 
     def job(self) -> CorpusJob:
         """What a task is given."""
@@ -92,15 +102,12 @@ class CorpusPlan:
         )
 
     def units(self) -> list[Unit]:
-        """The work, cut. Reads the index of every table file; a hub corpus is asked for its shards."""
-        corpus = self.recipe.corpus
-        if isinstance(corpus, HubSource):
-            return hub_units(corpus, load_hub(corpus).num_shards)
-        return plan_units(corpus, self.listed)
+        """The work, cut."""
+        return plan_units(self.recipe.corpus, self.listed)
 
     def existing(self) -> CorpusManifest | None:
         """The finished corpus, if it has all the noise that the recipe asks for."""
-        if not has_manifest(self.store, self.fingerprint):
+        if not self.is_made:
             return None
         manifest = read_manifest(self.store, self.fingerprint)
         return manifest if len(manifest.noise_epochs) >= self.recipe.noise.epochs else None
@@ -171,7 +178,7 @@ class Preprocessing:
         else:
             self.on_progress("training the tokenizer", 0, 0)
             train = partial(_train_tokenizer, job, units)
-            [tokenizer] = self.fan_out(train, [config], workers=1, on_done=lambda done: None)
+            [tokenizer] = self.fan_out(train, [config], workers=1)
         job.output.put(key, tokenizer.json_text.encode())
         return tokenizer
 
@@ -181,10 +188,10 @@ class Preprocessing:
         missing = [unit for unit in units if unit.index not in done]
         for receipt in self._tasks("signatures", partial(sign_unit, job), missing, units):
             done[receipt.shard.unit] = receipt
-        if missing or not all(job.output.exists(job.key(decisions_key(unit.index))) for unit in units):
+        if missing or len(_receipts(job, units, decisions_receipt_key, FileReceipt)) < len(units):
             self.on_progress("finding duplicates", 0, 0)
             receipts = [done[unit.index] for unit in units]
-            self.fan_out(partial(decide, job), [receipts], workers=1, on_done=lambda done: None)
+            self.fan_out(partial(decide, job), [receipts], workers=1)
 
     def _tokens(self, job: CorpusJob, tokenizer: Tokenizer, units: list[Unit]) -> list[UnitReceipt]:
         done = _receipts(job, units, unit_receipt_key, UnitReceipt)
@@ -219,13 +226,16 @@ class Preprocessing:
             return []
         self.ran += len(missing)
         begun, num_bytes = time.monotonic(), self.plan.num_bytes * len(missing) / total
+        tokens = 0
 
-        def tell(done: int) -> None:
+        def tell(done: int, receipt: Any) -> None:
+            nonlocal tokens
             seconds = max(time.monotonic() - begun, 1e-3)
-            rate = num_bytes * done / len(missing) / seconds
+            tokens += sum(shard.tokens for shard in shards_of(receipt))
+            rates = {"MB": num_bytes * done / len(missing), "Mtokens": tokens}
+            told = "".join(f"  {value / seconds / 1e6:.1f} {unit}/s" for unit, value in rates.items() if value)
             left = seconds / done * (len(missing) - done)
-            told = f"{what}  {before + done:,}/{total:,}" + (f"  {rate / 1e6:.1f} MB/s" if rate else "")
-            self.on_progress(f"{told}  {left:.0f} s left", before + done, total)
+            self.on_progress(f"{what}  {before + done:,}/{total:,}{told}  {left:.0f} s left", before + done, total)
 
         workers = self.plan.recipe.placement.preprocess.workers
         return self.fan_out(function, missing, workers=workers, on_done=tell)

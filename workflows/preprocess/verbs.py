@@ -11,10 +11,12 @@ from typing import Any
 from dllm_core.data.build import (
     FileReceipt,
     UnitReceipt,
+    decisions_receipt_key,
     finished,
     noise_receipt_key,
     sample_texts,
     shards_of,
+    signature_receipt_key,
     unit_receipt_key,
 )
 from dllm_core.data.manifest import NAME, read_manifest, read_tokenizer
@@ -47,8 +49,6 @@ def plan(corpus: CorpusPlan) -> dict[str, Any]:
     workers = recipe.placement.preprocess.workers
     total_tokens = int(num_bytes * tokens / sample)
     rows = -(-total_tokens // recipe.packing.seq_len)
-    epochs, seq_len = recipe.noise.epochs, recipe.packing.seq_len
-    id_bytes = 2 if recipe.tokenizer.vocab_size <= 1 << 16 else 4
     # Reading, packing, hashing and writing cost about as much as encoding (tests/benchmarks/preprocess.py).
     seconds = 2 * num_bytes / rate / workers + (trained - begun) + 3
     return {
@@ -57,10 +57,10 @@ def plan(corpus: CorpusPlan) -> dict[str, Any]:
         "input_bytes": num_bytes,
         "units": len(units),
         "units_done": done,
-        "shards": len(units) * (2 + epochs),
+        "shards": len(units) * (2 + recipe.noise.epochs),
         "tokens": total_tokens,
         "rows": rows,
-        "disk_bytes": rows * (id_bytes * seq_len + 4 + epochs * (seq_len // 8 + 4)),
+        "disk_bytes": corpus.disk_bytes(rows),
         "seconds": round(seconds, 1),
         "memory_bytes": workers * ((_WORKER_MIB << 20) + 12 * recipe.corpus.unit_bytes),
         "workers": workers,
@@ -73,13 +73,13 @@ def verify(corpus: CorpusPlan, fan_out: FanOut, on_progress: OnProgress) -> list
     job, manifest = corpus.job(), read_manifest(corpus.store, corpus.fingerprint)
     tokenizer = read_tokenizer(corpus.store, manifest)
     manifest.accounting.check(f"{corpus.url}/{NAME}")
-    checks = checks_of(manifest)
+    checks = checks_of(job, manifest)
     on_progress("shards", 0, len(checks))
     found = fan_out(
         partial(verify_shard, job, manifest, tokenizer.mask_id),
         checks,
         workers=corpus.recipe.placement.preprocess.workers,
-        on_done=lambda done: on_progress("shards", done, len(checks)),
+        on_done=lambda done, result: on_progress("shards", done, len(checks)),
     )
     return [problem for problem in found if problem is not None]
 
@@ -92,12 +92,8 @@ def repair(corpus: CorpusPlan, fan_out: FanOut, on_progress: OnProgress) -> dict
     except DataError as error:
         problems = _without_manifest(corpus, error)
     for problem in problems:
-        if problem.key == "tokenizer.json":
-            store.delete(job.key(problem.key))
-        elif problem.epoch is None:
-            store.delete(job.key(unit_receipt_key(problem.unit)))
-        else:
-            store.delete(job.key(noise_receipt_key(problem.epoch, problem.unit)))
+        if problem.receipt is not None:
+            store.delete(job.key(problem.receipt))
     work = Preprocessing(corpus, fan_out, on_progress)
     if problems:
         work.run()
@@ -110,23 +106,24 @@ def repair(corpus: CorpusPlan, fan_out: FanOut, on_progress: OnProgress) -> dict
 def _without_manifest(corpus: CorpusPlan, error: DataError) -> list[Problem]:
     """A manifest or tokenizer that cannot be read: receipts still say what was made, and each file is looked at."""
     job = corpus.job()
-    problems = [Problem(NAME, -1, None, error.problem)]
+    problems = [Problem(NAME, error.problem)]
     tokenizer_key = job.key("tokenizer.json")
     try:
         Tokenizer(job.output.read(tokenizer_key).decode(), corpus.recipe.tokenizer, tokenizer_key)
     except (DataError, UnicodeDecodeError):
-        problems.append(Problem("tokenizer.json", -1, None, "cannot be read"))
+        problems.append(Problem("tokenizer.json", "cannot be read", "tokenizer.json"))
     if "tokenizer" in error.problem:
-        problems.append(Problem("tokenizer.json", -1, None, error.problem))
+        problems.append(Problem("tokenizer.json", error.problem, "tokenizer.json"))
 
-    def look(receipt: UnitReceipt | FileReceipt | None, epoch: int | None) -> None:
+    def look(key: str, receipt: UnitReceipt | FileReceipt | None) -> None:
         for shard in shards_of(receipt) if receipt is not None else ():
             if sha256(job.output.read(job.key(shard.key))) != shard.sha256:
-                problems.append(Problem(shard.key, shard.unit, epoch, "does not match its sha256"))
+                problems.append(Problem(shard.key, "does not match its sha256", key))
 
     for unit in corpus.units():
         key = unit_receipt_key(unit.index)
-        look(finished(job, key, UnitReceipt), None)
-        for epoch in range(corpus.recipe.noise.epochs):
-            look(finished(job, noise_receipt_key(epoch, unit.index), FileReceipt), epoch)
+        look(key, finished(job, key, UnitReceipt))
+        noise = [noise_receipt_key(epoch, unit.index) for epoch in range(corpus.recipe.noise.epochs)]
+        for key in (signature_receipt_key(unit.index), decisions_receipt_key(unit.index), *noise):
+            look(key, finished(job, key, FileReceipt))
     return problems

@@ -14,11 +14,12 @@ from workflows.fan_out import serially
 from workflows.preprocess.flow import Preprocessing, plan_corpus
 
 
-def scrambled_by_four(function, items, *, workers, on_done, gpus=0):
+def scrambled_by_four(function, items, *, workers, on_done=lambda done, result: None, gpus=0):
     """Four workers at once, last item first."""
     with ThreadPoolExecutor(4) as pool:
         results = list(pool.map(function, list(items)[::-1]))[::-1]
-    on_done(len(results))
+    for done, result in enumerate(results, 1):
+        on_done(done, result)
     return results
 
 

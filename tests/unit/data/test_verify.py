@@ -21,7 +21,7 @@ from workflows.preprocess.verbs import plan, repair, verify
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> SmallCorpus:
-    return make_small_corpus(tmp_path_factory.mktemp("whole"))
+    return make_small_corpus(tmp_path_factory.mktemp("whole"), corpus={"dedup": {}})
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def test_a_whole_corpus_is_never_accused(copy):
 def test_every_flipped_bit_cut_end_swap_and_loss_is_found_by_its_file(copy):
     corpus, folder, files = copy
     rng = random.Random(0)
-    paths = [folder / check.shard.key for check in checks_of(corpus.existing())]
+    paths = [folder / check.shard.key for check in checks_of(corpus.job(), corpus.existing())]
     for trial in range(150):
         path = rng.choice(paths)
         kind = ("flip", "cut", "swap", "delete", "double")[trial % 5]
@@ -94,16 +94,16 @@ def test_numbers_that_mean_nothing_are_found_though_every_sha256_is_right(copy):
     data = to_arrow(columns, {})
     (folder / shard.key).write_bytes(data)
     wrong = shard.model_copy(update={"bytes": len(data), "sha256": sha256(data)})
-    found = verify_shard(job, manifest, 0, ShardCheck(wrong))
+    found = verify_shard(job, manifest, 0, ShardCheck(wrong, "receipts/any"))
     assert "60000" in found.what
     first, second = manifest.noise_epochs[0][1], manifest.noise_epochs[1][1]
-    swapped = ShardCheck(second, 0, manifest.train.shards[1], manifest.train.shards[0].rows)
+    swapped = ShardCheck(second, "receipts/any", 0, manifest.train.shards[1], manifest.train.shards[0].rows)
     assert "is not the noise" in verify_shard(job, manifest, 0, swapped).what
-    right = ShardCheck(first, 0, manifest.train.shards[1], manifest.train.shards[0].rows)
+    right = ShardCheck(first, "receipts/any", 0, manifest.train.shards[1], manifest.train.shards[0].rows)
     assert verify_shard(job, manifest, 0, right) is None
 
 
-@pytest.mark.parametrize("victims", ["tokens", "noise", "manifest.json", "manifest", "tokenizer.json"])
+@pytest.mark.parametrize("victims", ["tokens", "noise", "manifest.json", "manifest", "tokenizer.json", "dedup"])
 def test_repair_gives_the_very_bytes_back_and_runs_only_what_was_bad(copy, victims):
     corpus, folder, files = copy
     paths = [path for path in files if path.relative_to(folder).as_posix().startswith(victims)]
@@ -113,7 +113,7 @@ def test_repair_gives_the_very_bytes_back_and_runs_only_what_was_bad(copy, victi
     again = {path: path.read_bytes() for path in files}
     assert again == files
     assert problems(corpus) == []
-    total = len(corpus.units()) + 2 * len(corpus.existing().train.shards)
+    total = 2 * len(corpus.units()) + 2 * len(corpus.existing().train.shards)
     assert result["tasks_run"] < total
 
 
