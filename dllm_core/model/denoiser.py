@@ -103,7 +103,7 @@ class Denoiser(nn.Module):
     def _modulations(
         self, t: Tensor | None, length: int, pattern: AttentionPattern, dtype: torch.dtype
     ) -> list[Tensor | None]:
-        """What t gives to each block [B L|2L|1 6D] and to the last norm [B L|2L|1 2D]; None where time plays no part."""
+        """What t gives to each block [B L|2L|1 6D] and the last norm [B L|2L|1 2D]; None where time plays no part."""
         if self.time is None:
             if t is not None:
                 raise ValueError("t: the denoiser takes none, its model.time_conditioning is false")
