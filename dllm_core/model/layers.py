@@ -16,7 +16,7 @@ def pad_rows(x: Tensor) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """y = x W^T, W ~ N(0, scale^2 / fan_in); scale 0 draws nothing."""
+    """y = x W^T, W ~ N(0, scale^2 / fan_in)."""
 
     def __init__(self, fan_in: int, fan_out: int, scale: float = 1.0) -> None:
         self.init_std = scale * fan_in**-0.5
@@ -24,10 +24,7 @@ class Linear(nn.Linear):
 
     def reset_parameters(self) -> None:
         """Called by nn.Linear's own constructor."""
-        if self.init_std:
-            nn.init.normal_(self.weight, std=self.init_std)
-        else:
-            nn.init.zeros_(self.weight)
+        nn.init.normal_(self.weight, std=self.init_std)
 
 
 class RMSNorm(nn.Module):

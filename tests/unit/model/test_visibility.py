@@ -131,19 +131,20 @@ def test_a_pattern_has_a_block_length_where_it_counts_in_blocks(kind):
 # What logits depend on
 
 
-@settings(max_examples=60, deadline=None)
-@given(layout=layouts(), pattern=patterns, seed=seeds)
+@settings(max_examples=40, deadline=None)
+@given(layout=layouts(), block_length=block_lengths, seed=seeds)
 @torch.inference_mode()
-def test_a_document_gets_the_logits_in_a_row_that_it_gets_alone(denoiser, layout: Layout, pattern, seed):
-    halves = 2 if pattern.has_clean_half else 1
-    ids = ids_of(layout.num_rows, halves, layout.width, seed=seed)
-    t = times_of(layout.num_rows, layout.width, seed=seed)
-    together = denoiser(ids.flatten(1), pattern=pattern, **layout.isolation, **time_of(denoiser, t))
-    assert together.shape == (layout.num_rows, layout.width, VOCABULARY)
-    for row, begin, end in layout.documents:
-        own = ids[row : row + 1, :, begin:end].flatten(1)
-        alone = denoiser(own, pattern=pattern, **time_of(denoiser, t[row : row + 1, begin:end]))
-        closely(together[row, begin:end], alone[0])
+def test_a_document_gets_the_logits_in_a_row_that_it_gets_alone(denoiser, layout: Layout, block_length, seed):
+    for pattern in (FULL, CAUSAL, block_causal(block_length), block_diffusion(block_length)):
+        halves = 2 if pattern.has_clean_half else 1
+        ids = ids_of(layout.num_rows, halves, layout.width, seed=seed)
+        t = times_of(layout.num_rows, layout.width, seed=seed)
+        together = denoiser(ids.flatten(1), pattern=pattern, **layout.isolation, **time_of(denoiser, t))
+        assert together.shape == (layout.num_rows, layout.width, VOCABULARY)
+        for row, begin, end in layout.documents:
+            own = ids[row : row + 1, :, begin:end].flatten(1)
+            alone = denoiser(own, pattern=pattern, **time_of(denoiser, t[row : row + 1, begin:end]))
+            closely(together[row, begin:end], alone[0])
 
 
 @settings(max_examples=60, deadline=None)
