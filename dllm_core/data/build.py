@@ -14,13 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dllm_core.config.base import Frozen
-from dllm_core.data.corpus import AnyCorpus, HubSource
+from dllm_core.data.corpus import AnyCorpus, ChatRecord, HubSource, PairRecord
 from dllm_core.data.dedup import Signatures, duplicates, signatures
 from dllm_core.data.encoding import encode_documents
 from dllm_core.data.filters import first_reason
 from dllm_core.data.manifest import Accounting
 from dllm_core.data.noising import CorpusNoise, pack_bits, unpack_bits
-from dllm_core.data.packing import AnyPacking, Rows, pack
+from dllm_core.data.packing import AnyPacking, Bools, Rows, pack
 from dllm_core.data.quarantine import Removed, removed_lines
 from dllm_core.data.readers import read_unit
 from dllm_core.data.records import BadRecord, Document
@@ -269,10 +269,8 @@ def noise_receipt_key(epoch: int, unit: int) -> str:
 
 def noise_shard(job: CorpusJob, noise: CorpusNoise, tokens: ShardInfo, first_row: int, epoch: int) -> FileReceipt:
     """Write down the noise of one token shard for one epoch: t and one bit a token, then the receipt."""
-    views = map_shard(job.output, job.prefix, tokens)
-    x0 = views["ids"]  # as stored: int64 would be four times the bytes to move
+    x0, is_learned = _rows_to_noise(job, noise, tokens)
     sample_ids = first_row + np.arange(tokens.rows, dtype=np.int64)
-    is_learned = unpack_bits(views["is_learned"], x0.shape[1]) if "is_learned" in views else None
     xt, t = noise.corrupt(epoch, sample_ids, x0, is_learned)
     data = to_arrow(
         {"t": t, "is_noised": pack_bits(xt != x0)},
@@ -283,6 +281,17 @@ def noise_shard(job: CorpusJob, noise: CorpusNoise, tokens: ShardInfo, first_row
     receipt = FileReceipt(shard=info)
     job.output.put(job.key(noise_receipt_key(epoch, tokens.unit)), receipt.model_dump_json().encode())
     return receipt
+
+
+def _rows_to_noise(job: CorpusJob, noise: CorpusNoise, tokens: ShardInfo) -> tuple[NDArray[Any], Bools | None]:
+    """(x0, is_learned) of a token shard. Where masks fall depends on no token: then none is read."""
+    records = [getattr(source, "record", None) for source in job.corpus.all_sources]
+    if not noise.process.replaces and not any(isinstance(record, ChatRecord | PairRecord) for record in records):
+        any_text = np.uint16(noise.process.mask_id == 0)
+        return np.broadcast_to(any_text, (tokens.rows, job.packing.seq_len)), None
+    views = map_shard(job.output, job.prefix, tokens)
+    x0 = views["ids"]  # as stored: int64 would be four times the bytes to move
+    return x0, unpack_bits(views["is_learned"], x0.shape[1]) if "is_learned" in views else None
 
 
 def shards_of(receipt: UnitReceipt | FileReceipt) -> list[ShardInfo]:
