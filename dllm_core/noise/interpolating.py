@@ -59,7 +59,7 @@ class InterpolatingProcess(Frozen):
         """The weights at time t.
 
         In float64, so that numpy's and torch's last bits, which differ, are gone once rounded to float32; in float32
-        a sine or a power differs between the two, and between processors, for one time in three.
+        a sine or a power differs between the two, and between processors, for one time in ten.
         """
         return self.mix(self.schedule.alpha(widened(t)))
 
