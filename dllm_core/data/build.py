@@ -5,12 +5,12 @@
 A receipt is written after its files; a step whose receipt stands is not run again.
 """
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 from dllm_core.config.base import Frozen
@@ -31,6 +31,7 @@ from dllm_core.errors import DataError
 from dllm_core.storage.store import Store
 
 SPLITS = ("train", "heldout")
+_WEIGHT = 1  # the salt of another decision about the same text
 
 
 class UnitReceipt(Frozen):
@@ -67,9 +68,9 @@ class CorpusJob:
         return f"{self.prefix}/{name}"
 
 
-def _share(text: str, salt: bytes = b"") -> float:
-    """A number in [0, 1) that a text and a salt decide."""
-    return int.from_bytes(hashlib.sha256(salt + text.encode()).digest()[:8]) / 2**64
+def _share(text: str, salt: int = 0) -> float:
+    """A number in [0, 1) that a text and a salt decide. XXH3: a tenth of SHA-256's time, which was 1/9 of a task's."""
+    return float(xxhash.xxh3_64_intdigest(text.encode(), seed=salt) / 2**64)
 
 
 def is_heldout(text: str, fraction: float) -> bool:
@@ -80,7 +81,7 @@ def is_heldout(text: str, fraction: float) -> bool:
 def copies(text: str, weight: float) -> int:
     """How often a training document is taken: `weight` times in the mean, decided by its hash."""
     whole = int(weight)
-    return whole if whole == weight else whole + int(_share(text, b"weight") < weight - whole)
+    return whole if whole == weight else whole + int(_share(text, _WEIGHT) < weight - whole)
 
 
 def sample_texts(job: CorpusJob, units: Sequence[Unit], limit_bytes: int) -> list[str]:
