@@ -1,10 +1,12 @@
 """What many tests start from: a small corpus on disk, made by the real preprocessing without a cluster."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from rados_gateway import Gateway, missing_programs, rados_gateway
 
 from dllm_core.checkpoints.bundle import Lineage, write_bundle
 from dllm_core.checkpoints.run_dir import RunDir
@@ -114,6 +116,15 @@ def small_bundle(small_corpus: SmallCorpus, tmp_path_factory: pytest.TempPathFac
         ),
     )
     return run
+
+
+@pytest.fixture(scope="session")
+def rados() -> Iterator[Gateway]:
+    """A real S3 server for the whole test run, where its packages are installed."""
+    if missing_programs():
+        pytest.skip(missing_programs())
+    with rados_gateway() as gateway:
+        yield gateway
 
 
 @pytest.fixture(scope="module")

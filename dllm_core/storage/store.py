@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from stat import S_ISREG
@@ -159,16 +159,20 @@ class LocalStore:
 
     def put(self, key: str, data: bytes) -> None:
         """Temp file beside the place, fsync, rename."""
+        self.put_pieces(key, [data])
+
+    def put_pieces(self, key: str, pieces: Iterable[bytes]) -> None:
+        """`put` of what need not be in memory at once; if `pieces` raises, nothing was written."""
         path = self.path(key)
         with _explained(str(path), "write"), _beside(path) as temporary:
-            _write_synced(temporary, data)
+            _write_synced(temporary, pieces)
             temporary.replace(path)
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
         """Temp file beside the place, fsync, hard link (which fails if the name exists)."""
         path = self.path(key)
         with _explained(str(path), "write"), _beside(path) as temporary:
-            _write_synced(temporary, data)
+            _write_synced(temporary, [data])
             try:
                 os.link(temporary, path)
             except FileExistsError:
@@ -280,9 +284,9 @@ def _is_temporary(name: str) -> bool:
     return name.startswith(".") and ".tmp-" in name
 
 
-def _write_synced(path: Path, data: bytes) -> None:
+def _write_synced(path: Path, pieces: Iterable[bytes]) -> None:
     with path.open("wb") as file:
-        file.write(data)
+        file.writelines(pieces)
         file.flush()
         os.fsync(file.fileno())
 
