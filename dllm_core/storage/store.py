@@ -109,11 +109,16 @@ class LocalStore:
 
     def path(self, key: str) -> Path:
         """The file of a key, proven to lie below the root."""
+        return Path(self._file(key))
+
+    def _file(self, key: str) -> str:
+        """`path` without pathlib, which would take a third of the time of reading a small file."""
         if "\0" in key or not _is_encodable(key):
             raise DataError(repr(key), "cannot be a file's name")
-        path = Path(os.path.normpath(self.root / key))
-        if path != self.root and self.root not in path.parents:
-            raise DataError(key, "leaves the storage root", remedy=f"keys are relative to {self.root}")
+        root = str(self.root)
+        path = os.path.normpath(os.path.join(root, key))
+        if path != root and not path.startswith(os.path.join(root, "")):
+            raise DataError(key, "leaves the storage root", remedy=f"keys are relative to {root}")
         return path
 
     def list(self, prefix: str = "") -> Iterator[StoredObject]:
@@ -146,7 +151,7 @@ class LocalStore:
 
     def read(self, key: str, start: int = 0, stop: int | None = None) -> bytes:
         """Bytes [start, stop) of the file."""
-        with _explained(key, "read"), self.path(key).open("rb") as file:
+        with _explained(key, "read"), open(self._file(key), "rb") as file:
             file.seek(start)
             return file.read() if stop is None else file.read(max(stop - start, 0))
 
