@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
+Doubles = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Words = NDArray[np.uint64]
 
@@ -29,6 +30,8 @@ class Purpose(IntEnum):
     ORDER = 3
     DECODE = 4
     EVALUATE = 5
+    REPLACE = 6
+    EVALUATE_REPLACE = 7
 
 
 def philox(counter: tuple[Words, Words, Words, Words], key: tuple[int, int]) -> tuple[Words, ...]:
@@ -76,3 +79,8 @@ def uniforms(seed: int, purpose: Purpose, epoch: int, index: Any, count: int) ->
     uniform: Floats = bits.view(np.int32).astype(np.float32)  # numpy converts signed integers several times faster
     uniform *= np.float32(2.0**-24)
     return uniform
+
+
+def uniforms64(seed: int, purpose: Purpose, epoch: int, index: Any, count: int) -> Doubles:
+    """Uniforms in [0, 1) on a grid of 2**-32: fine enough to choose among a vocabulary. float64 [N count]."""
+    return words(seed, purpose, epoch, index, count).astype(np.float64) * 2.0**-32

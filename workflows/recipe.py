@@ -79,15 +79,28 @@ class Recipe(Frozen):
             raise FieldProblem("serve.max_batch_tokens", problem, self.serve.max_batch_tokens)
         return self
 
+    @model_validator(mode="after")
+    def _noise_is_understood(self) -> Self:
+        """The one place that says which forward processes the stages downstream can take."""
+        process, steps = self.noise.process, self.noise.steps
+        if process.replaces:
+            problem = f"written noise, objective {self.objective.type} and decoding know masks only"
+            raise FieldProblem("noise.process.type", problem, process.type, "use absorbing")
+        if steps is not None:
+            problem = f"stored times and objective {self.objective.type} are of continuous time"
+            raise FieldProblem("noise.steps", problem, steps, "use null")
+        return self
+
     def corpus_fingerprint(self, sources: Sequence[StoredObject]) -> str:
         """Identity of the shards. Written noise epochs are left out: computed ones have the same bits."""
+        unsaid = {"epochs"} if self.noise.steps else {"epochs", "steps"}  # null is what a corpus had before `steps`
         return fingerprint(
             {
                 "seed": self.seed,
                 "corpus": self._corpus_identity(),
                 "tokenizer": self.tokenizer,
                 "packing": self.packing,
-                "noise": self.noise.model_dump(mode="json", exclude={"epochs"}),
+                "noise": self.noise.model_dump(mode="json", exclude=unsaid),
                 "sources": [[item.key, item.size, item.stamp] for item in sources],
             }
         )

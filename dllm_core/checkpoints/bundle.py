@@ -21,7 +21,7 @@ from dllm_core.errors import CheckpointError, ConfigError
 from dllm_core.model.config import DenoiserConfig
 from dllm_core.model.denoiser import Denoiser
 from dllm_core.model.pretrained import CONFIG_NAME, WEIGHTS_NAME, read_denoiser
-from dllm_core.noise.process import AbsorbingNoise, NoiseProcess
+from dllm_core.noise.process import AnyNoise, NoiseProcess
 from dllm_core.storage.store import LocalStore, file_sha256
 
 FOLDER = "bundle"
@@ -45,7 +45,7 @@ class BundleManifest(Frozen):
     """`bundle.json`. `decode` is the recipe's decode section, as plain data."""
 
     format: Literal[1] = 1
-    process: AbsorbingNoise
+    process: AnyNoise
     tokenizer: TokenizerConfig
     decode: dict[str, Any]
     lineage: Lineage
@@ -71,7 +71,7 @@ class ModelBundle:
     def process(self) -> NoiseProcess:
         """The forward process, bound to the vocabulary."""
         config = DenoiserConfig.model_validate_json((self.folder / CONFIG_NAME).read_bytes())
-        return self.manifest.process.bind(config.mask_id)
+        return self.manifest.process.bind(config.mask_id, config.vocab_size)
 
 
 def write_bundle(
@@ -80,7 +80,7 @@ def write_bundle(
     weights: Path,
     config: DenoiserConfig,
     tokenizer: Tokenizer,
-    process: AbsorbingNoise,
+    process: AnyNoise,
     decode: dict[str, Any],
     lineage: Lineage,
 ) -> None:

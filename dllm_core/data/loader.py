@@ -155,4 +155,6 @@ class Prefetcher:
 def corpus_noise(manifest: CorpusManifest, mask_id: int) -> CorpusNoise:
     """The noise function of a corpus."""
     order = SampleOrder(manifest.seed, manifest.train.rows)
-    return CorpusNoise(manifest.process.bind(mask_id), order, manifest.t_min, manifest.block_length)
+    return CorpusNoise(
+        manifest.process.bind(mask_id, manifest.vocab_size), order, manifest.t_min, manifest.block_length
+    )

@@ -16,7 +16,7 @@ from dllm_core.data.packing import AnyPacking
 from dllm_core.data.shard import ShardInfo
 from dllm_core.data.tokenizer import Tokenizer, TokenizerConfig
 from dllm_core.errors import ConfigError, DataError
-from dllm_core.noise.process import AbsorbingNoise
+from dllm_core.noise.process import AnyNoise
 from dllm_core.storage.store import Store, sha256
 
 FORMAT: Literal[1] = 1
@@ -92,7 +92,7 @@ class CorpusManifest(Frozen):
     vocab_size: int
     packing: AnyPacking
     seed: int
-    process: AbsorbingNoise
+    process: AnyNoise
     t_min: float
     block_length: int | None = None
     accounting: Accounting

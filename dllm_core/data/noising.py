@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from dllm_core.data.order import SampleOrder
 from dllm_core.noise.process import NoiseProcess
 from dllm_core.noise.times import stratified_times
-from dllm_core.seeding import Floats, Ints, Purpose, uniforms
+from dllm_core.seeding import Floats, Ints, Purpose, uniforms, uniforms64
 
 _ROWS_AT_ONCE = 64  # Philox's arrays stay in the second level cache: 1.5x over one pass at 64 x 1024
 Bools = NDArray[np.bool_]
@@ -54,7 +54,10 @@ class CorpusNoise:
             at = slice(start, start + _ROWS_AT_ONCE)
             u = uniforms(self.order.seed, Purpose.NOISE, epoch, sample_ids[at], seq_len)
             times = t[at, None] if self.block_length is None else self.per_token(t[at], seq_len)
-            xt[at] = self.process.corrupt(x0[at], times, u)
+            v = None
+            if self.process.replaces:
+                v = uniforms64(self.order.seed, Purpose.REPLACE, epoch, sample_ids[at], seq_len)
+            xt[at] = self.process.corrupt(x0[at], times, u, v)
         return (xt if is_learned is None else np.where(is_learned, xt, x0)), t
 
 

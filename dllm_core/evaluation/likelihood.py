@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from dllm_core.noise.process import NoiseProcess
 from dllm_core.objective.loss import DenoiserLike
-from dllm_core.seeding import Ints, Purpose, uniforms
+from dllm_core.seeding import Ints, Purpose, uniforms, uniforms64
 
 _GOLDEN = 0.6180339887498949
 Bools = NDArray[np.bool_]
@@ -69,18 +69,20 @@ def score_rows(
         t = 1 - (draw + np.mod(offsets + _GOLDEN * draw, 1.0)) / draws
         times = np.repeat(t.astype(np.float32)[:, None], x0.shape[1], axis=1)
         u = uniforms(seed, Purpose.EVALUATE, 1 + draw, row_ids, x0.shape[1])
-        xt = process.corrupt(x0, times, u)
+        v = None
+        if process.replaces:
+            v = uniforms64(seed, Purpose.EVALUATE_REPLACE, 1 + draw, row_ids, x0.shape[1])
+        xt = process.corrupt(x0, times, u, v)
         if not_noised is not None:
             xt = np.where(not_noised, x0, xt)
-        read = (xt != x0) & counted
+        read = counted if process.replaces else (xt != x0) & counted  # a clean look is evidence, and costs nats
         if not read.any():
             continue
         logits = denoiser(torch.from_numpy(xt).to(device), read=torch.from_numpy(read).to(device), **isolated)
         log_probs = process.x0_log_probs(logits.float())
-        target = torch.from_numpy(x0[read]).to(device)
-        nll = -log_probs.gather(-1, target[:, None])[:, 0].double().cpu().numpy()
-        weight = process.nelbo_rate(times[read].astype(np.float64))
-        np.add.at(nats, np.nonzero(read)[0], nll * weight / draws)
+        clean, noised, at = (torch.from_numpy(part[read]).to(device) for part in (x0, xt, times.astype(np.float64)))
+        rate = process.nelbo_rate(log_probs, clean, noised, at).double().cpu().numpy()
+        np.add.at(nats, np.nonzero(read)[0], rate / draws)
     return RowScores(nats, counted.sum(1).astype(np.int64))
 
 

@@ -1,36 +1,37 @@
 """Masked diffusion: a token survives with probability alpha(t), otherwise it becomes the mask, for good."""
 
-import math
+from typing import ClassVar
 
-from dllm_core.config.base import Frozen
-from dllm_core.noise.arrays import Array, array_namespace
-from dllm_core.noise.schedule import AnySchedule, LinearSchedule
+from dllm_core.noise.arrays import Array, array_namespace, cast, picked
+from dllm_core.noise.interpolating import InterpolatingProcess, Mixture
 
 
-class AbsorbingProcess(Frozen):
+class AbsorbingProcess(InterpolatingProcess):
     """q(xt | x0) = alpha_t [xt = x0] + (1 - alpha_t) [xt = mask]. Source: MDLM, arXiv:2406.07524, eq. 1."""
 
-    mask_id: int
-    schedule: AnySchedule = LinearSchedule()
+    replaces: ClassVar[bool] = False
 
-    def corrupt(self, x0: Array, t: Array, u: Array) -> Array:
-        """Noised ids [B L] from x0 [B L], t broadcastable to it and u [B L] uniform in [0, 1)."""
+    def mix(self, alpha: Array) -> Mixture:
+        """All noise is masks."""
+        return Mixture(alpha, 1 - alpha, array_namespace(alpha).zeros_like(alpha))
+
+    def corrupt(self, x0: Array, t: Array, u: Array, v: Array | None = None) -> Array:
+        """Noised ids [B L] from x0 [B L], t broadcastable to it and u [B L] uniform in [0, 1); v is not read."""
         xp = array_namespace(x0)
-        return xp.where(u < self.schedule.alpha(t), x0, xp.full_like(x0, self.mask_id))
+        return xp.where(u < cast(self.mixture(t).keep, t), x0, xp.full_like(x0, self.mask_id))
 
-    def prior(self, like: Array) -> Array:
-        """All masks, in the shape and type of `like`."""
+    def prior(self, like: Array, v: Array | None = None) -> Array:
+        """All masks, in the shape and type of `like`; v is not read."""
         return array_namespace(like).full_like(like, self.mask_id)
 
-    def x0_log_probs(self, logits: Array) -> Array:
-        """Log-softmax over V without the mask (SUBS, MDLM section 3.2.3). logits [... V] are not changed."""
-        xp = array_namespace(logits)
-        penalty = xp.zeros_like(logits)
-        penalty[..., self.mask_id] = -math.inf
-        logits = logits + penalty
-        shifted = logits - xp.amax(logits, -1)[..., None]
-        return shifted - xp.log(xp.exp(shifted).sum(-1))[..., None]
+    def ce_weight(self, t: Array) -> Array:
+        """w(t) = -alpha'(t) / (1 - alpha(t)), the cross-entropy's weight at a mask; 1/t if linear. MDLM, eq. 11."""
+        alpha, fall = self._inside(t)
+        return cast(fall / (1 - alpha), t)
 
-    def nelbo_rate(self, t: Array) -> Array:
-        """w(t) = -alpha'(t) / (1 - alpha(t)); 1/t for the linear schedule. MDLM, eq. 11."""
-        return -self.schedule.dalpha_dt(t) / (1 - self.schedule.alpha(t))
+    def nelbo_rate(self, x0_log_probs: Array, x0: Array, xt: Array, t: Array) -> Array:
+        """w(t) (-log p(x0)) at masks, 0 elsewhere: the general rate, without its sum over V."""
+        xp = array_namespace(x0_log_probs)
+        is_open = xt == self.mask_id
+        nats = xp.where(is_open, -picked(x0_log_probs, x0), 0.0)
+        return nats * self.ce_weight(xp.where(is_open, t, 1.0))

@@ -1,4 +1,4 @@
-"""One spelling for numpy and torch: the namespace that an array belongs to."""
+"""One spelling for numpy and torch: the namespace that an array belongs to, and what the two spell differently."""
 
 import sys
 from typing import Any
@@ -13,3 +13,34 @@ def array_namespace(array: Array) -> Any:
     if isinstance(array, np.ndarray | np.generic | float | int):
         return np
     return sys.modules["torch"]
+
+
+def widened(array: Array) -> Array:
+    """The same values in float64."""
+    return np.asarray(array, np.float64) if array_namespace(array) is np else array.double()
+
+
+def cast(array: Array, like: Array) -> Array:
+    """The values in the type of `like`; what is rounded goes to the nearest, what becomes an id is cut off."""
+    return array.astype(like.dtype) if array_namespace(array) is np else array.to(like.dtype)
+
+
+def picked(values: Array, ids: Array) -> Array:
+    """The entries [...] of values [... V] at ids [...]."""
+    if array_namespace(values) is np:
+        return np.take_along_axis(values, ids[..., None], -1)[..., 0]
+    return values.gather(-1, ids[..., None])[..., 0]
+
+
+def vocabulary(values: Array) -> Array:
+    """The ids [V] that the last axis of values [... V] runs over."""
+    xp = array_namespace(values)
+    return np.arange(values.shape[-1]) if xp is np else xp.arange(values.shape[-1], device=values.device)
+
+
+def softplus(x: Array) -> Array:
+    """The logarithm of 1 + exp(x), whose gradient keeps x and nothing else."""
+    if array_namespace(x) is np:
+        return np.logaddexp(x, 0)
+    softplus = sys.modules["torch"].nn.functional.softplus
+    return softplus(x, threshold=80)  # above it x is taken; exp(80) still fits float32

@@ -3,30 +3,48 @@
 A recipe does not know the mask id (the tokenizer does), so a section is *bound* to a vocabulary before use.
 """
 
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, ClassVar, Literal, Protocol
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from dllm_core.config.base import Frozen
 from dllm_core.noise.absorbing import AbsorbingProcess
 from dllm_core.noise.arrays import Array
+from dllm_core.noise.hybrid import HybridProcess
 from dllm_core.noise.schedule import AnySchedule, LinearSchedule
+from dllm_core.noise.uniform import UniformProcess
 
 
 class NoiseProcess(Protocol):
-    """q(xt | x0): a frozen value; uniforms come in as arrays."""
+    """q(xt | x0): a frozen value; uniforms come in as arrays. `interpolating.py` says how p(x0) is plugged in."""
 
-    def corrupt(self, x0: Array, t: Array, u: Array) -> Array:
-        """Draw xt ~ q(. | x0). x0 [B L] ids, t [B L] or [B 1] in [0, 1], u [B L] in [0, 1)."""
+    replaces: ClassVar[bool]
+    """Whether noise may be another token, so that a clean look proves nothing and `corrupt` needs v."""
 
-    def prior(self, like: Array) -> Array:
-        """The canvas at t = 1, in the shape of `like`."""
+    def corrupt(self, x0: Array, t: Array, u: Array, v: Array | None = None) -> Array:
+        """Draw xt ~ q(. | x0); numpy and torch give the same bits.
+
+        x0 [B L] ids, t [B L] or [B 1] in [0, 1], u [B L] in [0, 1) (float32 on a grid of 2^-24), v [B L] in [0, 1)
+        (float64 on a grid of 2^-32) where the process replaces.
+        """
+
+    def prior(self, like: Array, v: Array | None = None) -> Array:
+        """The canvas of pure noise, in the shape and type of `like`; v as in `corrupt`."""
 
     def x0_log_probs(self, logits: Array) -> Array:
-        """Raw logits [... V] at noised positions -> log p(x0 | xt); ids that no clean text holds get -inf."""
+        """Raw logits [... V] -> log p(x0) [... V]; ids that no clean text holds get -inf."""
 
-    def nelbo_rate(self, t: Array) -> Array:
-        """Weight w(t) of the cross-entropy at noised positions in the continuous-time NELBO."""
+    def marginal(self, x0_probs: Array, t: Array) -> Array:
+        """q(xt | x0 ~ p) [... V] of p [... V], which gives nothing to ids that no clean text holds."""
+
+    def posterior(self, x0_probs: Array, xt: Array, s: Array, t: Array) -> Array:
+        """q(xs | xt, x0 ~ p) [... V] for s < t, of p [... V]: one step of the reverse process."""
+
+    def nelbo_rate(self, x0_log_probs: Array, x0: Array, xt: Array, t: Array) -> Array:
+        """Nats [...] per unit of time, whose mean over xt, integrated over t, bounds -log p(x0); differentiable.
+
+        x0_log_probs [... V] as `x0_log_probs` gives them; x0, xt [...] ids; t broadcasts to them.
+        """
 
 
 class AbsorbingNoise(Frozen):
@@ -34,19 +52,61 @@ class AbsorbingNoise(Frozen):
 
     type: Literal["absorbing"] = "absorbing"
     schedule: AnySchedule = LinearSchedule()
+    replaces: ClassVar[bool] = AbsorbingProcess.replaces
 
-    def bind(self, mask_id: int) -> AbsorbingProcess:
-        """The process over a vocabulary whose mask is `mask_id`."""
+    def bind(self, mask_id: int, vocab_size: int) -> AbsorbingProcess:
+        """The process over a vocabulary of `vocab_size` ids whose mask is `mask_id`."""
         return AbsorbingProcess(mask_id=mask_id, schedule=self.schedule)
+
+
+class UniformNoise(Frozen):
+    """Recipe section of uniform-state diffusion."""
+
+    type: Literal["uniform"] = "uniform"
+    schedule: AnySchedule = LinearSchedule()
+    replaces: ClassVar[bool] = UniformProcess.replaces
+
+    def bind(self, mask_id: int, vocab_size: int) -> UniformProcess:
+        """The process over a vocabulary of `vocab_size` ids whose mask is `mask_id`."""
+        return UniformProcess(mask_id=mask_id, vocab_size=vocab_size, schedule=self.schedule)
+
+
+class HybridNoise(Frozen):
+    """Recipe section of masks mixed with random text; `p_u`: the share of random tokens where it is largest."""
+
+    type: Literal["hybrid"] = "hybrid"
+    schedule: AnySchedule = LinearSchedule()
+    p_u: float = Field(0.1, ge=0, lt=1)
+    gamma: float = Field(1.0, gt=0, le=2)
+    replaces: ClassVar[bool] = HybridProcess.replaces
+
+    def bind(self, mask_id: int, vocab_size: int) -> HybridProcess:
+        """The process over a vocabulary of `vocab_size` ids whose mask is `mask_id`."""
+        return HybridProcess(
+            mask_id=mask_id, vocab_size=vocab_size, schedule=self.schedule, p_u=self.p_u, gamma=self.gamma
+        )
+
+
+def _absorbing_unless_said(section: Any) -> Any:
+    """`noise.process.schedule.type=cosine` alone means masks."""
+    return {"type": "absorbing", **section} if isinstance(section, dict) else section
+
+
+AnyNoise = Annotated[
+    AbsorbingNoise | UniformNoise | HybridNoise,
+    Field(discriminator="type"),
+    BeforeValidator(_absorbing_unless_said),
+]
 
 
 class NoiseConfig(Frozen):
     """Section `noise`. `epochs` are written down beforehand; later ones are computed, with the same bits."""
 
-    process: AbsorbingNoise = AbsorbingNoise()
+    process: AnyNoise = AbsorbingNoise()
     epochs: int = Field(2, ge=0, le=1 << 20)
     t_min: float = Field(1e-3, ge=0, lt=1, description="training times lie in (t_min, 1]")
     block_length: int | None = Field(None, ge=1, description="one t for each block of so many tokens; null: one a row")
+    steps: int | None = Field(None, ge=1, le=1 << 20, description="T of a chain in discrete time; null: continuous")
 
     @model_validator(mode="before")
     @classmethod

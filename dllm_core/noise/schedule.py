@@ -1,6 +1,8 @@
 """Noise schedules: how much signal alpha(t) survives at diffusion time t.
 
-Everywhere in dllm_core t = 0 is clean text and t = 1 pure noise: alpha(0) = 1, alpha(1) = 0.
+Everywhere in dllm_core t = 0 is clean text and t = 1 pure noise: alpha(0) = 1, alpha(1) = 0. One schedule, log-linear,
+stops at alpha(1) = eps by its definition; `discrete.terminal_nats` is what that costs.
+A process evaluates a schedule in float64 (`InterpolatingProcess.mixture`), whatever the type of its times.
 """
 
 import math
@@ -13,7 +15,7 @@ from dllm_core.noise.arrays import Array, array_namespace
 
 
 class NoiseSchedule(Protocol):
-    """alpha falls from 1 at t = 0 to 0 at t = 1; `dalpha_dt` is its exact derivative."""
+    """alpha falls from 1 at t = 0 to 0 (or eps) at t = 1; `dalpha_dt` is its exact derivative."""
 
     def alpha(self, t: Array) -> Array:
         """Probability that a token has survived until t. t: any shape, in [0, 1]."""
@@ -53,4 +55,40 @@ class CosineSchedule(Frozen):
         return -math.pi / 2 * array_namespace(t).sin(math.pi / 2 * (1 - t))
 
 
-AnySchedule = Annotated[LinearSchedule | CosineSchedule, Field(discriminator="type")]
+class LogLinearSchedule(Frozen):
+    """alpha(t) = 1 - (1 - eps) t, that is exp(-sigma) with sigma = -log(1 - (1 - eps) t). MDLM, arXiv:2406.07524.
+
+    The linear schedule, stopped when eps of the text is left. So its integral over t is eps short of a bound: a chain
+    that starts from pure noise also pays the step from alpha = 0 to eps.
+    """
+
+    type: Literal["log_linear"] = "log_linear"
+    eps: float = Field(1e-3, gt=0, lt=1)
+
+    def alpha(self, t: Array) -> Array:
+        """1 - (1 - eps) t."""
+        return 1 - (1 - self.eps) * t
+
+    def dalpha_dt(self, t: Array) -> Array:
+        """-(1 - eps)."""
+        return (self.eps - 1) * array_namespace(t).ones_like(t)
+
+
+class PolynomialSchedule(Frozen):
+    """alpha(t) = 1 - t^w: above w = 1 slow at the clean end. MD4, arXiv:2406.04329."""
+
+    type: Literal["polynomial"] = "polynomial"
+    exponent: float = Field(2.0, gt=0)
+
+    def alpha(self, t: Array) -> Array:
+        """1 - t^w."""
+        return 1 - t**self.exponent
+
+    def dalpha_dt(self, t: Array) -> Array:
+        """-w t^(w - 1); minus infinity at t = 0 where w < 1."""
+        return -self.exponent * t ** (self.exponent - 1)
+
+
+AnySchedule = Annotated[
+    LinearSchedule | CosineSchedule | LogLinearSchedule | PolynomialSchedule, Field(discriminator="type")
+]

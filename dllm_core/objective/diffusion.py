@@ -6,6 +6,7 @@ from torch.nn import functional
 
 from dllm_core.data.batch import Batch
 from dllm_core.noise.absorbing import AbsorbingProcess
+from dllm_core.noise.process import NoiseProcess
 from dllm_core.objective.config import MaskedDiffusionConfig
 from dllm_core.objective.loss import DenoiserLike, LossSum
 
@@ -16,7 +17,8 @@ class MaskedDiffusion:
     With `max_weight` the weight is min(w(t), max_weight): less variance in training, but no longer the bound.
     """
 
-    def __init__(self, config: MaskedDiffusionConfig, process: AbsorbingProcess, device: torch.device) -> None:
+    def __init__(self, config: MaskedDiffusionConfig, process: NoiseProcess, device: torch.device) -> None:
+        assert isinstance(process, AbsorbingProcess)  # the recipe refuses any other
         self._config, self._process, self._device = config, process, device
 
     def loss(self, denoiser: DenoiserLike, batch: Batch) -> LossSum:
@@ -32,10 +34,10 @@ class MaskedDiffusion:
         logits = denoiser(xt, read=read, **isolated).float()  # bf16 would round a sum of 1e5 nats to the nearest 512
         is_mask = torch.arange(logits.shape[-1], device=self._device) == self._process.mask_id
         nll = functional.cross_entropy(logits.masked_fill(is_mask, -torch.inf), x0[read], reduction="none")
-        rate = self._process.nelbo_rate(t[read])
-        weight = rate if self._config.max_weight is None else rate.clamp(max=self._config.max_weight)
+        exact = self._process.ce_weight(t[read])
+        weight = exact if self._config.max_weight is None else exact.clamp(max=self._config.max_weight)
         return LossSum(
             nats=(nll * weight).sum(),
-            bound_nats=(nll.detach() * rate).sum(),
+            bound_nats=(nll.detach() * exact).sum(),
             num_tokens=int(batch.loss_mask.sum()),
         )

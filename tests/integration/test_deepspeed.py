@@ -109,7 +109,7 @@ def train_rank(rank: int, job: Job) -> None:
         job.train,
         backend,
         Poisoned(
-            MaskedDiffusion(recipe.objective, manifest.process.bind(mask_id), torch.device("cpu")),
+            MaskedDiffusion(recipe.objective, manifest.process.bind(mask_id, manifest.vocab_size), torch.device("cpu")),
             job.poisoned_step if rank == job.world_size - 1 else None,
         ),
         Loader.open(store, manifest, mask_id),

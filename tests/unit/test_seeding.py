@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dllm_core.seeding import Purpose, philox, uniforms, words
+from dllm_core.seeding import Purpose, philox, uniforms, uniforms64, words
 
 
 @pytest.mark.parametrize(
@@ -43,3 +43,20 @@ def test_uniforms_lie_in_the_unit_interval_and_are_uniform():
     assert u.max() < 1
     counts, _ = np.histogram(u, bins=20, range=(0, 1))
     assert abs(counts - 5000).max() < 5 * np.sqrt(5000)
+
+
+def test_wide_uniforms_are_whole_words():
+    """On the grid of 2^-32, in [0, 1), and the same draw as the narrow ones, with eight bits more."""
+    wide, narrow = (draw(1, Purpose.REPLACE, 0, np.arange(2000), 50) for draw in (uniforms64, uniforms))
+    assert wide.dtype == np.float64
+    assert np.array_equal(np.floor(wide * 2**24) / 2**24, narrow)
+    bits = wide * 2**32
+    assert np.array_equal(bits, np.floor(bits))
+    assert bits.max() < 2**32
+    low = np.bincount((bits % 256).astype(np.int64).ravel(), minlength=256)
+    assert abs(low - 100_000 / 256).max() < 6 * np.sqrt(100_000 / 256)
+
+
+def test_purposes_do_not_share_uniforms():
+    drawn = [words(9, purpose, 3, np.arange(20), 8) for purpose in Purpose]
+    assert len(np.unique(np.concatenate(drawn))) == len(Purpose) * 160

@@ -101,7 +101,7 @@ def _noise(recipe: Recipe, run: RunDir, bundle: ModelBundle) -> str:
     right.hist(t, bins=20, range=(0, 1), color=SOFT, edgecolor="white")
     right.set(xlabel="t", ylabel="rows", title=f"t of the first {len(t)} rows: stratified along the order")
     right.title.set_fontsize(9)
-    process = manifest.process.bind(tokenizer.mask_id)
+    process = manifest.process.bind(tokenizer.mask_id, manifest.vocab_size)
     x0 = batch.x0[:1]
     u = np.random.default_rng(0).random(x0.shape, dtype=np.float32)
     lines = []

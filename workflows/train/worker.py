@@ -60,7 +60,7 @@ def train_worker(config: dict[str, Any]) -> None:
     trainer = Trainer(
         recipe.train,
         backend,
-        MaskedDiffusion(recipe.objective, manifest.process.bind(mask_id), device),
+        MaskedDiffusion(recipe.objective, manifest.process.bind(mask_id, manifest.vocab_size), device),
         Prefetcher(Loader.open(job.run.store, manifest, mask_id)),
         checkpoints,
         _Listener(job, announcer, newest.manifest.position.step if newest else 0) if rank == 0 else _Silence(),

@@ -93,7 +93,7 @@ def assert_is_what_was_written(bundle: ModelBundle, corpus: SmallCorpus, denoise
     tokenizer = bundle.tokenizer()
     assert tokenizer.digest == corpus.tokenizer.digest
     assert tokenizer.encode("HEAVY RED ARROW 17") == corpus.tokenizer.encode("HEAVY RED ARROW 17")
-    assert bundle.process == NOISE.bind(corpus.tokenizer.mask_id)
+    assert bundle.process == NOISE.bind(corpus.tokenizer.mask_id, corpus.manifest.vocab_size)
     assert (bundle.manifest.decode, bundle.manifest.lineage) == ({"block_length": 4}, LINEAGE)
 
 

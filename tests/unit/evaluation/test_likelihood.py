@@ -10,12 +10,19 @@ from hypothesis import strategies as st
 
 from dllm_core.evaluation.likelihood import RowScores, score_rows, summarize
 from dllm_core.noise.absorbing import AbsorbingProcess
+from dllm_core.noise.hybrid import HybridProcess
 from dllm_core.noise.schedule import CosineSchedule, LinearSchedule
+from dllm_core.noise.uniform import UniformProcess
 
 MASK = 4
 LAW = np.array([0.5, 0.25, 0.15, 0.1])
 CPU = torch.device("cpu")
 SCHEDULES = [LinearSchedule(), CosineSchedule()]
+REPLACING = [
+    UniformProcess(mask_id=MASK, vocab_size=MASK + 1),
+    UniformProcess(mask_id=MASK, vocab_size=MASK + 1, schedule=CosineSchedule()),
+    HybridProcess(mask_id=MASK, vocab_size=MASK + 1, p_u=0.2, gamma=1),
+]
 
 
 def denoiser_of(law: np.ndarray):
@@ -28,10 +35,10 @@ def rows_of(law: np.ndarray, rows: int, length: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).choice(len(law), p=law, size=(rows, length))
 
 
-def score(denoiser, x0, *, schedule=SCHEDULES[0], counted=None, ids=None, seed=1, draws=4) -> RowScores:
+def score(denoiser, x0, *, schedule=SCHEDULES[0], counted=None, ids=None, seed=1, draws=4, process=None) -> RowScores:
     return score_rows(
         denoiser,
-        AbsorbingProcess(mask_id=MASK, schedule=schedule),
+        process or AbsorbingProcess(mask_id=MASK, schedule=schedule),
         x0,
         np.ones(x0.shape, bool) if counted is None else counted,
         np.arange(len(x0)) if ids is None else ids,
@@ -52,6 +59,16 @@ def test_an_oracle_denoiser_pays_the_entropy_in_the_mean(schedule, draws):
     found = summarize(score(denoiser_of(LAW), x0, schedule=schedule, draws=draws), counts_of(x0))
     entropy = -float((LAW * np.log(LAW)).sum())
     assert found.standard_error < 0.006 * entropy  # small enough to see a weight that was clipped at 20
+    assert abs(found.nelbo - entropy) < 4 * found.standard_error
+
+
+@pytest.mark.parametrize("process", REPLACING, ids=str)
+def test_an_oracle_pays_the_entropy_where_tokens_are_replaced(process):
+    """A token that looks clean costs nats too: only all positions together pay the whole entropy."""
+    x0 = rows_of(LAW, 24_000, 16, seed=0)
+    found = summarize(score(denoiser_of(LAW), x0, process=process), counts_of(x0))
+    entropy = -float((LAW * np.log(LAW)).sum())
+    assert found.standard_error < 0.025 * entropy  # tokens that look clean pay more than 10 of these
     assert abs(found.nelbo - entropy) < 4 * found.standard_error
 
 
@@ -117,9 +134,9 @@ def test_a_row_has_one_time_in_each_stratum(draws):
     class Recorded(AbsorbingProcess):
         """Keeps the times that it is given."""
 
-        def corrupt(self, x0, t, u):
+        def corrupt(self, x0, t, u, v=None):
             seen.append(t)
-            return super().corrupt(x0, t, u)
+            return super().corrupt(x0, t, u, v)
 
     process = Recorded(mask_id=MASK)
     x0 = rows_of(LAW, 500, 3, seed=8)

@@ -130,7 +130,7 @@ def make_trainer(
     if newest is not None:
         assign_weights(module, load_file(newest.files["model.safetensors"]), newest.name)
     backend, told = LocalBackend(module, config), Told()
-    process = manifest.process.bind(tokenizer.mask_id)
+    process = manifest.process.bind(tokenizer.mask_id, manifest.vocab_size)
     trainer = Trainer(
         config,
         backend,

@@ -1,0 +1,160 @@
+"""What every forward process here shares: q(xt | x0) mixes x0 with noise that does not know x0.
+
+    q(xt | x0) = keep [xt = x0] + mask [xt = mask_id] + text / N for each of the N = V - 1 text ids
+
+with weights that only t decides (GIDD, arXiv:2503.04482). Marginals, transitions, posteriors and the bound follow from
+the three weights alone, so a process states those and how to draw.
+
+The denoiser's law p enters where x0 would stand: p(xs | xt) = q(xs | xt, x0 = p), the plug-in of UDLM
+(arXiv:2412.10193), Duo (arXiv:2506.10892) and GIDD. It is the true reverse, and the bound is tight, when p is each
+token's law given all *other* noised tokens. For absorbing noise that is the plain posterior, since a mask tells nothing
+of its token; where tokens are replaced, p(x0 | whole xt) is another law, `posterior(p, xt, 0, t)`, and plugging that in
+counts a token's own evidence twice (arXiv:2605.22765).
+"""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+from dllm_core.config.base import Frozen
+from dllm_core.noise.arrays import Array, array_namespace, cast, picked, softplus, vocabulary, widened
+from dllm_core.noise.schedule import AnySchedule, LinearSchedule
+
+_LEAST = 1e-300  # stands for a weight of 0 under a logarithm; always multiplied by that 0
+_EDGE = 1e-12  # the rates' limits at t = 0 and 1 are taken this far inside
+_LARGEST_LOG = 80.0  # exp of it fits float32; beyond, the weight in front is 0
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """keep + mask + text = 1: the clean token's weight, the mask's, and that of all text ids together. float64."""
+
+    keep: Array
+    mask: Array
+    text: Array
+
+    def since(self, early: "Mixture") -> "Mixture":
+        """The weights of q(xt | xs), this one's t after the s of `early`."""
+        clip = array_namespace(self.keep).clip  # of rounding: a difference of equal weights may be -1e-17
+        keep = self.keep / early.keep
+        return Mixture(keep, clip(self.mask - keep * early.mask, 0, 1), clip(self.text - keep * early.text, 0, 1))
+
+
+class InterpolatingProcess(Frozen):
+    """Base of the processes. Ids and times are [...], laws over the vocabulary [... V]; t broadcasts to the ids."""
+
+    replaces: ClassVar[bool]
+    mask_id: int
+    schedule: AnySchedule = LinearSchedule()
+
+    def mix(self, alpha: Array) -> Mixture:
+        """The weights at which the schedule stands at `alpha`, float64."""
+        raise NotImplementedError
+
+    def text_inflow(self, alpha: Array) -> Array:
+        """Rate at which the text ids' noise is refilled, per weight it has and per unit of falling alpha."""
+        return 1 / (alpha * (1 - alpha))
+
+    def mixture(self, t: Array) -> Mixture:
+        """The weights at time t.
+
+        In float64, so that numpy's and torch's last bits, which differ, are gone once rounded to float32; in float32
+        a sine or a power differs between the two, and between processors, for one time in three.
+        """
+        return self.mix(self.schedule.alpha(widened(t)))
+
+    def x0_log_probs(self, logits: Array) -> Array:
+        """Log-softmax over V without the mask (SUBS, MDLM section 3.2.3). logits [... V] are not changed."""
+        xp = array_namespace(logits)
+        penalty = xp.zeros_like(logits)
+        penalty[..., self.mask_id] = -math.inf
+        logits = logits + penalty
+        shifted = logits - xp.amax(logits, -1)[..., None]
+        return shifted - xp.log(xp.exp(shifted).sum(-1))[..., None]
+
+    def marginal(self, x0_probs: Array, t: Array) -> Array:
+        """q(xt | x0 ~ p) [... V] of p [... V], which gives the mask nothing."""
+        mixture = self.mixture(t)
+        is_mask = vocabulary(x0_probs) == self.mask_id
+        mask, text = (cast(weight, x0_probs)[..., None] for weight in (mixture.mask, mixture.text))
+        noise = array_namespace(x0_probs).where(is_mask, mask, text / (x0_probs.shape[-1] - 1))
+        return cast(mixture.keep, x0_probs)[..., None] * x0_probs + noise
+
+    def posterior(self, x0_probs: Array, xt: Array, s: Array, t: Array) -> Array:
+        """q(xs | xt, x0 ~ p) [... V] for s < t, by Bayes: q(xt | xs) q(xs | p) / q(xt | p).
+
+        With a one-hot p it is the true posterior; with a denoiser's p it is one step of the reverse process (see the
+        module's note on which p makes that exact). A token that p rules out stays what it is.
+        """
+        xp = array_namespace(x0_probs)
+        step = self.mixture(t).since(self.mixture(s))
+        into = xp.where(xt == self.mask_id, step.mask, step.text / (x0_probs.shape[-1] - 1))  # q(xt | xs) if xs != xt
+        own = vocabulary(x0_probs) == xt[..., None]
+        likelihood = cast(into, x0_probs)[..., None] + cast(step.keep, x0_probs)[..., None] * own
+        joint = likelihood * self.marginal(x0_probs, s)
+        total = joint.sum(-1)[..., None]
+        is_possible = total > 0
+        return xp.where(is_possible, joint / xp.where(is_possible, total, 1.0), cast(own, x0_probs))
+
+    def nelbo_rate(self, x0_log_probs: Array, x0: Array, xt: Array, t: Array) -> Array:
+        """Nats [...] per unit of time: their mean over xt, integrated over t in (0, 1), bounds -log p(x0).
+
+        The limit of the T-step bound: r / q(xt) (KL(q || p) + q/p - 1 - log(q/p)) where q = q(xt | x0), p = q(xt | p)
+        and r is the forward rate into xt (GIDD, theorem on the ELBO; UDLM's formula and MDLM's are cases of it).
+        x0_log_probs [... V] are `x0_log_probs`'s. Never negative, 0 for a one-hot p on x0, finite at t = 0 and 1; one
+        [... V] tensor is kept for the gradient.
+        """
+        xp = array_namespace(x0_log_probs)
+        alpha, fall = self._inside(t)
+        mixture = self.mix(alpha)
+        text = mixture.text / (x0_log_probs.shape[-1] - 1)
+        of_text = self.text_inflow(alpha) * xp.where(xt == x0, text / (mixture.keep + text), 1.0)
+        weight = xp.where(xt == self.mask_id, 1 / (alpha * (1 - alpha)), of_text) * fall
+        ratio = self.log_ratio(mixture, x0_log_probs, x0, xt, t)
+        excess = xp.expm1(xp.clip(-ratio, None, _LARGEST_LOG)) + ratio
+        return cast(weight, t) * (self.divergence(mixture, x0_log_probs, x0, t) + excess)
+
+    def _inside(self, t: Array) -> tuple[Array, Array]:
+        """alpha(t), kept off 0 and 1, and -alpha'(t)."""
+        clip, time = array_namespace(t).clip, widened(t)
+        fall = -self.schedule.dalpha_dt(clip(time, _EDGE, 1))
+        return clip(self.schedule.alpha(time), _EDGE, 1 - _EDGE), fall
+
+    def log_ratio(self, mixture: Mixture, x0_log_probs: Array, x0: Array, at: Array, like: Array) -> Array:
+        """The log of p/q [...] at the ids `at`, with p and q the marginals of `mixture`, in the type of `like`.
+
+        At x0 the ratio is 1 + keep (p(x0) - 1) / q(x0), whose digits near 1 log1p keeps; elsewhere 1 + keep p / noise.
+        """
+        xp = array_namespace(x0_log_probs)
+        keep, text, log_keep, log_text = _logs(mixture, x0_log_probs.shape[-1] - 1)
+        of_x0, q_x0 = picked(x0_log_probs, x0), xp.clip(keep + text, _LEAST, 1)
+        change = cast(keep / q_x0, like) * xp.expm1(of_x0)
+        far = xp.logaddexp(cast(log_keep, like) + of_x0, cast(log_text, like)) - cast(xp.log(q_x0), like)
+        at_x0 = xp.where(change > -0.5, xp.log1p(xp.clip(change, -0.5, None)), far)
+        of_at = picked(x0_log_probs, at) + cast(log_keep - log_text, like)
+        return xp.where(at == x0, at_x0, softplus(of_at))
+
+    def divergence(self, mixture: Mixture, x0_log_probs: Array, x0: Array, like: Array) -> Array:
+        """KL(q || p) [...] of the marginals of `mixture`. The sum over V is taken in the type of the log-probs."""
+        keep, text, log_keep, log_text = _logs(mixture, x0_log_probs.shape[-1] - 1)
+        gain = x0_log_probs + cast(log_keep - log_text, x0_log_probs)[..., None]
+        others = softplus(gain).sum(-1) - softplus(picked(gain, x0))  # the mask's is 0; `gather` keeps what it reads
+        at_x0 = self.log_ratio(mixture, x0_log_probs, x0, x0, like)
+        return -cast(keep + text, like) * at_x0 - cast(text, like) * others
+
+
+def _logs(mixture: Mixture, num_text: int) -> tuple[Array, Array, Array, Array]:
+    """keep, the weight of one text id, and their logarithms."""
+    xp = array_namespace(mixture.keep)
+    text = mixture.text / num_text
+    return mixture.keep, text, xp.log(xp.clip(mixture.keep, _LEAST, 1)), xp.log(xp.clip(text, _LEAST, 1))
+
+
+def text_ids(v: Array, mask_id: int, vocab_size: int, like: Array) -> Array:
+    """Ids in the type of `like`, even over the N = vocab_size - 1 that are not the mask, of v [...] in [0, 1).
+
+    v is float64 on a grid of 2^-32, so every id's share is within 2^-32 of 1/N; float32's 2^-24 would favour some of
+    50,000 ids by 0.3 %.
+    """
+    ids = cast(v * (vocab_size - 1), like)
+    return ids + cast(ids >= mask_id, like)
