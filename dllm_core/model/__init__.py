@@ -1,7 +1,8 @@
-"""The denoiser x_theta(xt) -> logits over x0: a bidirectional transformer.
+"""The denoiser x_theta(xt[, t]) -> logits over x0: one transformer for every objective of the field.
 
-`config.py` (sizes, parameter and FLOP counts; no torch) -> `layers.py` -> `attention.py` -> `denoiser.py`
--> `pretrained.py`. Law: a row's logits do not depend on its neighbours in the batch, nor on its padding.
+`pattern.py` (who may see whom) and `config.py` (sizes, parameter and FLOP counts), both without torch -> `layers.py`
+-> `visibility.py` -> `attention.py` -> `conditioning.py` -> `denoiser.py` -> `pretrained.py`. Law: a row's logits do
+not depend on its neighbours in the batch, nor on its padding; an isolated document's not on the others of its row.
 """
 
 from pathlib import Path

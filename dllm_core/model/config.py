@@ -5,6 +5,9 @@ from typing import Self
 from pydantic import Field, model_validator
 
 from dllm_core.config.base import FieldProblem, Frozen
+from dllm_core.model.pattern import FULL, AttentionPattern
+
+TIME_DIM = 128  # width of the embedding of t, whatever the model's: MDLM's cond_dim
 
 
 class ModelConfig(Frozen):
@@ -18,6 +21,7 @@ class ModelConfig(Frozen):
     norm_eps: float = Field(1e-5, gt=0)
     qk_norm: bool = Field(True, description="RMSNorm on queries and keys: allows larger learning rates")
     tie_embeddings: bool = True
+    time_conditioning: bool = Field(False, description="t shifts, scales and gates every block (adaLN)")
 
     @model_validator(mode="after")
     def _heads_fit(self) -> Self:
@@ -34,15 +38,20 @@ class ModelConfig(Frozen):
         """Trainable parameters."""
         norms = 2 * self.dim + (2 * self.head_dim if self.qk_norm else 0)
         block = 4 * self.dim**2 + 3 * self.dim * self.ffn_dim + norms
-        return self.layers * block + self.dim + vocab_size * self.dim * (1 if self.tie_embeddings else 2)
+        time = TIME_DIM * (2 * TIME_DIM + (6 * self.layers + 2) * self.dim) if self.time_conditioning else 0
+        return self.layers * block + self.dim + vocab_size * self.dim * (1 if self.tie_embeddings else 2) + time
 
-    def flops_per_token(self, vocab_size: int, seq_len: int) -> int:
-        """Forward and backward: 6 a matrix weight + 12 L d for each layer's attention (PaLM, appendix B).
+    def flops_per_token(self, vocab_size: int, seq_len: int, pattern: AttentionPattern = FULL) -> int:
+        """Forward and backward for one of a row's L tokens: 6 a matrix weight it meets + 12 d a key seen, each layer.
 
-        The head is counted for every position although it runs at noised ones only, as published MFUs do.
+        With full attention that is PaLM's 12 L d (appendix B). Under other patterns only pairs that see each other
+        count, whatever a kernel computes besides; the clean half of block diffusion's [xt ; x0] meets the blocks'
+        matrices once more. The head is counted for every position although it runs at noised ones only, as published
+        MFUs do; isolated documents count as one; time conditioning, once a row where t is the row's, is left out.
         """
-        matrices = self.layers * (4 * self.dim**2 + 3 * self.dim * self.ffn_dim) + vocab_size * self.dim
-        return 6 * matrices + 12 * self.layers * seq_len * self.dim
+        halves = 2 if pattern.has_clean_half else 1
+        matrices = halves * self.layers * (4 * self.dim**2 + 3 * self.dim * self.ffn_dim) + vocab_size * self.dim
+        return 6 * matrices + 12 * self.layers * self.dim * pattern.num_pairs(seq_len) // seq_len
 
 
 class DenoiserConfig(Frozen):

@@ -1,16 +1,14 @@
-"""Denoiser: noised ids -> logits over clean ids, every position seeing the whole row."""
+"""Denoiser: noised ids -> logits over clean ids, each position seeing what the AttentionPattern lets it see."""
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from dllm_core.model.attention import Attention, rope_tables
+from dllm_core.model.conditioning import TimeConditioning, modulated
 from dllm_core.model.config import DenoiserConfig, ModelConfig
-from dllm_core.model.layers import Linear, RMSNorm, SwiGLU
-
-# Below 12 rows (2 threads; 4 with one) a CPU's matrix product takes other kernels, which sum in another order: the last
-# bit of a row would depend on how many others are read with it. Measured for fan-ins of 32 to 512.
-_MIN_ROWS = 16
+from dllm_core.model.layers import Linear, RMSNorm, SwiGLU, pad_rows
+from dllm_core.model.pattern import FULL, AttentionPattern
+from dllm_core.model.visibility import visible_keys
 
 
 class Block(nn.Module):
@@ -23,15 +21,31 @@ class Block(nn.Module):
         self.norm2 = RMSNorm(config.dim, config.norm_eps)
         self.ffn = SwiGLU(config.dim, config.ffn_dim, scale=(2 * config.layers) ** -0.5)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attention: Tensor | None) -> Tensor:
-        """[B L D] -> [B L D]."""
-        x = x + self.attention(self.norm1(x), cos, sin, attention)
-        out: Tensor = x + self.ffn(self.norm2(x))
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        attention: Tensor | None,
+        is_causal: bool,
+        modulation: Tensor | None,
+    ) -> Tensor:
+        """[B L D] -> [B L D]. modulation: [B L|1 6D], shift, scale and gate of either half."""
+        if modulation is None:
+            x = x + self.attention(self.norm1(x), cos, sin, attention, is_causal)
+            out: Tensor = x + self.ffn(self.norm2(x))
+            return out
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
+        x = x + (1 + gate1) * self.attention(modulated(self.norm1(x), shift1, scale1), cos, sin, attention, is_causal)
+        out = x + (1 + gate2) * self.ffn(modulated(self.norm2(x), shift2, scale2))
         return out
 
 
 class Denoiser(nn.Module):
-    """x_theta. No time conditioning: for absorbing noise the masks themselves tell t (MDLM, section 3.3)."""
+    """x_theta(xt) or, with `model.time_conditioning`, x_theta(xt, t).
+
+    For absorbing noise the masks themselves tell t (MDLM, section 3.3); where noise is made of tokens, t helps.
+    """
 
     def __init__(self, config: DenoiserConfig) -> None:
         super().__init__()
@@ -44,6 +58,8 @@ class Denoiser(nn.Module):
         self.head = Linear(model.dim, config.vocab_size)
         if model.tie_embeddings:
             self.head.weight = self.embed.weight
+        # Made last: from one seed, all other weights are those of the unconditioned model.
+        self.time = TimeConditioning(model) if model.time_conditioning else None
         self._tables: tuple[Tensor, Tensor] | None = None
 
     def forward(
@@ -52,37 +68,81 @@ class Denoiser(nn.Module):
         is_real: Tensor | None = None,
         read: Tensor | None = None,
         segment_ids: Tensor | None = None,
+        *,
+        pattern: AttentionPattern = FULL,
+        positions: Tensor | None = None,
+        t: Tensor | None = None,
     ) -> Tensor:
-        """Logits for input_ids [B L].
+        """Logits for input_ids [B L]; under `block_diffusion` for the noised half of input_ids [B 2L] = [xt ; x0].
 
-        is_real: bool [B L], False at padding, which no position sees. read: bool [B L]; then the head runs at
-        those positions only and the result is [read.sum() V] in row-major order, else [B L V]. segment_ids: int
-        [B L]; a position sees its own segment only. Positions need not restart: RoPE tells distances alone.
+        All else is about a row's L tokens, whose two halves are alike. is_real: bool [B L], False at padding, which
+        no real position sees. read: bool [B L]; then the head runs at those positions only and the result is
+        [read.sum() V] in row-major order, else [B L V]. segment_ids: int [B L]; a position sees its own segment only.
+        positions: int [L] or [B L], by default 0 to L - 1. They need not restart: RoPE tells distances alone. t: [B]
+        or [B L] in [0, 1], with `time_conditioning` only; the clean half is at t = 0.
+
+        Raises ValueError for a t that is missing or of no use, and for a [xt ; x0] of odd length.
         """
         model = self.config.model
-        cos, sin = self._rope(input_ids.shape[1], input_ids.device)
-        attention = None if is_real is None else is_real[:, None, None, :]
-        if segment_ids is not None:
-            same = (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
-            attention = same if attention is None else attention & same
+        length = input_ids.shape[1]
+        if pattern.has_clean_half:
+            length, odd = divmod(length, 2)
+            if odd:
+                raise ValueError(f"input_ids: block diffusion takes [xt ; x0], of even length, got {2 * length + 1}")
+        is_causal = pattern.kind == "causal" and is_real is None and segment_ids is None
+        attention = None if is_causal else visible_keys(pattern, length, input_ids.device, is_real, segment_ids)
+        if attention is not None:
+            attention = attention[:, None]
+        cos, sin = self._rope(length, input_ids.device, positions, 2 if pattern.has_clean_half else 1)
         x = self.embed(input_ids) * (model.dim**0.5 if model.tie_embeddings else 1.0)
-        for block in self.blocks:
-            x = block(x, cos, sin, attention)
-        if read is None:
-            logits: Tensor = self.head(self.norm(x))
-            return logits
-        x = x[read]
-        missing = max(0, _MIN_ROWS - len(x)) if not torch.is_grad_enabled() else 0
-        return self.head(self.norm(functional.pad(x, (0, 0, 0, missing))))[: len(x)]  # type: ignore[no-any-return]
+        *of_blocks, of_norm = self._modulations(t, length, pattern, x.dtype)
+        for block, modulation in zip(self.blocks, of_blocks, strict=True):
+            x = block(x, cos, sin, attention, is_causal, modulation)
+        return self._logits(x[:, :length], read, of_norm)
 
-    def _rope(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """The first `length` positions of tables that are kept for as long as they fit."""
-        if self._tables is None or self._tables[0].shape[0] < length or self._tables[0].device != device:
-            model, longest = self.config.model, max(length, self.config.context_length)
-            with torch.inference_mode(False):  # else a model that was evaluated first could not be trained
-                self._tables = rope_tables(longest, model.head_dim, model.rope_theta, device)
-        cos, sin = self._tables
-        return cos[:length], sin[:length]
+    def _modulations(
+        self, t: Tensor | None, length: int, pattern: AttentionPattern, dtype: torch.dtype
+    ) -> list[Tensor | None]:
+        """What t gives to each block [B L|2L|1 6D] and the last norm [B L|2L|1 2D]; None where time plays no part."""
+        if self.time is None:
+            if t is not None:
+                raise ValueError("t: the denoiser takes none, its model.time_conditioning is false")
+            return [None] * (len(self.blocks) + 1)
+        if t is None:
+            raise ValueError("t: missing, the denoiser's model.time_conditioning is true")
+        t = t[:, None] if t.ndim == 1 else t
+        if pattern.has_clean_half:
+            t = t.expand(-1, length)
+            t = torch.cat([t, torch.zeros_like(t)], dim=1)
+        return [part.to(dtype) for part in self.time(t)]  # the type of x: bf16 would round 1 + 0.003 to 1
+
+    def _logits(self, x: Tensor, read: Tensor | None, modulation: Tensor | None) -> Tensor:
+        """The head at x [B L D], or where `read` [B L] says. modulation: [B L|1 2D], shift and scale."""
+        if modulation is not None:
+            modulation = modulation[:, : x.shape[1]].expand(-1, x.shape[1], -1)
+        if read is not None:
+            x, modulation = x[read], None if modulation is None else modulation[read]
+        x = self.norm(x)
+        if modulation is not None:
+            x = modulated(x, *modulation.chunk(2, dim=-1))
+        logits: Tensor = self.head(x if read is None else pad_rows(x))
+        return logits if read is None else logits[: len(x)]
+
+    def _rope(self, length: int, device: torch.device, positions: Tensor | None, halves: int) -> tuple[Tensor, Tensor]:
+        """(cos, sin) for every position of the input; those of 0 to L - 1 are kept for as long as they fit."""
+        model = self.config.model
+        if positions is None:
+            if self._tables is None or self._tables[0].shape[0] < length or self._tables[0].device != device:
+                longest = max(length, self.config.context_length)
+                with torch.inference_mode(False):  # else a model that was evaluated first could not be trained
+                    every = torch.arange(longest, device=device)
+                    self._tables = rope_tables(every, model.head_dim, model.rope_theta)
+            cos, sin = (table[:length] for table in self._tables)
+        else:
+            cos, sin = rope_tables(positions, model.head_dim, model.rope_theta)
+            if positions.ndim == 2:
+                cos, sin = cos[:, None], sin[:, None]
+        return (cos, sin) if halves == 1 else (torch.cat([cos, cos], dim=-2), torch.cat([sin, sin], dim=-2))
 
     @property
     def device(self) -> torch.device:

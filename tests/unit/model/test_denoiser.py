@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import VOCABULARY, ids_of, new_denoiser, same
 from torch.nn import functional
 
 from dllm_core.errors import CheckpointError
@@ -15,30 +16,12 @@ from dllm_core.model.config import DenoiserConfig, ModelConfig
 from dllm_core.model.denoiser import Denoiser
 from dllm_core.model.pretrained import assign_weights, read_denoiser, weights_of, write_weights
 
-VOCABULARY = 19
-
-
-def new_denoiser(seed: int = 0, **sizes: object) -> Denoiser:
-    model = ModelConfig(**{"dim": 16, "layers": 2, "heads": 2, "ffn_dim": 24, **sizes})
-    config = DenoiserConfig(model=model, vocab_size=VOCABULARY, context_length=32, mask_id=0, eos_id=1, pad_id=2)
-    torch.manual_seed(seed)
-    return Denoiser(config).eval()
-
-
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
 def denoiser(request) -> Denoiser:
     return new_denoiser(tie_embeddings=request.param, qk_norm=request.param)
-
-
-def ids_of(*shape: int, seed: int = 1) -> torch.Tensor:
-    return torch.randint(0, VOCABULARY, shape, generator=torch.Generator().manual_seed(seed))
-
-
-def same(left: torch.Tensor, right: torch.Tensor) -> None:
-    torch.testing.assert_close(left, right, atol=2e-5, rtol=1e-4)
 
 
 @settings(max_examples=25, deadline=None)
@@ -97,12 +80,12 @@ def test_every_position_sees_every_other_and_where_it_stands(denoiser):
     ffn_dim=st.integers(8, 30),
     qk_norm=st.booleans(),
     tied=st.booleans(),
+    timed=st.booleans(),
     vocabulary=st.integers(3, 40),
 )
-def test_the_number_of_parameters_is_their_number(heads, pairs, layers, ffn_dim, qk_norm, tied, vocabulary):
-    model = ModelConfig(
-        dim=2 * heads * pairs, layers=layers, heads=heads, ffn_dim=ffn_dim, qk_norm=qk_norm, tie_embeddings=tied
-    )
+def test_the_number_of_parameters_is_their_number(heads, pairs, layers, ffn_dim, qk_norm, tied, timed, vocabulary):
+    kinds = {"qk_norm": qk_norm, "tie_embeddings": tied, "time_conditioning": timed}
+    model = ModelConfig(dim=2 * heads * pairs, layers=layers, heads=heads, ffn_dim=ffn_dim, **kinds)
     config = DenoiserConfig(model=model, vocab_size=vocabulary, context_length=8, mask_id=0, eos_id=1, pad_id=2)
     with torch.device("meta"):
         made = Denoiser(config)
@@ -192,15 +175,22 @@ def test_a_folder_that_holds_no_denoiser_is_refused(tmp_path, name):
     rows=st.integers(1, 3),
     heads=st.integers(1, 3),
     length=st.integers(1, 12),
-    masking=st.sampled_from(["none", "keys", "pairs"]),
+    masking=st.sampled_from(["none", "causal", "keys", "pairs", "pairs of all rows"]),
     seed=st.integers(0, 99),
 )
 def test_attention_of_short_rows_is_the_fused_kernels(rows, heads, length, masking, seed):
     generator = torch.Generator().manual_seed(seed)
     q, k, v = torch.randn(3, rows, heads, length, 8, generator=generator).mul(2).unbind(0)
-    attention = None
-    if masking != "none":
-        attention = torch.rand(rows, 1, length if masking == "pairs" else 1, length, generator=generator) < 0.5
+    attention, is_causal = None, masking == "causal"
+    if masking not in ("none", "causal"):
+        of_rows, queries = 1 if "all" in masking else rows, 1 if masking == "keys" else length
+        attention = torch.rand(of_rows, 1, queries, length, generator=generator) < 0.5
         attention[..., 0] = True  # a query that sees nothing has no answer
-    expected = functional.scaled_dot_product_attention(q, k, v, attn_mask=attention)
-    torch.testing.assert_close(_attend(q, k, v, attention), expected, atol=1e-5, rtol=1e-5)
+    inputs = [part.requires_grad_() for part in (q, k, v)]
+    expected = functional.scaled_dot_product_attention(*inputs, attn_mask=attention, is_causal=is_causal)
+    found = _attend(*inputs, attention, is_causal)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    weights = torch.randn(expected.shape, generator=generator)
+    wanted = torch.autograd.grad((expected * weights).sum(), inputs)
+    for gradient, want in zip(torch.autograd.grad((found * weights).sum(), inputs), wanted, strict=True):
+        torch.testing.assert_close(gradient, want, atol=1e-5, rtol=1e-5)
