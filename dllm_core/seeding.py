@@ -32,6 +32,7 @@ class Purpose(IntEnum):
     EVALUATE = 5
     REPLACE = 6
     EVALUATE_REPLACE = 7
+    MASKED_LM = 8
 
 
 def philox(counter: tuple[Words, Words, Words, Words], key: tuple[int, int]) -> tuple[Words, ...]:

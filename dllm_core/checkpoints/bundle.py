@@ -22,6 +22,7 @@ from dllm_core.model.config import DenoiserConfig
 from dllm_core.model.denoiser import Denoiser
 from dllm_core.model.pretrained import CONFIG_NAME, WEIGHTS_NAME, read_denoiser
 from dllm_core.noise.process import AnyNoise, NoiseProcess
+from dllm_core.objective.config import AnyObjective, DiffusionConfig
 from dllm_core.storage.store import LocalStore, file_sha256
 
 FOLDER = "bundle"
@@ -46,6 +47,9 @@ class BundleManifest(Frozen):
 
     format: Literal[1] = 1
     process: AnyNoise
+    objective: AnyObjective = DiffusionConfig()
+    block_length: int | None = None
+    steps: int | None = None
     tokenizer: TokenizerConfig
     decode: dict[str, Any]
     lineage: Lineage
@@ -83,8 +87,11 @@ def write_bundle(
     process: AnyNoise,
     decode: dict[str, Any],
     lineage: Lineage,
+    objective: AnyObjective | None = None,
+    block_length: int | None = None,
+    steps: int | None = None,
 ) -> None:
-    """Write the run's bundle, its manifest last."""
+    """Write the run's bundle, its manifest last. objective: None for plain diffusion."""
     with tempfile.TemporaryDirectory() as scratch:
         parts = {name: Path(scratch, name) for name in (CONFIG_NAME, TOKENIZER_NAME)}
         parts[CONFIG_NAME].write_text(config.model_dump_json(indent=2), encoding="utf-8")
@@ -95,7 +102,14 @@ def write_bundle(
             entries[name] = FileEntry(bytes=path.stat().st_size, sha256=file_sha256(path))
             run.store.put_file(run.key(f"{FOLDER}/{name}"), path)
     manifest = BundleManifest(
-        process=process, tokenizer=tokenizer.config, decode=decode, lineage=lineage, files=entries
+        process=process,
+        objective=objective or DiffusionConfig(),
+        block_length=block_length,
+        steps=steps,
+        tokenizer=tokenizer.config,
+        decode=decode,
+        lineage=lineage,
+        files=entries,
     )
     run.store.put(run.key(f"{FOLDER}/{MANIFEST_NAME}"), seal(manifest))
 

@@ -268,16 +268,14 @@ def noise_receipt_key(epoch: int, unit: int) -> str:
 
 
 def noise_shard(job: CorpusJob, noise: CorpusNoise, tokens: ShardInfo, first_row: int, epoch: int) -> FileReceipt:
-    """Write down the noise of one token shard for one epoch: t and one bit a token, then the receipt."""
+    """Write down the noise of one token shard for one epoch, then the receipt."""
     views = map_shard(job.output, job.prefix, tokens)
     x0 = views["ids"]  # as stored: int64 would be four times the bytes to move
     sample_ids = first_row + np.arange(tokens.rows, dtype=np.int64)
-    is_learned = unpack_bits(views["is_learned"], x0.shape[1]) if "is_learned" in views else None
-    xt, t = noise.corrupt(epoch, sample_ids, x0, is_learned)
-    data = to_arrow(
-        {"t": t, "is_noised": pack_bits(xt != x0)},
-        {"epoch": str(epoch), "unit": str(tokens.unit), "tokens_sha256": tokens.sha256},
-    )
+    flags = {name: unpack_bits(views[name], x0.shape[1]) for name in ("is_learned", "starts") if name in views}
+    xt, t = noise.corrupt(epoch, sample_ids, x0, **flags)
+    metadata = {"epoch": str(epoch), "unit": str(tokens.unit), "tokens_sha256": tokens.sha256}
+    data = to_arrow(noise.columns(x0, xt, t), metadata)
     name = f"noise/epoch-{epoch:03d}/train-{tokens.unit:06d}.arrow"
     info = put_shard(job.output, job.prefix, name, data, unit=tokens.unit, rows=tokens.rows, tokens=tokens.tokens)
     receipt = FileReceipt(shard=info)

@@ -6,6 +6,7 @@ Figures are sums in float64; rows are the unit of the error, since tokens of a r
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,7 +62,7 @@ def score_rows(
 
     segment_ids [N L]: isolated documents. not_noised bool [N L]: a prompt, on which the likelihood is conditioned.
     """
-    isolated = {} if segment_ids is None else {"segment_ids": torch.from_numpy(segment_ids).to(device)}
+    isolated: Any = {} if segment_ids is None else {"segment_ids": torch.from_numpy(segment_ids).to(device)}
     nats = np.zeros(len(x0))
     offsets = uniforms(seed, Purpose.EVALUATE, 0, row_ids, 1)[:, 0].astype(np.float64)
     for draw in range(draws):

@@ -109,7 +109,9 @@ class Pipeline:
                     progress = message["step"] / recipe.train.steps
                     if recipe.train.seconds is not None:
                         progress = max(progress, message["seconds"] / recipe.train.seconds)
-                    loss = f"step {message['step']}  loss {message['loss']:.2f}  bound {message['bound']:.2f}"
+                    loss = f"step {message['step']}  loss {message['loss']:.2f}"
+                    if message["bound"] is not None:
+                        loss += f"  bound {message['bound']:.2f}"
                     bar.update(f"{loss}  {message['tokens_per_s'] / 1000:.1f}k tokens/s", min(progress, 1), 1)
                 else:
                     self._events.add(name, kind, **message)

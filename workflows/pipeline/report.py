@@ -60,13 +60,14 @@ def _figures(records: list[dict[str, Any]], evaluation: dict[str, Any]) -> str:
 def _loss_curve(records: list[dict[str, Any]], evaluation: dict[str, Any]) -> str:
     if not records:
         return "<p>No steps were logged.</p>"
+    name = "bound" if records[0]["bound"] is not None else "loss"
     figure, [axis] = axes(1, 1, 3.6)
     tokens = np.array([record["tokens"] for record in records]) / 1e6
-    bound = np.array([record["bound"] for record in records])
+    bound = np.array([record[name] for record in records])
     width = max(1, len(bound) // 40)
     kernel = np.ones(width) / width
     smooth = np.convolve(np.pad(bound, (width - 1, 0), mode="edge"), kernel, mode="valid")
-    axis.plot(tokens, bound, color=SOFT, lw=0.7, label="training NELBO")
+    axis.plot(tokens, bound, color=SOFT, lw=0.7, label=f"training {name}")
     axis.plot(tokens, smooth, color=ACCENT, lw=1.8, label=f"mean of {width} records")
     axis.axhline(evaluation["unigram_entropy"], color=INK, lw=1, ls="--", label="unigram entropy, held out")
     axis.errorbar(

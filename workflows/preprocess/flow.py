@@ -156,6 +156,7 @@ class Preprocessing:
             process=recipe.noise.process,
             t_min=recipe.noise.t_min,
             block_length=recipe.noise.block_length,
+            steps=recipe.noise.steps,
             accounting=accounting,
             train=train,
             heldout=heldout,

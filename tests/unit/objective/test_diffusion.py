@@ -10,8 +10,8 @@ import torch
 from dllm_core.data.batch import Batch
 from dllm_core.noise.absorbing import AbsorbingProcess
 from dllm_core.noise.schedule import CosineSchedule, LinearSchedule
-from dllm_core.objective.config import MaskedDiffusionConfig
-from dllm_core.objective.diffusion import MaskedDiffusion
+from dllm_core.objective.config import DiffusionConfig
+from dllm_core.objective.diffusion import Diffusion
 
 MASK = 3
 LAW = torch.tensor([0.5, 0.3, 0.2, 0.0])
@@ -19,12 +19,12 @@ CPU = torch.device("cpu")
 
 
 def batch_of(x0: np.ndarray, xt: np.ndarray, t: np.ndarray) -> Batch:
-    return Batch(x0=x0, xt=xt, t=t.astype(np.float32), loss_mask=np.ones(x0.shape, bool))
+    return Batch(x0=x0, xt=xt, t=t.astype(np.float32), loss_mask=np.ones(x0.shape, bool), counters=np.arange(len(x0)))
 
 
-def objective(schedule=None, max_weight=None) -> MaskedDiffusion:
+def objective(schedule=None, max_weight=None) -> Diffusion:
     process = AbsorbingProcess(mask_id=MASK, schedule=schedule or LinearSchedule())
-    return MaskedDiffusion(MaskedDiffusionConfig(max_weight=max_weight), process, CPU)
+    return Diffusion(DiffusionConfig(max_weight=max_weight), process, CPU)
 
 
 @pytest.mark.parametrize("schedule", [LinearSchedule(), CosineSchedule()])
@@ -34,7 +34,7 @@ def test_an_oracle_denoiser_pays_exactly_the_entropy(schedule):
     Exact: every text of 2 tokens and every mask pattern, with its probability; t by Gauss-Legendre quadrature.
     """
 
-    def oracle(input_ids, *, read):
+    def oracle(input_ids, *, read, pattern):
         return LAW.clamp_min(1e-30).log().expand(int(read.sum()), 4)
 
     nodes, weights = np.polynomial.legendre.leggauss(24)

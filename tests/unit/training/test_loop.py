@@ -19,7 +19,7 @@ from dllm_core.errors import DivergedError
 from dllm_core.model.config import DenoiserConfig
 from dllm_core.model.denoiser import Denoiser
 from dllm_core.model.pretrained import assign_weights
-from dllm_core.objective.diffusion import MaskedDiffusion
+from dllm_core.objective.diffusion import Diffusion
 from dllm_core.objective.loss import DenoiserLike, LossSum, Objective
 from dllm_core.storage.store import LocalStore
 from dllm_core.training.backend import LocalBackend
@@ -134,7 +134,7 @@ def make_trainer(
     trainer = Trainer(
         config,
         backend,
-        wrap(MaskedDiffusion(corpus.recipe.objective, process, torch.device("cpu"))),
+        wrap(Diffusion(corpus.recipe.objective, process, torch.device("cpu"))),
         Loader.open(corpus.store, manifest, tokenizer.mask_id),
         checkpoints,
         told,
