@@ -100,8 +100,9 @@ class Recipe(Frozen):
 
     @property
     def can_be_decoded(self) -> bool:
-        """Whether the engine has a reverse process for this model: masks, over the whole row."""
-        return isinstance(self.objective, DiffusionConfig) and not self.noise.process.replaces
+        """Whether the engine has a reverse process for this model: masks, over the whole row, and no t to be told."""
+        is_timed = self.model.time_conditioning
+        return isinstance(self.objective, DiffusionConfig) and not self.noise.process.replaces and not is_timed
 
     def corpus_fingerprint(self, sources: Sequence[StoredObject]) -> str:
         """Identity of the shards. Written noise epochs are left out: computed ones have the same bits."""

@@ -20,8 +20,9 @@ def new_objective(
     seed: int,
     block_length: int | None = None,
     steps: int | None = None,
+    t_min: float = 0.0,
 ) -> Objective:
-    """The objective of a section. block_length, steps: of the corpus's noise."""
+    """The objective of a section. block_length, steps, t_min: of the corpus's noise."""
     if isinstance(config, AutoregressiveConfig):
         return Autoregressive(config, denoiser.mask_id, device)
     if isinstance(config, MaskedLMConfig):
@@ -32,5 +33,6 @@ def new_objective(
         device,
         block_length=block_length if isinstance(config, BlockDiffusionConfig) else None,
         steps=steps,
+        t_min=t_min,
         time_conditioning=denoiser.model.time_conditioning,
     )

@@ -113,12 +113,12 @@ class Trainer:
         norm = math.nan
         if not num_bad:
             # The backend averages gradients over ranks; nats must be summed over ranks and divided once.
-            divisor = max(divisor, 1.0)  # 0 where chance noised nothing: then nats is 0 too
-            backend.backward(loss.nats * (backend.world_size / divisor))
+            # The divisor is 0 where chance noised nothing: then nats is 0 too.
+            backend.backward(loss.nats * (backend.world_size / max(divisor, 1.0)))
             norm = backend.step(learning_rate)
         is_taken = math.isfinite(norm)  # a finite loss may still have a gradient that is not
         if is_taken:
-            window.add(norm, nats / divisor, bound, tokens, learning_rate)
+            window.add(norm, nats, divisor, bound, tokens, learning_rate)
             self._skipped_in_a_row = 0
             if self._average is not None:
                 self._average.update(weights_of(backend.module), position.step)
@@ -147,8 +147,8 @@ class Trainer:
         rate = window.tokens / span
         return StepRecord(
             step=self._position.step,
-            loss=window.loss / window.steps,
-            bound=window.bound / window.tokens if math.isfinite(window.bound) else None,
+            loss=window.nats / max(window.divisor, 1.0),
+            bound=window.bound / max(window.tokens, 1.0) if math.isfinite(window.bound) else None,
             grad_norm=window.grad_norm / window.steps,
             learning_rate=window.learning_rate,
             tokens=self._position.tokens_seen,
@@ -183,12 +183,15 @@ class _Window:
     def __init__(self, position: TrainPosition) -> None:
         self.begun = position.seconds
         self.steps = 0
-        self.loss = self.bound = self.tokens = self.grad_norm = self.learning_rate = 0.0
+        self.nats = self.divisor = self.bound = self.tokens = self.grad_norm = self.learning_rate = 0.0
 
-    def add(self, grad_norm: float, loss: float, bound: float, tokens: float, learning_rate: float) -> None:
+    def add(
+        self, grad_norm: float, nats: float, divisor: float, bound: float, tokens: float, learning_rate: float
+    ) -> None:
         self.steps += 1
         self.grad_norm += grad_norm
-        self.loss += loss
+        self.nats += nats
+        self.divisor += divisor
         self.bound += bound
         self.tokens += tokens
         self.learning_rate = learning_rate

@@ -46,6 +46,7 @@ class Poisoned:
 
     def __init__(self, objective: Objective, call: int | None) -> None:
         self._objective, self._call, self._calls = objective, call, 0
+        self.pattern = objective.pattern
 
     def loss(self, denoiser: DenoiserLike, batch: Batch) -> LossSum:
         loss = self._objective.loss(denoiser, batch)

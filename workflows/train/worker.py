@@ -68,6 +68,7 @@ def train_worker(config: dict[str, Any]) -> None:
             seed=recipe.seed,
             block_length=manifest.block_length,
             steps=manifest.steps,
+            t_min=manifest.t_min,
         ),
         Prefetcher(Loader.open(job.run.store, manifest, mask_id)),
         checkpoints,

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -63,7 +64,7 @@ def test_loss_and_gradient_ignore_clean_positions_and_the_mask_logit():
     def evaluate(disturb: torch.Tensor):
         logits = torch.randn(4, 6, 4, generator=torch.Generator().manual_seed(1)) + disturb
         logits.requires_grad_()
-        loss = objective().loss(lambda ids, *, read: logits[read], batch)
+        loss = objective().loss(lambda ids, *, read, pattern: logits[read], batch)
         loss.nats.backward()
         return float(loss.nats.detach()), logits.grad
 
@@ -88,7 +89,7 @@ def test_sums_of_two_halves_are_the_sum_of_the_whole():
 
     def loss(rows: slice):
         return objective(max_weight=3).loss(
-            lambda ids, *, read: logits[rows][read], batch_of(x0[rows], xt[rows], t[rows])
+            lambda ids, *, read, pattern: logits[rows][read], batch_of(x0[rows], xt[rows], t[rows])
         )
 
     whole, halves = loss(slice(None)), (loss(slice(0, 2)), loss(slice(2, 6)))
@@ -101,7 +102,9 @@ def test_a_clipped_weight_changes_the_loss_and_never_the_bound():
     x0, xt = np.zeros((1, 2), np.int64), np.full((1, 2), MASK)
     batch = batch_of(x0, xt, np.array([[0.01, 1.0]]))
     logits = torch.zeros(1, 2, 4)
-    free, clipped = (objective(max_weight=w).loss(lambda ids, *, read: logits[read], batch) for w in (None, 5.0))
+    free, clipped = (
+        objective(max_weight=w).loss(lambda ids, *, read, pattern: logits[read], batch) for w in (None, 5.0)
+    )
     assert float(free.nats) == pytest.approx(101 * math.log(3), rel=1e-5)
     assert float(clipped.nats) == pytest.approx(6 * math.log(3), rel=1e-5)
     assert float(clipped.bound_nats) == float(free.bound_nats)
@@ -109,8 +112,8 @@ def test_a_clipped_weight_changes_the_loss_and_never_the_bound():
 
 def test_filler_tokens_do_not_count():
     x0, xt = np.zeros((1, 4), np.int64), np.full((1, 4), MASK)
-    batch = Batch(x0=x0, xt=xt, t=np.ones((1, 4), np.float32), loss_mask=np.array([[True, True, False, False]]))
+    batch = replace(batch_of(x0, xt, np.ones((1, 4))), loss_mask=np.array([[True, True, False, False]]))
     logits = torch.zeros(1, 4, 4)
-    loss = objective().loss(lambda ids, *, read: logits[read], batch)
+    loss = objective().loss(lambda ids, *, read, pattern: logits[read], batch)
     assert loss.num_tokens == 2
     assert float(loss.nats) == pytest.approx(2 * math.log(3), rel=1e-6)

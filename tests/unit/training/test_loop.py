@@ -58,6 +58,7 @@ class BadAt:
 
     def __init__(self, objective: Objective, calls: Callable[[int], bool], value: float = math.nan) -> None:
         self._objective, self._is_bad, self._value, self.calls = objective, calls, value, 0
+        self.pattern = objective.pattern
 
     def loss(self, denoiser: DenoiserLike, batch: Batch) -> LossSum:
         loss = self._objective.loss(denoiser, batch)
@@ -88,6 +89,8 @@ class Work:
         clock = self
 
         class Slow:
+            pattern = objective.pattern
+
             def loss(self, denoiser: DenoiserLike, batch: Batch) -> LossSum:
                 clock.now += 1
                 return objective.loss(denoiser, batch)
