@@ -33,6 +33,7 @@ class Purpose(IntEnum):
     REPLACE = 6
     EVALUATE_REPLACE = 7
     MASKED_LM = 8
+    EVALUATE_STRATUM = 9
 
 
 def philox(counter: tuple[Words, Words, Words, Words], key: tuple[int, int]) -> tuple[Words, ...]:

@@ -44,7 +44,7 @@ class CorpusNoise:
             blocks = -(-seq_len // self.block_length)
             number = np.arange(blocks)
             if starts is not None:
-                blocks, number = seq_len, _block_numbers(starts, self.block_length)
+                blocks, number = seq_len, block_numbers(starts, self.block_length)
             positions = positions[:, None] * blocks + number
         t = stratified_times(self.order.seed, epoch, positions, 0.0 if self.steps else self.t_min)
         return t if self.steps is None else snapped(t, self.steps)
@@ -90,7 +90,7 @@ class CorpusNoise:
         return np.where(is_noised, self.process.prior(x0), x0), columns["t"]
 
 
-def _block_numbers(starts: Bools, block_length: int) -> Ints:
+def block_numbers(starts: Bools, block_length: int) -> Ints:
     """Which block of its row each token [N L] is in; a document's blocks are counted from its own first token."""
     index = np.arange(starts.shape[1])
     offset = index - np.maximum.accumulate(np.where(starts, index, 0), axis=1)
