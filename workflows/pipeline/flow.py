@@ -30,8 +30,6 @@ from workflows.serve.flow import cpus_needed
 from workflows.target import Target
 from workflows.train.flow import checkpoint_bytes, final_step, train
 
-NO_DECODER = "there is no decoder for such a model yet"
-
 
 class Pipeline:
     """Runs stages of one target. The cluster starts when the first stage needs it and ends with the `with` block."""
@@ -162,7 +160,7 @@ class Pipeline:
         """Bundle -> endpoint -> answers, and the endpoint is stopped again. Nothing where there is no decoder."""
         recipe, run, name = self.target.recipe, self.target.run, "serve"
         if not recipe.can_be_decoded:
-            self._console.skipped(name, NO_DECODER)
+            self._console.left_out(name, "there is no decoder for such a model yet")
             return []
         inputs = self._serve_inputs()
         found = self._receipts.read(name, inputs)
