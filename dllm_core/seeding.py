@@ -32,6 +32,8 @@ class Purpose(IntEnum):
     EVALUATE = 5
     REPLACE = 6
     EVALUATE_REPLACE = 7
+    MASKED_LM = 8
+    EVALUATE_STRATUM = 9
 
 
 def philox(counter: tuple[Words, Words, Words, Words], key: tuple[int, int]) -> tuple[Words, ...]:

@@ -91,11 +91,16 @@ def small_corpus(tmp_path_factory: pytest.TempPathFactory) -> SmallCorpus:
 @pytest.fixture(scope="session")
 def small_bundle(small_corpus: SmallCorpus, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     """A run whose bundle holds random weights: what holds for them holds for trained ones. Read it only."""
-    recipe, manifest, tokenizer = small_corpus.recipe, small_corpus.manifest, small_corpus.tokenizer
-    run = RunDir(open_store("root", str(tmp_path_factory.mktemp("bundle"))), "small-0123456789ab")
+    return make_small_bundle(small_corpus, tmp_path_factory.mktemp("bundle"))
+
+
+def make_small_bundle(corpus: SmallCorpus, root: Path) -> RunDir:
+    """A run in `root` with a bundle of random weights, for the objective and the noise of the corpus's recipe."""
+    recipe, manifest, tokenizer = corpus.recipe, corpus.manifest, corpus.tokenizer
+    run = RunDir(open_store("root", str(root)), "small-0123456789ab")
     torch.manual_seed(11)
     config = denoiser_config(recipe, manifest, tokenizer)
-    weights = tmp_path_factory.mktemp("weights") / "model.safetensors"
+    weights = root / "weights" / "model.safetensors"
     write_weights(weights, weights_of(Denoiser(config)))
     run.store.put(run.key("recipe.yaml"), recipe.to_yaml().encode())
     write_bundle(
@@ -104,6 +109,9 @@ def small_bundle(small_corpus: SmallCorpus, tmp_path_factory: pytest.TempPathFac
         config=config,
         tokenizer=tokenizer,
         process=manifest.process,
+        objective=recipe.objective,
+        block_length=manifest.block_length,
+        steps=manifest.steps,
         decode=recipe.decode.model_dump(mode="json"),
         lineage=Lineage(
             run=run.name,

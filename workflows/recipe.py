@@ -16,12 +16,12 @@ from dllm_core.config.overrides import apply_overrides, read_recipe
 from dllm_core.data.corpus import AnyCorpus, ChatRecord, HubSource, MixtureCorpus, SourceBase
 from dllm_core.data.packing import AnyPacking, WrapPacking
 from dllm_core.data.tokenizer import TokenizerConfig
-from dllm_core.decoding.config import DecodeConfig
+from dllm_core.decoding.config import DecodeConfig, no_decoder
 from dllm_core.errors import ConfigError
 from dllm_core.evaluation.config import EvaluateConfig
 from dllm_core.model.config import ModelConfig
 from dllm_core.noise.process import NoiseConfig
-from dllm_core.objective.config import MaskedDiffusionConfig
+from dllm_core.objective.config import AnyObjective, BlockDiffusionConfig, DiffusionConfig, DiffusionOptions
 from dllm_core.storage.store import StoredObject, check_name, local_path
 from dllm_core.training.config import BOOKKEEPING, TrainConfig
 from workflows.placement import PlacementConfig
@@ -48,7 +48,7 @@ class Recipe(Frozen):
     packing: AnyPacking = WrapPacking()
     noise: NoiseConfig = NoiseConfig()
     model: ModelConfig = ModelConfig()
-    objective: MaskedDiffusionConfig = MaskedDiffusionConfig()
+    objective: AnyObjective = DiffusionConfig()
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     decode: DecodeConfig = DecodeConfig()
@@ -80,16 +80,34 @@ class Recipe(Frozen):
         return self
 
     @model_validator(mode="after")
-    def _noise_is_understood(self) -> Self:
-        """The one place that says which forward processes the stages downstream can take."""
-        process, steps = self.noise.process, self.noise.steps
-        if process.replaces:
-            problem = f"written noise, objective {self.objective.type} and decoding know masks only"
-            raise FieldProblem("noise.process.type", problem, process.type, "use absorbing")
-        if steps is not None:
-            problem = f"stored times and objective {self.objective.type} are of continuous time"
-            raise FieldProblem("noise.steps", problem, steps, "use null")
+    def _objective_and_noise_go_together(self) -> Self:
+        objective, noise = self.objective, self.noise
+        if not isinstance(objective, DiffusionOptions):
+            if self.model.time_conditioning:
+                problem = f"objective.type={objective.type} has no diffusion time"
+                raise FieldProblem("model.time_conditioning", problem, True, "leave it out")
+            return self
+        if isinstance(objective, BlockDiffusionConfig) != (noise.block_length is not None):
+            problem = f"objective.type={objective.type} needs " + (
+                "none" if noise.block_length else "the blocks' length"
+            )
+            raise FieldProblem("noise.block_length", problem, noise.block_length, "set both or neither")
+        name = objective.only_for_masks
+        if name is not None and (noise.process.replaces or noise.steps is not None):
+            problem = "says how masks weigh in continuous time; it needs noise.process.type=absorbing, noise.steps=null"
+            raise FieldProblem(f"objective.{name}", problem, getattr(objective, name), "leave it out")
         return self
+
+    @property
+    def can_be_decoded(self) -> bool:
+        """Whether there is a decoder for this model."""
+        return no_decoder(self.objective, self.noise.process, self.model) is None
+
+    def check_decodable(self) -> None:
+        """Refuse to decode what there is no decoder for."""
+        problem = no_decoder(self.objective, self.noise.process, self.model)
+        if problem is not None:
+            raise problem
 
     def corpus_fingerprint(self, sources: Sequence[StoredObject]) -> str:
         """Identity of the shards. Written noise epochs are left out: computed ones have the same bits."""

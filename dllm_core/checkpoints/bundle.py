@@ -21,7 +21,9 @@ from dllm_core.errors import CheckpointError, ConfigError
 from dllm_core.model.config import DenoiserConfig
 from dllm_core.model.denoiser import Denoiser
 from dllm_core.model.pretrained import CONFIG_NAME, WEIGHTS_NAME, read_denoiser
-from dllm_core.noise.process import AnyNoise, NoiseProcess
+from dllm_core.noise.interpolating import InterpolatingProcess
+from dllm_core.noise.process import AnyNoise
+from dllm_core.objective.config import AnyObjective, DiffusionConfig
 from dllm_core.storage.store import LocalStore, file_sha256
 
 FOLDER = "bundle"
@@ -46,6 +48,9 @@ class BundleManifest(Frozen):
 
     format: Literal[1] = 1
     process: AnyNoise
+    objective: AnyObjective = DiffusionConfig()
+    block_length: int | None = None
+    steps: int | None = None
     tokenizer: TokenizerConfig
     decode: dict[str, Any]
     lineage: Lineage
@@ -68,10 +73,14 @@ class ModelBundle:
         return Tokenizer.from_file(self.folder / TOKENIZER_NAME, self.manifest.tokenizer)
 
     @property
-    def process(self) -> NoiseProcess:
+    def config(self) -> DenoiserConfig:
+        """Sizes, vocabulary and special ids of the denoiser."""
+        return DenoiserConfig.model_validate_json((self.folder / CONFIG_NAME).read_bytes())
+
+    @property
+    def process(self) -> InterpolatingProcess:
         """The forward process, bound to the vocabulary."""
-        config = DenoiserConfig.model_validate_json((self.folder / CONFIG_NAME).read_bytes())
-        return self.manifest.process.bind(config.mask_id, config.vocab_size)
+        return self.manifest.process.bind(self.config.mask_id, self.config.vocab_size)
 
 
 def write_bundle(
@@ -83,8 +92,11 @@ def write_bundle(
     process: AnyNoise,
     decode: dict[str, Any],
     lineage: Lineage,
+    objective: AnyObjective | None = None,
+    block_length: int | None = None,
+    steps: int | None = None,
 ) -> None:
-    """Write the run's bundle, its manifest last."""
+    """Write the run's bundle, its manifest last. objective: None for plain diffusion."""
     with tempfile.TemporaryDirectory() as scratch:
         parts = {name: Path(scratch, name) for name in (CONFIG_NAME, TOKENIZER_NAME)}
         parts[CONFIG_NAME].write_text(config.model_dump_json(indent=2), encoding="utf-8")
@@ -95,7 +107,14 @@ def write_bundle(
             entries[name] = FileEntry(bytes=path.stat().st_size, sha256=file_sha256(path))
             run.store.put_file(run.key(f"{FOLDER}/{name}"), path)
     manifest = BundleManifest(
-        process=process, tokenizer=tokenizer.config, decode=decode, lineage=lineage, files=entries
+        process=process,
+        objective=objective or DiffusionConfig(),
+        block_length=block_length,
+        steps=steps,
+        tokenizer=tokenizer.config,
+        decode=decode,
+        lineage=lineage,
+        files=entries,
     )
     run.store.put(run.key(f"{FOLDER}/{MANIFEST_NAME}"), seal(manifest))
 

@@ -43,9 +43,11 @@ class Frozen(BaseModel):
 def explain(error: ValidationError, schema: type[BaseModel], values: Any, place: str = "") -> ConfigError:
     """Turn pydantic's first complaint into one line: dotted path, problem, value, remedy."""
     first = error.errors(include_url=False)[0]
-    location = _written_path(first["loc"], values)
-    path = ".".join([*filter(None, [place]), *location]) or "recipe"
     kind, context = first["type"], first.get("ctx", {})
+    cause = context.get("error")
+    named = cause.args[:1] if isinstance(cause, FieldProblem) else ()
+    location = _written_path((*first["loc"], *named), values)
+    path = ".".join([*filter(None, [place]), *location]) or "recipe"
     if kind == "extra_forbidden":
         return ConfigError(path, "unknown name", remedy=_where_it_belongs(schema, location, first["loc"]))
     if kind == "missing":
@@ -54,10 +56,8 @@ def explain(error: ValidationError, schema: type[BaseModel], values: Any, place:
         return ConfigError(f"{path}.type", "missing", remedy="the recipe must say of which kind this is")
     if kind == "union_tag_invalid":
         return ConfigError(f"{path}.type", "unknown kind", context["tag"], f"one of {context['expected_tags']}")
-    cause = context.get("error")
     if isinstance(cause, FieldProblem):
-        field, problem, value, remedy = cause.args
-        return ConfigError(f"{path}.{field}" if location or place else field, problem, value, remedy)
+        return ConfigError(path, *cause.args[1:])
     problem = str(cause) if cause is not None else first["msg"].replace("Input should be", "must be")
     return ConfigError(path, problem[:1].lower() + problem[1:], first["input"])
 

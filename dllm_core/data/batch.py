@@ -11,12 +11,15 @@ class Batch:
     """B rows of L tokens.
 
     x0 int64 [B L] clean ids; xt int64 [B L] noised ids; t float32 [B L] time of each token (row-level times
-    are equal along a row, block-level ones along a block); loss_mask bool [B L] tokens that count; segment_ids
-    int32 [B L]: a token sees its own segment only, None where all of a row is one.
+    are equal along a row, block-level ones along a block); loss_mask bool [B L] tokens that count; counters int64
+    [B]: which samples of the whole training these are. segment_ids int32 [B L]: a token sees its own segment only,
+    None where all of a row is one. is_real bool [B L]: no token sees filler, None where there is none.
     """
 
     x0: NDArray[np.int64]
     xt: NDArray[np.int64]
     t: NDArray[np.float32]
     loss_mask: NDArray[np.bool_]
+    counters: NDArray[np.int64]
     segment_ids: NDArray[np.int32] | None = None
+    is_real: NDArray[np.bool_] | None = None

@@ -61,9 +61,10 @@ class TokenRows:
         self.is_learned: Bools = self.is_real
         if self.has_prompt:
             self.is_learned = self.is_real & unpack_bits(read["is_learned"], seq_len)
+        self.starts = unpack_bits(read["starts"], seq_len) if "starts" in read else None
         self.segment_ids: NDArray[np.int32] | None = None
-        if "starts" in read:
-            self.segment_ids = np.cumsum(unpack_bits(read["starts"], seq_len), axis=1, dtype=np.int32)
+        if self.starts is not None:
+            self.segment_ids = np.cumsum(self.starts, axis=1, dtype=np.int32)
 
 
 def split_rows(store: Store, manifest: CorpusManifest, split: Split, rows: Ints) -> TokenRows:
@@ -107,10 +108,17 @@ class Loader:
         t = np.empty(xt.shape, dtype=np.float32)
         for epoch in np.unique(epochs).tolist():
             at = epochs == epoch
-            is_learned = tokens.is_learned[at] if tokens.has_prompt else None
-            xt[at], times = self._noised(epoch, ids[at], tokens.x0[at], is_learned)
+            xt[at], times = self._noised(epoch, ids, tokens, at)
             t[at] = self._noise.per_token(times, self._seq_len)
-        return Batch(x0=tokens.x0, xt=xt, t=t, loss_mask=tokens.is_learned, segment_ids=tokens.segment_ids)
+        return Batch(
+            x0=tokens.x0,
+            xt=xt,
+            t=t,
+            loss_mask=tokens.is_learned,
+            counters=counters,
+            segment_ids=tokens.segment_ids,
+            is_real=None if tokens.is_real.all() else tokens.is_real,
+        )
 
     def _samples(self, counters: Ints) -> tuple[Ints, Ints]:
         """The order of consecutive counters, computed for many batches at once: one by one it took half the time."""
@@ -124,12 +132,13 @@ class Loader:
         at = slice(int(counters[0]) - first, int(counters[-1]) - first + 1)
         return epochs[at], ids[at]
 
-    def _noised(self, epoch: int, ids: Ints, x0: Ints, is_learned: Bools | None) -> tuple[Ints, Floats]:
-        if epoch >= len(self._written):
-            return self._noise.corrupt(epoch, ids, x0, is_learned)
-        read = self._written[epoch].read(("t", "is_noised"), ids)
-        is_noised = unpack_bits(read["is_noised"], self._seq_len)
-        return np.where(is_noised, self._noise.process.prior(x0), x0), read["t"]
+    def _noised(self, epoch: int, ids: Ints, tokens: TokenRows, at: Bools) -> tuple[Ints, Floats]:
+        """Of the rows `at` [N] of a batch."""
+        if epoch < len(self._written):
+            return self._noise.from_columns(self._written[epoch].read(("t", "is_noised", "xt"), ids[at]), tokens.x0[at])
+        is_learned = tokens.is_learned[at] if tokens.has_prompt else None
+        starts = None if tokens.starts is None else tokens.starts[at]
+        return self._noise.corrupt(epoch, ids[at], tokens.x0[at], is_learned, starts)
 
 
 class Prefetcher:
@@ -155,6 +164,5 @@ class Prefetcher:
 def corpus_noise(manifest: CorpusManifest, mask_id: int) -> CorpusNoise:
     """The noise function of a corpus."""
     order = SampleOrder(manifest.seed, manifest.train.rows)
-    return CorpusNoise(
-        manifest.process.bind(mask_id, manifest.vocab_size), order, manifest.t_min, manifest.block_length
-    )
+    process = manifest.process.bind(mask_id, manifest.vocab_size)
+    return CorpusNoise(process, order, manifest.t_min, manifest.block_length, manifest.steps)

@@ -95,6 +95,7 @@ class CorpusManifest(Frozen):
     process: AnyNoise
     t_min: float
     block_length: int | None = None
+    steps: int | None = None
     accounting: Accounting
     train: Split
     heldout: Split

@@ -4,11 +4,13 @@ A stored noise file is this function written down.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dllm_core.data.order import SampleOrder
+from dllm_core.noise.discrete import snapped
 from dllm_core.noise.process import NoiseProcess
 from dllm_core.noise.times import stratified_times
 from dllm_core.seeding import Floats, Ints, Purpose, uniforms, uniforms64
@@ -21,34 +23,50 @@ Bools = NDArray[np.bool_]
 class CorpusNoise:
     """Draws t and xt for samples of one epoch. Holds no state: any worker computes any row, in any order.
 
-    block_length: None for one t a row, else one for each block of so many tokens.
+    block_length: None for one t a row, else one for each block of so many tokens, counted from where a document
+    starts. steps: None for continuous time, else T of a chain whose times are 1/T, 2/T, ..., 1.
     """
 
     process: NoiseProcess
     order: SampleOrder
     t_min: float
     block_length: int | None = None
+    steps: int | None = None
 
-    def times(self, epoch: int, sample_ids: Ints, seq_len: int) -> Floats:
-        """Times in (t_min, 1], stratified along the training order: [N], or [N blocks] with one t a block."""
+    def times(self, epoch: int, sample_ids: Ints, seq_len: int, starts: Bools | None = None) -> Floats:
+        """Times in (t_min, 1], stratified along the training order.
+
+        [N]; [N blocks] with one t a block; [N L], a time for each token, where blocks follow the documents that
+        begin at `starts` bool [N L].
+        """
         positions = self.order.position(epoch, sample_ids)
-        if self.block_length is None:
-            return stratified_times(self.order.seed, epoch, positions, self.t_min)
-        blocks = -(-seq_len // self.block_length)
-        positions = positions[:, None] * blocks + np.arange(blocks)
-        return stratified_times(self.order.seed, epoch, positions, self.t_min)
+        if self.block_length is not None:
+            blocks = -(-seq_len // self.block_length)
+            number = np.arange(blocks)
+            if starts is not None:
+                blocks, number = seq_len, block_numbers(starts, self.block_length)
+            positions = positions[:, None] * blocks + number
+        t = stratified_times(self.order.seed, epoch, positions, 0.0 if self.steps else self.t_min)
+        return t if self.steps is None else snapped(t, self.steps)
 
     def per_token(self, t: Floats, seq_len: int) -> Floats:
-        """Times of rows [N] or of blocks [N blocks] as times of tokens [N L]."""
+        """Times of rows [N], of blocks [N blocks] or of tokens [N L] as times of tokens [N L]."""
         if t.ndim == 1:
             return np.repeat(t[:, None], seq_len, axis=1)
         assert self.block_length is not None
-        return np.repeat(t, self.block_length, axis=1)[:, :seq_len]
+        return t if t.shape[1] == seq_len else np.repeat(t, self.block_length, axis=1)[:, :seq_len]
 
-    def corrupt(self, epoch: int, sample_ids: Ints, x0: Ints, is_learned: Bools | None = None) -> tuple[Ints, Floats]:
-        """(xt [N L], t [N] or [N blocks]) of rows x0 [N L]. What is not learned (a prompt) is never noised."""
+    def corrupt(
+        self,
+        epoch: int,
+        sample_ids: Ints,
+        x0: Ints,
+        is_learned: Bools | None = None,
+        starts: Bools | None = None,
+    ) -> tuple[Ints, Floats]:
+        """(xt [N L], t as `times` gives it) of rows x0 [N L]. What is not learned (a prompt) is never noised."""
         seq_len = x0.shape[1]
-        t = self.times(epoch, sample_ids, seq_len)
+        t = self.times(epoch, sample_ids, seq_len, starts)
         xt = np.empty_like(x0)
         for start in range(0, len(x0), _ROWS_AT_ONCE):
             at = slice(start, start + _ROWS_AT_ONCE)
@@ -59,6 +77,25 @@ class CorpusNoise:
                 v = uniforms64(self.order.seed, Purpose.REPLACE, epoch, sample_ids[at], seq_len)
             xt[at] = self.process.corrupt(x0[at], times, u, v)
         return (xt if is_learned is None else np.where(is_learned, xt, x0)), t
+
+    def columns(self, x0: NDArray[Any], xt: NDArray[Any], t: Floats) -> dict[str, NDArray[Any]]:
+        """What is written down: t, and one bit a token where noise is masks, else the noised ids."""
+        return {"t": t, "xt": xt} if self.process.replaces else {"t": t, "is_noised": pack_bits(xt != x0)}
+
+    def from_columns(self, columns: dict[str, NDArray[Any]], x0: Ints) -> tuple[Ints, Floats]:
+        """The inverse of `columns`, for rows x0 int64 [N L]: (xt int64 [N L], t)."""
+        if self.process.replaces:
+            return columns["xt"].astype(np.int64), columns["t"]
+        is_noised = unpack_bits(columns["is_noised"], x0.shape[1])
+        return np.where(is_noised, self.process.prior(x0), x0), columns["t"]
+
+
+def block_numbers(starts: Bools, block_length: int) -> Ints:
+    """Which block of its row each token [N L] is in; a document's blocks are counted from its own first token."""
+    index = np.arange(starts.shape[1])
+    offset = index - np.maximum.accumulate(np.where(starts, index, 0), axis=1)
+    begins = offset % block_length == 0
+    return np.cumsum(begins, axis=1) - 1
 
 
 def pack_bits(flags: Bools) -> NDArray[np.uint8]:

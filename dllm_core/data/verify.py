@@ -19,7 +19,7 @@ from dllm_core.data.build import (
 )
 from dllm_core.data.loader import corpus_noise
 from dllm_core.data.manifest import CorpusManifest, first_rows
-from dllm_core.data.noising import pack_bits, unpack_bits
+from dllm_core.data.noising import unpack_bits
 from dllm_core.data.packing import IsolatedPacking
 from dllm_core.data.shard import ShardInfo, id_type, map_shard
 from dllm_core.errors import DataError
@@ -110,9 +110,11 @@ def _noise(job: CorpusJob, manifest: CorpusManifest, mask_id: int, check: ShardC
         return None  # the check of the tokens says so; this file is what the manifest promises
     rows = np.unique(np.linspace(0, check.tokens.rows - 1, min(_SAMPLE_ROWS, check.tokens.rows)).astype(np.int64))
     x0 = tokens["ids"][rows].astype(np.int64)
-    is_learned = unpack_bits(tokens["is_learned"][rows], manifest.seq_len) if "is_learned" in tokens else None
+    names = [name for name in ("is_learned", "starts") if name in tokens]
+    flags = {name: unpack_bits(tokens[name][rows], manifest.seq_len) for name in names}
     noise = corpus_noise(manifest, mask_id)
-    xt, t = noise.corrupt(check.epoch, check.first_row + rows, x0, is_learned)
-    if not np.array_equal(t, views["t"][rows]) or not np.array_equal(pack_bits(xt != x0), views["is_noised"][rows]):
-        return "is not the noise that is computed for these rows"
-    return None
+    xt, t = noise.corrupt(check.epoch, check.first_row + rows, x0, **flags)
+    computed = noise.columns(x0, xt, t)
+    if computed.keys() == views.keys() and all(np.array_equal(views[name][rows], computed[name]) for name in views):
+        return None
+    return "is not the noise that is computed for these rows"

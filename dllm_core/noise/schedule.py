@@ -23,6 +23,9 @@ class NoiseSchedule(Protocol):
     def dalpha_dt(self, t: Array) -> Array:
         """Derivative of alpha, never positive."""
 
+    def inverse(self, alpha: Array) -> Array:
+        """The time in [0, 1] at which a share `alpha` has survived; 1 for less than the schedule leaves."""
+
 
 class LinearSchedule(Frozen):
     """alpha(t) = 1 - t, so the mask rate is t itself. MDLM, arXiv:2406.07524; LLaDA, arXiv:2502.09992."""
@@ -36,6 +39,10 @@ class LinearSchedule(Frozen):
     def dalpha_dt(self, t: Array) -> Array:
         """-1."""
         return -array_namespace(t).ones_like(t)
+
+    def inverse(self, alpha: Array) -> Array:
+        """1 - alpha."""
+        return 1 - alpha
 
 
 class CosineSchedule(Frozen):
@@ -53,6 +60,10 @@ class CosineSchedule(Frozen):
     def dalpha_dt(self, t: Array) -> Array:
         """-pi/2 sin(pi/2 (1 - t))."""
         return -math.pi / 2 * array_namespace(t).sin(math.pi / 2 * (1 - t))
+
+    def inverse(self, alpha: Array) -> Array:
+        """2/pi arcsin(1 - alpha)."""
+        return 2 / math.pi * array_namespace(alpha).arcsin(1 - alpha)
 
 
 class LogLinearSchedule(Frozen):
@@ -73,6 +84,10 @@ class LogLinearSchedule(Frozen):
         """-(1 - eps)."""
         return (self.eps - 1) * array_namespace(t).ones_like(t)
 
+    def inverse(self, alpha: Array) -> Array:
+        """(1 - alpha) / (1 - eps)."""
+        return array_namespace(alpha).clip((1 - alpha) / (1 - self.eps), 0, 1)
+
 
 class PolynomialSchedule(Frozen):
     """alpha(t) = 1 - t^w: above w = 1 slow at the clean end. MD4, arXiv:2406.04329."""
@@ -87,6 +102,10 @@ class PolynomialSchedule(Frozen):
     def dalpha_dt(self, t: Array) -> Array:
         """-w t^(w - 1); minus infinity at t = 0 where w < 1."""
         return -self.exponent * t ** (self.exponent - 1)
+
+    def inverse(self, alpha: Array) -> Array:
+        """(1 - alpha)^(1/w)."""
+        return (1 - alpha) ** (1 / self.exponent)
 
 
 AnySchedule = Annotated[

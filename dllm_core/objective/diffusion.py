@@ -1,43 +1,121 @@
-"""Masked diffusion: the weighted cross-entropy at noised positions whose expectation is the NELBO."""
+"""Diffusion: costs at noised positions whose expectation is the NELBO, over a whole row or block by block."""
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from dllm_core.data.batch import Batch
+from dllm_core.model.pattern import FULL, AttentionPattern
 from dllm_core.noise.absorbing import AbsorbingProcess
-from dllm_core.noise.process import NoiseProcess
-from dllm_core.objective.config import MaskedDiffusionConfig
-from dllm_core.objective.loss import DenoiserLike, LossSum
+from dllm_core.noise.discrete import step_nats
+from dllm_core.noise.interpolating import InterpolatingProcess
+from dllm_core.objective.config import DiffusionOptions
+from dllm_core.objective.context import context_weights
+from dllm_core.objective.loss import DenoiserLike, LossSum, Rows, nll
 
 
-class MaskedDiffusion:
-    """sum_i [xt_i != x0_i] w(t_i) (-log p(x0_i | xt)). MDLM, arXiv:2406.07524, eq. 11.
+class _Noised(NamedTuple):
+    """What a denoiser is shown: xt [B L], t [B L] and, of masks in continuous time, the NELBO's weight of each."""
 
-    With `max_weight` the weight is min(w(t), max_weight): less variance in training, but no longer the bound.
+    xt: Tensor
+    t: Tensor
+    weight: Tensor | None
+
+
+class Diffusion:
+    """E over t and xt of the process's cost of a token, summed over counted tokens.
+
+    Masked diffusion: sum_i [xt_i = mask] w(t_i) (-log p(x0_i | xt)), MDLM, arXiv:2406.07524, eq. 11; logits are
+    computed at masks only. With the linear schedule and t in (t_min, 1] that is LLaDA's loss (arXiv:2502.09992,
+    eq. 3), and with `normalize: answer` its fine-tuning loss. Where tokens are replaced, every counted position costs.
+
+    block_length: None for whole rows; else the denoiser reads [xt ; x0] and block b of xt sees x0 before it (BD3-LM,
+    arXiv:2503.09573, eq. 8), so the cost is that of decoding block by block. steps: of a chain in discrete time, whose
+    times are multiples of 1/steps. t_min: the noise's; no complement weighs more than it would there.
     """
 
-    def __init__(self, config: MaskedDiffusionConfig, process: NoiseProcess, device: torch.device) -> None:
-        assert isinstance(process, AbsorbingProcess)  # the recipe refuses any other
+    def __init__(
+        self,
+        config: DiffusionOptions,
+        process: InterpolatingProcess,
+        device: torch.device,
+        *,
+        block_length: int | None = None,
+        steps: int | None = None,
+        t_min: float = 0.0,
+        time_conditioning: bool = False,
+    ) -> None:
         self._config, self._process, self._device = config, process, device
+        self._steps, self._t_min, self._time_conditioning = steps, t_min, time_conditioning
+        self.pattern = FULL if block_length is None else AttentionPattern("block_diffusion", block_length)
 
     def loss(self, denoiser: DenoiserLike, batch: Batch) -> LossSum:
-        """Logits are computed at noised, counted positions only; the mask's own logit never takes part."""
-        x0 = torch.from_numpy(batch.x0).to(self._device)
-        xt = torch.from_numpy(batch.xt).to(self._device)
-        t = torch.from_numpy(batch.t).to(self._device)
-        counted = torch.from_numpy(batch.loss_mask).to(self._device)
-        read = (xt == self._process.mask_id) & counted
-        isolated: dict[str, Tensor] = {}
-        if batch.segment_ids is not None:
-            isolated["segment_ids"] = torch.from_numpy(batch.segment_ids).to(self._device)
-        logits = denoiser(xt, read=read, **isolated).float()  # bf16 would round a sum of 1e5 nats to the nearest 512
-        is_mask = torch.arange(logits.shape[-1], device=self._device) == self._process.mask_id
-        nll = functional.cross_entropy(logits.masked_fill(is_mask, -torch.inf), x0[read], reduction="none")
-        exact = self._process.ce_weight(t[read])
-        weight = exact if self._config.max_weight is None else exact.clamp(max=self._config.max_weight)
-        return LossSum(
-            nats=(nll * weight).sum(),
-            bound_nats=(nll.detach() * exact).sum(),
-            num_tokens=int(batch.loss_mask.sum()),
-        )
+        """Sums over a batch; with `complementary` the mean of what a mask and its complement cost."""
+        rows = Rows.of(batch, self._device)
+        shown = [self._drawn(rows)]
+        if self._config.complementary:
+            shown.append(self._complement(rows))
+        parts = [self._part(denoiser, rows, noised) for noised in shown]
+        nats, bound, divisor = (sum(values) / len(parts) for values in zip(*parts, strict=True))
+        return LossSum(nats, bound, int(batch.loss_mask.sum()), divisor)
+
+    def _part(self, denoiser: DenoiserLike, rows: Rows, noised: _Noised) -> tuple[Tensor, Tensor, float]:
+        read = rows.counted if self._process.replaces else rows.counted & (noised.xt == self._process.mask_id)
+        given = torch.cat([noised.xt, rows.x0], dim=1) if self.pattern.has_clean_half else noised.xt
+        when = {"t": noised.t} if self._time_conditioning else {}
+        logits = denoiser(given, read=read, pattern=self.pattern, **rows.attention, **when)
+        cost, bound = self._costs(logits, rows, noised, read)
+        nats, divisor = rows.normalized(cost, read, self._config.normalize)
+        return nats, bound.detach().sum(), divisor
+
+    def _costs(self, logits: Tensor, rows: Rows, noised: _Noised, read: Tensor) -> tuple[Tensor, Tensor]:
+        """What is minimised and what bounds the likelihood, each fp32 [n], at the n positions of `read`."""
+        x0, xt, t = rows.x0[read], noised.xt[read], noised.t[read]
+        if noised.weight is not None:
+            plain, weight = nll(logits, x0, self._process.mask_id), noised.weight[read]
+            return plain * self._training_weight(weight, rows, noised.xt, read), plain * weight
+        log_probs = self._process.x0_log_probs(logits.float())
+        if self._steps is None:
+            exact = self._process.nelbo_rate(log_probs, x0, xt, t)
+        else:
+            exact = chain_rate(self._process, log_probs, x0, xt, t, self._steps).to(t.dtype)
+        return exact, exact
+
+    def _training_weight(self, weight: Tensor, rows: Rows, xt: Tensor, read: Tensor) -> Tensor:
+        if self._config.weight == "none":
+            return torch.ones_like(weight)
+        if self._config.weight == "context":
+            is_clean = xt != self._process.mask_id
+            if rows.is_real is not None:
+                is_clean = is_clean & rows.is_real
+            return context_weights(is_clean, rows.segment_ids, self._config.context_rate)[read]
+        return weight if self._config.max_weight is None else weight.clamp(max=self._config.max_weight)
+
+    def _drawn(self, rows: Rows) -> _Noised:
+        weight = None
+        if isinstance(self._process, AbsorbingProcess) and self._steps is None:
+            weight = self._process.ce_weight(rows.t)
+        return _Noised(rows.xt, rows.t, weight)
+
+    def _complement(self, rows: Rows) -> _Noised:
+        """Counted masks and counted clean tokens exchanged, at the time t' where that is as likely: alpha' = 1 - alpha.
+
+        It is t that is even, not t', so a mask weighs -dalpha/dt(t) / alpha(t): w(t') and what t' is crowded by.
+        """
+        schedule, t = self._process.schedule, rows.t.double()
+        alpha, fall = schedule.alpha(t), -schedule.dalpha_dt(t)
+        least = 1 - float(schedule.alpha(torch.tensor(self._t_min, dtype=torch.float64)))
+        weight = (fall / alpha.clamp_min(max(least, 1e-12))).to(rows.t.dtype)
+        exchanged = torch.where(rows.xt == self._process.mask_id, rows.x0, self._process.mask_id)
+        xt = torch.where(rows.counted, exchanged, rows.xt)
+        return _Noised(xt, schedule.inverse(1 - alpha).to(rows.t.dtype), weight)
+
+
+def chain_rate(
+    process: InterpolatingProcess, x0_log_probs: Tensor, x0: Tensor, xt: Tensor, t: Tensor, steps: int
+) -> Tensor:
+    """T times the nats of the step that ends at t = k/T, fp64 [n]: an even k pays a chain of T steps in the mean."""
+    number = (t.double() * steps).round()  # a difference of two float32 times would hold few digits of 1/T
+    nats: Tensor = step_nats(process, x0_log_probs, x0, xt, (number - 1) / steps, number / steps)
+    return steps * nats

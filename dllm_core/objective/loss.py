@@ -1,35 +1,94 @@
-"""LossSum and the Objective protocol: a sum and a count, so that any split of a batch gives the same step."""
+"""LossSum, the Objective protocol and a batch as tensors: sums and counts, so that any split gives the same step."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from dllm_core.data.batch import Batch
+from dllm_core.model.pattern import FULL, AttentionPattern
 
 
 class DenoiserLike(Protocol):
     """Anything that gives logits [n V] at the n positions of `read`."""
 
-    def __call__(self, input_ids: Tensor, *, read: Tensor, segment_ids: Tensor | None = None) -> Tensor:
-        """input_ids int64 [B L], read bool [B L], segment_ids int [B L] where documents are isolated."""
+    def __call__(
+        self,
+        input_ids: Tensor,
+        is_real: Tensor | None = None,
+        read: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        *,
+        pattern: AttentionPattern = FULL,
+        positions: Tensor | None = None,
+        t: Tensor | None = None,
+    ) -> Tensor:
+        """As `Denoiser.forward`."""
 
 
 @dataclass(frozen=True)
 class LossSum:
-    """Sums over a batch; divide by `num_tokens` once, after adding up all ranks.
+    """Sums over a batch, to be added up over all ranks before anything is divided.
 
-    nats: what is minimised, fp32 scalar with its graph. bound_nats: the NELBO itself (equal to nats when the
-    weight is not changed for training), detached. num_tokens: counted tokens, noised or not.
+    nats: what is minimised once divided by `divisor`; fp32 scalar with its graph. bound_nats: the negative
+    log-likelihood or its bound, detached, to be divided by num_tokens; NaN where an objective has none.
+    num_tokens: counted tokens, noised or not.
     """
 
     nats: Tensor
     bound_nats: Tensor
     num_tokens: int
+    divisor: float
 
 
 class Objective(Protocol):
-    """A training target over a denoiser and a batch."""
+    """A training target over a denoiser and a batch. pattern: who sees whom, which decides what a token costs."""
+
+    pattern: AttentionPattern
 
     def loss(self, denoiser: DenoiserLike, batch: Batch) -> LossSum:
-        """Sum of nats over the batch's counted tokens."""
+        """Sums over the batch's counted tokens."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A batch on a device. x0, xt int64 [B L]; t fp32 [B L]; counted bool [B L]; the others as in Batch."""
+
+    x0: Tensor
+    xt: Tensor
+    t: Tensor
+    counted: Tensor
+    is_real: Tensor | None
+    segment_ids: Tensor | None
+
+    @classmethod
+    def of(cls, batch: Batch, device: torch.device) -> "Rows":
+        """Copies where the device is not the CPU."""
+
+        def moved(array: Any) -> Any:
+            return None if array is None else torch.from_numpy(array).to(device)
+
+        arrays = (batch.x0, batch.xt, batch.t, batch.loss_mask, batch.is_real, batch.segment_ids)
+        return cls(*map(moved, arrays))
+
+    @property
+    def attention(self) -> dict[str, Tensor]:
+        """What decides who sees whom, beside the pattern, as arguments of a denoiser."""
+        given = {"is_real": self.is_real, "segment_ids": self.segment_ids}
+        return {name: value for name, value in given.items() if value is not None}
+
+    def normalized(self, cost: Tensor, read: Tensor, normalize: str) -> tuple[Tensor, float]:
+        """(sum, divisor) of the costs [n] at the positions `read` [B L] under a `normalize` of the objectives."""
+        if normalize == "answer":
+            own = self.counted.sum(1)
+            return (cost / own[read.nonzero()[:, 0]]).sum(), float((own > 0).sum())
+        return cost.sum(), float(read.sum() if normalize == "noised" else self.counted.sum())
+
+
+def nll(logits: Tensor, target: Tensor, mask_id: int) -> Tensor:
+    """-log p(target) [n] of logits [n V] in fp32, the mask's own logit left out: no text holds it."""
+    is_mask = torch.arange(logits.shape[-1], device=logits.device) == mask_id
+    # bf16 would round a sum of 1e5 nats to the nearest 512.
+    logits = logits.float().masked_fill(is_mask, -torch.inf)
+    return torch.nn.functional.cross_entropy(logits, target, reduction="none")

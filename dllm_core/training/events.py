@@ -8,13 +8,13 @@ from typing import Any, Protocol
 class StepRecord:
     """One line of `metrics.jsonl`: means over the steps since the last one.
 
-    loss: what is minimised, nats a token. bound: the NELBO, nats a token (equal to loss where the weight is not
-    clipped). grad_norm: before clipping. tokens_per_s and mfu: over all workers. tokens: seen so far.
+    loss: what is minimised. bound: the negative log-likelihood or its bound, nats a token; None where the objective
+    has none. grad_norm: before clipping. tokens_per_s and mfu: over all workers. tokens: seen so far.
     """
 
     step: int
     loss: float
-    bound: float
+    bound: float | None
     grad_norm: float
     learning_rate: float
     tokens: int

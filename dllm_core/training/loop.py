@@ -50,7 +50,7 @@ class Trainer:
         self._skipped_in_a_row = 0
         self._average: WeightAverage | None = None
         model = backend.module.config
-        self._flops_per_token = model.model.flops_per_token(model.vocab_size, model.context_length)
+        self._flops_per_token = model.model.flops_per_token(model.vocab_size, model.context_length, objective.pattern)
 
     @property
     def position(self) -> TrainPosition:
@@ -104,19 +104,21 @@ class Trainer:
         nats, bound = float(loss.nats.detach()), float(loss.bound_nats)
         bad = not math.isfinite(nats)
         mine = [0.0, 0.0, 1.0] if bad else [nats, bound, 0.0]
+        mine += [float(loss.num_tokens), loss.divisor]
         clock = self._progress(self._clock() - begun) if backend.rank == 0 else 0.0
-        nats, bound, num_bad, tokens, progress = backend.sum_over_ranks([*mine, float(loss.num_tokens), clock])
+        nats, bound, num_bad, tokens, divisor, progress = backend.sum_over_ranks([*mine, clock])
         if progress >= 1:
             return progress
         learning_rate = config.learning_rate_at(position.step, progress)
         norm = math.nan
         if not num_bad:
-            # The backend averages gradients over ranks; nats must be summed over ranks and divided by tokens once.
-            backend.backward(loss.nats * (backend.world_size / tokens))
+            # The backend averages gradients over ranks; nats must be summed over ranks and divided once.
+            # The divisor is 0 where chance noised nothing: then nats is 0 too.
+            backend.backward(loss.nats * (backend.world_size / max(divisor, 1.0)))
             norm = backend.step(learning_rate)
         is_taken = math.isfinite(norm)  # a finite loss may still have a gradient that is not
         if is_taken:
-            window.add(norm, nats, bound, tokens, learning_rate)
+            window.add(norm, nats, divisor, bound, tokens, learning_rate)
             self._skipped_in_a_row = 0
             if self._average is not None:
                 self._average.update(weights_of(backend.module), position.step)
@@ -145,8 +147,8 @@ class Trainer:
         rate = window.tokens / span
         return StepRecord(
             step=self._position.step,
-            loss=window.nats / window.tokens,
-            bound=window.bound / window.tokens,
+            loss=window.nats / max(window.divisor, 1.0),
+            bound=window.bound / max(window.tokens, 1.0) if math.isfinite(window.bound) else None,
             grad_norm=window.grad_norm / window.steps,
             learning_rate=window.learning_rate,
             tokens=self._position.tokens_seen,
@@ -181,12 +183,15 @@ class _Window:
     def __init__(self, position: TrainPosition) -> None:
         self.begun = position.seconds
         self.steps = 0
-        self.nats = self.bound = self.tokens = self.grad_norm = self.learning_rate = 0.0
+        self.nats = self.divisor = self.bound = self.tokens = self.grad_norm = self.learning_rate = 0.0
 
-    def add(self, grad_norm: float, nats: float, bound: float, tokens: float, learning_rate: float) -> None:
+    def add(
+        self, grad_norm: float, nats: float, divisor: float, bound: float, tokens: float, learning_rate: float
+    ) -> None:
         self.steps += 1
         self.grad_norm += grad_norm
         self.nats += nats
+        self.divisor += divisor
         self.bound += bound
         self.tokens += tokens
         self.learning_rate = learning_rate

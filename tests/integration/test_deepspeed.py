@@ -17,7 +17,7 @@ from dllm_core.data.manifest import read_manifest
 from dllm_core.model.config import DenoiserConfig
 from dllm_core.model.denoiser import Denoiser
 from dllm_core.model.pretrained import assign_weights
-from dllm_core.objective.diffusion import MaskedDiffusion
+from dllm_core.objective.diffusion import Diffusion
 from dllm_core.objective.loss import DenoiserLike, LossSum, Objective
 from dllm_core.storage.store import open_store
 from dllm_core.training.backend import Backend, LocalBackend
@@ -46,6 +46,7 @@ class Poisoned:
 
     def __init__(self, objective: Objective, call: int | None) -> None:
         self._objective, self._call, self._calls = objective, call, 0
+        self.pattern = objective.pattern
 
     def loss(self, denoiser: DenoiserLike, batch: Batch) -> LossSum:
         loss = self._objective.loss(denoiser, batch)
@@ -109,7 +110,7 @@ def train_rank(rank: int, job: Job) -> None:
         job.train,
         backend,
         Poisoned(
-            MaskedDiffusion(recipe.objective, manifest.process.bind(mask_id, manifest.vocab_size), torch.device("cpu")),
+            Diffusion(recipe.objective, manifest.process.bind(mask_id, manifest.vocab_size), torch.device("cpu")),
             job.poisoned_step if rank == job.world_size - 1 else None,
         ),
         Loader.open(store, manifest, mask_id),

@@ -36,6 +36,9 @@ def make_bundle(recipe: Recipe, run: RunDir, corpus: str) -> Lineage:
         config=denoiser_config(recipe, manifest, tokenizer),
         tokenizer=tokenizer,
         process=manifest.process,
+        objective=recipe.objective,
+        block_length=manifest.block_length,
+        steps=manifest.steps,
         decode=recipe.decode.model_dump(mode="json"),
         lineage=lineage,
     )

@@ -44,6 +44,7 @@ from dllm_core.data.manifest import (
     read_manifest,
     write_manifest,
 )
+from dllm_core.data.packing import IsolatedPacking
 from dllm_core.data.shard import ShardInfo, id_type
 from dllm_core.data.sources import find_files
 from dllm_core.data.tokenizer import Tokenizer
@@ -82,9 +83,14 @@ class CorpusPlan:
 
     def disk_bytes(self, rows: int) -> int:
         """What so many rows take with their written noise."""
-        seq_len = self.recipe.packing.seq_len
-        id_bytes = np.dtype(id_type(self.recipe.tokenizer.vocab_size)).itemsize
-        return rows * (id_bytes * seq_len + 4 + self.recipe.noise.epochs * (seq_len // 8 + 4))
+        packing, noise = self.recipe.packing, self.recipe.noise
+        seq_len = packing.seq_len
+        ids = np.dtype(id_type(self.recipe.tokenizer.vocab_size)).itemsize * seq_len
+        times = 1
+        if noise.block_length is not None:
+            times = seq_len if isinstance(packing, IsolatedPacking) else -(-seq_len // noise.block_length)
+        of_noise = 4 * times + (ids if noise.process.replaces else -(-seq_len // 8))
+        return rows * (ids + 4 + noise.epochs * of_noise)
 
     @property
     def is_made(self) -> bool:
@@ -156,6 +162,7 @@ class Preprocessing:
             process=recipe.noise.process,
             t_min=recipe.noise.t_min,
             block_length=recipe.noise.block_length,
+            steps=recipe.noise.steps,
             accounting=accounting,
             train=train,
             heldout=heldout,

@@ -17,7 +17,7 @@ from dllm_core.data.manifest import read_manifest, read_tokenizer
 from dllm_core.errors import CheckpointError
 from dllm_core.model.denoiser import Denoiser
 from dllm_core.model.pretrained import WEIGHTS_NAME, assign_weights
-from dllm_core.objective.diffusion import MaskedDiffusion
+from dllm_core.objective.build import new_objective
 from dllm_core.storage.store import LocalStore
 from dllm_core.training.backend import resolve_precision
 from dllm_core.training.deepspeed_backend import DeepSpeedBackend
@@ -40,10 +40,10 @@ def train_worker(config: dict[str, Any]) -> None:
         torch.cuda.set_device(device)
     manifest = read_manifest(job.run.store, job.corpus)
     tokenizer = read_tokenizer(job.run.store, manifest)
-    mask_id = tokenizer.mask_id
+    mask_id, config_of_model = tokenizer.mask_id, denoiser_config(recipe, manifest, tokenizer)
     torch.manual_seed(recipe.seed)
     with device:
-        module = Denoiser(denoiser_config(recipe, manifest, tokenizer))
+        module = Denoiser(config_of_model)
 
     def report_damage(error: CheckpointError) -> None:
         if rank == 0:
@@ -60,7 +60,16 @@ def train_worker(config: dict[str, Any]) -> None:
     trainer = Trainer(
         recipe.train,
         backend,
-        MaskedDiffusion(recipe.objective, manifest.process.bind(mask_id, manifest.vocab_size), device),
+        new_objective(
+            recipe.objective,
+            config_of_model,
+            manifest.process.bind(mask_id, manifest.vocab_size),
+            device,
+            seed=recipe.seed,
+            block_length=manifest.block_length,
+            steps=manifest.steps,
+            t_min=manifest.t_min,
+        ),
         Prefetcher(Loader.open(job.run.store, manifest, mask_id)),
         checkpoints,
         _Listener(job, announcer, newest.manifest.position.step if newest else 0) if rank == 0 else _Silence(),

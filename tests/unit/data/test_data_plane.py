@@ -185,7 +185,8 @@ def test_conversations_without_markers_are_refused_by_the_recipe(tmp_path):
 
 
 def test_a_time_a_block_is_stored_and_computed_alike(tmp_path):
-    corpus = make_small_corpus(tmp_path, noise={"block_length": 8, "epochs": 1})
+    objective = {"type": "block_diffusion"}
+    corpus = make_small_corpus(tmp_path, noise={"block_length": 8, "epochs": 1}, objective=objective)
     stored = Loader.open(corpus.store, corpus.manifest, corpus.tokenizer.mask_id)
     computed = Loader.open(
         corpus.store, corpus.manifest.model_copy(update={"noise_epochs": ()}), corpus.tokenizer.mask_id

@@ -1,11 +1,20 @@
 """The noise of a corpus where tokens are replaced: as pure a function of (seed, epoch, row) as masks are."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+from conftest import SmallCorpus, make_small_corpus, small_recipe
 
+from dllm_core.data.build import to_arrow
+from dllm_core.data.loader import Loader
+from dllm_core.data.manifest import corpus_prefix
 from dllm_core.data.noising import CorpusNoise
 from dllm_core.data.order import SampleOrder
+from dllm_core.data.shard import map_shard, put_shard
+from dllm_core.data.verify import checks_of, verify_shard
 from dllm_core.noise.process import AbsorbingNoise, HybridNoise, UniformNoise
+from workflows.preprocess.flow import plan_corpus
 
 MASK, VOCAB, ROWS, LENGTH = 5, 300, 200, 40
 SECTIONS = {"uniform": UniformNoise(), "hybrid": HybridNoise(p_u=0.3)}
@@ -62,3 +71,93 @@ def test_what_replaces_is_drawn_apart_from_whether():
         drawn = xt[rows][xt[rows] != x0[rows]]
         counts = np.bincount(drawn * 10 // VOCAB, minlength=10)
         assert abs(counts - drawn.size / 10).max() < 5 * np.sqrt(drawn.size / 10)
+
+
+KINDS = {
+    "uniform": {"process": {"type": "uniform"}},
+    "hybrid chain": {"process": {"type": "hybrid", "p_u": 0.3}, "steps": 16},
+    "masks in blocks": {"block_length": 3},
+    "hybrid in blocks": {"process": {"type": "hybrid", "p_u": 0.3}, "block_length": 3},
+}
+EVERY_KIND = pytest.mark.parametrize("kind", KINDS)
+
+
+def corpus_of(root, kind: str, packing: str = "isolated", epochs: int = 2) -> SmallCorpus:
+    objective = {"type": "block_diffusion" if "block_length" in KINDS[kind] else "diffusion"}
+    noise = {**KINDS[kind], "epochs": epochs}
+    return make_small_corpus(root, noise=noise, objective=objective, packing={"type": packing, "seq_len": 32})
+
+
+def loader(corpus: SmallCorpus, *, computed: bool = False) -> Loader:
+    manifest = corpus.manifest.model_copy(update={"noise_epochs": ()}) if computed else corpus.manifest
+    return Loader.open(corpus.store, manifest, corpus.tokenizer.mask_id)
+
+
+@EVERY_KIND
+@pytest.mark.parametrize("packing", ["wrap", "isolated"])
+def test_what_is_written_down_is_what_is_computed_for_any_number_of_workers(tmp_path, kind, packing):
+    corpus = corpus_of(tmp_path, kind, packing)
+    rows = corpus.manifest.train.rows
+    written, computed = (loader(corpus, computed=c).batch(rows - 8, 16) for c in (False, True))  # over two epochs
+    for name in ("x0", "xt", "t", "counters"):
+        assert np.array_equal(getattr(written, name), getattr(computed, name)), name
+    assert (written.xt != written.x0)[written.loss_mask].mean() > 0.2
+    for world in (2, 3, 5):
+        parts = [loader(corpus).batch(rows - 8, 16, rank, world) for rank in range(world)]
+        for name in ("xt", "t", "counters"):
+            assert np.array_equal(np.concatenate([getattr(part, name) for part in parts]), getattr(written, name))
+
+
+@pytest.mark.parametrize("kind", ["masks in blocks", "hybrid in blocks"])
+def test_blocks_of_an_isolated_document_begin_with_it(tmp_path, kind):
+    """Each block of three of each document has one time; neighbours, also over a document's end, have others."""
+    batch = loader(corpus_of(tmp_path, kind, epochs=1)).batch(0, 16)
+    assert batch.segment_ids is not None
+    assert max(batch.segment_ids.max(1)) > 1
+    for t, segments in zip(batch.t, batch.segment_ids, strict=True):
+        found = []
+        for segment in np.unique(segments):
+            own = t[segments == segment]
+            for first in range(0, len(own), 3):
+                assert len(set(own[first : first + 3].tolist())) == 1
+                found.append(float(own[first]))
+        assert len(set(found)) == len(found)
+
+
+def test_times_of_a_chain_are_the_ends_of_its_steps(tmp_path):
+    t = loader(corpus_of(tmp_path, "hybrid chain", "wrap", epochs=1)).batch(0, 64).t[:, 0].astype(np.float64)
+    assert np.array_equal(np.round(t * 16) / 16, t)
+    assert set(np.round(t * 16)) == set(range(1, 17))
+
+
+@EVERY_KIND
+def test_verify_finds_a_token_or_a_time_that_is_not_the_noise_of_its_row_whatever_its_sha256_says(tmp_path, kind):
+    """The files are written again with their manifest, as a faulty worker would: only what is computed tells."""
+    corpus = corpus_of(tmp_path, kind, epochs=1)
+    job = plan_corpus(corpus.recipe, corpus.store).job()
+    manifest, mask_id = corpus.manifest, corpus.tokenizer.mask_id
+    [check] = [c for c in checks_of(job, manifest) if c.epoch == 0][:1]
+    assert all(verify_shard(job, manifest, mask_id, c) is None for c in checks_of(job, manifest))
+    views = {name: np.array(view) for name, view in map_shard(job.output, job.prefix, check.shard).items()}
+    assert ("xt" in views) == ("process" in KINDS[kind])
+    for name, view in views.items():
+        damaged = {**views, name: view.copy()}
+        damaged[name].reshape(len(view), -1)[0, 0] += 1
+        kept = {"unit": check.shard.unit, "rows": check.shard.rows, "tokens": check.shard.tokens}
+        info = put_shard(job.output, job.prefix, "noise/forged.arrow", to_arrow(damaged, {}), **kept)
+        problem = verify_shard(job, manifest, mask_id, replace(check, shard=info))
+        assert problem is not None, name
+        assert problem.what == "is not the noise that is computed for these rows"
+
+
+@EVERY_KIND
+def test_a_plan_knows_the_bytes_of_a_row_of_noise(tmp_path, kind):
+    for packing in ("wrap", "isolated"):
+        corpus = corpus_of(tmp_path / packing, kind, packing, epochs=1)
+        [shards] = corpus.manifest.noise_epochs
+        views = map_shard(corpus.store, corpus_prefix(corpus.manifest.fingerprint), shards[0])
+        a_row = sum(view[:1].nbytes for view in views.values())
+        plan = plan_corpus(corpus.recipe, corpus.store)
+        without = plan_corpus(small_recipe(tmp_path / packing, packing=corpus.recipe.packing.model_dump(),
+                                           noise={"epochs": 0}), corpus.store)  # fmt: skip
+        assert plan.disk_bytes(100) - without.disk_bytes(100) == 100 * a_row

@@ -14,7 +14,6 @@ from dllm_core.noise.process import NoiseConfig
 from dllm_core.noise.schedule import CosineSchedule
 from dllm_core.noise.uniform import UniformProcess
 
-MASKS_ONLY = "written noise, objective masked_diffusion and decoding know masks only"
 SECTIONS = {
     "absorbing": ({}, AbsorbingProcess),
     "uniform": ({}, UniformProcess),
@@ -47,15 +46,7 @@ def test_a_section_that_names_no_kind_means_masks(small_corpus):
 @pytest.mark.parametrize(
     ("noise", "line"),
     [
-        ({"process": {"type": "uniform"}}, f"noise.process.type: {MASKS_ONLY}, got 'uniform': use absorbing"),
-        (
-            {"process": {"type": "hybrid"}, "epochs": 0},
-            f"noise.process.type: {MASKS_ONLY}, got 'hybrid': use absorbing",
-        ),
-        (
-            {"steps": 8},
-            "noise.steps: stored times and objective masked_diffusion are of continuous time, got 8: use null",
-        ),
+        ({"block_length": 8}, "noise.block_length: objective.type=diffusion needs none, got 8: set both or neither"),
         ({"process": {"type": "gaussian"}}, "noise.process.type: unknown kind, got 'gaussian': one of 'absorbing', "),
         (
             {"process": {"type": "hybrid", "gamma": 2.5}},
@@ -71,6 +62,52 @@ def test_what_cannot_be_is_refused_in_one_line(tmp_path, noise, line):
     with pytest.raises(ConfigError) as refused:
         small_recipe(tmp_path, noise=noise)
     assert str(refused.value).startswith(line)
+
+
+@pytest.mark.parametrize(
+    ("sections", "line"),
+    [
+        (
+            {"objective": {"type": "block_diffusion"}},
+            "noise.block_length: objective.type=block_diffusion needs the blocks' length, got None: set both",
+        ),
+        (
+            {"objective": {"max_weight": 5}, "noise": {"process": {"type": "uniform"}}},
+            "objective.max_weight: says how masks weigh in continuous time; it needs noise.process.type=absorbing, ",
+        ),
+        (
+            {"objective": {"weight": "context"}, "noise": {"process": {"type": "hybrid"}}},
+            "objective.weight: says how masks weigh",
+        ),
+        (
+            {"objective": {"complementary": True}, "noise": {"steps": 9}},
+            "objective.complementary: says how masks weigh",
+        ),
+        (
+            {"objective": {"weight": "none", "max_weight": 5}},
+            "objective.max_weight: clips weight=nelbo, not none, got 5.0: leave it out",
+        ),
+        (
+            {"objective": {"type": "autoregressive"}, "model": {"time_conditioning": True}},
+            "model.time_conditioning: objective.type=autoregressive has no diffusion time, got True: leave it out",
+        ),
+        (
+            {"objective": {"type": "masked_lm", "replaced": 0.3}},
+            "objective.replaced: masked=0.8 leaves less, got 0.3: their sum is at most 1",
+        ),
+    ],
+)
+def test_an_objective_that_does_not_fit_its_noise_is_refused_in_one_line(tmp_path, sections, line):
+    with pytest.raises(ConfigError) as refused:
+        small_recipe(tmp_path, **sections)
+    assert str(refused.value).startswith(line)
+
+
+@pytest.mark.parametrize("process", [{"type": "uniform"}, {"type": "hybrid"}], ids=str)
+@pytest.mark.parametrize("steps", [None, 8])
+def test_replaced_tokens_are_written_down_and_learned_and_not_decoded(tmp_path, process, steps):
+    assert not small_recipe(tmp_path, noise={"process": process, "steps": steps}).can_be_decoded
+    assert small_recipe(tmp_path, noise={"steps": steps}).can_be_decoded
 
 
 def test_an_absorbing_corpus_is_the_one_that_it_was(tmp_path):

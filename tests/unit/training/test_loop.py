@@ -19,7 +19,7 @@ from dllm_core.errors import DivergedError
 from dllm_core.model.config import DenoiserConfig
 from dllm_core.model.denoiser import Denoiser
 from dllm_core.model.pretrained import assign_weights
-from dllm_core.objective.diffusion import MaskedDiffusion
+from dllm_core.objective.diffusion import Diffusion
 from dllm_core.objective.loss import DenoiserLike, LossSum, Objective
 from dllm_core.storage.store import LocalStore
 from dllm_core.training.backend import LocalBackend
@@ -58,6 +58,7 @@ class BadAt:
 
     def __init__(self, objective: Objective, calls: Callable[[int], bool], value: float = math.nan) -> None:
         self._objective, self._is_bad, self._value, self.calls = objective, calls, value, 0
+        self.pattern = objective.pattern
 
     def loss(self, denoiser: DenoiserLike, batch: Batch) -> LossSum:
         loss = self._objective.loss(denoiser, batch)
@@ -88,6 +89,8 @@ class Work:
         clock = self
 
         class Slow:
+            pattern = objective.pattern
+
             def loss(self, denoiser: DenoiserLike, batch: Batch) -> LossSum:
                 clock.now += 1
                 return objective.loss(denoiser, batch)
@@ -134,7 +137,7 @@ def make_trainer(
     trainer = Trainer(
         config,
         backend,
-        wrap(MaskedDiffusion(corpus.recipe.objective, process, torch.device("cpu"))),
+        wrap(Diffusion(corpus.recipe.objective, process, torch.device("cpu"))),
         Loader.open(corpus.store, manifest, tokenizer.mask_id),
         checkpoints,
         told,
