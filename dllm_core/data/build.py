@@ -14,6 +14,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from dllm_core.config.base import Frozen
+from dllm_core.config.fingerprint import seal, unseal
 from dllm_core.data.corpus import AnyCorpus, ChatRecord, HubSource, PairRecord
 from dllm_core.data.dedup import Signatures, duplicates, signatures
 from dllm_core.data.encoding import encode_documents
@@ -140,7 +141,7 @@ def sign_unit(job: CorpusJob, unit: Unit) -> FileReceipt:
     name = signature_key(unit.index)
     info = put_shard(job.output, job.prefix, name, data, unit=unit.index, rows=len(texts), tokens=0)
     receipt = FileReceipt(shard=info)
-    job.output.put(job.key(signature_receipt_key(unit.index)), receipt.model_dump_json().encode())
+    job.output.put(job.key(signature_receipt_key(unit.index)), seal(receipt))
     return receipt
 
 
@@ -159,7 +160,7 @@ def decide(job: CorpusJob, receipts: Sequence[FileReceipt]) -> None:
         columns["is_exact"] = found.is_exact.astype(np.uint8)
         data, rows = to_arrow(columns, {"unit": str(unit)}), len(found.representative)
         info = put_shard(job.output, job.prefix, decisions_key(unit), data, unit=unit, rows=rows, tokens=0)
-        job.output.put(job.key(decisions_receipt_key(unit)), FileReceipt(shard=info).model_dump_json().encode())
+        job.output.put(job.key(decisions_receipt_key(unit)), seal(FileReceipt(shard=info)))
 
 
 def _decisions(job: CorpusJob, unit: Unit) -> dict[str, NDArray[Any]] | None:
@@ -214,7 +215,7 @@ def tokenize_unit(job: CorpusJob, tokenizer: Tokenizer, unit: Unit) -> UnitRecei
         quarantine = f"quarantine/unit-{unit.index:06d}.jsonl"
         job.output.put(job.key(quarantine), removed_lines(found.removed))
     receipt = UnitReceipt(unit=unit.index, accounting=accounting, **shards, quarantine=quarantine)
-    job.output.put(job.key(unit_receipt_key(unit.index)), receipt.model_dump_json().encode())
+    job.output.put(job.key(unit_receipt_key(unit.index)), seal(receipt))
     return receipt
 
 
@@ -249,6 +250,9 @@ def _counted(removed: list[Removed], kind: str) -> dict[str, int]:
 
 
 def _token_shard(job: CorpusJob, tokenizer: Tokenizer, unit: Unit, split: str, rows: Rows) -> ShardInfo:
+    name = f"tokens/{split}-{unit.index:06d}.arrow"
+    if not len(rows.ids):
+        return ShardInfo(key=name, unit=unit.index, rows=0, tokens=0, bytes=0, sha256="")
     columns: dict[str, NDArray[Any]] = {
         "ids": rows.ids.astype(id_type(tokenizer.vocab_size)),
         "num_tokens": rows.num_tokens,
@@ -257,7 +261,6 @@ def _token_shard(job: CorpusJob, tokenizer: Tokenizer, unit: Unit, split: str, r
         columns["starts"] = pack_bits(rows.starts)
     if rows.is_learned is not None:
         columns["is_learned"] = pack_bits(rows.is_learned)
-    name = f"tokens/{split}-{unit.index:06d}.arrow"
     data = to_arrow(columns, {"split": split, "unit": str(unit.index), "tokenizer_sha256": tokenizer.digest})
     tokens = int(rows.num_tokens.sum())
     return put_shard(job.output, job.prefix, name, data, unit=unit.index, rows=len(rows.ids), tokens=tokens)
@@ -278,7 +281,7 @@ def noise_shard(job: CorpusJob, noise: CorpusNoise, tokens: ShardInfo, first_row
     name = f"noise/epoch-{epoch:03d}/train-{tokens.unit:06d}.arrow"
     info = put_shard(job.output, job.prefix, name, data, unit=tokens.unit, rows=tokens.rows, tokens=tokens.tokens)
     receipt = FileReceipt(shard=info)
-    job.output.put(job.key(noise_receipt_key(epoch, tokens.unit)), receipt.model_dump_json().encode())
+    job.output.put(job.key(noise_receipt_key(epoch, tokens.unit)), seal(receipt))
     return receipt
 
 
@@ -298,8 +301,10 @@ def _rows_to_noise(
 
 
 def shards_of(receipt: UnitReceipt | FileReceipt) -> list[ShardInfo]:
-    """The files that a receipt vouches for."""
-    return [receipt.shard] if isinstance(receipt, FileReceipt) else [receipt.train, receipt.heldout]
+    """The files that a receipt vouches for; a split without rows has none."""
+    if isinstance(receipt, FileReceipt):
+        return [receipt.shard]
+    return [shard for shard in (receipt.train, receipt.heldout) if shard.rows]
 
 
 def receipt_of(job: CorpusJob, receipt_key: str, kind: type[AnyReceipt]) -> AnyReceipt | None:
@@ -308,7 +313,7 @@ def receipt_of(job: CorpusJob, receipt_key: str, kind: type[AnyReceipt]) -> AnyR
     if not job.output.exists(key):
         return None
     try:
-        return kind.model_validate_json(job.output.read(key))
+        return kind.model_validate(unseal(job.output.read(key)))
     except ValueError:
         return None
 
