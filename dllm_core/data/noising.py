@@ -37,7 +37,8 @@ class CorpusNoise:
         """Times in (t_min, 1], stratified along the training order.
 
         [N]; [N blocks] with one t a block; [N L], a time for each token, where blocks follow the documents that
-        begin at `starts` bool [N L].
+        begin at `starts` bool [N L]: then a row leaves out positions for which it has no block, and a window is less
+        evenly spread.
         """
         positions = self.order.position(epoch, sample_ids)
         if self.block_length is not None:

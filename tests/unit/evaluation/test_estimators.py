@@ -5,7 +5,21 @@ import math
 import numpy as np
 import pytest
 import torch
-from small import CPU, MASK, PROCESSES, TEXT, VOCAB, autoregressive, batch_of, diffusion, expected, new_denoiser, nodes
+from small import (
+    ABSORBING,
+    CPU,
+    MASK,
+    PROCESSES,
+    TEXT,
+    VOCAB,
+    Recorded,
+    autoregressive,
+    batch_of,
+    diffusion,
+    expected,
+    new_denoiser,
+    nodes,
+)
 
 from dllm_core.evaluation.estimators import (
     Draw,
@@ -18,6 +32,8 @@ from dllm_core.evaluation.estimators import (
 )
 from dllm_core.evaluation.likelihood import score_rows
 from dllm_core.noise.hybrid import HybridProcess
+from dllm_core.noise.schedule import LogLinearSchedule
+from dllm_core.noise.uniform import UniformProcess
 from dllm_core.objective.config import AutoregressiveConfig, BlockDiffusionConfig, DiffusionConfig, MaskedLMConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -122,6 +138,59 @@ def test_a_prompt_is_given_and_filler_is_not_seen():
         changed = np.array([*text[:4], 3])
         again = repeated(estimator, denoiser, changed, **others)
         np.testing.assert_allclose(again, repeated(estimator, denoiser, text, **others), rtol=1e-6)
+
+
+@pytest.mark.parametrize("block_length", [None, 2])
+@pytest.mark.parametrize("name", ["count", *PROCESSES, "short"])
+def test_what_does_not_count_is_shown_as_it_is(name, block_length):
+    """Prompts; under a schedule that stops early also on the last canvas. What counts is asked."""
+    rng = np.random.default_rng(0)
+    x0, counted = rng.choice(TEXT, (30, 8)), rng.random((30, 8)) < 0.6
+    short = UniformProcess(mask_id=MASK, vocab_size=VOCAB, schedule=LogLinearSchedule(eps=0.2))
+    estimator = StratifiedTime({**PROCESSES, "short": short}.get(name, LINEAR), CPU, block_length=block_length)
+    recorded = Recorded(new_denoiser())
+    score_rows(
+        recorded,
+        ExactCount(MASK, CPU, block_length) if name == "count" else estimator,
+        rows_of(x0, counted=counted),
+        seed=0,
+        draws=3,
+    )
+    assert len(recorded.asked) == (6 if name == "short" else 3)
+    assert np.mean([(ids[:, :8] != x0)[counted].mean() for ids, _, _ in recorded.asked]) > 0.1
+    for ids, read, _ in recorded.asked:
+        assert ids.shape[1] == (8 if block_length is None else 16)
+        assert np.array_equal(ids[:, :8][~counted], x0[~counted])
+        assert np.array_equal(ids[:, 8:], x0[:, : ids.shape[1] - 8])
+        assert np.array_equal(read, counted & (ids[:, :8] == MASK) if name in ("count", *ABSORBING) else counted)
+
+
+NOISED_AT: list[np.ndarray] = []
+
+
+class Heard(UniformProcess):
+    """Keeps the times that it noises at."""
+
+    def corrupt(self, x0, t, u, v=None):
+        NOISED_AT.append(t)
+        return super().corrupt(x0, t, u, v)
+
+
+def test_each_token_is_noised_at_the_time_that_the_denoiser_is_told():
+    NOISED_AT.clear()
+    told: list[np.ndarray] = []
+
+    def hears(ids, *, read, t, **isolated):
+        told.append(t.numpy())
+        return torch.zeros(int(read.sum()), VOCAB)
+
+    process = Heard(mask_id=MASK, vocab_size=VOCAB)
+    estimator = StratifiedTime(process, CPU, block_length=2, time_conditioning=True)
+    score_rows(hears, estimator, rows_of(np.zeros((5, 6), np.int64)), seed=0, draws=2)
+    assert len(told) == 2
+    for noised_at, t in zip(NOISED_AT, told, strict=True):
+        assert np.array_equal(noised_at, t)
+        assert len(np.unique(t)) == 15
 
 
 @pytest.mark.parametrize("block_length", [None, 2])

@@ -332,6 +332,12 @@ def test_rounds_are_together_what_their_draws_are():
     rows = HeldoutRows(x0, every, np.arange(20), every)
     parts = [score_rows(by_masks, MASKS["count"], rows, seed=3, draws=n, first=first) for first, n in seen]
     assert sorted({n for _, n in seen}) == [5, 6]
+    again = score_rows(by_masks, MASKS["count"], rows, seed=3, draws=seen[0][1], first=seen[1][0])
+    assert (again.nats != parts[0].nats).mean() > 0.5  # a round draws anew
+    # Two rounds are surer than either: the target is asked of all draws together.
+    target = 1.001 * together.monte_carlo_error
+    assert target < min(part.monte_carlo_error for part in parts)
+    assert adaptive(x0, target, 44).draws < 20
     np.testing.assert_allclose(together.nats, sum(p.nats * p.draws for p in parts) / 11)
     np.testing.assert_allclose(together.variance, sum(p.variance * p.draws**2 for p in parts) / 121)
 
