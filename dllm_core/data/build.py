@@ -111,7 +111,7 @@ def _sifted(job: CorpusJob, unit: Unit) -> Iterator[tuple[Document | BadRecord, 
     for record in read_unit(job.corpus, job.stores, unit):
         if isinstance(record, BadRecord):
             yield record, record.reason
-        elif not record.text.strip():
+        elif not record.text or record.text.isspace():  # `strip` would copy the text
             yield record, "empty"
         else:
             yield record, first_reason(job.corpus.filters, record.text)
