@@ -273,11 +273,9 @@ def noise_receipt_key(epoch: int, unit: int) -> str:
 
 def noise_shard(job: CorpusJob, noise: CorpusNoise, tokens: ShardInfo, first_row: int, epoch: int) -> FileReceipt:
     """Write down the noise of one token shard for one epoch, then the receipt."""
-    x0, flags = _rows_to_noise(job, noise, tokens)
     sample_ids = first_row + np.arange(tokens.rows, dtype=np.int64)
-    xt, t = noise.corrupt(epoch, sample_ids, x0, **flags)
     metadata = {"epoch": str(epoch), "unit": str(tokens.unit), "tokens_sha256": tokens.sha256}
-    data = to_arrow(noise.columns(x0, xt, t), metadata)
+    data = to_arrow(_noise_columns(job, noise, tokens, sample_ids, epoch), metadata)
     name = f"noise/epoch-{epoch:03d}/train-{tokens.unit:06d}.arrow"
     info = put_shard(job.output, job.prefix, name, data, unit=tokens.unit, rows=tokens.rows, tokens=tokens.tokens)
     receipt = FileReceipt(shard=info)
@@ -285,19 +283,19 @@ def noise_shard(job: CorpusJob, noise: CorpusNoise, tokens: ShardInfo, first_row
     return receipt
 
 
-def _rows_to_noise(
-    job: CorpusJob, noise: CorpusNoise, tokens: ShardInfo
-) -> tuple[NDArray[Any], dict[str, NDArray[np.bool_]]]:
-    """(x0, flags that decide about noise) of a token shard. Where masks fall depends on no token: then none is read."""
+def _noise_columns(
+    job: CorpusJob, noise: CorpusNoise, tokens: ShardInfo, sample_ids: NDArray[np.int64], epoch: int
+) -> dict[str, NDArray[Any]]:
+    """The noise of a token shard. Where masks fall depends on no token: then none is read."""
     records = [getattr(source, "record", None) for source in job.corpus.all_sources]
     has_prompts = any(isinstance(record, ChatRecord | PairRecord) for record in records)
     has_own_blocks = noise.block_length is not None and isinstance(job.packing, IsolatedPacking)
     if not (noise.process.replaces or has_prompts or has_own_blocks):
-        any_text = np.uint16(noise.process.mask_id == 0)
-        return np.broadcast_to(any_text, (tokens.rows, job.packing.seq_len)), {}
+        return noise.mask_columns(epoch, sample_ids, job.packing.seq_len)
     views = map_shard(job.output, job.prefix, tokens)
     x0 = views["ids"]  # as stored: int64 would be four times the bytes to move
-    return x0, {name: unpack_bits(views[name], x0.shape[1]) for name in ("is_learned", "starts") if name in views}
+    flags = {name: unpack_bits(views[name], x0.shape[1]) for name in ("is_learned", "starts") if name in views}
+    return noise.columns(x0, *noise.corrupt(epoch, sample_ids, x0, **flags))
 
 
 def shards_of(receipt: UnitReceipt | FileReceipt) -> list[ShardInfo]:

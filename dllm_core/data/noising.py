@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dllm_core.data.order import SampleOrder
+from dllm_core.noise.absorbing import AbsorbingProcess
 from dllm_core.noise.discrete import snapped
 from dllm_core.noise.process import NoiseProcess
 from dllm_core.noise.times import stratified_times
@@ -78,6 +79,18 @@ class CorpusNoise:
                 v = uniforms64(self.order.seed, Purpose.REPLACE, epoch, sample_ids[at], seq_len)
             xt[at] = self.process.corrupt(x0[at], times, u, v)
         return (xt if is_learned is None else np.where(is_learned, xt, x0)), t
+
+    def mask_columns(self, epoch: int, sample_ids: Ints, seq_len: int) -> dict[str, NDArray[Any]]:
+        """`columns` of rows that are learned whole, for a process of masks: the same bits, and no token is needed."""
+        assert isinstance(self.process, AbsorbingProcess)
+        t = self.times(epoch, sample_ids, seq_len)
+        bits = np.empty((len(sample_ids), -(-seq_len // 8)), np.uint8)
+        for start in range(0, len(sample_ids), _ROWS_AT_ONCE):
+            at = slice(start, start + _ROWS_AT_ONCE)
+            u = uniforms(self.order.seed, Purpose.NOISE, epoch, sample_ids[at], seq_len)
+            times = t[at, None] if self.block_length is None else self.per_token(t[at], seq_len)
+            bits[at] = pack_bits(~self.process.survives(times, u))
+        return {"t": t, "is_noised": bits}
 
     def columns(self, x0: NDArray[Any], xt: NDArray[Any], t: Floats) -> dict[str, NDArray[Any]]:
         """What is written down: t, and one bit a token where noise is masks, else the noised ids."""
