@@ -80,7 +80,8 @@ class ModelBundle:
     @property
     def process(self) -> InterpolatingProcess:
         """The forward process, bound to the vocabulary."""
-        return self.manifest.process.bind(self.config.mask_id, self.config.vocab_size)
+        config = self.config
+        return self.manifest.process.bind(config.mask_id, config.vocab_size)
 
 
 def write_bundle(

@@ -3,6 +3,7 @@
 A stored noise file is this function written down.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,25 +71,26 @@ class CorpusNoise:
         seq_len = x0.shape[1]
         t = self.times(epoch, sample_ids, seq_len, starts)
         xt = np.empty_like(x0)
-        for start in range(0, len(x0), _ROWS_AT_ONCE):
-            at = slice(start, start + _ROWS_AT_ONCE)
-            u = uniforms(self.order.seed, Purpose.NOISE, epoch, sample_ids[at], seq_len)
-            times = t[at, None] if self.block_length is None else self.per_token(t[at], seq_len)
+        for at, times, u in self._draws(epoch, sample_ids, seq_len, t):
             v = None
             if self.process.replaces:
                 v = uniforms64(self.order.seed, Purpose.REPLACE, epoch, sample_ids[at], seq_len)
             xt[at] = self.process.corrupt(x0[at], times, u, v)
         return (xt if is_learned is None else np.where(is_learned, xt, x0)), t
 
+    def _draws(self, epoch: int, sample_ids: Ints, seq_len: int, t: Floats) -> Iterator[tuple[slice, Floats, Floats]]:
+        """(rows, their times, the uniforms that decide about their tokens), some rows at a time."""
+        for start in range(0, len(sample_ids), _ROWS_AT_ONCE):
+            at = slice(start, start + _ROWS_AT_ONCE)
+            times = t[at, None] if self.block_length is None else self.per_token(t[at], seq_len)
+            yield at, times, uniforms(self.order.seed, Purpose.NOISE, epoch, sample_ids[at], seq_len)
+
     def mask_columns(self, epoch: int, sample_ids: Ints, seq_len: int) -> dict[str, NDArray[Any]]:
         """`columns` of rows that are learned whole, for a process of masks: the same bits, and no token is needed."""
         assert isinstance(self.process, AbsorbingProcess)
         t = self.times(epoch, sample_ids, seq_len)
         bits = np.empty((len(sample_ids), -(-seq_len // 8)), np.uint8)
-        for start in range(0, len(sample_ids), _ROWS_AT_ONCE):
-            at = slice(start, start + _ROWS_AT_ONCE)
-            u = uniforms(self.order.seed, Purpose.NOISE, epoch, sample_ids[at], seq_len)
-            times = t[at, None] if self.block_length is None else self.per_token(t[at], seq_len)
+        for at, times, u in self._draws(epoch, sample_ids, seq_len, t):
             bits[at] = pack_bits(~self.process.survives(times, u))
         return {"t": t, "is_noised": bits}
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dllm_core.data.loader import TokenRows
 from dllm_core.data.noising import Bools, block_numbers
-from dllm_core.model.pattern import CAUSAL, FULL, AttentionPattern
+from dllm_core.model.pattern import CAUSAL, AttentionPattern, training_pattern
 from dllm_core.noise.absorbing import AbsorbingProcess
 from dllm_core.noise.discrete import snapped, terminal_nats
 from dllm_core.noise.interpolating import InterpolatingProcess
@@ -130,7 +130,7 @@ class ExactCount:
         is_masked[rows.counted] = rank < wanted[unit]
         weight = (total / wanted)[unit][is_masked[rows.counted]]
         xt = np.where(is_masked, self._mask_id, rows.x0)
-        logits = _ask(denoiser, rows, xt, is_masked, _pattern(self._block_length), self._device)
+        logits = _ask(denoiser, rows, xt, is_masked, training_pattern(self._block_length), self._device)
         return _by_row(rows, is_masked, weight * _plain(logits, rows, is_masked, self._mask_id))
 
 
@@ -185,7 +185,7 @@ class StratifiedTime:
         if not self._process.replaces:  # else a clean look is evidence too, and costs nats
             read = read & (xt == self._process.mask_id)
         when = {"t": torch.from_numpy(times).to(self._device)} if self._time_conditioning else {}
-        logits = _ask(denoiser, rows, xt, read, _pattern(self._block_length), self._device, **when)
+        logits = _ask(denoiser, rows, xt, read, training_pattern(self._block_length), self._device, **when)
         log_probs = self._process.x0_log_probs(logits)
         x0, seen, t = (
             torch.from_numpy(part[read]).to(self._device) for part in (rows.x0, xt, times.astype(np.float64))
@@ -227,10 +227,6 @@ def estimator_of(
     if isinstance(process, AbsorbingProcess) and steps is None and not time_conditioning:
         return ExactCount(process.mask_id, device, block_length)
     return StratifiedTime(process, device, block_length=block_length, steps=steps, time_conditioning=time_conditioning)
-
-
-def _pattern(block_length: int | None) -> AttentionPattern:
-    return FULL if block_length is None else AttentionPattern("block_diffusion", block_length)
 
 
 def _ask(
