@@ -15,7 +15,7 @@ from dllm_core.noise.absorbing import AbsorbingProcess
 from dllm_core.noise.discrete import snapped
 from dllm_core.noise.process import NoiseProcess
 from dllm_core.noise.times import stratified_times
-from dllm_core.seeding import Floats, Ints, Purpose, uniforms, uniforms64
+from dllm_core.seeding import Floats, Ints, Purpose, uniforms, uniforms64, uniforms_below
 
 _ROWS_AT_ONCE = 64  # Philox's arrays stay in the second level cache: 1.5x over one pass at 64 x 1024
 Bools = NDArray[np.bool_]
@@ -71,27 +71,29 @@ class CorpusNoise:
         seq_len = x0.shape[1]
         t = self.times(epoch, sample_ids, seq_len, starts)
         xt = np.empty_like(x0)
-        for at, times, u in self._draws(epoch, sample_ids, seq_len, t):
+        for at, times in self._some_rows(t, seq_len):
+            u = uniforms(self.order.seed, Purpose.NOISE, epoch, sample_ids[at], seq_len)
             v = None
             if self.process.replaces:
                 v = uniforms64(self.order.seed, Purpose.REPLACE, epoch, sample_ids[at], seq_len)
             xt[at] = self.process.corrupt(x0[at], times, u, v)
         return (xt if is_learned is None else np.where(is_learned, xt, x0)), t
 
-    def _draws(self, epoch: int, sample_ids: Ints, seq_len: int, t: Floats) -> Iterator[tuple[slice, Floats, Floats]]:
-        """(rows, their times, the uniforms that decide about their tokens), some rows at a time."""
-        for start in range(0, len(sample_ids), _ROWS_AT_ONCE):
+    def _some_rows(self, t: Floats, seq_len: int) -> Iterator[tuple[slice, Floats]]:
+        """(rows, their times, which broadcast to their tokens), some rows at a time."""
+        for start in range(0, len(t), _ROWS_AT_ONCE):
             at = slice(start, start + _ROWS_AT_ONCE)
-            times = t[at, None] if self.block_length is None else self.per_token(t[at], seq_len)
-            yield at, times, uniforms(self.order.seed, Purpose.NOISE, epoch, sample_ids[at], seq_len)
+            yield at, t[at, None] if self.block_length is None else self.per_token(t[at], seq_len)
 
     def mask_columns(self, epoch: int, sample_ids: Ints, seq_len: int) -> dict[str, NDArray[Any]]:
         """`columns` of rows that are learned whole, for a process of masks: the same bits, and no token is needed."""
         assert isinstance(self.process, AbsorbingProcess)
         t = self.times(epoch, sample_ids, seq_len)
         bits = np.empty((len(sample_ids), -(-seq_len // 8)), np.uint8)
-        for at, times, u in self._draws(epoch, sample_ids, seq_len, t):
-            bits[at] = pack_bits(~self.process.survives(times, u))
+        for at, times in self._some_rows(t, seq_len):
+            survival = self.process.survival(times)
+            kept = uniforms_below(survival, self.order.seed, Purpose.NOISE, epoch, sample_ids[at], seq_len)
+            bits[at] = pack_bits(~kept)
         return {"t": t, "is_noised": bits}
 
     def columns(self, x0: NDArray[Any], xt: NDArray[Any], t: Floats) -> dict[str, NDArray[Any]]:

@@ -166,7 +166,7 @@ class Tokenizer:
     def encode_flat(self, texts: Sequence[str]) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
         """Ids of many texts end to end, uint32 [N], and where each begins and ends, int64 [len(texts) + 1].
 
-        The bulk path: no Python object a token. Threads: RAYON_NUM_THREADS, TOKENIZERS_PARALLELISM.
+        The bulk path: no Python object a token. Threads: FASTOKENS_BPE_THREADS, TOKENIZERS_PARALLELISM.
         """
         if self._fast is not None:
             ids, offsets = self._fast.encode_batch_flat(

@@ -153,10 +153,15 @@ class LocalStore:
 
     def read(self, key: str, start: int = 0, stop: int | None = None) -> bytes:
         """Bytes [start, stop) of the file."""
-        with _explained(key, "read"), open(self._file(key), "rb") as file:
+        with _explained(key, "read"), open(self._file(key), "rb", buffering=0) as file:  # a buffer costs a quarter more
             if start:
                 file.seek(start)
-            return file.read() if stop is None else file.read(max(stop - start, 0))
+            if stop is None:
+                return file.readall()
+            data = file.read(max(stop - start, 0))
+            while 0 < len(data) < stop - start and (more := file.read(stop - start - len(data))):
+                data += more  # the system gives at most 2 GiB at once
+            return data
 
     def fetch(self, key: str) -> Path:
         """The file itself."""
