@@ -15,10 +15,9 @@ from numpy.typing import NDArray
 from dllm_core.decoding.config import DecodeConfig
 from dllm_core.decoding.engine import Engine
 from dllm_core.decoding.state import DecodeRequest
-from dllm_core.decoding.step import padded_length
 from dllm_core.decoding.unmask import LowConfidencePolicy
 from dllm_core.evaluation.estimate import Estimate, Proportion, measure_seed, proportion, ratio
-from dllm_core.model.pattern import CAUSAL
+from dllm_core.evaluation.writers import CausalWriter
 from dllm_core.objective.loss import DenoiserLike
 from dllm_core.seeding import Ints, Purpose, uniforms64
 
@@ -144,39 +143,16 @@ class CausalFiller:
         never: Collection[int],
         batch_rows: int = 32,
     ) -> None:
-        self._denoiser, self._mask_id, self._device = denoiser, mask_id, device
-        self._never, self._batch_rows = sorted({*never, mask_id}), batch_rows
+        self._writer = CausalWriter(denoiser, mask_id, device, end_id=None, never=never, batch_rows=batch_rows)
 
     def fill(self, holes: Sequence[Hole], side: Side) -> list[Filled]:
-        """Holes of one padded length go together, so that a row's own length alone decides its padding."""
+        """Holes of one length, in order. Raises ValueError for a side that it cannot see."""
         if side not in self.sides:
             raise ValueError(f"autoregression sees the left side only, got {side!r}")
-        found: dict[int, Filled] = {}
-        lengths = [padded_length(len(hole.before) + len(hole.truth)) for hole in holes]
-        for length in sorted(set(lengths)):
-            at = [i for i, own in enumerate(lengths) if own == length]
-            for start in range(0, len(at), self._batch_rows):
-                part = at[start : start + self._batch_rows]
-                found.update(zip(part, self._greedy([holes[i] for i in part], length), strict=True))
-        return [found[i] for i in range(len(holes))]
-
-    @torch.inference_mode()
-    def _greedy(self, holes: Sequence[Hole], length: int) -> list[Filled]:
-        """ids[:, i] is the token before position i, the mask where there is none: what `Autoregressive` trains on."""
-        ids = torch.full((len(holes), length + 1), self._mask_id)
-        for row, hole in zip(ids, holes, strict=True):
-            row[1 : 1 + len(hole.before)] = torch.from_numpy(hole.before)
-        rows, heads = torch.arange(len(holes)), torch.tensor([len(hole.before) for hole in holes])
-        size = len(holes[0].truth)
-        for step in range(size):
-            read = torch.zeros((len(holes), length), dtype=torch.bool)
-            read[rows, heads + step] = True
-            shown = ids[:, :length].to(self._device)
-            logits = self._denoiser(shown, read=read.to(self._device), pattern=CAUSAL).float().cpu()
-            logits[:, self._never] = -torch.inf
-            ids[rows, heads + step + 1] = logits.argmax(-1)
-        filled = [row[1 + head : 1 + head + size].numpy() for row, head in zip(ids, heads.tolist(), strict=True)]
-        return [Filled(tokens, size) for tokens in filled]
+        if not holes:
+            return []
+        written = self._writer.write([hole.before.tolist() for hole in holes], len(holes[0].truth), seed=0)
+        return [Filled(np.array(answer.tokens, np.int64), answer.num_calls) for answer in written]
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Quality of generated text: its nats under a stated scorer, and beside them how varied it is.
 
-A model that repeats itself is cheap for every scorer (Zheng et al., arXiv:2409.02908, section 6), so no figure here
+A model that repeats itself is cheap for every scorer (Zheng et al., arXiv:2409.02908), so no figure here
 stands alone: measure the same continuations of held-out text too, and compare all of them.
 """
 
@@ -12,15 +12,12 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from dllm_core.decoding.config import DecodeConfig
-from dllm_core.decoding.engine import Engine
-from dllm_core.decoding.state import DecodeRequest
 from dllm_core.evaluation.estimate import Estimate, jackknife, ratio
 from dllm_core.evaluation.scorers import Scorer
+from dllm_core.evaluation.writers import Tokens, Writer
 from dllm_core.seeding import Doubles, Ints
 
 Bools = NDArray[np.bool_]
-Tokens = Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -43,17 +40,16 @@ class Samples:
         return cls(ids, is_real, is_real & (index >= heads))
 
 
-def complete(engine: Engine, prompts: Sequence[Tokens], config: DecodeConfig, *, seed: int) -> Samples:
-    """The engine's answers; prompt i has seed + i."""
-    requests = [DecodeRequest(prompt=tuple(prompt), config=config, seed=seed + i) for i, prompt in enumerate(prompts)]
-    return Samples.of(prompts, [answer.tokens for answer in engine.generate(requests)])
+def complete(writer: Writer, prompts: Sequence[Tokens], max_tokens: int, *, seed: int) -> Samples:
+    """A writer's answers behind their prompts."""
+    return Samples.of(prompts, [answer.tokens for answer in writer.write(prompts, max_tokens, seed=seed)])
 
 
 @dataclass(frozen=True)
 class Distinct:
     """n-grams that differ, as a share of all: over the samples together, and inside each of them in the mean.
 
-    A share falls as a text gets longer: compare equal amounts only. Li et al., arXiv:1510.03055, section 5.
+    A share falls as a text gets longer: compare equal amounts only. Li et al., arXiv:1510.03055.
     """
 
     n: int

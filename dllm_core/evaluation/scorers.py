@@ -56,7 +56,7 @@ class NGramModel:
     """Interpolated Witten-Bell: p(w | h) = (c(h w) + T(h) p(w | h')) / (c(h) + T(h)), h' = h without its first token.
 
     T(h) is how many different tokens followed h; below the unigrams stands the uniform law over `num_text` ids. Bell,
-    Cleary and Witten, "Text Compression", 1990; Chen and Goodman, arXiv:cmp-lg/9606011, eq. 17. A context does not
+    Cleary and Witten, "Text Compression", 1990; Chen and Goodman, arXiv:cmp-lg/9606011. A context does not
     reach over a row's (or a document's) begin, where it is shorter.
     """
 

@@ -1,4 +1,4 @@
-"""Exact match of a task's answers, as the engine gives them to prompts that training never saw."""
+"""Exact match of a task's answers, as a model writes them behind prompts that training never saw."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,11 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from dllm_core.data.tokenizer import Tokenizer
-from dllm_core.decoding.config import DecodeConfig
-from dllm_core.decoding.engine import Engine
-from dllm_core.decoding.state import DecodeRequest
 from dllm_core.evaluation.estimate import Estimate, Proportion, proportion, ratio
 from dllm_core.evaluation.tasks.problem import Grade, Problem, Task
+from dllm_core.evaluation.writers import Writer
 
 
 @dataclass(frozen=True)
@@ -34,15 +32,13 @@ class Answered:
 
 
 def answer_problems(
-    engine: Engine, tokenizer: Tokenizer, task: Task, problems: Sequence[Problem], config: DecodeConfig, *, seed: int
+    writer: Writer, tokenizer: Tokenizer, task: Task, problems: Sequence[Problem], *, seed: int
 ) -> list[Answered]:
-    """Decode each prompt, with room for the longest of the known answers and its end token."""
+    """Write on from each prompt, with room for the longest of the known answers and its end token."""
     room = 1 + max((len(tokenizer.encode(problem.answer)) for problem in problems), default=0)
-    config = config.model_copy(update={"max_tokens": room})
-    prompts = [tuple(tokenizer.encode(problem.prompt)) for problem in problems]
-    requests = [DecodeRequest(prompt=prompt, config=config, seed=seed + i) for i, prompt in enumerate(prompts)]
+    prompts = [tokenizer.encode(problem.prompt) for problem in problems]
     answered = []
-    for problem, answer in zip(problems, engine.generate(requests), strict=True):
+    for problem, answer in zip(problems, writer.write(prompts, room, seed=seed), strict=True):
         # Not `decode`, which leaves special tokens out: an answer with one inside is no answer.
         text = "".join(map(tokenizer.token_text, answer.tokens))
         answered.append(Answered(text, task.grade(problem, text), answer.num_committed, answer.num_calls))

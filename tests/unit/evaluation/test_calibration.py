@@ -1,6 +1,7 @@
 """Laws of calibration: an oracle's confidence is its accuracy, a boaster's is not, and the figures say by how much."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -97,6 +98,23 @@ def test_error_bars_and_the_error_by_chance_are_what_repeating_shows():
     shown = np.mean([one.expected_error.value for one in perfect])
     assert shown > 0.01
     assert abs(np.mean([one.expected_error_by_chance for one in perfect]) / shown - 1) < 0.15
+
+
+def test_the_error_s_error_is_that_of_leaving_out_each_row():
+    """Rows of many and of few hidden tokens."""
+    x0 = rows_of(25, 9)
+    counted = np.random.default_rng(10).random(x0.shape) < np.linspace(0.05, 1, 25)[:, None]
+    scores = score(ByPlace(2.5), x0, counted=counted)
+    names = ("tokens", "hits", "confidence", "brier")
+    kept = np.flatnonzero(scores.tokens.sum(1))
+    without = []
+    for row in kept:
+        rest = replace(scores, **{name: np.delete(getattr(scores, name), row, axis=0) for name in names})
+        without.append(summarize_calibration(rest).expected_error.value)
+    spread = ((np.array(without) - np.mean(without)) ** 2).sum()
+    found = summarize_calibration(scores).expected_error
+    assert found.rows == len(kept)
+    assert found.standard_error == pytest.approx(math.sqrt(spread * (len(kept) - 1) / len(kept)))
 
 
 def test_a_row_s_sums_do_not_depend_on_the_batch_and_parts_join():
