@@ -130,7 +130,10 @@ class EngineFiller:
 
 
 class CausalFiller:
-    """Autoregression, token after token, the likeliest each time: it sees what stands before, and nothing behind."""
+    """Autoregression, token after token, the likeliest each time: it sees what stands before, and nothing behind.
+
+    never: the end and padding, which the engine rules out in a hole too, so that both choose among the same tokens.
+    """
 
     sides: tuple[Side, ...] = ("left",)
 

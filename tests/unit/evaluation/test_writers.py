@@ -108,3 +108,25 @@ def test_answers_without_an_end_take_all_their_room(denoiser):
     endless = causal(denoiser, end_id=None, never=(PAD, EOS), temperature=1.5).write(PROMPTS, 6, seed=2)
     assert {(one.num_committed, one.num_calls, len(one.tokens)) for one in endless} == {(6, 6, 6)}
     assert not {MASK, PAD, EOS} & {token for one in endless for token in one.tokens}
+
+
+def test_how_wide_a_row_is_read_is_its_own_length_s_alone(denoiser):
+    """Another width sums in another order: the last bit, and so a near tie, would hang on the neighbours."""
+
+    class Recorded:
+        def __init__(self) -> None:
+            self.widths: dict[tuple[int, ...], set[int]] = {}
+
+        def __call__(self, ids, **options):
+            for prompt, row in itertools.product(PROMPTS, ids.tolist()):
+                if tuple(row[: len(prompt) + 2]) == (MASK, *prompt, MASK):
+                    self.widths.setdefault(prompt, set()).add(len(row))
+            return denoiser(ids, **options)
+
+    together = Recorded()
+    causal(together, end_id=None).write(PROMPTS, 5, seed=0)
+    for prompt in PROMPTS:
+        alone = Recorded()
+        causal(alone, end_id=None).write([prompt], 5, seed=0)
+        assert alone.widths[prompt] == together.widths[prompt]
+    assert len(set().union(*together.widths.values())) == 2
