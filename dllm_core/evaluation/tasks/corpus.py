@@ -1,8 +1,12 @@
 """A task's training part as a corpus: JSON lines of prompt and answer, of which only the answers are learned.
 
-corpus: {type: jsonl, path: FOLDER, record: {type: pair}}
-tokenizer: {path: FOLDER/tokenizer.json}
-packing: {type: padded, seq_len: ...}
+    corpus: {type: jsonl, path: FOLDER, record: {type: pair}}
+    tokenizer: {path: FOLDER/tokenizer.json}
+    packing: {type: padded, seq_len: L, learn_padding: true}
+    decode: {max_tokens: at most L}
+
+Where answers differ in length, `learn_padding` is needed: without it a training row has as many masks as its answer has
+tokens, and a canvas with more room reads as a longer answer.
 """
 
 import json

@@ -52,7 +52,7 @@ def recipe_of(root) -> Recipe:
     sections = {
         "corpus": {"type": "jsonl", "path": str(root / "task"), "record": {"type": "pair"}, "heldout_fraction": 0.2},
         "tokenizer": {"path": str(root / "task" / "tokenizer.json")},
-        "packing": {"type": "padded", "seq_len": 40},
+        "packing": {"type": "padded", "seq_len": 48, "learn_padding": True},
     }
     return Recipe.checked(small_recipe(root).model_dump(mode="json") | sections)
 
