@@ -16,7 +16,7 @@ from dllm_core.config.overrides import apply_overrides, read_recipe
 from dllm_core.data.corpus import AnyCorpus, ChatRecord, HubSource, MixtureCorpus, SourceBase
 from dllm_core.data.packing import AnyPacking, WrapPacking
 from dllm_core.data.tokenizer import TokenizerConfig
-from dllm_core.decoding.config import DecodeConfig
+from dllm_core.decoding.config import DecodeConfig, no_decoder
 from dllm_core.errors import ConfigError
 from dllm_core.evaluation.config import EvaluateConfig
 from dllm_core.model.config import ModelConfig
@@ -100,9 +100,14 @@ class Recipe(Frozen):
 
     @property
     def can_be_decoded(self) -> bool:
-        """Whether the engine has a reverse process for this model: masks, over the whole row, and no t to be told."""
-        is_timed = self.model.time_conditioning
-        return isinstance(self.objective, DiffusionConfig) and not self.noise.process.replaces and not is_timed
+        """Whether there is a decoder for this model."""
+        return no_decoder(self.objective, self.noise.process, self.model) is None
+
+    def check_decodable(self) -> None:
+        """Refuse to decode what there is no decoder for."""
+        problem = no_decoder(self.objective, self.noise.process, self.model)
+        if problem is not None:
+            raise problem
 
     def corpus_fingerprint(self, sources: Sequence[StoredObject]) -> str:
         """Identity of the shards. Written noise epochs are left out: computed ones have the same bits."""

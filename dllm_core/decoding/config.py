@@ -6,6 +6,22 @@ from pydantic import Field, model_validator
 
 from dllm_core.config.base import FieldProblem, Frozen
 from dllm_core.decoding.unmask import AnyUnmaskPolicy, ThresholdPolicy
+from dllm_core.errors import ConfigError
+from dllm_core.model.config import ModelConfig
+from dllm_core.noise.process import AnyNoise
+from dllm_core.objective.config import AnyObjective, DiffusionConfig
+
+
+def no_decoder(objective: AnyObjective, process: AnyNoise, model: ModelConfig) -> ConfigError | None:
+    """What says that there is no decoder yet for such a model; None if there is: masks over whole rows, not told t."""
+    problem, remedy = "there is no decoder for such a model yet", "it can be trained and evaluated"
+    if not isinstance(objective, DiffusionConfig):
+        return ConfigError("objective.type", problem, objective.type, remedy)
+    if process.replaces:
+        return ConfigError("noise.process.type", problem, process.type, remedy)
+    if model.time_conditioning:
+        return ConfigError("model.time_conditioning", problem, True, remedy)
+    return None
 
 
 class DecodeConfig(Frozen):

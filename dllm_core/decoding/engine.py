@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dllm_core.checkpoints.bundle import ModelBundle
+from dllm_core.decoding.config import no_decoder
 from dllm_core.decoding.state import DecodeRequest, DecodeState, FinishReason
 from dllm_core.decoding.step import padded_length, propose
 from dllm_core.errors import RequestError
@@ -64,7 +65,10 @@ class Engine:
 
     @classmethod
     def of(cls, bundle: ModelBundle, device: str = "cpu", max_batch_tokens: int = 4096) -> "Engine":
-        """An engine over a bundle's denoiser and noise process."""
+        """An engine over a bundle's denoiser and noise process. Raises ConfigError where there is no decoder for it."""
+        problem = no_decoder(bundle.manifest.objective, bundle.manifest.process, bundle.config.model)
+        if problem is not None:
+            raise problem
         return cls(bundle.denoiser(device), bundle.process, max_batch_tokens)
 
     @property

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from conftest import small_recipe, small_text
+from conftest import make_small_bundle, make_small_corpus, small_recipe, small_text
 
 from dllm_core.checkpoints.run_dir import JsonLines, RunDir
 from dllm_core.checkpoints.store import CheckpointStore
@@ -93,6 +93,18 @@ def test_a_bundle_that_fails_its_sha256_is_refused_by_its_file(small_bundle, tmp
     told = dllm(verb, str(run))
     assert told.returncode == 3
     assert told.stderr == f"dllm: {weights}: does not match its sha256: the file was changed or damaged\n"
+
+
+@pytest.mark.parametrize("verb", [["generate"], ["serve"]])
+def test_a_model_without_decoder_is_refused_before_anything_starts(tmp_path, verb):
+    corpus = make_small_corpus(tmp_path, objective={"type": "autoregressive"}, noise={"epochs": 0})
+    run = make_small_bundle(corpus, corpus.store.root)
+    told = dllm(*verb, run.url)
+    assert told.returncode == 2
+    line = "dllm: objective.type: there is no decoder for such a model yet, got 'autoregressive': it can be trained"
+    assert told.stderr.startswith(line)
+    assert told.stderr.count("\n") == 1
+    assert told.stdout == ""
 
 
 def test_with_json_the_last_line_is_one_object_for_an_answer_and_for_an_error(small_bundle):

@@ -24,6 +24,7 @@ def generate(
     recipe: Recipe, run: RunDir, prompt: str, suffix: str | None, seed: int, console: Console
 ) -> dict[str, Any]:
     """Decode one request; its text, cost and finish reason."""
+    recipe.check_decodable()
     import torch
 
     torch.set_num_threads(1)

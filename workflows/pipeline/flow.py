@@ -61,7 +61,8 @@ class Pipeline:
             check_port(self.target.recipe.serve)  # now, not after minutes of training
         self._check_room(self._corpus_bytes() + self._training_bytes())
         preprocessed = self.preprocess()
-        self._check_examples()
+        if self.target.recipe.can_be_decoded:
+            self._check_examples()
         return {
             "run": self.target.run.url,
             "preprocess": preprocessed,
@@ -156,8 +157,11 @@ class Pipeline:
         return result
 
     def serve(self) -> list[dict[str, Any]]:
-        """Bundle -> endpoint -> answers, and the endpoint is stopped again."""
+        """Bundle -> endpoint -> answers, and the endpoint is stopped again. Nothing where there is no decoder."""
         recipe, run, name = self.target.recipe, self.target.run, "serve"
+        if not recipe.can_be_decoded:
+            self._console.left_out(name, "there is no decoder for such a model yet")
+            return []
         inputs = self._serve_inputs()
         found = self._receipts.read(name, inputs)
         if found is not None:
@@ -232,6 +236,8 @@ class Pipeline:
         return fingerprint([self._bundle_identity(), recipe.decode, recipe.seed, list(recipe.serve.examples)])
 
     def _serve_missing(self) -> bool:
+        if not self.target.recipe.can_be_decoded:
+            return False
         if self.target.run.read_json("bundle/bundle.json") is None:
             return True
         return self._receipts.read("serve", self._serve_inputs()) is None
@@ -280,12 +286,15 @@ def _about_training(result: dict[str, Any]) -> str:
 
 
 def _about_evaluation(result: dict[str, Any]) -> str:
-    text = (
-        f"held-out NELBO {result['nelbo']:.3f} ± {result['standard_error']:.3f} nats/token, "
-        f"unigram entropy {result['unigram_entropy']:.3f}: [bold]{_gain(result['gain'])}[/bold]"
-    )
-    decoding = result.get("decoding")
-    if decoding:
+    entropy = f"unigram entropy {result['unigram_entropy']:.3f}"
+    if result["nelbo"] is None:
+        text = f"a masked language model has no likelihood; {entropy}"
+    else:
+        name = "negative log-likelihood" if result["estimator"] == "exact" else "NELBO"
+        figure = f"{result['nelbo']:.3f} ± {result['standard_error']:.3f} nats/token"
+        text = f"held-out {name} {figure}, {entropy}: [bold]{_gain(result['gain'])}[/bold]"
+    decoding = result["decoding"]
+    if decoding is not None:
         policy = " ".join(str(value) for value in decoding["policy"].values())
         text += f"; {decoding['tokens_per_call']:.2f} tokens per call ({policy})"
     return text
