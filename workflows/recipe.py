@@ -151,10 +151,12 @@ class Recipe(Frozen):
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe file and apply overrides. The name of a recipe that has none is its file's."""
     values: dict[str, Any] = {"name": path.stem, **read_recipe(path)}
-    return _anchored(Recipe.checked(apply_overrides(values, list(overrides))))
+    if "models" in values:
+        raise ConfigError(str(path), "is a comparison of several models", remedy="`dllm compare` takes it")
+    return anchored(Recipe.checked(apply_overrides(values, list(overrides))))
 
 
-def _anchored(recipe: Recipe) -> Recipe:
+def anchored(recipe: Recipe) -> Recipe:
     """Relative paths start at the working directory; written out, so that a run means the same from anywhere."""
     corpus, tokenizer = recipe.corpus, recipe.tokenizer
     if isinstance(corpus, MixtureCorpus):
