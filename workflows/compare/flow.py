@@ -52,7 +52,7 @@ class Comparison:
 
     def run(self) -> dict[str, Any]:
         """All of it, in order."""
-        entrants = self._corpora()
+        entrants = self.entrants()
         self._check_same_text(entrants)
         self._train(entrants)
         measured = self._measure(entrants)
@@ -68,7 +68,7 @@ class Comparison:
         self._console.done("report", escape(f"{self._store.url}/{folder}/report.html"))
         return {"comparison": f"{self._store.url}/{folder}", "models": list(self._recipe.models)}
 
-    def _corpora(self) -> list[Entrant]:
+    def entrants(self) -> list[Entrant]:
         """Every run that there will be, its corpus made."""
         entrants = []
         with self._console.stage("corpora") as bar:
@@ -119,7 +119,7 @@ class Comparison:
         longest = max(len(problem.prompt) + len(problem.answer) for problem in problems) + 1
         length = -(-longest // 16) * 16
         return [
-            f"corpus={{type: jsonl, path: {json.dumps(f'{self._store.url}/{folder}')}, record: {{type: pair}}}}",
+            f"corpus={{type: jsonl, path: {json.dumps(f'{self._store.url}/{folder}')}, record: {{type: pair}}, heldout_fraction: 0.05}}",
             f"tokenizer={{vocab_size: {TokenizerConfig().smallest}}}",
             f"packing={{type: padded, seq_len: {length}, learn_padding: true}}",
             f"decode.max_tokens={length}",

@@ -172,11 +172,11 @@ def _flexibility(question: Question, device: torch.device) -> dict[str, Any]:
         found = summarize_holes(score_holes(filler, _holes(entrant, section.rows, length), length, side))
         if found is not None:
             result["holes"].append(asdict(found))
-    result["two_holes"] = _two_holes(entrant, filler, section.rows, section.lengths[len(section.lengths) // 2])
+    result["two_holes"] = two_holes(entrant, filler, section.rows, section.lengths[len(section.lengths) // 2])
     return result
 
 
-def _two_holes(entrant: Entrant, filler: Filler, rows: int, length: int) -> dict[str, Any] | None:
+def two_holes(entrant: Entrant, filler: Filler, rows: int, length: int) -> dict[str, Any] | None:
     """One hole in each half of a row: the first is filled while the second is masked, the second given the first.
 
     By the chain rule that is one way to fill both; what stands between them is a constraint on both.
