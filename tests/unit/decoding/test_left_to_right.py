@@ -28,6 +28,7 @@ from dllm_core.objective.config import (
 )
 from dllm_core.seeding import Purpose, uniforms
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 prompts = st.lists(st.integers(3, VOCABULARY - 1), max_size=22).map(tuple)
 left_to_right = st.none() | st.integers(1, 9)  # None: token by token
 
@@ -215,7 +216,9 @@ def changed(bundle: ModelBundle, **values: object) -> ModelBundle:
 
 
 def test_a_bundle_is_decoded_as_its_objective_says(bundle):
-    denoiser, request = bundle.denoiser(), greedy(10, 4, (7, 8, 9))
+    denoiser, greedy_one = bundle.denoiser(), greedy(10, 4, (7, 8, 9))
+    request = replace(greedy_one, config=greedy_one.config.model_copy(update={"temperature": 1.0}))
+    answers = set()
     blocks = changed(bundle, objective=BlockDiffusionConfig(), block_length=4)
     for other, pattern in (
         (bundle, AttentionPattern("full")),
@@ -227,8 +230,8 @@ def test_a_bundle_is_decoded_as_its_objective_says(bundle):
         expected = Engine(denoiser, bundle.process, pattern=pattern).generate([request])
         for keeps_keys in (True, False):
             assert Engine.of(other, keeps_keys=keeps_keys).generate([request]) == expected
-    answers = [Engine.of(other).generate([request])[0].tokens for other in (bundle, blocks)]
-    assert answers[0] != answers[1]
+        answers.add(tuple(expected[0].tokens))
+    assert len(answers) == 3  # or nothing would tell the patterns apart
 
 
 def test_a_bundle_without_a_decoder_is_refused_in_one_line(bundle):
