@@ -9,7 +9,11 @@ from dllm_core.decoding.unmask import AnyUnmaskPolicy, ThresholdPolicy
 
 
 class DecodeConfig(Frozen):
-    """`steps_per_block` bounds the denoiser calls of a block; a policy may need fewer."""
+    """`steps_per_block` bounds the denoiser calls of a block; a policy may need fewer.
+
+    A model trained in blocks is decoded in those: `block_length` must be theirs. An autoregressive one takes a token a
+    call: blocks, steps and policy say nothing to it. `cache` names approximations; an exact one needs no setting.
+    """
 
     policy: AnyUnmaskPolicy = ThresholdPolicy()
     block_length: int = Field(16, ge=1)

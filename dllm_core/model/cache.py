@@ -46,6 +46,11 @@ class KeyValueStore:
         """Positions that a slot holds."""
         return self.slots.shape[4]
 
+    @property
+    def num_taken(self) -> int:
+        """Slots that rows hold."""
+        return len(self.lengths) - len(self._free)
+
     def take(self, capacity: int) -> int:
         """A free slot with room for so many positions, empty. What is too small is copied into twice the room."""
         rows, held = len(self.lengths), self.capacity
@@ -117,25 +122,23 @@ class KeyValues:
         if longest > store.capacity:
             raise ValueError(f"cache: {int(totals.max())} positions exceed the capacity of {store.capacity}")
         store.written[self._slots] = counts
-        offsets = lengths[:, None] + np.arange(max(width, _MIN_QUERIES))
-        block, keys = pattern.block_length or 1, np.arange(longest)
-        sees = keys // block <= offsets[:, :, None] // block
-        sees &= keys < np.maximum(totals, 1)[:, None, None]  # padding of an empty row sees something too
-        hidden = np.where(sees, np.float32(0), np.float32(-np.inf))[:, None]
         row, column = np.nonzero(np.arange(width) < counts[:, None])
         first = int(self._slots[0]) if len(self._slots) else 0
-        offsets = np.minimum(offsets[:, :width], longest - 1)  # padding may stand behind the last slot
         is_run = bool((self._slots == first + np.arange(len(self._slots))).all())
 
         def moved(array: Ints) -> Tensor:
             return torch.from_numpy(array).to(device)
 
+        offsets = moved(lengths[:, None] + np.arange(max(width, _MIN_QUERIES)))
+        keys, block = torch.arange(longest, device=device), pattern.block_length or 1
+        sees = keys // block <= offsets[:, :, None] // block
+        sees &= keys < moved(np.maximum(totals, 1))[:, None, None]  # padding of an empty row sees something too
         return NewPositions(
             slots=store.slots[..., :longest, :],
             rows=slice(first, first + len(self._slots)) if is_run else moved(self._slots),
-            offsets=moved(offsets),
-            attention=torch.from_numpy(hidden).to(device),
-            at=(moved(self._slots[row]), moved(offsets[row, column])),
+            offsets=offsets[:, :width].clamp(max=longest - 1),  # padding may stand behind the last slot
+            attention=torch.zeros(sees.shape, device=device).masked_fill_(~sees, -torch.inf)[:, None],
+            at=(moved(self._slots[row]), moved(lengths[row] + column)),
             of=(moved(row), moved(column)),
         )
 
