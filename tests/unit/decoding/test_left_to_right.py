@@ -35,7 +35,7 @@ left_to_right = st.none() | st.integers(1, 9)  # None: token by token
 
 @pytest.fixture(scope="module")
 def denoiser() -> Denoiser:
-    return new_denoiser()
+    return new_denoiser(is_tied=False)
 
 
 def pattern_of(block_length: int | None) -> AttentionPattern:
