@@ -1,10 +1,12 @@
 """What many tests start from: a small corpus on disk, made by the real preprocessing without a cluster."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from rados_gateway import Gateway, missing_programs, rados_gateway
 
 from dllm_core.checkpoints.bundle import Lineage, write_bundle
 from dllm_core.checkpoints.run_dir import RunDir
@@ -89,11 +91,16 @@ def small_corpus(tmp_path_factory: pytest.TempPathFactory) -> SmallCorpus:
 @pytest.fixture(scope="session")
 def small_bundle(small_corpus: SmallCorpus, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     """A run whose bundle holds random weights: what holds for them holds for trained ones. Read it only."""
-    recipe, manifest, tokenizer = small_corpus.recipe, small_corpus.manifest, small_corpus.tokenizer
-    run = RunDir(open_store("root", str(tmp_path_factory.mktemp("bundle"))), "small-0123456789ab")
+    return make_small_bundle(small_corpus, tmp_path_factory.mktemp("bundle"))
+
+
+def make_small_bundle(corpus: SmallCorpus, root: Path) -> RunDir:
+    """A run in `root` with a bundle of random weights, for the objective and the noise of the corpus's recipe."""
+    recipe, manifest, tokenizer = corpus.recipe, corpus.manifest, corpus.tokenizer
+    run = RunDir(open_store("root", str(root)), "small-0123456789ab")
     torch.manual_seed(11)
     config = denoiser_config(recipe, manifest, tokenizer)
-    weights = tmp_path_factory.mktemp("weights") / "model.safetensors"
+    weights = root / "weights" / "model.safetensors"
     write_weights(weights, weights_of(Denoiser(config)))
     run.store.put(run.key("recipe.yaml"), recipe.to_yaml().encode())
     write_bundle(
@@ -102,6 +109,9 @@ def small_bundle(small_corpus: SmallCorpus, tmp_path_factory: pytest.TempPathFac
         config=config,
         tokenizer=tokenizer,
         process=manifest.process,
+        objective=recipe.objective,
+        block_length=manifest.block_length,
+        steps=manifest.steps,
         decode=recipe.decode.model_dump(mode="json"),
         lineage=Lineage(
             run=run.name,
@@ -114,6 +124,15 @@ def small_bundle(small_corpus: SmallCorpus, tmp_path_factory: pytest.TempPathFac
         ),
     )
     return run
+
+
+@pytest.fixture(scope="session")
+def rados() -> Iterator[Gateway]:
+    """A real S3 server for the whole test run, where its packages are installed."""
+    if missing_programs():
+        pytest.skip(missing_programs())
+    with rados_gateway() as gateway:
+        yield gateway
 
 
 @pytest.fixture(scope="module")

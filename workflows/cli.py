@@ -45,7 +45,8 @@ def run(target: TargetArg, overrides: OverridesArg = None, output: OutputOption 
         console.print(f"[bold]{opened.run.name}[/bold] [dim]in {escape(opened.run.store.url)}[/dim]")
         with Pipeline(opened, console) as pipeline:
             result = pipeline.run()
-        console.print(f"\nServe it again: [bold]dllm serve {escape(_shown(opened.run.url))}[/bold]")
+        if opened.recipe.can_be_decoded:
+            console.print(f"\nServe it again: [bold]dllm serve {escape(_shown(opened.run.url))}[/bold]")
         return result
 
     _verb(body, output)

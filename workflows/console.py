@@ -84,6 +84,10 @@ class Console:
         """One line for a stage whose inputs have not changed."""
         self.rich.print(f"[dim]–[/dim] [bold]{name:<11}[/bold] {text} [dim](unchanged, skipped)[/dim]")
 
+    def left_out(self, name: str, why: str) -> None:
+        """One line for a stage that such a run does not have."""
+        self.rich.print(f"[dim]–[/dim] [bold]{name:<11}[/bold] {why}")
+
     def result(self, value: dict[str, Any]) -> None:
         """The verb's result, as the last line of stdout, if JSON was asked for."""
         if self.output == "json":

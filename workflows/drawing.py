@@ -6,6 +6,11 @@ import io
 import json
 from typing import Any
 
+import numpy as np
+
+from dllm_core.data.batch import Batch
+from dllm_core.noise.interpolating import InterpolatingProcess
+
 INK, ACCENT, SOFT = "#1f2430", "#2a6fdb", "#9db7e0"
 STYLE = """
 body{font:16px/1.55 system-ui,sans-serif;color:#1f2430;max-width:60rem;margin:2.5rem auto;padding:0 1.2rem}
@@ -17,7 +22,8 @@ td,th{padding:.3rem .7rem .3rem 0;text-align:left;border-bottom:1px solid #e6e8e
 .figures span{color:#667;font-size:.85rem}.canvas{font:13px/1.6 ui-monospace,monospace;background:#f7f8fb;
 border-radius:.5rem;padding:.7rem .9rem;overflow-x:auto}.canvas div{white-space:pre}
 .canvas i{color:#99a;font-style:normal}
-.given{color:#99a}.open{color:#c5cad6}.new{background:#d5e6ff;color:#0b3f91;border-radius:2px}code{font-size:.88rem}
+.given{color:#99a}.open{color:#c5cad6}.new{background:#d5e6ff;color:#0b3f91;border-radius:2px}
+.swapped{background:#ffe3d3;color:#9a3412;border-radius:2px}code{font-size:.88rem}
 """
 
 
@@ -51,6 +57,13 @@ def cell(text: str) -> str:
     return html.escape(text).replace("\n", "⏎")
 
 
+def noised_cell(text: str, clean: str, mask: str) -> str:
+    """A noised token in a canvas: open where it is the mask, marked where it is another than the clean one."""
+    if text == mask:
+        return "<span class=open>░</span>"
+    return cell(text) if text == clean else f"<span class=swapped>{cell(text)}</span>"
+
+
 def axes(rows: int, columns: int, height: float) -> tuple[Any, list[Any]]:
     """A figure and its axes, row by row."""
     from matplotlib.figure import Figure  # without pyplot: no display, no global state
@@ -67,3 +80,19 @@ def png(figure: Any, alt: str) -> str:
     sink = io.BytesIO()
     figure.savefig(sink, format="png", dpi=160)
     return f"<img alt='{html.escape(alt)}' src='data:image/png;base64,{base64.b64encode(sink.getvalue()).decode()}'>"
+
+
+def noise_figure(process: InterpolatingProcess, batch: Batch) -> str:
+    """Share of noised tokens against t, a point a row, beside what the process says, and how t is spread."""
+    figure, (left, right) = axes(1, 2, 3.0)
+    counted = np.maximum(batch.loss_mask.sum(1), 1)
+    share = ((batch.xt != batch.x0) & batch.loss_mask).sum(1) / counted
+    grid = np.linspace(0, 1, 101)
+    left.scatter(batch.t.mean(1), share, s=5, color=SOFT, label="rows")
+    left.plot(grid, 1 - process.mixture(grid).keep, color=ACCENT, label="what the process says")
+    left.set(xlabel="t", ylabel="share of noised tokens")
+    left.legend(frameon=False, fontsize=9)
+    right.hist(batch.t.ravel(), bins=20, range=(0, 1), color=SOFT, edgecolor="white")
+    right.axhline(batch.t.size / 20, color=INK, lw=1, ls="--")
+    right.set(xlabel="t", ylabel="tokens")
+    return png(figure, "share of noised tokens against t and the distribution of t")

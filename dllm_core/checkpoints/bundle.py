@@ -21,7 +21,8 @@ from dllm_core.errors import CheckpointError, ConfigError
 from dllm_core.model.config import DenoiserConfig
 from dllm_core.model.denoiser import Denoiser
 from dllm_core.model.pretrained import CONFIG_NAME, WEIGHTS_NAME, read_denoiser
-from dllm_core.noise.process import AnyNoise, NoiseProcess
+from dllm_core.noise.interpolating import InterpolatingProcess
+from dllm_core.noise.process import AnyNoise
 from dllm_core.objective.config import AnyObjective, DiffusionConfig
 from dllm_core.storage.store import LocalStore, file_sha256
 
@@ -72,9 +73,14 @@ class ModelBundle:
         return Tokenizer.from_file(self.folder / TOKENIZER_NAME, self.manifest.tokenizer)
 
     @property
-    def process(self) -> NoiseProcess:
+    def config(self) -> DenoiserConfig:
+        """Sizes, vocabulary and special ids of the denoiser."""
+        return DenoiserConfig.model_validate_json((self.folder / CONFIG_NAME).read_bytes())
+
+    @property
+    def process(self) -> InterpolatingProcess:
         """The forward process, bound to the vocabulary."""
-        config = DenoiserConfig.model_validate_json((self.folder / CONFIG_NAME).read_bytes())
+        config = self.config
         return self.manifest.process.bind(config.mask_id, config.vocab_size)
 
 

@@ -49,10 +49,7 @@ def explain(error: ValidationError, schema: type[BaseModel], values: Any, place:
     location = _written_path((*first["loc"], *named), values)
     path = ".".join([*filter(None, [place]), *location]) or "recipe"
     if kind == "extra_forbidden":
-        names = _field_names(schema, location[:-1])
-        near = difflib.get_close_matches(location[-1], names, n=1)
-        remedy = f"did you mean {near[0]!r}?" if near else f"known names: {', '.join(sorted(names))}"
-        return ConfigError(path, "unknown name", remedy=remedy)
+        return ConfigError(path, "unknown name", remedy=_where_it_belongs(schema, location, first["loc"]))
     if kind == "missing":
         return ConfigError(path, "missing", remedy="the recipe must set it")
     if kind == "union_tag_not_found":
@@ -98,12 +95,25 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
     return [model for part in typing.get_args(annotation) for model in _models_in(part)]
 
 
-def _field_names(schema: type[BaseModel], path: list[str]) -> set[str]:
-    """Every field that could stand at `path`, over all members of a union."""
+def _where_it_belongs(schema: type[BaseModel], path: list[str], location: tuple[str | int, ...]) -> str:
+    """What to do about an unknown name at `path`; pydantic's location says which member of a union was meant."""
+    name, models = path[-1], _models_at(schema, path[:-1])
+    kinds = {model: model.model_fields["type"].default for model in models if "type" in model.model_fields}
+    for model, kind in kinds.items():
+        if name in model.model_fields:
+            return f"it belongs to type={kind}"
+    meant = [model for model in models if kinds.get(model) in location] or models
+    names = {field for model in meant for field in model.model_fields}
+    near = difflib.get_close_matches(name, names, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"known names: {', '.join(sorted(names))}"
+
+
+def _models_at(schema: type[BaseModel], path: list[str]) -> list[type[BaseModel]]:
+    """Every model that could stand at `path`, over all members of a union."""
     models: list[type[BaseModel]] = [schema]
     for name in path:
         if name.isdigit():
             continue  # an item of a list: its models are those of the list
         fields = [model.model_fields[name] for model in models if name in model.model_fields]
         models = [found for field in fields for found in _models_in(field.annotation)]
-    return {name for model in models for name in model.model_fields}
+    return models

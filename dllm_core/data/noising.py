@@ -3,6 +3,7 @@
 A stored noise file is this function written down.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dllm_core.data.order import SampleOrder
+from dllm_core.noise.absorbing import AbsorbingProcess
 from dllm_core.noise.discrete import snapped
 from dllm_core.noise.process import NoiseProcess
 from dllm_core.noise.times import stratified_times
-from dllm_core.seeding import Floats, Ints, Purpose, uniforms, uniforms64
+from dllm_core.seeding import Floats, Ints, Purpose, uniforms, uniforms64, uniforms_below
 
 _ROWS_AT_ONCE = 64  # Philox's arrays stay in the second level cache: 1.5x over one pass at 64 x 1024
 Bools = NDArray[np.bool_]
@@ -37,14 +39,15 @@ class CorpusNoise:
         """Times in (t_min, 1], stratified along the training order.
 
         [N]; [N blocks] with one t a block; [N L], a time for each token, where blocks follow the documents that
-        begin at `starts` bool [N L].
+        begin at `starts` bool [N L]: then a row leaves out positions for which it has no block, and a window is less
+        evenly spread.
         """
         positions = self.order.position(epoch, sample_ids)
         if self.block_length is not None:
             blocks = -(-seq_len // self.block_length)
             number = np.arange(blocks)
             if starts is not None:
-                blocks, number = seq_len, _block_numbers(starts, self.block_length)
+                blocks, number = seq_len, block_numbers(starts, self.block_length)
             positions = positions[:, None] * blocks + number
         t = stratified_times(self.order.seed, epoch, positions, 0.0 if self.steps else self.t_min)
         return t if self.steps is None else snapped(t, self.steps)
@@ -68,15 +71,30 @@ class CorpusNoise:
         seq_len = x0.shape[1]
         t = self.times(epoch, sample_ids, seq_len, starts)
         xt = np.empty_like(x0)
-        for start in range(0, len(x0), _ROWS_AT_ONCE):
-            at = slice(start, start + _ROWS_AT_ONCE)
+        for at, times in self._some_rows(t, seq_len):
             u = uniforms(self.order.seed, Purpose.NOISE, epoch, sample_ids[at], seq_len)
-            times = t[at, None] if self.block_length is None else self.per_token(t[at], seq_len)
             v = None
             if self.process.replaces:
                 v = uniforms64(self.order.seed, Purpose.REPLACE, epoch, sample_ids[at], seq_len)
             xt[at] = self.process.corrupt(x0[at], times, u, v)
         return (xt if is_learned is None else np.where(is_learned, xt, x0)), t
+
+    def _some_rows(self, t: Floats, seq_len: int) -> Iterator[tuple[slice, Floats]]:
+        """(rows, their times, which broadcast to their tokens), some rows at a time."""
+        for start in range(0, len(t), _ROWS_AT_ONCE):
+            at = slice(start, start + _ROWS_AT_ONCE)
+            yield at, t[at, None] if self.block_length is None else self.per_token(t[at], seq_len)
+
+    def mask_columns(self, epoch: int, sample_ids: Ints, seq_len: int) -> dict[str, NDArray[Any]]:
+        """`columns` of rows that are learned whole, for a process of masks: the same bits, and no token is needed."""
+        assert isinstance(self.process, AbsorbingProcess)
+        t = self.times(epoch, sample_ids, seq_len)
+        bits = np.empty((len(sample_ids), -(-seq_len // 8)), np.uint8)
+        for at, times in self._some_rows(t, seq_len):
+            survival = self.process.survival(times)
+            kept = uniforms_below(survival, self.order.seed, Purpose.NOISE, epoch, sample_ids[at], seq_len)
+            bits[at] = pack_bits(~kept)
+        return {"t": t, "is_noised": bits}
 
     def columns(self, x0: NDArray[Any], xt: NDArray[Any], t: Floats) -> dict[str, NDArray[Any]]:
         """What is written down: t, and one bit a token where noise is masks, else the noised ids."""
@@ -90,7 +108,7 @@ class CorpusNoise:
         return np.where(is_noised, self.process.prior(x0), x0), columns["t"]
 
 
-def _block_numbers(starts: Bools, block_length: int) -> Ints:
+def block_numbers(starts: Bools, block_length: int) -> Ints:
     """Which block of its row each token [N L] is in; a document's blocks are counted from its own first token."""
     index = np.arange(starts.shape[1])
     offset = index - np.maximum.accumulate(np.where(starts, index, 0), axis=1)

@@ -8,6 +8,7 @@ import io
 import re
 import zlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -159,12 +160,45 @@ def _read_table(source: ParquetSource | ArrowSource, store: Store, segment: Segm
     with StoredFile(store, stat) as file:
         try:
             for first_row, table in _tables(source, file, segment):
-                for row, values in enumerate(table.to_pylist(), first_row):
-                    raw = repr(values).encode("utf-8", "backslashreplace")
-                    yield from_fields(source.record, values, segment.key, row, raw)
-        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-            reason = f"cannot be read ({str(error).splitlines()[0]})"
-            yield BadRecord(segment.key, segment.start, reason, b"")
+                if isinstance(table, _Lost):
+                    for row in range(first_row, first_row + table.num_rows):
+                        yield BadRecord(segment.key, row, table.reason, b"")
+                    continue
+                for row, values in _rows(table, first_row):
+                    if isinstance(values, UnicodeDecodeError):
+                        yield BadRecord(segment.key, row, f"not UTF-8 ({values.reason})", values.object)
+                    else:
+                        raw = repr(values).encode("utf-8", "backslashreplace")
+                        yield from_fields(source.record, values, segment.key, row, raw)
+        except (pa.ArrowException, OSError) as error:
+            yield BadRecord(segment.key, segment.start, _why(error), b"")
+
+
+@dataclass(frozen=True)
+class _Lost:
+    """A row group that cannot be read, of so many rows."""
+
+    num_rows: int
+    reason: str
+
+
+def _why(error: Exception) -> str:
+    return f"cannot be read ({str(error).splitlines()[0]})"
+
+
+def _rows(table: Any, first_row: int) -> Iterator[tuple[int, Any]]:
+    """(row number, its fields, or why they are no text): what holds a bad row is halved until that row stands alone."""
+    try:
+        values = table.to_pylist()
+    except UnicodeDecodeError as error:
+        if table.num_rows == 1:
+            yield first_row, error
+            return
+        half = table.num_rows // 2
+        yield from _rows(table.slice(0, half), first_row)
+        yield from _rows(table.slice(half), first_row + half)
+    else:
+        yield from enumerate(values, first_row)
 
 
 def _tables(source: ParquetSource | ArrowSource, file: Any, segment: Segment) -> Iterator[tuple[int, Any]]:
@@ -172,7 +206,11 @@ def _tables(source: ParquetSource | ArrowSource, file: Any, segment: Segment) ->
         parquet = pq.ParquetFile(file)
         sizes = [parquet.metadata.row_group(i).num_rows for i in range(parquet.metadata.num_row_groups)]
         for part in range(segment.start, min(segment.stop, len(sizes))):
-            yield sum(sizes[:part]), parquet.read_row_group(part)
+            try:
+                table = parquet.read_row_group(part)
+            except (pa.ArrowException, OSError) as error:
+                table = _Lost(sizes[part], _why(error))
+            yield sum(sizes[:part]), table
         return
     is_file = file.read(6) == b"ARROW1"
     file.seek(0)

@@ -44,10 +44,18 @@ def find_source(source: SourceBase, root: Store) -> SourceFiles:
     if source.path.startswith("python:"):
         raise DataError(_PLACE, "no such text", source.path, "python:unicode-names or python:stdlib")
     if source.path.startswith("s3://"):
-        bucket, _, prefix = source.path.removeprefix("s3://").strip("/").partition("/")
-        store_of_bucket = open_store(_PLACE, f"s3://{bucket}")
-        return SourceFiles(store_of_bucket, tuple(list_files(source, store_of_bucket, prefix)))
+        return _remote_files(source)
     return _local_files(source, root)
+
+
+def _remote_files(source: SourceBase) -> SourceFiles:
+    """As with folders, keys are relative to `path`, or to what a single object stands in."""
+    bucket, _, prefix = source.path.removeprefix("s3://").strip("/").partition("/")
+    name = ""
+    if prefix and open_store(_PLACE, f"s3://{bucket}").stat(prefix) is not None:
+        prefix, _, name = prefix.rpartition("/")
+    store = open_store(_PLACE, f"s3://{bucket}/{prefix}")
+    return SourceFiles(store, tuple(list_files(source, store, name)))
 
 
 def _local_files(source: SourceBase, root: Store) -> SourceFiles:

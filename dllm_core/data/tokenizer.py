@@ -7,6 +7,7 @@ Bulk encoding runs on `fastokens` where it proves identical on start, else on `t
 import hashlib
 import importlib.metadata
 import itertools
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -165,7 +166,7 @@ class Tokenizer:
     def encode_flat(self, texts: Sequence[str]) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
         """Ids of many texts end to end, uint32 [N], and where each begins and ends, int64 [len(texts) + 1].
 
-        The bulk path: no Python object a token. Threads: RAYON_NUM_THREADS, TOKENIZERS_PARALLELISM.
+        The bulk path: no Python object a token. Threads: FASTOKENS_BPE_THREADS, TOKENIZERS_PARALLELISM.
         """
         if self._fast is not None:
             ids, offsets = self._fast.encode_batch_flat(
@@ -202,6 +203,20 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids; specials are left out, an incomplete UTF-8 sequence shows as U+FFFD."""
         return str(self._core.decode([i for i in ids if i not in self.special_ids], skip_special_tokens=False))
+
+    def byte_lengths(self) -> NDArray[np.int64]:
+        """UTF-8 bytes of each id's text [V], 0 of specials. Of a byte-level tokenizer a text's ids add up to its bytes;
+        of another kind it is the length of a token decoded by itself.
+        """
+        lengths = np.zeros(self.vocab_size, np.int64)
+        is_byte_level = '"ByteLevel"' in json.dumps(json.loads(self.json_text).get("decoder"))
+        alphabet = set(pre_tokenizers.ByteLevel.alphabet()) if is_byte_level else set()
+        added = self._core.get_added_tokens_decoder()  # spelled as they are
+        for piece, token in self._core.get_vocab(with_added_tokens=True).items():
+            if token not in self.special_ids:
+                is_in_bytes = alphabet.issuperset(piece) and token not in added  # one character stands for one byte
+                lengths[token] = len(piece) if is_in_bytes else len(self.token_text(token).encode())
+        return lengths
 
     def token_text(self, token: int) -> str:
         """How one token looks: its text, or its name if it is special."""

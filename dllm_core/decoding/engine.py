@@ -10,16 +10,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dllm_core.checkpoints.bundle import BundleManifest, ModelBundle
+from dllm_core.checkpoints.bundle import ModelBundle
+from dllm_core.decoding.config import NO_SUFFIX, decoding_pattern, no_decoder
 from dllm_core.decoding.state import DecodeRequest, DecodeState, FinishReason
 from dllm_core.decoding.step import padded_length, propose
-from dllm_core.errors import ConfigError, RequestError
+from dllm_core.errors import RequestError
 from dllm_core.model.cache import KeyValueStore
-from dllm_core.model.config import ModelConfig
 from dllm_core.model.denoiser import Denoiser
-from dllm_core.model.pattern import CAUSAL, FULL, AttentionPattern
+from dllm_core.model.pattern import FULL, AttentionPattern
 from dllm_core.noise.process import NoiseProcess
-from dllm_core.objective.config import AutoregressiveConfig, BlockDiffusionConfig, MaskedLMConfig
 from dllm_core.seeding import Floats, Ints
 
 
@@ -85,10 +84,13 @@ class Engine:
     def of(
         cls, bundle: ModelBundle, device: str = "cpu", max_batch_tokens: int = 4096, *, keeps_keys: bool = True
     ) -> "Engine":
-        """An engine over a bundle's denoiser and noise process. Raises ConfigError where nothing is to be decoded."""
-        denoiser = bundle.denoiser(device)
-        pattern = decoding_pattern(bundle.manifest, denoiser.config.model)
-        return cls(denoiser, bundle.process, max_batch_tokens, pattern=pattern, keeps_keys=keeps_keys)
+        """An engine over a bundle's denoiser and noise process. Raises ConfigError where there is no decoder for it."""
+        said = bundle.manifest
+        problem = no_decoder(said.objective, said.process, bundle.config.model)
+        if problem is not None:
+            raise problem
+        pattern = decoding_pattern(said.objective, said.block_length)
+        return cls(bundle.denoiser(device), bundle.process, max_batch_tokens, pattern=pattern, keeps_keys=keeps_keys)
 
     @property
     def num_active(self) -> int:
@@ -179,30 +181,11 @@ class Engine:
         if self._pattern.kind == "full":
             return
         if request.suffix:
-            problem = "the model reads from left to right and does not see what stands behind a hole"
-            raise RequestError("suffix", problem, remedy="leave it out, or take a model with objective.type=diffusion")
+            remedy = "leave it out, or take a model with objective.type=diffusion"
+            raise RequestError("suffix", NO_SUFFIX, remedy=remedy)
         trained, asked = self._pattern.block_length, request.config.block_length
         if trained is not None and asked != trained:
             raise RequestError("block_length", f"must be {trained}, in which the model was trained", asked)
-
-
-def decoding_pattern(manifest: BundleManifest, model: ModelConfig) -> AttentionPattern:
-    """Whom a position of a bundle's model sees in decoding. Raises ConfigError for a model without a decoder."""
-    objective = manifest.objective
-    if isinstance(objective, AutoregressiveConfig):
-        return CAUSAL
-    if isinstance(objective, MaskedLMConfig):
-        remedy = "train with objective.type=diffusion, block_diffusion or autoregressive"
-        raise ConfigError("objective.type", "there is no decoder for its models", objective.type, remedy)
-    if manifest.process.replaces:
-        problem = "there is no decoder for noise that replaces tokens"
-        raise ConfigError("noise.process.type", problem, manifest.process.type, "train with absorbing")
-    if model.time_conditioning:
-        problem = "there is no decoder for models that are told t"
-        raise ConfigError("model.time_conditioning", problem, True, "train without")
-    if isinstance(objective, BlockDiffusionConfig):
-        return AttentionPattern("block_causal", manifest.block_length)
-    return FULL
 
 
 def answer_of(state: DecodeState, eos_id: int) -> Answer:

@@ -1,104 +1,162 @@
-"""The held-out NELBO in nats a token with its standard error, beside the unigram entropy of the same rows.
+"""The held-out negative log-likelihood or its bound, in nats a token, with its errors, beside the unigram entropy.
 
-The weight is exact (1/t for linear noise, never clipped) and t is stratified over (0, 1] across a row's draws.
-Figures are sums in float64; rows are the unit of the error, since tokens of a row are not independent.
+Conventions: every real token counts, end tokens among them; filler does not. Of conversations the answers count, given
+their prompts. A row is scored as the rows of training are seen: an isolated document by itself, else a row by itself.
+
+Figures are sums in float64. The standard error has rows as its unit, since tokens of a row are not independent; it
+holds what Monte Carlo adds. The Monte-Carlo error is that part alone: what other draws for the same rows would change.
 """
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from dllm_core.noise.process import NoiseProcess
+from dllm_core.evaluation.estimators import Draw, Estimator, HeldoutRows
 from dllm_core.objective.loss import DenoiserLike
-from dllm_core.seeding import Ints, Purpose, uniforms, uniforms64
+from dllm_core.seeding import Doubles, Ints
 
-_GOLDEN = 0.6180339887498949
-Bools = NDArray[np.bool_]
+_ROUND = 4  # draws after which a target error is looked at again
 
 
 @dataclass(frozen=True)
 class RowScores:
-    """Per row: estimated nats [N] (float64) and counted tokens [N]."""
+    """Per row: estimated nats [N], the Monte-Carlo variance of that estimate [N] (NaN of one draw), tokens [N]."""
 
-    nats: NDArray[np.float64]
+    nats: Doubles
+    variance: Doubles
     tokens: Ints
+    draws: int
+
+    @property
+    def monte_carlo_error(self) -> float:
+        """Standard error of the nats a token over draws, for the rows as they are."""
+        return math.sqrt(float(self.variance.sum())) / max(int(self.tokens.sum()), 1)
 
 
 @dataclass(frozen=True)
 class Likelihood:
-    """nelbo: nats a token, an upper bound of the negative log-likelihood in expectation; its standard error."""
+    """nelbo: nats a token, exact or an upper bound in expectation, as `estimator` says; its two errors.
 
-    nelbo: float
-    standard_error: float
+    bits_per_byte: of the same tokens' UTF-8 text, to which end tokens add nats and no byte. All four None for a model
+    that has no likelihood, the Monte-Carlo error also after a single draw.
+    """
+
+    nelbo: float | None
+    standard_error: float | None
+    monte_carlo_error: float | None
+    bits_per_byte: float | None
     unigram_entropy: float
     rows: int
     tokens: int
+    bytes: int
+    draws: int
+    estimator: str | None
 
     @property
-    def gain(self) -> float:
+    def gain(self) -> float | None:
         """Nats a token below the unigram entropy."""
-        return self.unigram_entropy - self.nelbo
+        return None if self.nelbo is None else self.unigram_entropy - self.nelbo
 
 
 @torch.inference_mode()
 def score_rows(
-    denoiser: DenoiserLike,
-    process: NoiseProcess,
-    x0: Ints,
-    counted: Bools,
-    row_ids: Ints,
-    *,
-    seed: int,
-    draws: int,
-    device: torch.device,
-    segment_ids: NDArray[np.int32] | None = None,
-    not_noised: Bools | None = None,
+    denoiser: DenoiserLike, estimator: Estimator, rows: HeldoutRows, *, seed: int, draws: int, first: int = 0
 ) -> RowScores:
-    """Monte Carlo estimate for rows x0 [N L]; `row_ids` [N] make it a pure function of the row, not of the batch.
+    """The draws number `first`, `first` + 1, ... of every row: one in each of `draws` strata.
 
-    segment_ids [N L]: isolated documents. not_noised bool [N L]: a prompt, on which the likelihood is conditioned.
+    The variance of their mean is taken from neighbours around a circle, sum (y_j - y_(j+1))^2 / (2 draws^2): about the
+    mean it would count how strata differ, which drawing one of each has removed. In the mean it is never too low.
     """
-    isolated: Any = {} if segment_ids is None else {"segment_ids": torch.from_numpy(segment_ids).to(device)}
-    nats = np.zeros(len(x0))
-    offsets = uniforms(seed, Purpose.EVALUATE, 0, row_ids, 1)[:, 0].astype(np.float64)
-    for draw in range(draws):
-        # Within a row: one t in each of `draws` equal strata. Across rows: a random shift of the strata.
-        t = 1 - (draw + np.mod(offsets + _GOLDEN * draw, 1.0)) / draws
-        times = np.repeat(t.astype(np.float32)[:, None], x0.shape[1], axis=1)
-        u = uniforms(seed, Purpose.EVALUATE, 1 + draw, row_ids, x0.shape[1])
-        v = None
-        if process.replaces:
-            v = uniforms64(seed, Purpose.EVALUATE_REPLACE, 1 + draw, row_ids, x0.shape[1])
-        xt = process.corrupt(x0, times, u, v)
-        if not_noised is not None:
-            xt = np.where(not_noised, x0, xt)
-        read = counted if process.replaces else (xt != x0) & counted  # a clean look is evidence, and costs nats
-        if not read.any():
-            continue
-        logits = denoiser(torch.from_numpy(xt).to(device), read=torch.from_numpy(read).to(device), **isolated)
-        log_probs = process.x0_log_probs(logits.float())
-        clean, noised, at = (torch.from_numpy(part[read]).to(device) for part in (x0, xt, times.astype(np.float64)))
-        rate = process.nelbo_rate(log_probs, clean, noised, at).double().cpu().numpy()
-        np.add.at(nats, np.nonzero(read)[0], rate / draws)
-    return RowScores(nats, counted.sum(1).astype(np.int64))
+    tokens = rows.counted.sum(1).astype(np.int64)
+    if estimator.is_exact:
+        nats = estimator.nats(denoiser, rows, Draw(seed, first))
+        return RowScores(nats, np.zeros(len(nats)), tokens, 1)
+    drawn = np.stack([estimator.nats(denoiser, rows, Draw(seed, first + j, j, draws)) for j in range(draws)])
+    variance = np.full(len(tokens), np.nan)
+    if draws > 1:
+        variance = ((drawn - np.roll(drawn, 1, axis=0)) ** 2).sum(0) / (2 * draws**2)
+    return RowScores(drawn.mean(0), variance, tokens, draws)
 
 
-def summarize(scores: RowScores, token_counts: Ints) -> Likelihood:
-    """Ratio of sums over rows with its delta-method standard error; token_counts [V] of the same rows' tokens."""
-    total = int(scores.tokens.sum())
+def estimate(score: Callable[[int, int], RowScores], draws: int, target_error: float | None = None) -> RowScores:
+    """All draws of some rows, where score(first, draws) gives a round of them.
+
+    With a target, rounds of about four draws are made until the Monte-Carlo error of all rows together is not above it,
+    or `draws` are used up. Whether to go on is decided over all rows, so no batching changes it.
+    """
+    rounds: list[RowScores] = []
+    number = 1 if target_error is None else max(1, draws // _ROUND)
+    for part in np.array_split(np.arange(draws), number):
+        rounds.append(score(int(part[0]), len(part)))
+        if target_error is not None and _together(rounds).monte_carlo_error <= target_error:
+            break
+    return _together(rounds)
+
+
+def _together(rounds: Sequence[RowScores]) -> RowScores:
+    """Rounds of draws of the same rows as one, every draw alike."""
+    draws = sum(part.draws for part in rounds)
+    shares = [part.draws / draws for part in rounds]
+    nats = np.sum([share * part.nats for share, part in zip(shares, rounds, strict=True)], axis=0)
+    variance = np.sum([share**2 * part.variance for share, part in zip(shares, rounds, strict=True)], axis=0)
+    return RowScores(nats, variance, rounds[0].tokens, draws)
+
+
+def side_by_side(parts: Sequence[RowScores]) -> RowScores:
+    """The same draws of different rows."""
+    nats, variance, tokens = (np.concatenate([getattr(p, n) for p in parts]) for n in ("nats", "variance", "tokens"))
+    return RowScores(nats, variance, tokens, parts[0].draws)
+
+
+def summarize(scores: RowScores, token_counts: Ints, byte_lengths: Ints, estimator: str) -> Likelihood:
+    """Ratio of sums over rows with its delta-method standard error.
+
+    token_counts [V]: how often each id is among the counted tokens of these rows; byte_lengths [V]: of an id's text.
+    """
+    total, n = int(scores.tokens.sum()), len(scores.nats)
     nelbo = float(scores.nats.sum() / total)
     residual = scores.nats - nelbo * scores.tokens
-    n = len(scores.nats)
-    error = math.sqrt(float((residual**2).sum()) * n / max(n - 1, 1)) / total
-    share = token_counts[token_counts > 0] / token_counts.sum()
+    is_drawn_once = not np.isfinite(scores.variance).all()
+    num_bytes = int(token_counts @ byte_lengths)
     return Likelihood(
         nelbo=nelbo,
-        standard_error=error,
-        unigram_entropy=float(-(share * np.log(share)).sum()),
+        standard_error=math.sqrt(float((residual**2).sum()) * n / max(n - 1, 1)) / total,
+        monte_carlo_error=None if is_drawn_once else scores.monte_carlo_error,
+        bits_per_byte=bits_per_byte(nelbo, total, num_bytes),
+        unigram_entropy=unigram_entropy(token_counts),
         rows=n,
         tokens=total,
+        bytes=num_bytes,
+        draws=scores.draws,
+        estimator=estimator,
     )
+
+
+def without_likelihood(rows: int, token_counts: Ints, byte_lengths: Ints) -> Likelihood:
+    """What is left to say of rows where a model has no likelihood."""
+    return Likelihood(
+        nelbo=None,
+        standard_error=None,
+        monte_carlo_error=None,
+        bits_per_byte=None,
+        unigram_entropy=unigram_entropy(token_counts),
+        rows=rows,
+        tokens=int(token_counts.sum()),
+        bytes=int(token_counts @ byte_lengths),
+        draws=0,
+        estimator=None,
+    )
+
+
+def unigram_entropy(token_counts: Ints) -> float:
+    """Nats a token of the best model that knows frequencies alone, fitted to these very tokens."""
+    share = token_counts[token_counts > 0] / token_counts.sum()
+    return float(-(share * np.log(share)).sum())
+
+
+def bits_per_byte(nats_per_token: float, tokens: int, num_bytes: int) -> float | None:
+    """Nats a token as bits a byte, nats * tokens / (ln 2 * bytes): comparable over tokenizers. None of no byte."""
+    return nats_per_token * tokens / (math.log(2) * num_bytes) if num_bytes else None

@@ -51,3 +51,8 @@ class AttentionPattern:
 
 FULL = AttentionPattern("full")
 CAUSAL = AttentionPattern("causal")
+
+
+def training_pattern(block_length: int | None) -> AttentionPattern:
+    """The pattern in which diffusion is trained and scored: whole rows, or [xt ; x0] in blocks."""
+    return FULL if block_length is None else AttentionPattern("block_diffusion", block_length)

@@ -18,7 +18,11 @@ class AbsorbingProcess(InterpolatingProcess):
     def corrupt(self, x0: Array, t: Array, u: Array, v: Array | None = None) -> Array:
         """Noised ids [B L] from x0 [B L], t broadcastable to it and u [B L] uniform in [0, 1); v is not read."""
         xp = array_namespace(x0)
-        return xp.where(u < cast(self.mixture(t).keep, t), x0, xp.full_like(x0, self.mask_id))
+        return xp.where(u < self.survival(t), x0, xp.full_like(x0, self.mask_id))
+
+    def survival(self, t: Array) -> Array:
+        """The probability that a token is not masked, in the shape and type of t; no token decides it."""
+        return cast(self.mixture(t).keep, t)
 
     def prior(self, like: Array, v: Array | None = None) -> Array:
         """All masks, in the shape and type of `like`; v is not read."""

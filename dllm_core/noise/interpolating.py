@@ -51,6 +51,14 @@ class InterpolatingProcess(Frozen):
         """The weights at which the schedule stands at `alpha`, float64."""
         raise NotImplementedError
 
+    def corrupt(self, x0: Array, t: Array, u: Array, v: Array | None = None) -> Array:
+        """Draw xt [B L]; as `NoiseProcess` has it."""
+        raise NotImplementedError
+
+    def prior(self, like: Array, v: Array | None = None) -> Array:
+        """The canvas of pure noise; as `NoiseProcess` has it."""
+        raise NotImplementedError
+
     def text_inflow(self, alpha: Array) -> Array:
         """Rate at which the text ids' noise is refilled, per weight it has and per unit of falling alpha."""
         return 1 / (alpha * (1 - alpha))
@@ -59,7 +67,7 @@ class InterpolatingProcess(Frozen):
         """The weights at time t.
 
         In float64, so that numpy's and torch's last bits, which differ, are gone once rounded to float32; in float32
-        a sine or a power differs between the two, and between processors, for one time in three.
+        a sine or a power differs between the two, and between processors, for one time in ten.
         """
         return self.mix(self.schedule.alpha(widened(t)))
 

@@ -21,6 +21,10 @@ class NoiseProcess(Protocol):
     replaces: ClassVar[bool]
     """Whether noise may be another token, so that a clean look proves nothing and `corrupt` needs v."""
 
+    @property
+    def mask_id(self) -> int:
+        """The id that no text holds."""
+
     def corrupt(self, x0: Array, t: Array, u: Array, v: Array | None = None) -> Array:
         """Draw xt ~ q(. | x0); numpy and torch give the same bits.
 

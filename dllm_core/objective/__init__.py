@@ -1,4 +1,5 @@
 """What a denoiser is trained to do: batch -> sum of nats and number of tokens.
 
-`loss.py` (LossSum, Objective) -> `diffusion.py`. Law: sum and count are divided once, after the all-reduce.
+`config.py` (without torch), `loss.py` (LossSum, Objective, Rows) -> `context.py`, `diffusion.py`, `autoregressive.py`,
+`masked_lm.py` -> `build.py`. Law: sum and divisor are divided once, after the all-reduce.
 """

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dllm_core.data.batch import Batch
-from dllm_core.model.pattern import FULL, AttentionPattern
+from dllm_core.model.pattern import training_pattern
 from dllm_core.noise.absorbing import AbsorbingProcess
 from dllm_core.noise.discrete import step_nats
 from dllm_core.noise.interpolating import InterpolatingProcess
@@ -48,7 +48,7 @@ class Diffusion:
     ) -> None:
         self._config, self._process, self._device = config, process, device
         self._steps, self._t_min, self._time_conditioning = steps, t_min, time_conditioning
-        self.pattern = FULL if block_length is None else AttentionPattern("block_diffusion", block_length)
+        self.pattern = training_pattern(block_length)
 
     def loss(self, denoiser: DenoiserLike, batch: Batch) -> LossSum:
         """Sums over a batch; with `complementary` the mean of what a mask and its complement cost."""

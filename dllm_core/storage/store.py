@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from stat import S_ISREG
@@ -109,11 +109,18 @@ class LocalStore:
 
     def path(self, key: str) -> Path:
         """The file of a key, proven to lie below the root."""
+        return Path(self._file(key))
+
+    def _file(self, key: str) -> str:
+        """`path` without pathlib, which would take a third of the time of reading a small file."""
         if "\0" in key or not _is_encodable(key):
             raise DataError(repr(key), "cannot be a file's name")
-        path = Path(os.path.normpath(self.root / key))
-        if path != self.root and self.root not in path.parents:
-            raise DataError(key, "leaves the storage root", remedy=f"keys are relative to {self.root}")
+        root = str(self.root)
+        if key and ".." not in key and not key.startswith("/"):
+            return f"{root}/{key}"  # nothing in it leads out: reading a small file takes a fifth less
+        path = os.path.normpath(os.path.join(root, key))
+        if path != root and not path.startswith(os.path.join(root, "")):
+            raise DataError(key, "leaves the storage root", remedy=f"keys are relative to {root}")
         return path
 
     def list(self, prefix: str = "") -> Iterator[StoredObject]:
@@ -146,9 +153,15 @@ class LocalStore:
 
     def read(self, key: str, start: int = 0, stop: int | None = None) -> bytes:
         """Bytes [start, stop) of the file."""
-        with _explained(key, "read"), self.path(key).open("rb") as file:
-            file.seek(start)
-            return file.read() if stop is None else file.read(max(stop - start, 0))
+        with _explained(key, "read"), open(self._file(key), "rb", buffering=0) as file:  # a buffer costs a quarter more
+            if start:
+                file.seek(start)
+            if stop is None:
+                return file.readall()
+            data = file.read(max(stop - start, 0))
+            while 0 < len(data) < stop - start and (more := file.read(stop - start - len(data))):
+                data += more  # the system gives at most 2 GiB at once
+            return data
 
     def fetch(self, key: str) -> Path:
         """The file itself."""
@@ -159,16 +172,20 @@ class LocalStore:
 
     def put(self, key: str, data: bytes) -> None:
         """Temp file beside the place, fsync, rename."""
+        self.put_pieces(key, [data])
+
+    def put_pieces(self, key: str, pieces: Iterable[bytes]) -> None:
+        """`put` of what need not be in memory at once; if `pieces` raises, nothing was written."""
         path = self.path(key)
         with _explained(str(path), "write"), _beside(path) as temporary:
-            _write_synced(temporary, data)
+            _write_synced(temporary, pieces)
             temporary.replace(path)
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
         """Temp file beside the place, fsync, hard link (which fails if the name exists)."""
         path = self.path(key)
         with _explained(str(path), "write"), _beside(path) as temporary:
-            _write_synced(temporary, data)
+            _write_synced(temporary, [data])
             try:
                 os.link(temporary, path)
             except FileExistsError:
@@ -280,9 +297,9 @@ def _is_temporary(name: str) -> bool:
     return name.startswith(".") and ".tmp-" in name
 
 
-def _write_synced(path: Path, data: bytes) -> None:
+def _write_synced(path: Path, pieces: Iterable[bytes]) -> None:
     with path.open("wb") as file:
-        file.write(data)
+        file.writelines(pieces)
         file.flush()
         os.fsync(file.fileno())
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dllm_core.seeding import Purpose, philox, uniforms, uniforms64, words
+from dllm_core.seeding import Purpose, philox, uniforms, uniforms64, uniforms_below, words
 
 
 @pytest.mark.parametrize(
@@ -60,3 +60,17 @@ def test_wide_uniforms_are_whole_words():
 def test_purposes_do_not_share_uniforms():
     drawn = [words(9, purpose, 3, np.arange(20), 8) for purpose in Purpose]
     assert len(np.unique(np.concatenate(drawn))) == len(Purpose) * 160
+
+
+@pytest.mark.parametrize("edge", ["grid", "between", "ends"])
+def test_comparing_words_is_comparing_uniforms(edge):
+    u = uniforms(5, Purpose.NOISE, 2, np.arange(64), 256)
+    edges = {
+        "grid": u.copy(),
+        "between": np.nextafter(u, np.float32(2)),
+        "ends": np.tile(np.float32([0, 1]), (64, 128)),
+    }
+    p = edges[edge]
+    assert np.array_equal(uniforms_below(p, 5, Purpose.NOISE, 2, np.arange(64), 256), u < p)
+    column = p[:, :1]
+    assert np.array_equal(uniforms_below(column, 5, Purpose.NOISE, 2, np.arange(64), 256), u < column)

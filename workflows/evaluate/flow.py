@@ -16,8 +16,17 @@ from dllm_core.checkpoints.run_dir import RunDir
 from dllm_core.data.loader import split_rows
 from dllm_core.data.manifest import CorpusManifest, read_manifest
 from dllm_core.decoding.engine import Engine
+from dllm_core.evaluation.estimators import Estimator, HeldoutRows, estimator_of
 from dllm_core.evaluation.generation import DecodeCost, measure_decoding
-from dllm_core.evaluation.likelihood import RowScores, score_rows, summarize
+from dllm_core.evaluation.likelihood import (
+    Likelihood,
+    RowScores,
+    estimate,
+    score_rows,
+    side_by_side,
+    summarize,
+    without_likelihood,
+)
 from dllm_core.seeding import Ints
 from workflows.fan_out import FanOut
 from workflows.recipe import Recipe
@@ -39,55 +48,69 @@ class EvaluateJob:
 
 
 def evaluate(recipe: Recipe, run: RunDir, fan_out: FanOut, on_progress: OnProgress) -> dict[str, Any]:
-    """The figures of `evaluation.json`."""
+    """The figures of `evaluation.json`: None where a model has no likelihood, or `decoding` no decoder."""
     bundle = read_bundle(run)
     manifest = read_manifest(run.store, bundle.manifest.lineage.corpus)
     job = EvaluateJob(recipe, run)
     rows = job.rows(manifest)
-    size = recipe.evaluate.batch_rows
-    batches = [rows[start : start + size] for start in range(0, len(rows), size)]
-    placement = recipe.placement.evaluate
-    scored = fan_out(
-        partial(_score, job),
-        batches,
-        workers=placement.workers,
-        gpus=placement.gpus_per_worker,
-        on_done=lambda done, result: on_progress("held-out rows", min(done * size, len(rows)), len(rows)),
-    )
-    scores = RowScores(
-        np.concatenate([part.scores.nats for part in scored]),
-        np.concatenate([part.scores.tokens for part in scored]),
-    )
-    likelihood = summarize(scores, np.sum([part.counts for part in scored], axis=0))
-    result: dict[str, Any] = {
+    likelihood, has_prompts = _likelihood(job, bundle, manifest, rows, fan_out, on_progress)
+    return {
         **asdict(likelihood),
         "gain": likelihood.gain,
-        "draws": recipe.evaluate.draws,
+        "conventions": {
+            "tokens": "learned" if has_prompts else "real",
+            "end_tokens": "counted",
+            "conditioned_on": "prompts" if has_prompts else "nothing",
+        },
         "step": bundle.manifest.lineage.step,
+        "decoding": _decoding(job, rows, fan_out, on_progress),
     }
-    if recipe.evaluate.prompts:
-        on_progress("decoding held-out prompts", 0, 0)
-        [cost] = fan_out(
-            partial(_decode, job),
-            [rows],
-            workers=1,
-            gpus=placement.gpus_per_worker,
+
+
+def _likelihood(
+    job: EvaluateJob,
+    bundle: ModelBundle,
+    manifest: CorpusManifest,
+    rows: Ints,
+    fan_out: FanOut,
+    on_progress: OnProgress,
+) -> tuple[Likelihood, bool]:
+    """The figures, and whether rows have prompts, on which they are conditioned."""
+    section, placement = job.recipe.evaluate, job.recipe.placement.evaluate
+    batches = [rows[start : start + section.batch_rows] for start in range(0, len(rows), section.batch_rows)]
+    tokens = split_rows(job.run.store, manifest, manifest.heldout, rows)
+    counts = np.bincount(tokens.x0[tokens.is_learned], minlength=manifest.vocab_size)
+    byte_lengths = bundle.tokenizer().byte_lengths()
+    estimator = _estimator(bundle, "cpu")
+    if estimator is None:
+        return without_likelihood(len(rows), counts, byte_lengths), tokens.has_prompt
+
+    def score(first: int, draws: int) -> RowScores:
+        def tell(done: int, result: RowScores) -> None:
+            on_progress(f"held-out rows, draws {first + 1} to {first + draws}", done, len(batches))
+
+        task = partial(_score, job, first, draws)
+        return side_by_side(
+            fan_out(task, batches, workers=placement.workers, gpus=placement.gpus_per_worker, on_done=tell)
         )
-        policy = recipe.decode.policy.model_dump(mode="json")
-        result["decoding"] = {
-            **asdict(cost),
-            "tokens_per_call": cost.tokens_per_call,
-            "policy": policy,
-            "block_length": recipe.decode.block_length,
-            "temperature": recipe.decode.temperature,
-        }
-    return result
+
+    scores = estimate(score, section.draws, section.target_error)
+    return summarize(scores, counts, byte_lengths, estimator.name), tokens.has_prompt
 
 
-@dataclass(frozen=True)
-class _Scored:
-    scores: RowScores
-    counts: Ints
+def _decoding(job: EvaluateJob, rows: Ints, fan_out: FanOut, on_progress: OnProgress) -> dict[str, Any] | None:
+    """What completions cost; None where there is no decoder for such a model, or nothing is to be decoded."""
+    recipe = job.recipe
+    if not recipe.can_be_decoded or not recipe.evaluate.prompts:
+        return None
+    on_progress("decoding held-out prompts", 0, 0)
+    [cost] = fan_out(partial(_decode, job), [rows], workers=1, gpus=recipe.placement.evaluate.gpus_per_worker)
+    return {
+        **asdict(cost),
+        "tokens_per_call": cost.tokens_per_call,
+        **recipe.decode.told(recipe.decoding_pattern),
+        "temperature": recipe.decode.temperature,
+    }
 
 
 def _opened(job: EvaluateJob) -> tuple[ModelBundle, CorpusManifest, str]:
@@ -97,22 +120,25 @@ def _opened(job: EvaluateJob) -> tuple[ModelBundle, CorpusManifest, str]:
     return bundle, read_manifest(job.run.store, bundle.manifest.lineage.corpus), device
 
 
-def _score(job: EvaluateJob, rows: Ints) -> _Scored:
-    bundle, manifest, device = _opened(job)
-    read = split_rows(job.run.store, manifest, manifest.heldout, rows)
-    scores = score_rows(
-        bundle.denoiser(device),
+def _estimator(bundle: ModelBundle, device: str) -> Estimator | None:
+    """By what the bundle says of itself: the recipe may be another's."""
+    said = bundle.manifest
+    return estimator_of(
+        said.objective,
         bundle.process,
-        read.x0,
-        read.is_learned,
-        rows,
-        seed=job.recipe.seed,
-        draws=job.recipe.evaluate.draws,
-        device=torch.device(device),
-        segment_ids=read.segment_ids,
-        not_noised=~read.is_learned if read.has_prompt else None,
+        torch.device(device),
+        block_length=said.block_length,
+        steps=said.steps,
+        time_conditioning=bundle.config.model.time_conditioning,
     )
-    return _Scored(scores, np.bincount(read.x0[read.is_learned], minlength=manifest.vocab_size))
+
+
+def _score(job: EvaluateJob, first: int, draws: int, rows: Ints) -> RowScores:
+    bundle, manifest, device = _opened(job)
+    estimator = _estimator(bundle, device)
+    assert estimator is not None
+    heldout = HeldoutRows.of(split_rows(job.run.store, manifest, manifest.heldout, rows), rows)
+    return score_rows(bundle.denoiser(device), estimator, heldout, seed=job.recipe.seed, draws=draws, first=first)
 
 
 def _decode(job: EvaluateJob, rows: Ints) -> DecodeCost:

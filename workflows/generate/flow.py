@@ -24,6 +24,7 @@ def generate(
     recipe: Recipe, run: RunDir, prompt: str, suffix: str | None, seed: int, console: Console
 ) -> dict[str, Any]:
     """Decode one request; its text, cost and finish reason."""
+    recipe.check_decodable()
     import torch
 
     torch.set_num_threads(1)
@@ -62,7 +63,7 @@ def generate(
         "num_calls": answer.num_calls,
         "tokens_per_call": round(answer.tokens_per_call, 4),
         "seconds": round(time.monotonic() - begun, 3),
-        "policy": recipe.decode.policy.model_dump(mode="json"),
+        "policy": recipe.decode.told(recipe.decoding_pattern)["policy"],
     }
 
 

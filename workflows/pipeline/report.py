@@ -10,7 +10,7 @@ from dllm_core.checkpoints.run_dir import JsonLines, RunDir
 from dllm_core.data.loader import Loader
 from dllm_core.data.manifest import read_manifest
 from dllm_core.decoding.engine import Engine
-from workflows.drawing import ACCENT, INK, SOFT, axes, cell, figures, page, png, table
+from workflows.drawing import ACCENT, INK, SOFT, axes, cell, figures, noise_figure, noised_cell, page, png, table
 from workflows.generate.unfold import Frame, request_for, unfold
 from workflows.recipe import Recipe
 
@@ -21,17 +21,13 @@ def write_report(recipe: Recipe, run: RunDir) -> None:
     evaluation = run.read_json("evaluation.json")
     answers = (run.read_json("stages/serve.json") or {"result": {"answers": []}})["result"]["answers"]
     records = JsonLines(run, "metrics.jsonl").read()
-    frames = _frames(recipe, bundle)
     parts = [
         _figures(records, evaluation),
         "<h2>Training</h2>",
         _loss_curve(records, evaluation),
         "<h2>The forward process: what the denoiser is shown</h2>",
-        _noise(recipe, run, bundle),
-        "<h2>The reverse: one decode, call by call</h2>",
-        _canvas(frames, recipe),
-        "<h2>What the endpoint answered</h2>",
-        _answers(answers),
+        _noise(run, bundle),
+        *_decoded(recipe, bundle, answers),
         "<h2>Lineage</h2>",
         table(bundle.manifest.lineage.model_dump(mode="json")),
         "<h2>Recipe</h2>",
@@ -41,20 +37,34 @@ def write_report(recipe: Recipe, run: RunDir) -> None:
 
 
 def _figures(records: list[dict[str, Any]], evaluation: dict[str, Any]) -> str:
-    cards = [
-        (f"{evaluation['nelbo']:.3f} ± {evaluation['standard_error']:.3f}", "held-out NELBO, nats/token (upper bound)"),
-        (f"{evaluation['unigram_entropy']:.3f}", "unigram entropy of the same rows, nats/token"),
-        (f"{evaluation['gain']:.2f}", "nats/token learned"),
-    ]
-    if "decoding" in evaluation:
+    cards = [(f"{evaluation['unigram_entropy']:.3f}", "unigram entropy of the held-out rows, nats/token")]
+    if evaluation["nelbo"] is None:
+        cards.insert(0, ("none", "likelihood: a masked language model bounds none"))
+    else:
+        told = f"{evaluation['nelbo']:.3f} ± {evaluation['standard_error']:.3f}"
+        cards.insert(0, (told, f"held-out {_name_of(evaluation)}, nats/token"))
+        cards.append((f"{evaluation['gain']:.2f}", "nats/token learned"))
+    if evaluation["bits_per_byte"] is not None:
+        cards.append(
+            (f"{evaluation['bits_per_byte']:.3f}", f"bits per byte of the same text ({evaluation['estimator']})")
+        )
+    if evaluation["decoding"] is not None:
         decoding = evaluation["decoding"]
-        policy = " ".join(str(part) for part in decoding["policy"].values())
-        cards.append((f"{decoding['tokens_per_call']:.2f}", f"tokens per denoiser call ({policy})"))
+        cards.append((f"{decoding['tokens_per_call']:.2f}", f"tokens per denoiser call ({about_policy(decoding)})"))
     if records:
         rate = float(np.median([record["tokens_per_s"] for record in records]))
         cards.append((f"{rate / 1000:.1f}k", "training tokens/s (median)"))
         cards.append((f"{records[-1]['tokens'] / 1e6:.2f}M", f"tokens in {records[-1]['step']:,} steps"))
     return figures(cards)
+
+
+def about_policy(told: dict[str, Any]) -> str:
+    """The policy in `DecodeConfig.told`, in words."""
+    return " ".join(str(part) for part in told["policy"].values()) if told["policy"] else "token by token"
+
+
+def _name_of(evaluation: dict[str, Any]) -> str:
+    return "negative log-likelihood" if evaluation["estimator"] == "exact" else "NELBO (upper bound)"
 
 
 def _loss_curve(records: list[dict[str, Any]], evaluation: dict[str, Any]) -> str:
@@ -70,50 +80,49 @@ def _loss_curve(records: list[dict[str, Any]], evaluation: dict[str, Any]) -> st
     axis.plot(tokens, bound, color=SOFT, lw=0.7, label=f"training {name}")
     axis.plot(tokens, smooth, color=ACCENT, lw=1.8, label=f"mean of {width} records")
     axis.axhline(evaluation["unigram_entropy"], color=INK, lw=1, ls="--", label="unigram entropy, held out")
-    axis.errorbar(
-        [tokens[-1]],
-        [evaluation["nelbo"]],
-        yerr=[2 * evaluation["standard_error"]],
-        fmt="o",
-        color="#c2410c",
-        capsize=4,
-        label="held-out NELBO ± 2 SE (EMA)",
-    )
+    if evaluation["nelbo"] is not None:
+        axis.errorbar(
+            [tokens[-1]],
+            [evaluation["nelbo"]],
+            yerr=[2 * evaluation["standard_error"]],
+            fmt="o",
+            color="#c2410c",
+            capsize=4,
+            label=f"held-out {_name_of(evaluation)} ± 2 SE (EMA)",
+        )
     top = float(np.quantile(bound, 0.995))
     axis.set(xlabel="tokens seen, millions", ylabel="nats/token", ylim=(0, top * 1.05), xlim=(0, None))
     axis.legend(frameon=False, fontsize=9)
-    return png(figure, "training and held-out NELBO over tokens seen")
+    return png(figure, "training loss and held-out likelihood over tokens seen")
 
 
-def _noise(recipe: Recipe, run: RunDir, bundle: ModelBundle) -> str:
-    """Mask rate against t for the rows of an epoch's beginning, and one row at four times."""
+def _noise(run: RunDir, bundle: ModelBundle) -> str:
+    """The noise of an epoch's beginning, and one row at four times."""
     manifest = read_manifest(run.store, bundle.manifest.lineage.corpus)
-    tokenizer = bundle.tokenizer()
-    loader = Loader.open(run.store, manifest, tokenizer.mask_id)
-    batch = loader.batch(0, min(512, manifest.train.rows))
-    t = batch.t[:, 0]
-    rate = (batch.xt != batch.x0).mean(1)
-    figure, (left, right) = axes(1, 2, 3.0)
-    grid = np.linspace(0, 1, 101, dtype=np.float32)
-    left.scatter(t, rate, s=6, color=SOFT, label="rows")
-    left.plot(grid, 1 - recipe.noise.process.schedule.alpha(grid), color=ACCENT, label="1 - alpha(t)")
-    left.set(xlabel="t", ylabel="share of masked tokens")
-    left.legend(frameon=False, fontsize=9)
-    right.hist(t, bins=20, range=(0, 1), color=SOFT, edgecolor="white")
-    right.set(xlabel="t", ylabel="rows", title=f"t of the first {len(t)} rows: stratified along the order")
-    right.title.set_fontsize(9)
-    process = manifest.process.bind(tokenizer.mask_id, manifest.vocab_size)
-    x0 = batch.x0[:1]
-    u = np.random.default_rng(0).random(x0.shape, dtype=np.float32)
-    lines = []
+    tokenizer, process = bundle.tokenizer(), bundle.process
+    batch = Loader.open(run.store, manifest, tokenizer.mask_id).batch(0, min(512, manifest.train.rows))
+    x0, rng = batch.x0[:1], np.random.default_rng(0)
+    u, v = rng.random(x0.shape, dtype=np.float32), rng.random(x0.shape)
+    mask, lines = tokenizer.token_text(tokenizer.mask_id), []
     for time in (0.1, 0.4, 0.7, 1.0):
-        xt = process.corrupt(x0, np.full((1, 1), time, np.float32), u)[0]
-        shown = [
-            "<span class=open>░</span>" if int(token) == tokenizer.mask_id else cell(tokenizer.token_text(int(token)))
-            for token in xt
-        ]
+        xt = process.corrupt(x0, np.full((1, 1), time, np.float32), u, v)
+        texts = [[tokenizer.token_text(int(token)) for token in ids[0]] for ids in (xt, x0)]
+        shown = [noised_cell(noised, clean, mask) for noised, clean in zip(*texts, strict=True)]
         lines.append(f"<div><i>t = {time:.1f}  </i>{''.join(shown)}</div>")
-    return png(figure, "mask rate against t") + f"<div class=canvas>{''.join(lines)}</div>"
+    return noise_figure(process, batch) + f"<div class=canvas>{''.join(lines)}</div>"
+
+
+def _decoded(recipe: Recipe, bundle: ModelBundle, answers: list[dict[str, Any]]) -> list[str]:
+    """One decode and the endpoint's answers, or that there is no decoder."""
+    title = "<h2>The reverse: one decode, call by call</h2>"
+    if not recipe.can_be_decoded:
+        return [title, "<p>There is no decoder for such a model yet.</p>"]
+    return [
+        title,
+        _canvas(_frames(recipe, bundle), recipe),
+        "<h2>What the endpoint answered</h2>",
+        _answers(answers),
+    ]
 
 
 def _frames(recipe: Recipe, bundle: ModelBundle) -> list[Frame]:
@@ -145,12 +154,13 @@ def _canvas(frames: list[Frame], recipe: Recipe) -> str:
         lines.append(f"<div><i>{frame.num_calls:>3}  </i>{''.join(cells)}</div>")
     answer = frames[-1].answer
     assert answer is not None
-    policy = " ".join(str(part) for part in recipe.decode.policy.model_dump(mode="json").values())
-    told = (
+    told = recipe.decode.told(recipe.decoding_pattern)
+    blocks = f", blocks of {told['block_length']}" if told["block_length"] else ""
+    about = (
         f"{answer.num_committed} tokens in {answer.num_calls} calls, {answer.tokens_per_call:.2f} per call; "
-        f"{policy}, blocks of {recipe.decode.block_length}. ░ is open, blue was filled by this call, grey was given."
+        f"{about_policy(told)}{blocks}. ░ is open, blue was filled by this call, grey was given."
     )
-    return f"<p>{html.escape(told)}</p><div class=canvas>{''.join(lines)}</div>"
+    return f"<p>{html.escape(about)}</p><div class=canvas>{''.join(lines)}</div>"
 
 
 def _answers(answers: list[dict[str, Any]]) -> str:

@@ -255,7 +255,7 @@ class Preprocessing:
         total.check("corpus")
         allowed = self.plan.recipe.corpus.max_bad_fraction
         if total.num_quarantined > allowed * total.documents_in:
-            share = f"{total.num_quarantined} of {total.documents_in} records are bad, {allowed:.0%} are allowed"
+            share = f"{total.num_quarantined} of {total.documents_in} records are bad, {100 * allowed:.6g}% are allowed"
             remedy = f"see {self.plan.url}/quarantine; narrow corpus.glob or raise corpus.max_bad_fraction"
             raise DataError("corpus.max_bad_fraction", share, remedy=remedy)
         return total

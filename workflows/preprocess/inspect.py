@@ -18,7 +18,7 @@ from dllm_core.data.tokenizer import Tokenizer
 from dllm_core.seeding import Ints
 from dllm_core.storage.store import Store
 from workflows.console import Console
-from workflows.drawing import ACCENT, INK, SOFT, axes, cell, figures, page, png, table
+from workflows.drawing import SOFT, axes, figures, noise_figure, noised_cell, page, png, table
 from workflows.preprocess.flow import CorpusPlan
 
 _SHOWN_ROWS = 4
@@ -54,8 +54,9 @@ def _side_by_side(rows: list[dict[str, Any]], mask: str) -> Table:
     shown.add_column("noised", ratio=1)
     for row in rows:
         noised = Text()
-        for token in row["noised"]:
-            noised.append("░" if token == mask else token.replace("\n", "⏎"), style="dim" if token == mask else "")
+        for token, clean in zip(row["noised"], row["clean"], strict=True):
+            style = "dim" if token == mask else "" if token == clean else "bold red"
+            noised.append("░" if token == mask else token.replace("\n", "⏎"), style=style)
         shown.add_row(f"{row['t']:.2f}", Text("".join(row["clean"]).replace("\n", "⏎")), noised)
     return shown
 
@@ -81,7 +82,7 @@ def _report(
     lines = []
     for row in rows:
         for name in ("clean", "noised"):
-            shown = ["<span class=open>░</span>" if token == mask else cell(token) for token in row[name]]
+            shown = [noised_cell(token, clean, mask) for token, clean in zip(row[name], row["clean"], strict=True)]
             lines.append(f"<div><i>t = {row['t'] if name == 'noised' else 0:.2f}  </i>{''.join(shown)}</div>")
     accounting = {
         "records in": count.documents_in,
@@ -100,7 +101,7 @@ def _report(
         "<h2>Documents and rows</h2>",
         _lengths(sample, tokenizer),
         "<h2>Noise</h2>",
-        _noise(manifest, batch),
+        noise_figure(manifest.process.bind(tokenizer.mask_id, manifest.vocab_size), batch),
         f"<div class=canvas>{''.join(lines)}</div>",
         "<h2>Removed records</h2>",
         _removed(corpus.store, manifest),
@@ -124,22 +125,6 @@ def _lengths(sample: Any, tokenizer: Tokenizer) -> str:
     right.hist(sample.is_real.mean(1), bins=20, range=(0, 1), color=SOFT)
     right.set(xlabel="share of a row that is real", ylabel="rows")
     return png(figure, "document lengths, bytes per token and how full rows are")
-
-
-def _noise(manifest: CorpusManifest, batch: Any) -> str:
-    figure, (left, right) = axes(1, 2, 3.0)
-    t = batch.t.mean(1)
-    counted = np.maximum(batch.loss_mask.sum(1), 1)
-    rate = ((batch.xt != batch.x0) & batch.loss_mask).sum(1) / counted
-    grid = np.linspace(0, 1, 101, dtype=np.float32)
-    left.scatter(t, rate, s=5, color=SOFT, label="rows")
-    left.plot(grid, 1 - manifest.process.schedule.alpha(grid), color=ACCENT, label="1 - alpha(t)")
-    left.set(xlabel="t", ylabel="share of masked tokens")
-    left.legend(frameon=False, fontsize=9)
-    right.hist(batch.t.ravel(), bins=20, range=(0, 1), color=SOFT, edgecolor="white")
-    right.axhline(batch.t.size / 20, color=INK, lw=1, ls="--")
-    right.set(xlabel="t", ylabel="tokens")
-    return png(figure, "mask rate against t and the distribution of t")
 
 
 def _removed(store: Store, manifest: CorpusManifest) -> str:

@@ -28,6 +28,7 @@ def cpus_needed(recipe: Recipe) -> float:
 
 def serve_forever(recipe: Recipe, run: RunDir, console: Console) -> None:
     """Start the endpoint, say how to use it, wait for Ctrl-C."""
+    recipe.check_decodable()
     check_port(recipe.serve)
     read_bundle(run)  # a damaged bundle is refused now, by its file, and not by a replica that will not start
     with ray_cluster(cpus_needed(recipe)):

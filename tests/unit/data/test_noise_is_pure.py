@@ -64,12 +64,18 @@ def test_the_next_epoch_has_noise_of_its_own(small_corpus):
         assert (left_t == right_t).mean() < 0.05
 
 
-def test_more_epochs_of_noise_leave_tokens_and_earlier_noise_as_they_are(tmp_path):
+def test_more_epochs_of_noise_read_no_token_and_leave_earlier_files_as_they_are(tmp_path):
     corpus = make_small_corpus(tmp_path, noise={"epochs": 1})
     before = {key: data for key, data in shard_bytes(corpus).items() if key.endswith(".arrow")}
     grown = corpus.recipe.model_copy(update={"noise": corpus.recipe.noise.model_copy(update={"epochs": 3})})
+    tokens = {key: data for key, data in before.items() if "/tokens/" in key}
+    prefix = corpus_prefix(corpus.manifest.fingerprint)
+    for key, data in tokens.items():  # as long as they were, and nothing that could be read
+        corpus.store.put(f"{prefix}{key}", bytes(len(data)))
     work = Preprocessing(plan_corpus(grown, corpus.store), serially)
     manifest = work.run()
+    for key, data in tokens.items():
+        corpus.store.put(f"{prefix}{key}", data)
     after = shard_bytes(corpus)
     assert manifest.fingerprint == corpus.manifest.fingerprint
     assert before.items() <= after.items()

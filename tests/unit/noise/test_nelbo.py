@@ -253,6 +253,21 @@ def test_the_rate_for_masks_is_the_weighted_cross_entropy(schedule):
     np.testing.assert_allclose(short, 0)
 
 
+@pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("schedule", [LinearSchedule(), CosineSchedule()])
+def test_a_hybrid_without_random_text_pays_what_masks_pay(schedule, gamma):
+    """In float32 and for tokens that the denoiser all but rules out; clean ones, whose ratio overflows, pay nothing."""
+    hybrid = HybridProcess(mask_id=MASK, vocab_size=VOCAB, schedule=schedule, p_u=0, gamma=gamma)
+    absorbing, t = AbsorbingProcess(mask_id=MASK, schedule=schedule), np.linspace(0, 1, 50, dtype=np.float32)
+    law = some_log_probs((50,), 6, spread=60).astype(np.float32)
+    for x0 in TEXT:
+        for xt in (np.full(50, MASK), np.full(50, x0)):
+            ours, theirs = (kind.nelbo_rate(law, np.full(50, x0), xt, t) for kind in (hybrid, absorbing))
+            assert ours.dtype == np.float32
+            np.testing.assert_allclose(ours[1:], theirs[1:], rtol=1e-4, atol=1e-6)
+            assert np.isfinite(ours).all()
+
+
 @pytest.mark.parametrize("t", [0.02, 0.3, 0.7, 0.98])
 @pytest.mark.parametrize("schedule", [LinearSchedule(), CosineSchedule(), LogLinearSchedule()])
 def test_the_rate_for_replaced_tokens_is_that_of_udlm_and_duo(schedule, t):

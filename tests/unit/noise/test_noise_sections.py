@@ -5,6 +5,7 @@ import yaml
 from conftest import small_recipe
 from enumeration import SCHEDULES
 
+from dllm_core.config.fingerprint import fingerprint
 from dllm_core.data.manifest import CorpusManifest
 from dllm_core.errors import ConfigError
 from dllm_core.noise.absorbing import AbsorbingProcess
@@ -112,12 +113,18 @@ def test_replaced_tokens_are_written_down_and_learned_and_not_decoded(tmp_path, 
 def test_an_absorbing_corpus_is_the_one_that_it_was(tmp_path):
     """`steps: null` says nothing new, so it does not rename a corpus; T does."""
     recipe = small_recipe(tmp_path)
-    before = recipe.corpus_fingerprint([])
-    discrete = recipe.model_copy(update={"noise": recipe.noise.model_copy(update={"steps": 8})})
-    assert discrete.corpus_fingerprint([]) != before
-    values = recipe.noise.model_dump(mode="json", exclude={"epochs", "steps"})
-    assert values == {
-        "process": {"type": "absorbing", "schedule": {"type": "linear"}},
-        "t_min": 1e-3,
-        "block_length": None,
+    identity = {
+        "seed": recipe.seed,
+        "corpus": recipe._corpus_identity(),
+        "tokenizer": recipe.tokenizer,
+        "packing": recipe.packing,
+        "noise": {
+            "process": {"type": "absorbing", "schedule": {"type": "linear"}},
+            "t_min": 1e-3,
+            "block_length": None,
+        },
+        "sources": [],
     }
+    assert recipe.corpus_fingerprint([]) == fingerprint(identity)
+    discrete = recipe.model_copy(update={"noise": recipe.noise.model_copy(update={"steps": 8})})
+    assert discrete.corpus_fingerprint([]) != fingerprint(identity)

@@ -5,6 +5,7 @@ import pytest
 import torch
 from enumeration import SCHEDULES, bound_processes, kernel
 
+from dllm_core.noise.arrays import softplus
 from dllm_core.noise.schedule import LinearSchedule
 
 VOCAB, MASK = 1000, 17
@@ -81,6 +82,11 @@ def test_the_gradient_is_that_of_the_formula(process):
             return small.nelbo_rate(small.x0_log_probs(logits), x0, xt, times)
 
         assert torch.autograd.gradcheck(rate, logits, eps=1e-6, atol=1e-6)
+
+
+def test_softplus_is_one_function():
+    x = np.concatenate([[-np.inf], np.linspace(-700, 700, 14_001)])
+    np.testing.assert_allclose(softplus(torch.from_numpy(x)).numpy(), softplus(x), rtol=1e-14)
 
 
 @pytest.mark.parametrize("kind", ["absorbing", "uniform", "hybrid"])

@@ -61,8 +61,8 @@ def test_linear_noise_has_the_bits_that_float32_arithmetic_gives():
     """Shards that were written with u < 1 - t in float32 stay what they are."""
     rng = np.random.default_rng(4)
     t = np.float32(1) - rng.integers(0, 1 << 24, 1_000_000).astype(np.float32) / (1 << 24)
-    spread = np.float32(1) - np.float32(1 - 1e-3) * (rng.integers(0, 1 << 24, t.size).astype(np.float32) / (1 << 24))
-    for times in (t, spread):
+    fine = rng.random(t.size).astype(np.float32)  # whose 1 - t float32 rounds
+    for times in (t, fine):
         u = np.nextafter(1 - times, np.float32(2)) - np.float32(2**-24) * rng.integers(0, 3, t.size).astype(np.float32)
         noised = AbsorbingProcess(mask_id=9).corrupt(np.zeros(t.size, np.int64), times, u)
         assert np.array_equal(noised == 9, ~(u < 1 - times))

@@ -70,6 +70,22 @@ def test_a_pair_varies_less_than_two_masks_drawn_apart():
     assert moments(weight="none") > 1
 
 
+@pytest.mark.parametrize("block_length", [None, 2])
+def test_a_denoiser_is_told_the_times_of_what_it_is_shown(block_length):
+    """Of a complement: the time at which so few are masked. Each token's own."""
+    process, told = ABSORBING["absorbing-cosine"], []
+
+    def hears(ids, *, read, pattern, t):
+        told.append(t.double())
+        return torch.zeros(int(read.sum()), 4)
+
+    t = np.random.default_rng(0).uniform(0.1, 0.9, (2, 4))
+    batch = batch_of(np.zeros((2, 4), np.int64), np.array([[MASK, 0, 0, MASK]] * 2), t)
+    diffusion(process, block_length, complementary=True, time_conditioning=True).loss(hears, batch)
+    assert torch.equal(told[0], torch.from_numpy(batch.t).double())
+    torch.testing.assert_close(process.schedule.alpha(told[1]), 1 - process.schedule.alpha(told[0]), rtol=0, atol=1e-6)
+
+
 def test_no_complement_weighs_more_than_a_mask_at_t_min():
     """t close to 1 leaves a token or two clean; masked in the complement they would weigh 1/(1 - t), without end."""
     even = lambda ids, *, read, pattern: torch.zeros(int(read.sum()), 4)  # noqa: E731

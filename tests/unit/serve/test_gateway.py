@@ -120,7 +120,7 @@ def is_refusal(body, kind, code=None):
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_replica_that_dies_in_mid_answer_is_tried_again_and_no_text_comes_twice(served, steps, stream, stop):
     def script(i):
-        return [steps(1, 4, ActorDiedError()), steps(ActorDiedError()), steps(2, 5, "end")][i]
+        return [steps(1, 2, ActorDiedError()), steps(ActorDiedError()), steps(2, 3, "end")][i]
 
     replicas = Replicas(script)
     answer = served(replicas)(prompt="RED", stop=stop, stream=stream)

@@ -59,6 +59,18 @@ def test_a_failed_write_leaves_nothing(store):
     assert sorted(path.name for path in store.root.rglob("*")) == ["file", "file", "folder"]
 
 
+def test_pieces_that_break_off_leave_the_old_object(store):
+    def pieces():
+        yield b"first"
+        raise DataError("elsewhere", "broke off")
+
+    store.put_pieces("a/b", [b"o", b"", b"ld"])
+    with pytest.raises(DataError, match="elsewhere: broke off"):
+        store.put_pieces("a/b", pieces())
+    assert store.read("a/b") == b"old"
+    assert [path.name for path in (store.root / "a").iterdir()] == ["b"]
+
+
 def test_a_file_put_in_its_own_place_stays(store):
     store.put("a/b", b"x")
     store.put_file("a/b", store.path("a/b"))

@@ -1,10 +1,46 @@
-"""What only a network can get wrong: missing buckets, lost answers, pages, stale copies."""
+"""What only a network can get wrong: missing buckets, silence, lost answers, broken bodies, pages, stale copies."""
 
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import boto3
+import moto.s3.models
 import pytest
+from s3_faults import (
+    CONFLICT,
+    CUT,
+    FAULTS,
+    GONE,
+    HANG,
+    LATE,
+    LOST,
+    QUICK,
+    RESET,
+    SLOW_DOWN,
+    TOO_MANY,
+    TOO_SLOW,
+    at_random,
+    faulty_s3,
+    first,
+)
 from s3_server import s3_server
 
 from dllm_core.errors import DataError
-from dllm_core.storage.s3 import S3Store, _client, cache_folder
+from dllm_core.storage import s3
+from dllm_core.storage.cache import cache_folder
+from dllm_core.storage.s3 import S3Store, _client
+from dllm_core.storage.store import sha256
+
+PART = 10_000
+READING = {"list", "read", "range", "fetch"}
+# A conflict is between conditional writers. Silence costs time, so it falls where it differs from a reset.
+AFFECTED = {
+    CONFLICT: {"put_if_absent"},
+    TOO_MANY: {"list", "put"},
+    TOO_SLOW: {"put", "put parts"},
+    HANG: {"read", "put"},
+    LATE: {"put_if_absent", "end parts"},
+}
 
 
 @pytest.fixture(scope="module")
@@ -13,9 +49,182 @@ def server(tmp_path_factory):
         yield running
 
 
+@pytest.fixture(scope="module")
+def network(server):
+    """One for all tests of this file: a client costs time."""
+    with faulty_s3(server.endpoint, first(0, RESET, ""), read_seconds=0.5) as running:
+        yield running
+
+
 @pytest.fixture
-def store(server) -> S3Store:
+def faults(network):
+    """The network between the stores and their server; a test says what it does from now on."""
+    network.choose = first(0, RESET, "")
+    return network
+
+
+@pytest.fixture
+def store(server, faults) -> S3Store:
     return S3Store(server.new_bucket(), "some/where")
+
+
+@pytest.fixture
+def large_file(tmp_path, monkeypatch):
+    """A file that goes up in three parts, which are smaller than S3 would take."""
+    monkeypatch.setattr(s3, "_PART_BYTES", PART)
+    monkeypatch.setattr(moto.s3.models, "S3_UPLOAD_PART_MIN_SIZE", PART)
+    path = tmp_path / "file"
+    path.write_bytes(os.urandom(2 * PART + 1))
+    return path
+
+
+def verbs(store, large_file):
+    """By verb: the method and path of its requests, a call, and what it answers or leaves behind."""
+    store.put("folder/object", b"0123456789")
+    small_file = large_file.parent / "small"
+    small_file.write_bytes(b"small")
+    new = iter(range(1000))
+
+    def after(write, *arguments):
+        key = f"new-{next(new)}"
+        answer = write(key, *arguments)
+        return answer, store.read(key)
+
+    def deleted():
+        store.delete("folder/object")
+        gone = not store.exists("folder/object")
+        store.put("folder/object", b"0123456789")
+        return gone
+
+    whole = large_file.read_bytes()
+    return {
+        "list": ("GET", "list-type", lambda: [item.key for item in store.list("folder")], ["folder/object"]),
+        "stat": ("HEAD", "object", lambda: store.stat("folder/object").size, 10),
+        "read": ("GET", "object", lambda: store.read("folder/object"), b"0123456789"),
+        "range": ("GET", "object", lambda: store.read("folder/object", 2, 5), b"234"),
+        "range beyond the end": ("GET", "object", lambda: store.read("folder/object", 10, 20), b""),
+        "fetch": ("GET", "object", lambda: store.fetch("folder/object").read_bytes(), b"0123456789"),
+        "put": ("PUT", "new", lambda: after(store.put, b"x"), (None, b"x")),
+        "put_if_absent": ("PUT", "new", lambda: after(store.put_if_absent, b"x"), (True, b"x")),
+        "put_file": ("PUT", "new", lambda: after(store.put_file, small_file), (None, b"small")),
+        "begin parts": ("POST", "uploads", lambda: after(store.put_file, large_file), (None, whole)),
+        "put parts": ("PUT", "partNumber", lambda: after(store.put_file, large_file), (None, whole)),
+        "end parts": ("POST", "uploadId", lambda: after(store.put_file, large_file), (None, whole)),
+        "delete": ("DELETE", "object", deleted, True),
+    }
+
+
+@pytest.mark.parametrize("kind", [*FAULTS, TOO_MANY, TOO_SLOW])
+def test_what_passes_is_tried_again_until_it_is_done_right(store, faults, large_file, kind):
+    times = 1 if kind in {HANG, LATE} else 2
+    for verb, (method, path, call, expected) in verbs(store, large_file).items():
+        if verb not in AFFECTED.get(kind, {verb}):
+            continue
+        before = faults.injected[kind]
+        faults.choose = first(times, kind, method, path)
+        assert call() == expected, verb
+        is_told_by_status = kind == CUT and verb == "range beyond the end"
+        assert faults.injected[kind] - before == (1 if is_told_by_status else times), verb
+
+
+@pytest.mark.parametrize("kind", [SLOW_DOWN, RESET, CUT])
+def test_what_does_not_pass_is_told_in_one_line_that_names_the_key_and_leaves_nothing(
+    store, faults, large_file, kind, monkeypatch
+):
+    monkeypatch.setattr(s3, "_ATTEMPTS", 3)
+    for verb, (method, path, call, _) in verbs(store, large_file).items():
+        if kind == CUT and verb not in READING:
+            continue  # what was asked for was done, or the status says it all
+        before = faults.injected[kind]
+        faults.choose = first(10**6, kind, method, path)
+        with pytest.raises(DataError, match=r"(folder|new-\d+)\b.* failed 3 times \(") as caught:
+            call()
+        assert "\n" not in str(caught.value)
+        assert faults.injected[kind] - before in {3, 6, 9}  # 9: three parts at once
+    faults.choose = first(0, kind, "")
+    assert [item.key for item in store.list()] == ["folder/object"]
+    assert "Uploads" not in _client().list_multipart_uploads(Bucket=store.bucket)
+
+
+def test_of_several_writers_exactly_one_wins_and_knows_it_however_many_answers_are_lost(store, faults):
+    faults.choose = at_random(seed=3, share=0.3, kinds=QUICK)
+    for round_ in range(4):
+        with ThreadPoolExecutor(8) as pool:
+            won = list(pool.map(lambda i, key=f"lock-{round_}": store.put_if_absent(key, b"%d" % i), range(8)))
+        assert sum(won) == 1
+        assert store.read(f"lock-{round_}") == b"%d" % won.index(True)
+    assert min(faults.injected[kind] for kind in (LOST, CONFLICT)) > 0
+
+
+def test_the_waits_between_tries_grow_to_a_bound_and_are_drawn(store, faults, monkeypatch):
+    waits = []
+    monkeypatch.setattr(s3, "_FIRST_WAIT", 0.1)
+    monkeypatch.setattr(s3.time, "sleep", waits.append)
+    faults.choose = first(10**6, SLOW_DOWN, "PUT")
+    for _ in range(2):
+        with pytest.raises(DataError, match="10 times"):
+            store.put("a", b"")
+    longest = [0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 10, 10] * 2
+    assert all(most / 2 <= wait <= most for wait, most in zip(waits, longest, strict=True))
+    assert waits[:9] != waits[9:]
+
+
+def test_a_file_goes_up_in_no_more_parts_than_s3_takes(store, faults, large_file, monkeypatch):
+    monkeypatch.setattr(s3, "_MAX_PARTS", 2)
+    parts = []
+    faults.choose = lambda method, path, headers: parts.append(path) if "partNumber" in path else None
+    store.put_file("a", large_file)
+    assert len(parts) == 2
+    assert store.read("a") == large_file.read_bytes()
+
+
+def test_a_body_goes_without_a_checksum_that_servers_refuse_and_with_a_signed_one(store, faults):
+    seen = []
+    faults.choose = lambda method, path, headers: seen.append(headers)
+    store.put("a", b"body")
+    assert not [name for name in seen[-1] if "checksum" in name.lower() or name.lower() == "transfer-encoding"]
+    assert seen[-1]["X-Amz-Content-SHA256"] == sha256(b"body")
+
+
+def test_an_object_that_is_replaced_while_it_is_fetched_comes_as_one_of_its_versions(
+    server, store, faults, monkeypatch
+):
+    monkeypatch.setattr(s3, "_PIECE_BYTES", 4)
+    store.put("a", b"0123456789")
+    beside = boto3.client("s3", endpoint_url=server.endpoint)
+    pieces = []
+
+    def choose(method, path, headers):
+        if method == "GET":
+            pieces.append(headers["Range"])
+            if len(pieces) == 2:
+                beside.put_object(Bucket=store.bucket, Key="some/where/a", Body=b"abcdefghij")
+
+    faults.choose = choose
+    assert store.fetch("a").read_bytes() == b"abcdefghij"
+    assert pieces == ["bytes=0-3", "bytes=4-7", "bytes=0-3", "bytes=4-7", "bytes=8-11"]
+
+
+@pytest.mark.parametrize("is_ours", [True, False])
+def test_an_upload_that_a_lost_answer_has_ended_is_known_by_its_object(server, store, faults, large_file, is_ours):
+    """Servers differ: some answer the second request to end an upload as the first, some know no such upload."""
+    kinds = iter([LOST, GONE])
+
+    def choose(method, path, headers):
+        if method != "POST" or "uploadId" not in path:
+            return None
+        kind = next(kinds)
+        if kind == GONE and not is_ours:
+            boto3.client("s3", endpoint_url=server.endpoint).put_object(Bucket=store.bucket, Key="some/where/a")
+        return kind
+
+    faults.choose = choose
+    if is_ours:
+        store.put_file("a", large_file)
+        assert store.read("a") == large_file.read_bytes()
+    else:
+        with pytest.raises(DataError, match=r"a: complete_multipart_upload failed 2 times \(NoSuchUpload"):
+            store.put_file("a", large_file)
 
 
 def test_a_missing_bucket_is_told_in_one_line_and_at_once(server, tmp_path):
@@ -37,15 +246,25 @@ def test_a_missing_bucket_is_told_in_one_line_and_at_once(server, tmp_path):
         assert server.requests == before + 1
 
 
-def test_a_server_that_is_down_is_asked_once_before_a_run(server, store):
-    before = server.requests
-    server.is_down = True
+def test_a_server_that_stumbles_is_written_to(store, faults):
+    faults.choose = first(2, SLOW_DOWN, "PUT")
+    store.check_writable("storage.root")
+    assert list(store.list()) == []
+
+
+@pytest.mark.parametrize(("kind", "problem"), [(SLOW_DOWN, "SlowDown"), (HANG, "Read timeout")])
+def test_a_server_that_is_down_is_told_before_a_run_long_before_a_run_would(store, faults, kind, problem, monkeypatch):
+    monkeypatch.setattr(s3, "_PROBE_SECONDS", 0.1)
+    monkeypatch.setattr(s3, "_READ_SECONDS", 60.0)
+    _client.cache_clear()
     try:
-        with pytest.raises(DataError, match=r"storage\.root: put_object failed"):
+        faults.choose, before = first(10**6, kind, "PUT"), faults.injected[kind]
+        with pytest.raises(DataError, match=rf"storage\.root: put_object failed.* \({problem}") as caught:
             store.check_writable("storage.root")
     finally:
-        server.is_down = False
-    assert server.requests == before + 1
+        _client.cache_clear()
+    assert "\n" not in str(caught.value)
+    assert faults.injected[kind] - before < s3._ATTEMPTS
 
 
 def test_an_endpoint_that_is_no_url_is_told_in_one_line(store, monkeypatch):
@@ -57,14 +276,6 @@ def test_an_endpoint_that_is_no_url_is_told_in_one_line(store, monkeypatch):
                 call()
     finally:
         _client.cache_clear()
-
-
-def test_a_writer_whose_answer_was_lost_still_knows_that_it_won(server, store):
-    server.answers_to_lose = 1
-    assert store.put_if_absent("lock", b"mine")
-    assert server.answers_to_lose == 0
-    assert not store.put_if_absent("lock", b"theirs")
-    assert store.read("lock") == b"mine"
 
 
 def test_a_listing_goes_on_over_its_pages(store, monkeypatch):
@@ -107,6 +318,8 @@ def test_the_cache_holds_what_it_may_and_drops_what_was_used_longest_ago(server,
     monkeypatch.setenv("DLLM_CACHE_BYTES", "250")
     first = store.fetch("a")
     second = store.fetch("b")
+    for path in (first, second):  # fetched long ago, as the clock of files, which ticks every 4 ms, sees it
+        os.utime(path, (0, 0))
     store.fetch("a")  # used again: `b` is now the oldest
     third = store.fetch("c")
     assert first.exists()

@@ -1,16 +1,18 @@
-"""Laws of a Store, the same for a folder, a bucket and a prefix in a bucket."""
+"""Laws of a Store, the same for a folder, a bucket, a prefix in a bucket, a real S3 server and a network that fails."""
 
 import itertools
 import os
 import pickle
 import uuid
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from s3_server import s3_server
+from s3_faults import QUICK, at_random, faulty_s3
+from s3_server import new_bucket, s3_environment, s3_server
 
 from dllm_core.errors import ConfigError, DataError
 from dllm_core.storage.s3 import S3Store
@@ -27,15 +29,26 @@ def key_sets(draw) -> list[str]:
     return [key for key in drawn if not any(other.startswith(f"{key}/") for other in drawn)]
 
 
-@pytest.fixture(scope="module", params=["folder", "prefix", "bucket"])
+@pytest.fixture(scope="module", params=["folder", "prefix", "bucket", "faults", "rados"])
 def new_store(request, tmp_path_factory):
     """A function that makes an empty store."""
     top = tmp_path_factory.mktemp("stores")
-    if request.param == "folder":
-        yield lambda: LocalStore(top / uuid.uuid4().hex)
-        return
-    with s3_server(top) as server:
-        yield lambda: S3Store(server.new_bucket(), "some/where" if request.param == "prefix" else "")
+    with ExitStack() as stack:
+        if request.param == "folder":
+            yield lambda: LocalStore(top / uuid.uuid4().hex)
+            return
+        if request.param == "rados":
+            gateway = request.getfixturevalue("rados")
+            stack.enter_context(s3_environment(gateway.endpoint, top, gateway.access_key, gateway.secret_key))
+        else:
+            server = stack.enter_context(s3_server(top))
+            if request.param == "faults":
+                stack.enter_context(faulty_s3(server.endpoint, at_random(seed=0, share=0.1, kinds=QUICK)))
+        if request.param == "bucket":
+            yield lambda: S3Store(new_bucket(), "")
+        else:
+            bucket = new_bucket()
+            yield lambda: S3Store(bucket, f"some/{uuid.uuid4().hex}")
 
 
 @pytest.fixture
@@ -107,7 +120,6 @@ def test_the_first_writer_wins_and_the_object_stays_as_it_was(store):
 
 
 def test_of_several_writers_exactly_one_wins(store):
-    store.put("another", b"")  # a process opens its client once, before its threads start
     for round_ in range(5):
         with ThreadPoolExecutor(8) as pool:
             won = list(pool.map(lambda i, key=f"lock-{round_}": store.put_if_absent(key, b"%d" % i), range(8)))

@@ -1,0 +1,171 @@
+"""Bundles of every objective through the evaluate stage, its report and the verbs that decode: figures or a no."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from conftest import SmallCorpus, make_small_bundle, make_small_corpus
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dllm_core.checkpoints.bundle import read_bundle
+from dllm_core.checkpoints.run_dir import RunDir
+from dllm_core.data.loader import split_rows
+from dllm_core.data.tokenizer import Tokenizer, TokenizerConfig
+from dllm_core.decoding.engine import Engine
+from dllm_core.errors import ConfigError
+from workflows.console import Console
+from workflows.evaluate.flow import evaluate
+from workflows.fan_out import serially
+from workflows.generate.flow import generate
+from workflows.pipeline.flow import _about_evaluation
+from workflows.pipeline.report import write_report
+from workflows.preprocess.flow import plan_corpus
+from workflows.preprocess.inspect import inspect
+from workflows.recipe import Recipe
+from workflows.serve.flow import serve_forever
+
+UNIFORM = {"noise": {"process": {"type": "uniform"}, "epochs": 1}}
+BLOCKS = {"noise": {"block_length": 4, "epochs": 1}, "objective": {"type": "block_diffusion"}}
+KINDS = {
+    "masks": ({}, "exact-count", None),
+    "chain": ({"noise": {"steps": 8, "epochs": 1}}, "stratified-time", None),
+    "timed": ({"model": {"time_conditioning": True}}, "stratified-time", "model.time_conditioning: "),
+    "uniform": (UNIFORM, "stratified-time", "noise.process.type: "),
+    "hybrid": (
+        {"noise": {"process": {"type": "hybrid", "p_u": 0.4}, "epochs": 1}}, "stratified-time", "noise.process.type: "
+    ),
+    "blocks": ({**BLOCKS, "packing": {"type": "isolated", "seq_len": 32}}, "exact-count", None),
+    "autoregressive": ({"objective": {"type": "autoregressive"}}, "exact", None),
+    "masked_lm": ({"objective": {"type": "masked_lm"}}, None, "objective.type: "),
+}  # fmt: skip
+EVERY_KIND = pytest.mark.parametrize("kind", KINDS)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """The corpus and the run of a kind, made once."""
+    known: dict[str, tuple[SmallCorpus, RunDir]] = {}
+
+    def of(kind: str) -> tuple[SmallCorpus, RunDir]:
+        if kind not in known:
+            corpus = make_small_corpus(tmp_path_factory.mktemp(kind), **KINDS[kind][0])
+            known[kind] = corpus, make_small_bundle(corpus, corpus.store.root)
+        return known[kind]
+
+    return of
+
+
+def evaluated(recipe: Recipe, run: RunDir, **section: object) -> dict:
+    changed = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update=section)})
+    return json.loads(json.dumps(evaluate(changed, run, serially, lambda *told: None)))
+
+
+@EVERY_KIND
+def test_a_bundle_is_scored_as_it_was_trained_and_decoded_where_it_can_be(made, kind):
+    (corpus, run), (_, estimator, refusal) = made(kind), KINDS[kind]
+    result = evaluated(corpus.recipe, run)
+    heldout = corpus.manifest.heldout
+    assert result["estimator"] == estimator
+    assert result["rows"] == heldout.rows
+    assert result["tokens"] == heldout.tokens
+    assert result["conventions"] == {"tokens": "real", "end_tokens": "counted", "conditioned_on": "nothing"}
+    assert (result["decoding"] is None) == (refusal is not None)
+    if refusal is None:
+        threshold, length = corpus.recipe.decode.policy.model_dump(mode="json"), corpus.recipe.decode.block_length
+        token_by_token = kind == "autoregressive"
+        assert result["decoding"]["policy"] == (None if token_by_token else threshold)
+        assert result["decoding"]["block_length"] == (None if token_by_token else length)
+        assert result["decoding"]["tokens_per_call"] == 1 or not token_by_token
+        assert ("token by token" in _about_evaluation(result)) == token_by_token
+    if estimator is None:
+        assert [result[name] for name in ("nelbo", "standard_error", "gain", "bits_per_byte", "draws")] == [
+            None
+        ] * 4 + [0]
+        assert "no likelihood" in _about_evaluation(result)
+        return
+    above = 1.5 if kind not in ("uniform", "hybrid") else 15  # tied random weights trust what they are shown
+    assert math.log(300) - 1.5 < result["nelbo"] < math.log(300) + above  # random weights over 300 ids
+    assert result["gain"] == result["unigram_entropy"] - result["nelbo"]
+    assert result["bits_per_byte"] == pytest.approx(
+        result["nelbo"] * result["tokens"] / math.log(2) / result["bytes"], rel=1e-9
+    )
+    assert (result["draws"], result["monte_carlo_error"] == 0) == ((1, True) if estimator == "exact" else (2, False))
+    assert f"{result['nelbo']:.3f}" in _about_evaluation(result)
+
+
+@EVERY_KIND
+def test_figures_do_not_depend_on_how_rows_are_batched(made, kind):
+    corpus, run = made(kind)
+    whole, parts = (evaluated(corpus.recipe, run, batch_rows=size, prompts=0) for size in (64, 3))
+    for name, value in whole.items():
+        assert parts[name] == (pytest.approx(value, rel=1e-6) if isinstance(value, float) else value), name
+
+
+def test_draws_end_at_the_target(made):
+    corpus, run = made("uniform")
+    many = evaluated(corpus.recipe, run, draws=60, prompts=0)
+    target = 3 * many["monte_carlo_error"]
+    some = evaluated(corpus.recipe, run, draws=60, prompts=0, target_error=target)
+    assert some["draws"] < many["draws"] == 60
+    assert some["monte_carlo_error"] <= target
+    assert abs(some["nelbo"] - many["nelbo"]) < 5 * target
+
+
+@EVERY_KIND
+def test_what_has_no_decoder_is_refused_in_one_line_before_anything_starts(made, kind):
+    (corpus, run), (_, _, refusal) = made(kind), KINDS[kind]
+    recipe, bundle = corpus.recipe, read_bundle(run)
+    if refusal is None:
+        assert generate(recipe, run, "RED", None, 0, Console("json"))["num_tokens"] > 0
+        return
+    for verb in (
+        lambda: generate(recipe, run, "RED", None, 0, Console("json")),
+        lambda: serve_forever(recipe, run, Console("json")),
+        lambda: Engine.of(bundle),
+    ):
+        with pytest.raises(ConfigError, match=f"^{refusal}there is no decoder for such a model yet") as refused:
+            verb()
+        assert refused.value.exit_code == 2
+        assert "\n" not in str(refused.value)
+
+
+@EVERY_KIND
+def test_a_report_shows_noise_as_it_is_and_says_what_there_is_not(made, kind):
+    corpus, run = made(kind)
+    run.write_json("evaluation.json", evaluated(corpus.recipe, run))
+    write_report(corpus.recipe, run)
+    page = run.store.read(run.key("report.html")).decode()
+    assert ("There is no decoder for such a model yet" in page) == (KINDS[kind][2] is not None)
+    assert ("token by token" in page) == (kind == "autoregressive")
+    assert ("class=swapped>" in page) == (kind in ("uniform", "hybrid"))
+    assert ("class=open>" in page) == (kind != "uniform")
+    assert ("a masked language model bounds none" in page) == (kind == "masked_lm")
+
+
+@pytest.mark.parametrize("kind", ["masks", "uniform", "hybrid", "blocks"])
+def test_inspect_marks_replaced_tokens_and_masks(made, kind):
+    corpus, _ = made(kind)
+    shown = inspect(plan_corpus(corpus.recipe, corpus.store), Console("json"))
+    page = corpus.store.read(shown["report"].removeprefix(f"{corpus.store.url}/")).decode()
+    assert ("class=swapped>" in page) == (kind in ("uniform", "hybrid"))
+    assert ("class=open>" in page) == (kind != "uniform")
+
+
+@given(st.lists(st.text(max_size=40), max_size=6))
+def test_the_bytes_of_a_texts_tokens_are_its_own(texts):
+    lengths = BYTE_LEVEL.byte_lengths()
+    for text in texts:
+        assert lengths[BYTE_LEVEL.encode(text)].sum() == len(text.encode())
+    assert not lengths[sorted(BYTE_LEVEL.special_ids)].any()
+
+
+BYTE_LEVEL = Tokenizer.train(["né naïve, a naïve äpfel " * 9, "日本語のテキスト"], TokenizerConfig(vocab_size=300))
+
+
+def test_bytes_are_those_of_the_held_out_text_without_end_tokens(made):
+    corpus, run = made("masks")
+    rows = split_rows(corpus.store, corpus.manifest, corpus.manifest.heldout, np.arange(corpus.manifest.heldout.rows))
+    text = corpus.tokenizer.decode(rows.x0[rows.is_real].tolist())
+    assert evaluated(corpus.recipe, run, prompts=0)["bytes"] == len(text.encode())
