@@ -108,8 +108,7 @@ def _decoding(job: EvaluateJob, rows: Ints, fan_out: FanOut, on_progress: OnProg
     return {
         **asdict(cost),
         "tokens_per_call": cost.tokens_per_call,
-        "policy": recipe.decode.policy.model_dump(mode="json"),
-        "block_length": recipe.decode.block_length,
+        **recipe.decode.told(recipe.decoding_pattern),
         "temperature": recipe.decode.temperature,
     }
 

@@ -15,6 +15,7 @@ from rich.markup import escape
 
 from dllm_core.config.fingerprint import fingerprint
 from dllm_core.data.manifest import CorpusManifest, read_manifest, read_tokenizer
+from dllm_core.decoding.config import NO_SUFFIX
 from dllm_core.errors import ConfigError
 from workflows.console import Console
 from workflows.env import ray_cluster
@@ -23,7 +24,7 @@ from workflows.fan_out import fan_out
 from workflows.pipeline.bundle import bundle_inputs, make_bundle
 from workflows.pipeline.demo import demonstrate
 from workflows.pipeline.receipts import Events, Receipts
-from workflows.pipeline.report import write_report
+from workflows.pipeline.report import about_policy, write_report
 from workflows.preprocess.flow import Preprocessing, summary
 from workflows.serve.app import check_port
 from workflows.serve.flow import cpus_needed
@@ -57,6 +58,8 @@ class Pipeline:
 
     def run(self) -> dict[str, Any]:
         """Every stage; what each reported."""
+        if self.target.recipe.can_be_decoded:
+            self._check_decoding()
         if self._serve_missing():
             check_port(self.target.recipe.serve)  # now, not after minutes of training
         self._check_room(self._corpus_bytes() + self._training_bytes())
@@ -147,6 +150,8 @@ class Pipeline:
         if result is not None:
             self._console.skipped(name, _about_evaluation(result))
             return result
+        if recipe.can_be_decoded and recipe.evaluate.prompts:
+            recipe.check_decodable()
         with self._stage(name) as bar:
             self._cluster()
             result = evaluate(recipe, run, fan_out, bar.update)
@@ -198,6 +203,14 @@ class Pipeline:
         else:
             self._console.skipped("report", escape(url))
         return url
+
+    def _check_decoding(self) -> None:
+        """Refuse a decode section and examples that the model cannot be asked before anything is started."""
+        recipe = self.target.recipe
+        recipe.check_decodable()
+        for number, example in enumerate(recipe.serve.examples):
+            if example.suffix and recipe.decoding_pattern.kind != "full":
+                raise ConfigError(f"serve.examples.{number}.suffix", NO_SUFFIX, example.suffix, "leave it out")
 
     def _check_examples(self) -> None:
         """Refuse an example that leaves no room for its answer now, not after minutes of training."""
@@ -295,8 +308,7 @@ def _about_evaluation(result: dict[str, Any]) -> str:
         text = f"held-out {name} {figure}, {entropy}: [bold]{_gain(result['gain'])}[/bold]"
     decoding = result["decoding"]
     if decoding is not None:
-        policy = " ".join(str(value) for value in decoding["policy"].values())
-        text += f"; {decoding['tokens_per_call']:.2f} tokens per call ({policy})"
+        text += f"; {decoding['tokens_per_call']:.2f} tokens per call ({about_policy(decoding)})"
     return text
 
 
