@@ -17,6 +17,7 @@ from dllm_core.decoding.engine import Engine
 from dllm_core.decoding.state import DecodeRequest
 from dllm_core.decoding.unmask import LowConfidencePolicy
 from dllm_core.evaluation.estimate import Estimate, Proportion, measure_seed, proportion, ratio
+from dllm_core.evaluation.estimators import HeldoutRows
 from dllm_core.evaluation.writers import CausalWriter
 from dllm_core.objective.loss import DenoiserLike
 from dllm_core.seeding import Ints, Purpose, uniforms64
@@ -49,32 +50,22 @@ def distances(length: int, side: Side) -> Ints:
     return {"left": from_left, "right": from_right, "both": np.minimum(from_left, from_right)}[side]
 
 
-def cut_holes(
-    x0: Ints,
-    is_real: Bools,
-    counted: Bools,
-    row_ids: Ints,
-    length: int,
-    *,
-    seed: int,
-    never: Collection[int],
-    segment_ids: NDArray[np.int32] | None = None,
-) -> list[Hole]:
-    """At most one hole of `length` tokens in each row of x0 [N L]; a row without room for it has none.
+def cut_holes(rows: HeldoutRows, length: int, *, seed: int, never: Collection[int]) -> list[Hole]:
+    """At most one hole of `length` tokens in each row; a row without room for it has none.
 
     Every place is as likely where all tokens are counted and none is in `never` (special tokens, which a filler does
-    not give), with a real token of the same document on either side. Documents: runs of equal segment_ids [N L].
+    not give), with a real token of the same document on either side.
     """
-    width = x0.shape[1]
+    x0, width = rows.x0, rows.x0.shape[1]
     if width < length + 2 or not len(x0):
         return []
-    document = np.where(is_real, 0 if segment_ids is None else segment_ids, -1)
-    may_hide = counted & is_real & ~np.isin(x0, list(never))
+    document = np.where(rows.is_real, 0 if rows.segment_ids is None else rows.segment_ids, -1)
+    may_hide = rows.counted & rows.is_real & ~np.isin(x0, list(never))
     hidden = np.cumsum(np.pad(may_hide, ((0, 0), (1, 0))), axis=1)
     starts = np.arange(1, width - length)
     is_place: Bools = hidden[:, starts + length] - hidden[:, starts] == length
     is_place &= (document[:, starts - 1] == document[:, starts + length]) & (document[:, starts - 1] >= 0)
-    drawn = uniforms64(measure_seed(seed, "infill"), Purpose.EVALUATE, length, row_ids, 1)[:, 0]
+    drawn = uniforms64(measure_seed(seed, "infill"), Purpose.EVALUATE, length, rows.ids, 1)[:, 0]
     holes = []
     for row in np.flatnonzero(is_place.any(1)).tolist():
         places = starts[is_place[row]]
@@ -82,7 +73,7 @@ def cut_holes(
         own = np.flatnonzero(document[row] == document[row, start])
         first, last, stop = int(own[0]), int(own[-1]) + 1, start + length
         ids = x0[row]
-        holes.append(Hole(int(row_ids[row]), ids[first:start], ids[start:stop], ids[stop:last]))
+        holes.append(Hole(int(rows.ids[row]), ids[first:start], ids[start:stop], ids[stop:last]))
     return holes
 
 
