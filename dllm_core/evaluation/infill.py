@@ -1,12 +1,13 @@
 """Infilling: holes of several lengths in held-out rows, filled from both sides of the context or from one.
 
-`cut_holes` -> a `Filler` -> `score_holes` -> `summarize_holes`. One hole a row, at a place that (seed, length, row id)
-alone decide: every side, model and policy is asked the same holes, so their differences are paired.
+`cut_holes` -> a `Filler` -> `score_holes` -> `summarize_holes`; `score_infill` does the first three for all lengths.
+One hole a row, at a place that (seed, length, row id) alone decide: every side, model and policy is asked the same
+holes, so their differences are paired.
 """
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol, Self
+from typing import Protocol, Self
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from dllm_core.decoding.config import DecodeConfig
 from dllm_core.decoding.engine import Engine
 from dllm_core.decoding.state import DecodeRequest
 from dllm_core.decoding.unmask import LowConfidencePolicy
+from dllm_core.evaluation.config import Side
 from dllm_core.evaluation.estimate import Estimate, Proportion, measure_seed, proportion, ratio
 from dllm_core.evaluation.estimators import HeldoutRows
 from dllm_core.evaluation.writers import CausalWriter
@@ -23,7 +25,6 @@ from dllm_core.objective.loss import DenoiserLike
 from dllm_core.seeding import Ints, Purpose, uniforms64
 
 Bools = NDArray[np.bool_]
-Side = Literal["both", "left", "right"]
 SIDES: tuple[Side, ...] = ("both", "left", "right")
 
 
@@ -177,6 +178,25 @@ def score_holes(filler: Filler, holes: Sequence[Hole], length: int, side: Side) 
         hits[row] = hole.truth == answer.tokens
     calls = np.array([answer.calls for answer in filled], np.int64)
     return HoleScores(length, side, hits, calls, np.array([hole.row_id for hole in holes], np.int64))
+
+
+def score_infill(
+    filler: Filler,
+    rows: HeldoutRows,
+    *,
+    lengths: Sequence[int],
+    sides: Sequence[Side],
+    seed: int,
+    never: Collection[int],
+) -> list[HoleScores]:
+    """Every length from every side that the filler sees, in this order; the same holes from every side."""
+    return [
+        score_holes(filler, holes, length, side)
+        for length in lengths
+        for holes in [cut_holes(rows, length, seed=seed, never=never)]
+        for side in sides
+        if side in filler.sides
+    ]
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from dllm_core.decoding.engine import Engine
 from dllm_core.decoding.unmask import LowConfidencePolicy
 from dllm_core.evaluation.tasks.addition import AdditionTask
 from dllm_core.evaluation.tasks.corpus import byte_tokenizer, read_problems, write_problems, write_task_corpus
-from dllm_core.evaluation.tasks.measure import answer_problems, summarize_answers
+from dllm_core.evaluation.tasks.measure import answer_problems, room_for, summarize_answers
 from dllm_core.evaluation.tasks.sudoku import SudokuTask
 from dllm_core.evaluation.writers import EngineWriter
 from dllm_core.model.config import DenoiserConfig, ModelConfig
@@ -107,11 +107,15 @@ class Calculator(torch.nn.Module):
 def test_answers_of_one_who_adds_are_right_and_of_one_who_errs_are_not():
     tokenizer, task = byte_tokenizer(), AdditionTask(digits=2, test_share=0.5)
     problems = task.problems("test", 60, seed=4)
+    prompt, room = room_for(tokenizer, problems)
+    assert (prompt, room) == (6, 4)
     config = DecodeConfig(policy=LowConfidencePolicy(), block_length=4, steps_per_block=2, max_tokens=1)
 
     def measured(wrong_from):
         engine = Engine(Calculator(tokenizer, wrong_from=wrong_from), AbsorbingProcess(mask_id=tokenizer.mask_id))
-        return answer_problems(EngineWriter(engine, config), tokenizer, task, problems, seed=5)
+        return answer_problems(
+            EngineWriter(engine, config), tokenizer, task, problems, room=room_for(tokenizer, problems)[1], seed=5
+        )
 
     right = summarize_answers(measured(99))
     assert (right.problems, right.exact.value, right.pieces.value) == (60, 1.0, 1.0)
@@ -142,7 +146,8 @@ def test_an_answer_with_a_special_token_inside_is_wrong():
     task = AdditionTask(digits=1, test_share=0.5)
     engine = Engine(Marked(tokenizer), AbsorbingProcess(mask_id=tokenizer.mask_id))
     writer = EngineWriter(engine, DecodeConfig())
-    answered = answer_problems(writer, tokenizer, task, task.problems("test", 10, seed=0), seed=0)
+    problems = task.problems("test", 10, seed=0)
+    answered = answer_problems(writer, tokenizer, task, problems, room=3, seed=0)
     assert all("<|end|>" in one.text for one in answered)
     assert summarize_answers(answered).exact.value == 0
     assert summarize_answers([]) is None
