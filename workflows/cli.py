@@ -7,6 +7,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -122,6 +123,25 @@ def generate(
 
         recipe, found = find_run(target, overrides or [])
         return decode(recipe, found, prompt, suffix, seed, console)
+
+    _verb(body, output)
+
+
+@app.command()
+def compare(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="a comparison: a .yaml with `recipe` and `models`")],
+    overrides: OverridesArg = None,
+    output: OutputOption = "text",
+) -> None:
+    """Train several objectives on the same data with the same budget, and measure where they differ."""
+
+    def body(console: Console) -> dict[str, Any]:
+        from workflows.compare.recipe import load_comparison
+
+        loaded = load_comparison(Path(recipe), overrides or [])
+        from workflows.compare.flow import compare as run_comparison
+
+        return run_comparison(loaded, console)
 
     _verb(body, output)
 

@@ -151,6 +151,8 @@ class Recipe(Frozen):
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe file and apply overrides. The name of a recipe that has none is its file's."""
     values: dict[str, Any] = {"name": path.stem, **read_recipe(path)}
+    if "models" in values:
+        raise ConfigError(str(path), "is a comparison of several models", remedy="`dllm compare` takes it")
     return anchored(Recipe.checked(apply_overrides(values, list(overrides))))
 
 

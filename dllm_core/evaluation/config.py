@@ -5,11 +5,9 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from dllm_core.config.base import Frozen
-from dllm_core.evaluation.tasks.addition import AdditionTask
-from dllm_core.evaluation.tasks.sudoku import SudokuTask
+from dllm_core.evaluation.tasks.section import AnyTask
 
 Side = Literal["both", "left", "right"]
-AnyTask = Annotated[SudokuTask | AdditionTask, Field(discriminator="type")]
 
 
 class CalibrationConfig(Frozen):

@@ -20,7 +20,7 @@ from dllm_core.decoding.unmask import LowConfidencePolicy
 from dllm_core.evaluation.config import Side
 from dllm_core.evaluation.estimate import Estimate, Proportion, measure_seed, proportion, ratio
 from dllm_core.evaluation.estimators import HeldoutRows
-from dllm_core.evaluation.writers import CausalWriter
+from dllm_core.evaluation.writers import CausalWriter, Writer
 from dllm_core.objective.loss import DenoiserLike
 from dllm_core.seeding import Ints, Purpose, uniforms64
 
@@ -148,6 +148,30 @@ class CausalFiller:
             return []
         written = self._writer.write([hole.before.tolist() for hole in holes], len(holes[0].truth), seed=0)
         return [Filled(np.array(answer.tokens, np.int64), answer.num_calls) for answer in written]
+
+
+class LeftFiller:
+    """Writes on from the left as far as the hole goes; an answer that ends inside it is wrong from there on."""
+
+    sides: tuple[Side, ...] = ("left",)
+
+    def __init__(self, writer: Writer, seed: int) -> None:
+        self._writer, self._seed = writer, seed
+
+    def fill(self, holes: Sequence[Hole], side: Side) -> list[Filled]:
+        """Holes of one length, in order. Raises ValueError for a side that it cannot see."""
+        if side != "left":
+            raise ValueError(f"blocks are written from the left, got {side!r}")
+        if not holes:
+            return []
+        length = len(holes[0].truth)
+        written = self._writer.write([hole.before.tolist() for hole in holes], length, seed=self._seed)
+        return [Filled(_padded(answer.tokens, length), answer.num_calls) for answer in written]
+
+
+def _padded(tokens: Sequence[int], length: int) -> Ints:
+    """Tokens up to a length, -1 (no token) behind their end."""
+    return np.array([*tokens, *[-1] * (length - len(tokens))], np.int64)
 
 
 @dataclass(frozen=True)

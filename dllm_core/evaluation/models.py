@@ -13,19 +13,20 @@ from dllm_core.errors import ConfigError
 from dllm_core.evaluation.calibration import CalibrationScores, score_calibration
 from dllm_core.evaluation.config import Side
 from dllm_core.evaluation.estimators import HeldoutRows
-from dllm_core.evaluation.infill import CausalFiller, EngineFiller, Filler
+from dllm_core.evaluation.infill import CausalFiller, EngineFiller, Filler, LeftFiller
 from dllm_core.evaluation.writers import CausalWriter, EngineWriter, Writer
 from dllm_core.model.pattern import CAUSAL, training_pattern
 from dllm_core.noise.absorbing import AbsorbingProcess
-from dllm_core.objective.config import AutoregressiveConfig
+from dllm_core.objective.config import AutoregressiveConfig, BlockDiffusionConfig
 from dllm_core.objective.loss import DenoiserLike
 
 
 def why_not_written(bundle: ModelBundle, decode: DecodeConfig) -> ConfigError | None:
     """What says that a bundle cannot write under these settings; None if it can: by the engine, or token by token."""
     said = bundle.manifest
-    if not isinstance(said.objective, AutoregressiveConfig):
-        return no_decoder(said.objective, said.process, bundle.config.model)
+    problem = no_decoder(said.objective, said.process, bundle.config.model)
+    if problem is None or not isinstance(said.objective, AutoregressiveConfig):
+        return problem
     if decode.top_p < 1:
         return ConfigError("decode.top_p", "autoregressive text is drawn from the whole law", decode.top_p)
     return None
@@ -34,12 +35,15 @@ def why_not_written(bundle: ModelBundle, decode: DecodeConfig) -> ConfigError | 
 def writer_of(
     bundle: ModelBundle, decode: DecodeConfig, device: str = "cpu", *, max_batch_tokens: int = 4096
 ) -> Writer:
-    """The bundle's writer. Of `decode`, autoregression heeds the temperature alone. Raises `why_not_written`."""
+    """The engine where it decodes such a model; else autoregression, which heeds the temperature of `decode` alone.
+
+    Raises `why_not_written`.
+    """
     if problem := why_not_written(bundle, decode):
         raise problem
-    if not isinstance(bundle.manifest.objective, AutoregressiveConfig):
+    said, config = bundle.manifest, bundle.config
+    if no_decoder(said.objective, said.process, config.model) is None:
         return EngineWriter(Engine.of(bundle, device, max_batch_tokens), decode)
-    config = bundle.config
     return CausalWriter(
         bundle.denoiser(device),
         config.mask_id,
@@ -52,20 +56,27 @@ def writer_of(
 
 def sides_seen(bundle: ModelBundle) -> tuple[Side, ...]:
     """From which sides its filler sees a hole."""
-    return (CausalFiller if isinstance(bundle.manifest.objective, AutoregressiveConfig) else EngineFiller).sides
+    is_left = isinstance(bundle.manifest.objective, AutoregressiveConfig | BlockDiffusionConfig)
+    return LeftFiller.sides if is_left else EngineFiller.sides
 
 
 def filler_of(
     bundle: ModelBundle, decode: DecodeConfig, device: str = "cpu", *, seed: int, max_batch_tokens: int = 4096
 ) -> Filler:
-    """The bundle's filler. Autoregression takes the likeliest token each time. Raises `why_not_written`."""
+    """Masks fill a hole; what decodes from the left writes on as far as it goes. Raises `why_not_written`.
+
+    Autoregression takes the likeliest token each time.
+    """
     if problem := why_not_written(bundle, decode):
         raise problem
-    config = bundle.config
-    if isinstance(bundle.manifest.objective, AutoregressiveConfig):
+    objective, config = bundle.manifest.objective, bundle.config
+    if isinstance(objective, AutoregressiveConfig):
         never = {config.eos_id, config.pad_id}
         return CausalFiller(bundle.denoiser(device), config.mask_id, torch.device(device), never=never)
-    return EngineFiller(Engine.of(bundle, device, max_batch_tokens), decode, config.mask_id, seed=seed)
+    engine = Engine.of(bundle, device, max_batch_tokens)
+    if isinstance(objective, BlockDiffusionConfig):
+        return LeftFiller(EngineWriter(engine, decode), seed)
+    return EngineFiller(engine, decode, config.mask_id, seed=seed)
 
 
 def why_no_confidence(bundle: ModelBundle) -> ConfigError | None:

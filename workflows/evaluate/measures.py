@@ -18,7 +18,7 @@ from dllm_core.data.manifest import CorpusManifest
 from dllm_core.decoding.config import DecodeConfig
 from dllm_core.errors import ConfigError
 from dllm_core.evaluation.calibration import CalibrationScores, summarize_calibration
-from dllm_core.evaluation.config import AnyTask, NGramScorerConfig
+from dllm_core.evaluation.config import NGramScorerConfig
 from dllm_core.evaluation.infill import HoleScores, score_infill, summarize_holes, token_gain
 from dllm_core.evaluation.models import (
     filler_of,
@@ -32,6 +32,7 @@ from dllm_core.evaluation.samples import Samples, TextQuality, measure_samples, 
 from dllm_core.evaluation.scorers import AutoregressiveScorer, NGramModel, Scorer
 from dllm_core.evaluation.tasks.measure import Answered, answer_problems, room_for, summarize_answers
 from dllm_core.evaluation.tasks.problem import Problem
+from dllm_core.evaluation.tasks.section import AnyTask
 from dllm_core.evaluation.writers import Tokens
 from dllm_core.objective.config import AutoregressiveConfig
 from dllm_core.seeding import Ints

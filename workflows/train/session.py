@@ -17,10 +17,12 @@ from dllm_core.model.denoiser import Denoiser
 from dllm_core.model.pretrained import WEIGHTS_NAME, assign_weights
 from dllm_core.objective.build import new_objective
 from dllm_core.training.backend import Backend, resolve_precision
-from dllm_core.training.events import TrainEvents
+from dllm_core.training.events import StepRecord, TrainEvents
 from dllm_core.training.loop import Trainer, measure_peak_flops
 from workflows.recipe import Recipe
 from workflows.train.job import denoiser_config
+
+METRICS = "metrics.jsonl"
 
 
 def open_session(
@@ -75,10 +77,14 @@ def open_session(
 class Silence:
     """Events that nobody hears."""
 
-    def started(self, step: int, seconds: float) -> None: ...
+    def started(self, step: int, seconds: float) -> None:
+        """Nothing."""
 
-    def stepped(self, record: object) -> None: ...
+    def stepped(self, record: StepRecord) -> None:
+        """Nothing."""
 
-    def saved(self, step: int) -> None: ...
+    def saved(self, step: int) -> None:
+        """Nothing."""
 
-    def skipped(self, step: int) -> None: ...
+    def skipped(self, step: int) -> None:
+        """Nothing."""

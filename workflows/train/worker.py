@@ -13,9 +13,7 @@ from dllm_core.training.deepspeed_backend import DeepSpeedBackend
 from dllm_core.training.events import StepRecord
 from workflows.train.announcements import Announcer
 from workflows.train.job import WorkerJob
-from workflows.train.session import Silence, open_session
-
-METRICS = "metrics.jsonl"
+from workflows.train.session import METRICS, Silence, open_session
 
 
 def train_worker(config: dict[str, Any]) -> None:

@@ -22,8 +22,12 @@ TOKENIZER_NAME = "tokenizer.json"
 
 def write_problems(path: Path, problems: Sequence[Problem]) -> None:
     """One `{"prompt": ..., "answer": ...}` a line."""
-    lines = (json.dumps({"prompt": problem.prompt, "answer": problem.answer}) + "\n" for problem in problems)
-    path.write_text("".join(lines), encoding="ascii")
+    path.write_text(problem_lines(problems), encoding="ascii")
+
+
+def problem_lines(problems: Sequence[Problem]) -> str:
+    """The lines of `write_problems`."""
+    return "".join(json.dumps({"prompt": p.prompt, "answer": p.answer}) + "\n" for p in problems)
 
 
 def read_problems(path: Path) -> list[Problem]:
