@@ -10,10 +10,10 @@ from typing import Any
 import yaml
 
 from dllm_core.config.overrides import apply_overrides
+from dllm_core.data.tokenizer import TokenizerConfig
 from dllm_core.errors import ConfigError, DataError
 from dllm_core.evaluation.tasks.addition import AdditionTask
-from dllm_core.evaluation.tasks.corpus import PROBLEMS_NAME, TOKENIZER_NAME, byte_tokenizer, write_task_corpus
-from dllm_core.evaluation.tasks.measure import room_for
+from dllm_core.evaluation.tasks.corpus import PROBLEMS_NAME, write_problems
 from dllm_core.evaluation.tasks.sudoku import SudokuTask
 from dllm_core.storage.store import local_path
 from workflows.recipe import Recipe
@@ -24,7 +24,7 @@ _PAD_TO = 16  # positions that decoding pads a row to
 
 
 def write_task(kind: str, out: str, rows: int, seed: int, overrides: Sequence[str]) -> dict[str, Any]:
-    """`rows` problems of the training part, a tokenizer of bytes and a recipe, in the folder `out`.
+    """`rows` problems of the training part, and a recipe, in the folder `out`.
 
     overrides: of the task's own fields, as `digits=4`. The recipe names the task as it was written, so what grades is
     what the corpus kept out. Raises ConfigError, and DataError where the folder cannot be written.
@@ -37,13 +37,14 @@ def write_task(kind: str, out: str, rows: int, seed: int, overrides: Sequence[st
     except ConfigError as error:
         raise ConfigError("--rows", error.problem, rows, error.remedy) from error
     folder = local_path("OUT", out)
-    prompt, room = room_for(byte_tokenizer(), problems)
+    room = 1 + max(len(problem.answer) for problem in problems)  # bytes are tokens; one more ends an answer
+    longest = room + max(len(problem.prompt) for problem in problems)
     recipe = {
         "name": kind,
         "seed": seed,
         "corpus": {"type": "jsonl", "path": str(folder / PROBLEMS_NAME), "record": {"type": "pair"}},
-        "tokenizer": {"path": str(folder / TOKENIZER_NAME)},
-        "packing": {"type": "padded", "seq_len": -(-(prompt + room) // _PAD_TO) * _PAD_TO, "learn_padding": True},
+        "tokenizer": {"vocab_size": TokenizerConfig().smallest},
+        "packing": {"type": "padded", "seq_len": -(-longest // _PAD_TO) * _PAD_TO, "learn_padding": True},
         "evaluate": {"tasks": [task.model_dump(mode="json")]},
         "decode": {"max_tokens": room},
         "serve": {"examples": [{"prompt": problems[0].prompt}]},
@@ -51,7 +52,8 @@ def write_task(kind: str, out: str, rows: int, seed: int, overrides: Sequence[st
     Recipe.checked(recipe)
     told = f"# {rows:,} problems of {kind} to train on; graded on problems that are kept out of them.\n"
     try:
-        write_task_corpus(folder, problems)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_problems(folder / PROBLEMS_NAME, problems)
         (folder / RECIPE_NAME).write_text(told + yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
     except OSError as error:
         raise DataError(str(folder), f"cannot be written ({error.strerror})") from error
