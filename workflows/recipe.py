@@ -18,7 +18,7 @@ from dllm_core.data.packing import AnyPacking, WrapPacking
 from dllm_core.data.tokenizer import TokenizerConfig
 from dllm_core.decoding.config import DecodeConfig, decoding_pattern, no_decoder
 from dllm_core.errors import ConfigError
-from dllm_core.evaluation.config import EvaluateConfig
+from dllm_core.evaluation.config import AutoregressiveScorerConfig, EvaluateConfig
 from dllm_core.model.config import ModelConfig
 from dllm_core.model.pattern import AttentionPattern
 from dllm_core.noise.process import NoiseConfig
@@ -174,14 +174,25 @@ def anchored(recipe: Recipe) -> Recipe:
     """Relative paths start at the working directory; written out, so that a run means the same from anywhere."""
     corpus, tokenizer = recipe.corpus, recipe.tokenizer
     if isinstance(corpus, MixtureCorpus):
-        anchored = tuple(_located(f"corpus.sources.{i}.path", source) for i, source in enumerate(corpus.sources))
-        corpus = corpus.model_copy(update={"sources": anchored})
+        sources = tuple(_located(f"corpus.sources.{i}.path", source) for i, source in enumerate(corpus.sources))
+        corpus = corpus.model_copy(update={"sources": sources})
     else:
         corpus = _located("corpus.path", corpus)
     if tokenizer.path is not None:
         tokenizer = tokenizer.model_copy(update={"path": _absolute("tokenizer.path", tokenizer.path)})
     storage = StorageConfig(root=_absolute("storage.root", recipe.storage.root))
-    return recipe.model_copy(update={"corpus": corpus, "tokenizer": tokenizer, "storage": storage})
+    return recipe.model_copy(
+        update={"corpus": corpus, "tokenizer": tokenizer, "evaluate": _with_scorer(recipe.evaluate), "storage": storage}
+    )
+
+
+def _with_scorer(section: EvaluateConfig) -> EvaluateConfig:
+    """The section with the path of its scorer's run written out."""
+    scorer = section.samples.scorer
+    if not isinstance(scorer, AutoregressiveScorerConfig):
+        return section
+    located = scorer.model_copy(update={"run": _absolute("evaluate.samples.scorer.run", scorer.run)})
+    return section.model_copy(update={"samples": section.samples.model_copy(update={"scorer": located})})
 
 
 def _located(place: str, source: AnySource) -> AnySource:

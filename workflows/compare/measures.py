@@ -17,11 +17,12 @@ from dllm_core.checkpoints.store import CheckpointStore
 from dllm_core.data.loader import TokenRows, split_rows
 from dllm_core.data.manifest import CorpusManifest, read_manifest
 from dllm_core.decoding.config import DecodeConfig
+from dllm_core.evaluation.config import Side
 from dllm_core.evaluation.estimate import measure_seed, proportion
 from dllm_core.evaluation.estimators import HeldoutRows, estimator_of
-from dllm_core.evaluation.infill import Filler, Hole, Side, cut_holes, score_holes, summarize_holes
+from dllm_core.evaluation.infill import Filler, Hole, cut_holes, score_holes, summarize_holes
 from dllm_core.evaluation.likelihood import score_rows, side_by_side, summarize
-from dllm_core.evaluation.tasks.measure import answer_problems, summarize_answers
+from dllm_core.evaluation.tasks.measure import answer_problems, room_for, summarize_answers
 from dllm_core.model.denoiser import Denoiser
 from dllm_core.model.pretrained import assign_weights
 from dllm_core.objective.config import AutoregressiveConfig, BlockDiffusionConfig
@@ -146,16 +147,10 @@ def _holes(entrant: Entrant, count: int, length: int, part: slice = slice(None))
     manifest = read_manifest(entrant.run.store, entrant.corpus)
     ids, tokens = heldout_rows(entrant, manifest, count)
     bundle = read_bundle(entrant.run)
-    return cut_holes(
-        tokens.x0[:, part],
-        tokens.is_real[:, part],
-        tokens.is_learned[:, part],
-        ids,
-        length,
-        seed=entrant.recipe.seed,
-        never=(bundle.config.mask_id, bundle.config.eos_id, bundle.config.pad_id),
-        segment_ids=None if tokens.segment_ids is None else tokens.segment_ids[:, part],
-    )
+    segment_ids = None if tokens.segment_ids is None else tokens.segment_ids[:, part]
+    rows = HeldoutRows(tokens.x0[:, part], tokens.is_learned[:, part], ids, tokens.is_real[:, part], segment_ids)
+    never = (bundle.config.mask_id, bundle.config.eos_id, bundle.config.pad_id)
+    return cut_holes(rows, length, seed=entrant.recipe.seed, never=never)
 
 
 def _flexibility(question: Question, device: torch.device) -> dict[str, Any]:
@@ -285,7 +280,9 @@ def _task(question: Question, device: torch.device) -> dict[str, Any] | None:
     if writer is None:
         return None
     problems = section.problem.problems("test", section.problems, seed=entrant.recipe.seed)
-    answered = answer_problems(writer, speaker.bundle.tokenizer(), section.problem, problems, seed=entrant.recipe.seed)
+    tokenizer, seed = speaker.bundle.tokenizer(), entrant.recipe.seed
+    _, room = room_for(tokenizer, problems)
+    answered = answer_problems(writer, tokenizer, section.problem, problems, room=room, seed=seed)
     found = summarize_answers(answered)
     return None if found is None else {**asdict(found), "examples": _examples(problems, answered)}
 

@@ -8,7 +8,7 @@
 A model's list are overrides of the shared recipe, as on the command line.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -120,11 +120,19 @@ class CompareRecipe(Frozen):
                 raise ValueError(f"{name!r} {error.problem}") from None
         return self
 
-    def recipe_of(self, model: str, overrides: Sequence[str] = ()) -> Recipe:
-        """A model's recipe on the whole text; `overrides` come last. A ConfigError says whose setting it is about."""
+    def recipe_of(
+        self, model: str, overrides: Sequence[str] = (), sections: Mapping[str, dict[str, Any]] | None = None
+    ) -> Recipe:
+        """A model's recipe. sections: put over the shared ones; `overrides` come last.
+
+        A ConfigError says whose setting it is about.
+        """
+        shared = dict(self.recipe)
+        for name, section in (sections or {}).items():
+            shared[name] = {**shared.get(name, {}), **section} if name == "decode" else section
         values = {"name": f"{self.name}-{model}", "storage": self.storage.model_dump()}
         try:
-            values |= apply_overrides(self.recipe, [*self.models[model], *overrides])
+            values |= apply_overrides(shared, [*self.models[model], *overrides])
             return anchored(Recipe.checked(values))
         except ConfigError as error:
             owners = (("task.overrides", overrides), (f"models.{model}", self.models[model]))

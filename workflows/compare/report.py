@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from workflows.drawing import INK, axes, figures, page, png, table
+from workflows.drawing import INK, axes, figures, grid, page, svg, table
 
 _COLOURS = ("#2a6fdb", "#c2410c", "#15803d", "#7c3aed", "#b45309", "#0e7490", "#be185d", "#4d7c0f")
 _NONE = "–"
@@ -28,7 +28,7 @@ def report_page(result: dict[str, Any], place: str) -> bytes:
     parts = [figures(_cards(result))]
     plots = {"Learning": _learning_plot, "Context": _context_plot, "Generation": _generation_plot}
     for title, head, rows in _tables(result):
-        parts += [f"<h2>{html.escape(title)}</h2>", _html_table(head, rows)]
+        parts += [f"<h2>{html.escape(title)}</h2>", grid(head, rows)]
         axis = title.split(":")[0]
         if axis in plots:
             parts.append(plots.pop(axis)(result))
@@ -163,12 +163,6 @@ def _cards(result: dict[str, Any]) -> list[tuple[str, str]]:
     return cards + [(f"{100 * e['value']:.1f} %", f"of the task, {model}") for model, e in solved.items()]
 
 
-def _html_table(head: Sequence[str], rows: Rows) -> str:
-    cells = "".join(f"<th>{html.escape(name)}</th>" for name in head)
-    lines = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<table><tr>{cells}</tr>{lines}</table>"
-
-
 def _colours(result: dict[str, Any]) -> dict[str, str]:
     models = list(result["recipe"]["models"])
     return {model: _COLOURS[at % len(_COLOURS)] for at, model in enumerate(models)}
@@ -189,7 +183,7 @@ def _learning_plot(result: dict[str, Any]) -> str:
         epochs = [int(p["data"].removeprefix("small-")) for p in next(iter(repeated.values()))]
         found[1].set_xticks(epochs, [str(n) for n in epochs])
         found[1].minorticks_off()
-    return png(figure, "held-out likelihood over tokens and over epochs of the same data")
+    return svg(figure, "held-out likelihood over tokens and over epochs of the same data")
 
 
 def _line(axis: Any, x: Sequence[float], points: Sequence[dict[str, Any]], label: str, colour: str) -> None:
@@ -210,7 +204,7 @@ def _context_plot(result: dict[str, Any]) -> str:
         axis.set(xlabel="distance to what is seen", title=f"{side}{' sides' if side == 'both' else ''}", ylim=(0, None))
     found[0].set_ylabel("% of tokens right")
     found[2].legend(frameon=False, fontsize=8)
-    return png(figure, "accuracy against distance, seen from the left, the right and both sides")
+    return svg(figure, "accuracy against distance, seen from the left, the right and both sides")
 
 
 def _generation_plot(result: dict[str, Any]) -> str:
@@ -228,7 +222,7 @@ def _generation_plot(result: dict[str, Any]) -> str:
     found[0].set(xlabel="tokens per call", ylabel="nats/token under the judge")
     found[1].set(xlabel="tokens/s, autoregression = 1" if rival else "tokens/s")
     found[0].legend(frameon=False, fontsize=8)
-    return png(figure, "quality against tokens per call and against speed")
+    return svg(figure, "quality against tokens per call and against speed")
 
 
 def _examples(result: dict[str, Any]) -> str:
@@ -238,4 +232,4 @@ def _examples(result: dict[str, Any]) -> str:
         if found
         for example in found["examples"]
     ]
-    return _html_table(["model", "problem", "answer", ""], rows)
+    return grid(["model", "problem", "answer", ""], rows)

@@ -10,7 +10,8 @@ from dllm_core.checkpoints.run_dir import JsonLines, RunDir
 from dllm_core.data.loader import Loader
 from dllm_core.data.manifest import read_manifest
 from dllm_core.decoding.engine import Engine
-from workflows.drawing import ACCENT, INK, SOFT, axes, cell, figures, noise_figure, noised_cell, page, png, table
+from workflows.drawing import ACCENT, INK, SOFT, axes, cell, figures, noise_figure, noised_cell, page, svg, table
+from workflows.evaluate.show import sections, shown
 from workflows.generate.unfold import Frame, request_for, unfold
 from workflows.recipe import Recipe
 
@@ -25,6 +26,7 @@ def write_report(recipe: Recipe, run: RunDir) -> None:
         _figures(records, evaluation),
         "<h2>Training</h2>",
         _loss_curve(records, evaluation),
+        *sections(evaluation),
         "<h2>The forward process: what the denoiser is shown</h2>",
         _noise(run, bundle),
         *_decoded(recipe, bundle, answers),
@@ -41,7 +43,7 @@ def _figures(records: list[dict[str, Any]], evaluation: dict[str, Any]) -> str:
     if evaluation["nelbo"] is None:
         cards.insert(0, ("none", "likelihood: a masked language model bounds none"))
     else:
-        told = f"{evaluation['nelbo']:.3f} ± {evaluation['standard_error']:.3f}"
+        told = shown({"value": evaluation["nelbo"], "standard_error": evaluation["standard_error"]}, 3)
         cards.insert(0, (told, f"held-out {_name_of(evaluation)}, nats/token"))
         cards.append((f"{evaluation['gain']:.2f}", "nats/token learned"))
     if evaluation["bits_per_byte"] is not None:
@@ -84,7 +86,7 @@ def _loss_curve(records: list[dict[str, Any]], evaluation: dict[str, Any]) -> st
         axis.errorbar(
             [tokens[-1]],
             [evaluation["nelbo"]],
-            yerr=[2 * evaluation["standard_error"]],
+            yerr=[2 * (evaluation["standard_error"] or 0)],
             fmt="o",
             color="#c2410c",
             capsize=4,
@@ -93,7 +95,7 @@ def _loss_curve(records: list[dict[str, Any]], evaluation: dict[str, Any]) -> st
     top = float(np.quantile(bound, 0.995))
     axis.set(xlabel="tokens seen, millions", ylabel="nats/token", ylim=(0, top * 1.05), xlim=(0, None))
     axis.legend(frameon=False, fontsize=9)
-    return png(figure, "training loss and held-out likelihood over tokens seen")
+    return svg(figure, "training loss and held-out likelihood over tokens seen")
 
 
 def _noise(run: RunDir, bundle: ModelBundle) -> str:

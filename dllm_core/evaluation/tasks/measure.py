@@ -31,11 +31,19 @@ class Answered:
     calls: int
 
 
+def room_for(tokenizer: Tokenizer, problems: Sequence[Problem]) -> tuple[int, int]:
+    """Tokens of the longest prompt, and of the longest known answer with its end token."""
+    prompts, answers = (
+        [len(tokenizer.encode(text)) for text in texts]
+        for texts in ([problem.prompt for problem in problems], [problem.answer for problem in problems])
+    )
+    return max(prompts, default=0), 1 + max(answers, default=0)
+
+
 def answer_problems(
-    writer: Writer, tokenizer: Tokenizer, task: Task, problems: Sequence[Problem], *, seed: int
+    writer: Writer, tokenizer: Tokenizer, task: Task, problems: Sequence[Problem], *, room: int, seed: int
 ) -> list[Answered]:
-    """Write on from each prompt, with room for the longest of the known answers and its end token."""
-    room = 1 + max((len(tokenizer.encode(problem.answer)) for problem in problems), default=0)
+    """Write on from each prompt, at most `room` tokens: those of `room_for`, over all problems that are compared."""
     prompts = [tokenizer.encode(problem.prompt) for problem in problems]
     answered = []
     for problem, answer in zip(problems, writer.write(prompts, room, seed=seed), strict=True):

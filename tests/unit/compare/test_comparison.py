@@ -97,7 +97,10 @@ def test_what_reads_left_to_right_is_asked_from_the_left_alone(finished):
     _, result = finished
     for model, sides in result["context"].items():
         expected = {"left"} if model in {"autoregressive", "block_diffusion"} else set(SIDES)
-        assert set(sides or {}) == expected, model
+        if model in {"uniform", "hybrid"}:
+            assert sides is None  # there is no decoder for them
+            continue
+        assert set(sides) == expected, model
         for side in sides.values():
             assert sum(part["accuracy"]["rows"] > 0 for part in side["by_distance"]) == (
                 2 if side["side"] == "both" else 3
@@ -120,7 +123,7 @@ def test_the_tables_have_a_line_for_each_model_and_no_figure_that_is_none(finish
         assert sum(line.startswith(f"| {model} |") for line in lines) >= 5
     assert not any("nan" in line or "None" in line for line in lines)
     page = LocalStore(Path(recipe.storage.root)).read(f"{result['folder']}/report.html").decode()
-    assert page.count("<img") == 3
+    assert page.count("<svg") == 3
     assert all(model in page for model in MODELS)
 
 
