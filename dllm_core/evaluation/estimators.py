@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dllm_core.checkpoints.bundle import ModelBundle
 from dllm_core.data.loader import TokenRows
 from dllm_core.data.noising import Bools, block_numbers
 from dllm_core.model.pattern import CAUSAL, AttentionPattern, training_pattern
@@ -227,6 +228,19 @@ def estimator_of(
     if isinstance(process, AbsorbingProcess) and steps is None and not time_conditioning:
         return ExactCount(process.mask_id, device, block_length)
     return StratifiedTime(process, device, block_length=block_length, steps=steps, time_conditioning=time_conditioning)
+
+
+def estimator_of_bundle(bundle: ModelBundle, device: str) -> Estimator | None:
+    """By what the bundle says of itself: the recipe may be another's."""
+    said = bundle.manifest
+    return estimator_of(
+        said.objective,
+        bundle.process,
+        torch.device(device),
+        block_length=said.block_length,
+        steps=said.steps,
+        time_conditioning=bundle.config.model.time_conditioning,
+    )
 
 
 def _ask(

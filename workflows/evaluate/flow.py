@@ -16,7 +16,7 @@ from dllm_core.checkpoints.run_dir import RunDir
 from dllm_core.data.loader import split_rows
 from dllm_core.data.manifest import CorpusManifest, read_manifest
 from dllm_core.decoding.engine import Engine
-from dllm_core.evaluation.estimators import Estimator, HeldoutRows, estimator_of
+from dllm_core.evaluation.estimators import HeldoutRows, estimator_of_bundle
 from dllm_core.evaluation.generation import DecodeCost, measure_decoding
 from dllm_core.evaluation.likelihood import (
     Likelihood,
@@ -81,7 +81,7 @@ def _likelihood(
     tokens = split_rows(job.run.store, manifest, manifest.heldout, rows)
     counts = np.bincount(tokens.x0[tokens.is_learned], minlength=manifest.vocab_size)
     byte_lengths = bundle.tokenizer().byte_lengths()
-    estimator = _estimator(bundle, "cpu")
+    estimator = estimator_of_bundle(bundle, "cpu")
     if estimator is None:
         return without_likelihood(len(rows), counts, byte_lengths), tokens.has_prompt
 
@@ -121,22 +121,9 @@ def _opened(job: EvaluateJob) -> tuple[ModelBundle, CorpusManifest, str]:
     return bundle, read_manifest(job.run.store, bundle.manifest.lineage.corpus), device
 
 
-def _estimator(bundle: ModelBundle, device: str) -> Estimator | None:
-    """By what the bundle says of itself: the recipe may be another's."""
-    said = bundle.manifest
-    return estimator_of(
-        said.objective,
-        bundle.process,
-        torch.device(device),
-        block_length=said.block_length,
-        steps=said.steps,
-        time_conditioning=bundle.config.model.time_conditioning,
-    )
-
-
 def _score(job: EvaluateJob, first: int, draws: int, rows: Ints) -> RowScores:
     bundle, manifest, device = _opened(job)
-    estimator = _estimator(bundle, device)
+    estimator = estimator_of_bundle(bundle, device)
     assert estimator is not None
     heldout = HeldoutRows.of(split_rows(job.run.store, manifest, manifest.heldout, rows), rows)
     return score_rows(bundle.denoiser(device), estimator, heldout, seed=job.recipe.seed, draws=draws, first=first)
