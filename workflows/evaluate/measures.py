@@ -91,7 +91,7 @@ def _score_confidence(job: EvaluateJob, rows: Ints) -> list[CalibrationScores]:
 
 def _infill(stage: Evaluation) -> Figures:
     recipe, section = stage.job.recipe, stage.job.recipe.evaluate.infill
-    _unless(why_not_written(stage.bundle, recipe.decode))
+    _unless(why_not_written(stage.bundle))
     rows, seen = evenly(stage.rows, section.rows), sides_seen(stage.bundle)
     found = stage.each("filling holes", _fill, stage.batches(rows))
     joined = [reduce(HoleScores.joined, parts) for parts in zip(*found, strict=True)]
@@ -141,7 +141,7 @@ def _fill(job: EvaluateJob, rows: Ints) -> list[HoleScores]:
 def _samples(stage: Evaluation) -> Figures:
     recipe, section = stage.job.recipe, stage.job.recipe.evaluate.samples
     decode = recipe.decode.model_copy(update={"temperature": section.temperature})
-    _unless(why_not_written(stage.bundle, decode))
+    _unless(why_not_written(stage.bundle))
     rows, context = evenly(stage.rows, section.rows), stage.manifest.seq_len
     size = min(decode.max_tokens, context - context // 4)
     heldout = stage.job.heldout(stage.manifest, rows)
@@ -204,7 +204,7 @@ def _quality(quality: TextQuality | None) -> Figures:
 def _task(stage: Evaluation, number: int) -> Figures:
     recipe, section, context = stage.job.recipe, stage.job.recipe.evaluate, stage.manifest.seq_len
     task, tokenizer = section.tasks[number], stage.bundle.tokenizer()
-    _unless(why_not_written(stage.bundle, recipe.decode))
+    _unless(why_not_written(stage.bundle))
     try:
         problems = task.problems("test", section.problems, seed=recipe.seed)
     except ConfigError as error:

@@ -46,7 +46,7 @@ NO_DECODER = "there is no decoder for such a model yet"
 KINDS = {
     "masks": ({}, ("both", "left", "right")),
     "autoregressive": ({"objective": {"type": "autoregressive"}}, ("left",)),
-    "blocks": ({"noise": {"block_length": 4, "epochs": 1}, "objective": {"type": "block_diffusion"}}, None),
+    "blocks": ({"noise": {"block_length": 4, "epochs": 1}, "objective": {"type": "block_diffusion"}}, ("left",)),
     "timed": ({"model": {"time_conditioning": True}}, None),
     "masked_lm": ({"objective": {"type": "masked_lm"}}, None),
     "uniform": ({"noise": {"process": {"type": "uniform"}, "epochs": 1}}, None),

@@ -89,7 +89,7 @@ class Calculator(torch.nn.Module):
             pad_id=tokenizer.pad_id,
         )
 
-    def forward(self, ids, is_real=None, read=None):
+    def forward(self, ids, is_real=None, read=None, *, pattern=None, cache=None):
         logits = torch.zeros(int(read.sum()), self.tokenizer.vocab_size)
         for k, (row, i) in enumerate(read.nonzero().tolist()):
             prompt = self.tokenizer.decode(ids[row].tolist()).partition("=")[0]
@@ -133,7 +133,7 @@ def test_an_answer_with_a_special_token_inside_is_wrong():
     tokenizer = byte_tokenizer(chat={})
 
     class Marked(Calculator):
-        def forward(self, ids, is_real=None, read=None):
+        def forward(self, ids, is_real=None, read=None, *, pattern=None, cache=None):
             logits = super().forward(ids, is_real, read)
             for k, (row, i) in enumerate(read.nonzero().tolist()):
                 if ids[row, i - 1] == tokenizer.encode("=")[0]:
