@@ -20,6 +20,7 @@ from dllm_core.evaluation.samples import Samples, complete, measure_samples, ope
 from dllm_core.evaluation.scorers import NGramModel
 from dllm_core.evaluation.tasks.addition import AdditionTask
 from dllm_core.evaluation.tasks.measure import answer_problems
+from workflows.compare.training import Entrant, train_entrant
 from workflows.console import Console
 from workflows.drawing import axes, grid, svg
 from workflows.evaluate.flow import evaluate
@@ -67,6 +68,16 @@ def made(tmp_path_factory):
         return known[kind]
 
     return of
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory) -> tuple[SmallCorpus, RunDir]:
+    """A run that restores some of what it is asked for."""
+    options = {"steps": 100, "learning_rate": 1e-2, "ema_decay": 0.9, "checkpoint_every": 100}
+    corpus = make_small_corpus(tmp_path_factory.mktemp("learned"), train=options)
+    run = RunDir(corpus.store, "small-0123456789ab")
+    train_entrant(0, Entrant("masks", "text", corpus.recipe, run, corpus.manifest.fingerprint))
+    return corpus, run
 
 
 def asked(recipe: Recipe, **section: object) -> Recipe:
@@ -150,9 +161,12 @@ def test_what_is_not_asked_for_is_null_and_costs_no_line(made):
     assert list(lines(result)) == sections(result) == []
 
 
-def test_holes_are_those_of_the_plain_function_and_the_gain_is_of_both_sides(made):
-    corpus, run = made("masks")
-    result, bundle = measured(corpus.recipe, run)["infill"], read_bundle(run)
+def test_holes_are_those_of_the_plain_function_and_the_gain_is_of_both_sides(learned):
+    """Filled greedily, however hot the recipe decodes."""
+    corpus, run = learned
+    hot = corpus.recipe.model_copy(update={"decode": corpus.recipe.decode.model_copy(update={"temperature": 1.0})})
+    result, bundle = measured(hot, run)["infill"], read_bundle(run)
+    assert result["decode"]["temperature"] == 0
     filler = filler_of(bundle, corpus.recipe.decode, seed=7)
     never = corpus.tokenizer.special_ids
     scores = score_infill(
@@ -166,7 +180,9 @@ def test_holes_are_those_of_the_plain_function_and_the_gain_is_of_both_sides(mad
         assert found["tokens_per_call"]["standard_error"] == expected.tokens_per_call.standard_error
     token = {(one["length"], one["side"]): one["token"]["value"] for one in result["holes"]}
     for gain in result["gains"]:
-        assert gain["token"]["value"] == token[gain["length"], "both"] - token[gain["length"], gain["over"]]
+        difference = token[gain["length"], "both"] - token[gain["length"], gain["over"]]
+        assert gain["token"]["value"] == pytest.approx(difference, abs=1e-12)
+    assert len(set(token.values())) > 2, "sides and lengths differ"
 
 
 @pytest.mark.parametrize("kind", ["masks", "autoregressive", "isolated"])
