@@ -205,6 +205,17 @@ def run_command_line(words: list[str]) -> int:
     return code if isinstance(code, int) else 0
 
 
+def run_lm_eval() -> int:
+    """Run `lm_eval` on the words of this process, with the model `dllm` registered; the exit code."""
+    try:
+        from workflows.evaluate.harness import cli_evaluate
+
+        cli_evaluate()
+    except DllmError as error:
+        return _failed(Console("text"), error)
+    return 0
+
+
 def _stage(
     target: str, overrides: list[str] | None, stage: Callable[[Any], Any], *, needs_bundle: bool = False
 ) -> Callable[[Console], Any]:

@@ -16,10 +16,11 @@ from dllm_core.config.overrides import apply_overrides, read_recipe
 from dllm_core.data.corpus import AnyCorpus, ChatRecord, HubSource, MixtureCorpus, SourceBase
 from dllm_core.data.packing import AnyPacking, WrapPacking
 from dllm_core.data.tokenizer import TokenizerConfig
-from dllm_core.decoding.config import DecodeConfig, no_decoder
+from dllm_core.decoding.config import DecodeConfig, decoding_pattern, no_decoder
 from dllm_core.errors import ConfigError
 from dllm_core.evaluation.config import AutoregressiveScorerConfig, EvaluateConfig
 from dllm_core.model.config import ModelConfig
+from dllm_core.model.pattern import AttentionPattern
 from dllm_core.noise.process import NoiseConfig
 from dllm_core.objective.config import AnyObjective, BlockDiffusionConfig, DiffusionConfig, DiffusionOptions
 from dllm_core.storage.store import StoredObject, check_name, local_path
@@ -103,11 +104,24 @@ class Recipe(Frozen):
         """Whether there is a decoder for this model."""
         return no_decoder(self.objective, self.noise.process, self.model) is None
 
+    @property
+    def decoding_pattern(self) -> AttentionPattern:
+        """Whom a position sees in decoding, where there is a decoder."""
+        return decoding_pattern(self.objective, self.noise.block_length)
+
     def check_decodable(self) -> None:
-        """Refuse to decode what there is no decoder for."""
+        """Refuse to decode what there is no decoder for, or in other blocks than the model's."""
         problem = no_decoder(self.objective, self.noise.process, self.model)
         if problem is not None:
             raise problem
+        trained, decode = self.decoding_pattern.block_length, self.decode
+        if trained is not None and decode.block_length != trained:
+            remedy = f"decode.block_length={trained}"
+            if decode.steps_per_block > trained:
+                remedy += f" decode.steps_per_block={trained}"
+            raise ConfigError(
+                "decode.block_length", f"must be noise.block_length={trained}", decode.block_length, remedy
+            )
 
     def corpus_fingerprint(self, sources: Sequence[StoredObject]) -> str:
         """Identity of the shards. Written noise epochs are left out: computed ones have the same bits."""

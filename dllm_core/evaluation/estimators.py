@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dllm_core.checkpoints.bundle import ModelBundle
 from dllm_core.data.loader import TokenRows
 from dllm_core.data.noising import Bools, block_numbers
 from dllm_core.model.pattern import CAUSAL, AttentionPattern, training_pattern
@@ -232,6 +233,19 @@ def before(rows: HeldoutRows, mask_id: int) -> Ints:
     segment_ids = None if rows.segment_ids is None else torch.from_numpy(rows.segment_ids)
     shown: Ints = shifted(torch.from_numpy(rows.x0), segment_ids, mask_id).numpy()
     return shown
+
+
+def estimator_of_bundle(bundle: ModelBundle, device: str) -> Estimator | None:
+    """By what the bundle says of itself: the recipe may be another's."""
+    said = bundle.manifest
+    return estimator_of(
+        said.objective,
+        bundle.process,
+        torch.device(device),
+        block_length=said.block_length,
+        steps=said.steps,
+        time_conditioning=bundle.config.model.time_conditioning,
+    )
 
 
 def ask(

@@ -75,11 +75,12 @@ def score_rows(
     if estimator.is_exact:
         nats = estimator.nats(denoiser, rows, Draw(seed, first))
         return RowScores(nats, np.zeros(len(nats)), tokens, 1)
-    drawn = np.stack([estimator.nats(denoiser, rows, Draw(seed, first + j, j, draws)) for j in range(draws)])
+    # [N draws]: numpy adds up a row alike in any batch, a column of one number otherwise than one of several.
+    drawn = np.stack([estimator.nats(denoiser, rows, Draw(seed, first + j, j, draws)) for j in range(draws)], axis=1)
     variance = np.full(len(tokens), np.nan)
     if draws > 1:
-        variance = ((drawn - np.roll(drawn, 1, axis=0)) ** 2).sum(0) / (2 * draws**2)
-    return RowScores(drawn.mean(0), variance, tokens, draws)
+        variance = ((drawn - np.roll(drawn, 1, axis=1)) ** 2).sum(1) / (2 * draws**2)
+    return RowScores(drawn.mean(1), variance, tokens, draws)
 
 
 def estimate(score: Callable[[int, int], RowScores], draws: int, target_error: float | None = None) -> RowScores:
@@ -88,22 +89,27 @@ def estimate(score: Callable[[int, int], RowScores], draws: int, target_error: f
     With a target, rounds of about four draws are made until the Monte-Carlo error of all rows together is not above it,
     or `draws` are used up. Whether to go on is decided over all rows, so no batching changes it.
     """
-    rounds: list[RowScores] = []
-    number = 1 if target_error is None else max(1, draws // _ROUND)
-    for part in np.array_split(np.arange(draws), number):
-        rounds.append(score(int(part[0]), len(part)))
-        if target_error is not None and _together(rounds).monte_carlo_error <= target_error:
+    found: list[RowScores] = []
+    for first, count in rounds(draws, target_error):
+        found.append(score(first, count))
+        if target_error is not None and _together(found).monte_carlo_error <= target_error:
             break
-    return _together(rounds)
+    return _together(found)
 
 
-def _together(rounds: Sequence[RowScores]) -> RowScores:
+def rounds(draws: int, target_error: float | None) -> list[tuple[int, int]]:
+    """(first draw, how many) of each round: one without a target, else of about four draws."""
+    number = 1 if target_error is None else max(1, draws // _ROUND)
+    return [(int(part[0]), len(part)) for part in np.array_split(np.arange(draws), number)]
+
+
+def _together(parts: Sequence[RowScores]) -> RowScores:
     """Rounds of draws of the same rows as one, every draw alike."""
-    draws = sum(part.draws for part in rounds)
-    shares = [part.draws / draws for part in rounds]
-    nats = np.sum([share * part.nats for share, part in zip(shares, rounds, strict=True)], axis=0)
-    variance = np.sum([share**2 * part.variance for share, part in zip(shares, rounds, strict=True)], axis=0)
-    return RowScores(nats, variance, rounds[0].tokens, draws)
+    draws = sum(part.draws for part in parts)
+    shares = [part.draws / draws for part in parts]
+    nats = np.sum([share * part.nats for share, part in zip(shares, parts, strict=True)], axis=0)
+    variance = np.sum([share**2 * part.variance for share, part in zip(shares, parts, strict=True)], axis=0)
+    return RowScores(nats, variance, parts[0].tokens, draws)
 
 
 def side_by_side(parts: Sequence[RowScores]) -> RowScores:

@@ -8,12 +8,16 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+from lm_eval._cli import HarnessCLI
+from lm_eval.api.registry import model_registry
 from typer.testing import CliRunner
 
 from workflows.cli import app
+from workflows.evaluate.harness import HarnessConfig
 from workflows.recipe import load_recipe
 from workflows.serve.protocol import parse_request
 from workflows.task.flow import write_task
@@ -44,6 +48,12 @@ def test_a_command_of_the_readme_means_something(command, tmp_path):
     elif tool == "curl":
         body = json.loads(words[words.index("-d") + 1])
         assert parse_request(json.dumps(body).encode()).prompts
+    elif tool == "dllm-lm-eval":
+        assert tool in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+        parser = HarnessCLI()._parser  # parse_args() reads the words of this process
+        told = parser.parse_args(["run", *words])
+        assert told.model in model_registry
+        assert HarnessConfig.checked(told.model_args).bundle
     else:
         assert tool == "dllm"
         verb, target, *rest = words

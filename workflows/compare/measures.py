@@ -19,7 +19,7 @@ from dllm_core.data.manifest import CorpusManifest, read_manifest
 from dllm_core.decoding.config import DecodeConfig
 from dllm_core.evaluation.config import Side
 from dllm_core.evaluation.estimate import measure_seed, proportion
-from dllm_core.evaluation.estimators import HeldoutRows, estimator_of
+from dllm_core.evaluation.estimators import HeldoutRows, estimator_of_bundle
 from dllm_core.evaluation.infill import Filler, Hole, cut_holes, score_holes, summarize_holes
 from dllm_core.evaluation.likelihood import score_rows, side_by_side, summarize
 from dllm_core.evaluation.tasks.measure import answer_problems, room_for, summarize_answers
@@ -103,15 +103,7 @@ def _likelihood(
     question: Question, entrant: Entrant, denoiser: Denoiser, device: torch.device
 ) -> dict[str, Any] | None:
     bundle, section = read_bundle(entrant.run), question.recipe.learning
-    said = bundle.manifest
-    estimator = estimator_of(
-        said.objective,
-        bundle.process,
-        device,
-        block_length=said.block_length,
-        steps=said.steps,
-        time_conditioning=bundle.config.model.time_conditioning,
-    )
+    estimator = estimator_of_bundle(bundle, str(device))
     if estimator is None:
         return None
     manifest = read_manifest(entrant.run.store, entrant.corpus)
@@ -167,11 +159,11 @@ def _flexibility(question: Question, device: torch.device) -> dict[str, Any]:
         found = summarize_holes(score_holes(filler, _holes(entrant, section.rows, length), length, side))
         if found is not None:
             result["holes"].append(asdict(found))
-    result["two_holes"] = _two_holes(entrant, filler, section.rows, section.lengths[len(section.lengths) // 2])
+    result["two_holes"] = two_holes(entrant, filler, section.rows, section.lengths[len(section.lengths) // 2])
     return result
 
 
-def _two_holes(entrant: Entrant, filler: Filler, rows: int, length: int) -> dict[str, Any] | None:
+def two_holes(entrant: Entrant, filler: Filler, rows: int, length: int) -> dict[str, Any] | None:
     """One hole in each half of a row: the first is filled while the second is masked, the second given the first.
 
     By the chain rule that is one way to fill both; what stands between them is a constraint on both.

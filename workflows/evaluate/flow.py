@@ -8,14 +8,12 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
 
-from dllm_core.checkpoints.bundle import ModelBundle
 from dllm_core.checkpoints.run_dir import RunDir
 from dllm_core.data.loader import split_rows
 from dllm_core.decoding.engine import Engine
 from dllm_core.errors import DataError
-from dllm_core.evaluation.estimators import Estimator, estimator_of
+from dllm_core.evaluation.estimators import estimator_of_bundle
 from dllm_core.evaluation.generation import DecodeCost, measure_decoding
 from dllm_core.evaluation.likelihood import (
     Likelihood,
@@ -59,7 +57,7 @@ def _likelihood(stage: Evaluation) -> tuple[Likelihood, bool]:
     if not counts.any():
         raise DataError(run.url, "no token of the held-out rows counts", remedy="raise corpus.heldout_fraction")
     byte_lengths = stage.bundle.tokenizer().byte_lengths()
-    estimator = _estimator(stage.bundle, "cpu")
+    estimator = estimator_of_bundle(stage.bundle, "cpu")
     if estimator is None:
         return without_likelihood(len(stage.rows), counts, byte_lengths), tokens.has_prompt
 
@@ -80,28 +78,14 @@ def _decoding(stage: Evaluation) -> dict[str, Any] | None:
     return {
         **asdict(cost),
         "tokens_per_call": cost.tokens_per_call,
-        "policy": recipe.decode.policy.model_dump(mode="json"),
-        "block_length": recipe.decode.block_length,
+        **recipe.decode.told(recipe.decoding_pattern),
         "temperature": recipe.decode.temperature,
     }
 
 
-def _estimator(bundle: ModelBundle, device: str) -> Estimator | None:
-    """By what the bundle says of itself: the recipe may be another's."""
-    said = bundle.manifest
-    return estimator_of(
-        said.objective,
-        bundle.process,
-        torch.device(device),
-        block_length=said.block_length,
-        steps=said.steps,
-        time_conditioning=bundle.config.model.time_conditioning,
-    )
-
-
 def _score(job: EvaluateJob, rows: Ints, *, first: int, draws: int) -> RowScores:
     bundle, manifest = job.opened()
-    estimator = _estimator(bundle, job.device)
+    estimator = estimator_of_bundle(bundle, job.device)
     assert estimator is not None
     heldout = job.heldout(manifest, rows)
     return score_rows(bundle.denoiser(job.device), estimator, heldout, seed=job.recipe.seed, draws=draws, first=first)

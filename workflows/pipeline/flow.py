@@ -17,6 +17,7 @@ from dllm_core.checkpoints.bundle import read_bundle
 from dllm_core.checkpoints.run_dir import RunDir
 from dllm_core.config.fingerprint import fingerprint
 from dllm_core.data.manifest import CorpusManifest, read_manifest, read_tokenizer
+from dllm_core.decoding.config import NO_SUFFIX
 from dllm_core.errors import ConfigError
 from dllm_core.evaluation.config import AutoregressiveScorerConfig
 from dllm_core.evaluation.scorers import check_scorer
@@ -28,7 +29,7 @@ from workflows.fan_out import fan_out
 from workflows.pipeline.bundle import bundle_inputs, make_bundle
 from workflows.pipeline.demo import demonstrate
 from workflows.pipeline.receipts import Events, Receipts
-from workflows.pipeline.report import write_report
+from workflows.pipeline.report import about_policy, write_report
 from workflows.preprocess.flow import Preprocessing, summary
 from workflows.serve.app import check_port
 from workflows.serve.flow import cpus_needed
@@ -62,6 +63,8 @@ class Pipeline:
 
     def run(self) -> dict[str, Any]:
         """Every stage; what each reported."""
+        if self.target.recipe.can_be_decoded:
+            self._check_decoding()
         if self._serve_missing():
             check_port(self.target.recipe.serve)  # now, not after minutes of training
         self._check_room(self._corpus_bytes() + self._training_bytes())
@@ -153,6 +156,8 @@ class Pipeline:
         if result is not None:
             self._console.skipped(name, _about_evaluation(result))
         else:
+            if recipe.can_be_decoded and recipe.evaluate.prompts:
+                recipe.check_decodable()
             self._check_scorer()
             with self._stage(name) as bar:
                 self._cluster()
@@ -207,6 +212,14 @@ class Pipeline:
         else:
             self._console.skipped("report", escape(url))
         return url
+
+    def _check_decoding(self) -> None:
+        """Refuse a decode section and examples that the model cannot be asked before anything is started."""
+        recipe = self.target.recipe
+        recipe.check_decodable()
+        for number, example in enumerate(recipe.serve.examples):
+            if example.suffix and recipe.decoding_pattern.kind != "full":
+                raise ConfigError(f"serve.examples.{number}.suffix", NO_SUFFIX, example.suffix, "leave it out")
 
     def _check_examples(self) -> None:
         """Refuse an example that leaves no room for its answer now, not after minutes of training."""
@@ -311,8 +324,7 @@ def _about_evaluation(result: dict[str, Any]) -> str:
         text = f"held-out {name} {figure}, {entropy}: [bold]{_gain(result['gain'])}[/bold]"
     decoding = result["decoding"]
     if decoding is not None:
-        policy = " ".join(str(value) for value in decoding["policy"].values())
-        text += f"; {decoding['tokens_per_call']:.2f} tokens per call ({policy})"
+        text += f"; {decoding['tokens_per_call']:.2f} tokens per call ({about_policy(decoding)})"
     return text
 
 

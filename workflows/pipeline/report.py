@@ -52,13 +52,17 @@ def _figures(records: list[dict[str, Any]], evaluation: dict[str, Any]) -> str:
         )
     if evaluation["decoding"] is not None:
         decoding = evaluation["decoding"]
-        policy = " ".join(str(part) for part in decoding["policy"].values())
-        cards.append((f"{decoding['tokens_per_call']:.2f}", f"tokens per denoiser call ({policy})"))
+        cards.append((f"{decoding['tokens_per_call']:.2f}", f"tokens per denoiser call ({about_policy(decoding)})"))
     if records:
         rate = float(np.median([record["tokens_per_s"] for record in records]))
         cards.append((f"{rate / 1000:.1f}k", "training tokens/s (median)"))
         cards.append((f"{records[-1]['tokens'] / 1e6:.2f}M", f"tokens in {records[-1]['step']:,} steps"))
     return figures(cards)
+
+
+def about_policy(told: dict[str, Any]) -> str:
+    """The policy in `DecodeConfig.told`, in words."""
+    return " ".join(str(part) for part in told["policy"].values()) if told["policy"] else "token by token"
 
 
 def _name_of(evaluation: dict[str, Any]) -> str:
@@ -152,12 +156,13 @@ def _canvas(frames: list[Frame], recipe: Recipe) -> str:
         lines.append(f"<div><i>{frame.num_calls:>3}  </i>{''.join(cells)}</div>")
     answer = frames[-1].answer
     assert answer is not None
-    policy = " ".join(str(part) for part in recipe.decode.policy.model_dump(mode="json").values())
-    told = (
+    told = recipe.decode.told(recipe.decoding_pattern)
+    blocks = f", blocks of {told['block_length']}" if told["block_length"] else ""
+    about = (
         f"{answer.num_committed} tokens in {answer.num_calls} calls, {answer.tokens_per_call:.2f} per call; "
-        f"{policy}, blocks of {recipe.decode.block_length}. ░ is open, blue was filled by this call, grey was given."
+        f"{about_policy(told)}{blocks}. ░ is open, blue was filled by this call, grey was given."
     )
-    return f"<p>{html.escape(told)}</p><div class=canvas>{''.join(lines)}</div>"
+    return f"<p>{html.escape(about)}</p><div class=canvas>{''.join(lines)}</div>"
 
 
 def _answers(answers: list[dict[str, Any]]) -> str:

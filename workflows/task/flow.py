@@ -14,6 +14,7 @@ from dllm_core.data.tokenizer import TokenizerConfig
 from dllm_core.errors import ConfigError, DataError
 from dllm_core.evaluation.tasks.addition import AdditionTask
 from dllm_core.evaluation.tasks.corpus import PROBLEMS_NAME, write_problems
+from dllm_core.evaluation.tasks.problem import Problem
 from dllm_core.evaluation.tasks.sudoku import SudokuTask
 from dllm_core.storage.store import local_path
 from workflows.recipe import Recipe
@@ -37,16 +38,11 @@ def write_task(kind: str, out: str, rows: int, seed: int, overrides: Sequence[st
     except ConfigError as error:
         raise ConfigError("--rows", error.problem, rows, error.remedy) from error
     folder = local_path("OUT", out)
-    room = 1 + max(len(problem.answer) for problem in problems)  # bytes are tokens; one more ends an answer
-    longest = room + max(len(problem.prompt) for problem in problems)
     recipe = {
         "name": kind,
         "seed": seed,
-        "corpus": {"type": "jsonl", "path": str(folder / PROBLEMS_NAME), "record": {"type": "pair"}},
-        "tokenizer": {"vocab_size": TokenizerConfig().smallest},
-        "packing": {"type": "padded", "seq_len": -(-longest // _PAD_TO) * _PAD_TO, "learn_padding": True},
+        **task_sections(str(folder / PROBLEMS_NAME), problems),
         "evaluate": {"tasks": [task.model_dump(mode="json")]},
-        "decode": {"max_tokens": room},
         "serve": {"examples": [{"prompt": problems[0].prompt}]},
     }
     Recipe.checked(recipe)
@@ -58,3 +54,15 @@ def write_task(kind: str, out: str, rows: int, seed: int, overrides: Sequence[st
     except OSError as error:
         raise DataError(str(folder), f"cannot be written ({error.strerror})") from error
     return {"task": task.model_dump(mode="json"), "problems": rows, "recipe": str(folder / RECIPE_NAME)}
+
+
+def task_sections(path: str, problems: Sequence[Problem]) -> dict[str, Any]:
+    """The sections of a recipe that make a corpus of problems: a byte a token, a problem a row, its answer learned."""
+    room = 1 + max(len(problem.answer) for problem in problems)  # one more token ends an answer
+    longest = room + max(len(problem.prompt) for problem in problems)
+    return {
+        "corpus": {"type": "jsonl", "path": path, "record": {"type": "pair"}, "heldout_fraction": 0.05},
+        "tokenizer": {"vocab_size": TokenizerConfig().smallest},
+        "packing": {"type": "padded", "seq_len": -(-longest // _PAD_TO) * _PAD_TO, "learn_padding": True},
+        "decode": {"max_tokens": room},
+    }
