@@ -14,44 +14,24 @@ from dllm_core.evaluation.calibration import CalibrationScores, score_calibratio
 from dllm_core.evaluation.config import Side
 from dllm_core.evaluation.estimators import HeldoutRows
 from dllm_core.evaluation.infill import CausalFiller, EngineFiller, Filler, LeftFiller
-from dllm_core.evaluation.writers import CausalWriter, EngineWriter, Writer
+from dllm_core.evaluation.writers import EngineWriter, Writer
 from dllm_core.model.pattern import CAUSAL, training_pattern
 from dllm_core.noise.absorbing import AbsorbingProcess
 from dllm_core.objective.config import AutoregressiveConfig, BlockDiffusionConfig
 from dllm_core.objective.loss import DenoiserLike
 
 
-def why_not_written(bundle: ModelBundle, decode: DecodeConfig) -> ConfigError | None:
-    """What says that a bundle cannot write under these settings; None if it can: by the engine, or token by token."""
+def why_not_written(bundle: ModelBundle) -> ConfigError | None:
+    """What says that a bundle cannot write; None where there is a decoder for it."""
     said = bundle.manifest
-    problem = no_decoder(said.objective, said.process, bundle.config.model)
-    if problem is None or not isinstance(said.objective, AutoregressiveConfig):
-        return problem
-    if decode.top_p < 1:
-        return ConfigError("decode.top_p", "autoregressive text is drawn from the whole law", decode.top_p)
-    return None
+    return no_decoder(said.objective, said.process, bundle.config.model)
 
 
 def writer_of(
     bundle: ModelBundle, decode: DecodeConfig, device: str = "cpu", *, max_batch_tokens: int = 4096
 ) -> Writer:
-    """The engine where it decodes such a model; else autoregression, which heeds the temperature of `decode` alone.
-
-    Raises `why_not_written`.
-    """
-    if problem := why_not_written(bundle, decode):
-        raise problem
-    said, config = bundle.manifest, bundle.config
-    if no_decoder(said.objective, said.process, config.model) is None:
-        return EngineWriter(Engine.of(bundle, device, max_batch_tokens), decode)
-    return CausalWriter(
-        bundle.denoiser(device),
-        config.mask_id,
-        torch.device(device),
-        end_id=config.eos_id,
-        never={config.pad_id} - {config.eos_id},
-        temperature=decode.temperature,
-    )
+    """The bundle as it is served. Raises `why_not_written`."""
+    return EngineWriter(Engine.of(bundle, device, max_batch_tokens), decode)
 
 
 def sides_seen(bundle: ModelBundle) -> tuple[Side, ...]:
@@ -63,12 +43,10 @@ def sides_seen(bundle: ModelBundle) -> tuple[Side, ...]:
 def filler_of(
     bundle: ModelBundle, decode: DecodeConfig, device: str = "cpu", *, seed: int, max_batch_tokens: int = 4096
 ) -> Filler:
-    """Masks fill a hole; what decodes from the left writes on as far as it goes. Raises `why_not_written`.
+    """Masks over whole rows fill a hole; what decodes from the left writes on as far as it goes.
 
-    Autoregression takes the likeliest token each time.
+    Autoregression takes the likeliest token each time. Raises `why_not_written`.
     """
-    if problem := why_not_written(bundle, decode):
-        raise problem
     objective, config = bundle.manifest.objective, bundle.config
     if isinstance(objective, AutoregressiveConfig):
         never = {config.eos_id, config.pad_id}

@@ -14,7 +14,7 @@ from dllm_core.data.loader import split_rows
 from dllm_core.errors import CheckpointError
 from dllm_core.evaluation.config import EvaluateConfig
 from dllm_core.evaluation.estimators import HeldoutRows
-from dllm_core.evaluation.infill import CausalFiller, EngineFiller, score_infill, summarize_holes
+from dllm_core.evaluation.infill import CausalFiller, EngineFiller, LeftFiller, score_infill, summarize_holes
 from dllm_core.evaluation.models import filler_of, sides_seen, writer_of
 from dllm_core.evaluation.samples import Samples, complete, measure_samples, openings
 from dllm_core.evaluation.scorers import NGramModel
@@ -47,7 +47,7 @@ NO_DECODER = "there is no decoder for such a model yet"
 KINDS = {
     "masks": ({}, ("both", "left", "right")),
     "autoregressive": ({"objective": {"type": "autoregressive"}}, ("left",)),
-    "blocks": ({"noise": {"block_length": 4, "epochs": 1}, "objective": {"type": "block_diffusion"}}, None),
+    "blocks": ({"noise": {"block_length": 4, "epochs": 1}, "objective": {"type": "block_diffusion"}}, ("left",)),
     "timed": ({"model": {"time_conditioning": True}}, None),
     "masked_lm": ({"objective": {"type": "masked_lm"}}, None),
     "uniform": ({"noise": {"process": {"type": "uniform"}, "epochs": 1}}, None),
@@ -185,7 +185,7 @@ def test_holes_are_those_of_the_plain_function_and_the_gain_is_of_both_sides(lea
     assert len(set(token.values())) > 2, "sides and lengths differ"
 
 
-@pytest.mark.parametrize("kind", ["masks", "autoregressive", "isolated"])
+@pytest.mark.parametrize("kind", ["masks", "autoregressive", "blocks", "isolated"])
 def test_text_is_judged_by_a_law_of_the_training_rows_beside_the_text_that_it_goes_on_from(made, kind):
     corpus, run = made(kind)
     result, bundle, manifest = measured(corpus.recipe, run)["samples"], read_bundle(run), corpus.manifest
@@ -241,7 +241,7 @@ def test_problems_are_of_the_test_part_and_answered_as_it_is_served(made):
     task = AdditionTask.checked(ADDITION)
     problems = task.problems("test", 9, seed=7)
     writer = writer_of(bundle, corpus.recipe.decode)
-    answered = answer_problems(writer, bundle.tokenizer(), task, problems, room=3, seed=7)
+    answered = answer_problems(writer, bundle.tokenizer(), task, problems, rooms=[3] * 9, seed=7)
     expected = [
         {"prompt": problem.prompt, "answer": one.text, "is_correct": one.grade.is_correct}
         for problem, one in zip(problems, answered, strict=True)
@@ -253,7 +253,7 @@ def test_problems_are_of_the_test_part_and_answered_as_it_is_served(made):
 
 
 def test_a_filler_sees_the_sides_that_are_told(made):
-    for kind, filler in (("masks", EngineFiller), ("autoregressive", CausalFiller)):
+    for kind, filler in (("masks", EngineFiller), ("autoregressive", CausalFiller), ("blocks", LeftFiller)):
         bundle = read_bundle(made(kind)[1])
         found = filler_of(bundle, made(kind)[0].recipe.decode, seed=0)
         assert isinstance(found, filler)
