@@ -6,12 +6,14 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+import torch
 from conftest import SmallCorpus, make_small_bundle, make_small_corpus
 
 from dllm_core.checkpoints.bundle import read_bundle
 from dllm_core.checkpoints.run_dir import RunDir
 from dllm_core.data.loader import split_rows
 from dllm_core.errors import CheckpointError
+from dllm_core.evaluation.calibration import score_calibration, summarize_calibration
 from dllm_core.evaluation.config import EvaluateConfig
 from dllm_core.evaluation.estimators import HeldoutRows
 from dllm_core.evaluation.infill import CausalFiller, EngineFiller, LeftFiller, score_infill, summarize_holes
@@ -20,6 +22,7 @@ from dllm_core.evaluation.samples import Samples, complete, measure_samples, ope
 from dllm_core.evaluation.scorers import NGramModel
 from dllm_core.evaluation.tasks.addition import AdditionTask
 from dllm_core.evaluation.tasks.measure import answer_problems
+from dllm_core.model.pattern import CAUSAL, FULL, AttentionPattern
 from workflows.compare.training import Entrant, train_entrant
 from workflows.console import Console
 from workflows.drawing import axes, grid, svg
@@ -147,7 +150,7 @@ def test_a_model_is_measured_in_what_it_can_do_and_says_what_it_cannot(made, kin
 @EVERY_KIND
 def test_no_figure_depends_on_how_work_is_cut_up(made, kind):
     corpus, run = made(kind)
-    whole, parts = (dict(leaves(measured(corpus.recipe, run, batch_rows=size))) for size in (64, 3))
+    whole, parts = (dict(leaves(measured(corpus.recipe, run, batch_rows=size))) for size in (64, 1))
     assert whole.keys() == parts.keys()
     for path, value in whole.items():
         assert parts[path] == (pytest.approx(value, rel=1e-5) if isinstance(value, float) else value), path
@@ -159,6 +162,31 @@ def test_what_is_not_asked_for_is_null_and_costs_no_line(made):
     result = measured(corpus.recipe, run, **off, tasks=[])
     assert [result[name] for name in (*off, "tasks")] == [None, None, None, []]
     assert list(lines(result)) == sections(result) == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "pattern"),
+    [("masks", FULL), ("autoregressive", CAUSAL), ("blocks", AttentionPattern("block_diffusion", 4)), ("timed", FULL)],
+)
+def test_confidence_is_asked_for_in_the_pass_that_a_model_was_trained_in(made, kind, pattern):
+    corpus, run = made(kind)
+    bundle = read_bundle(run)
+    scores = score_calibration(
+        bundle.denoiser(),
+        bundle.process,
+        heldout(corpus, 16),
+        rate=0.8,
+        seed=7,
+        device=torch.device("cpu"),
+        pattern=pattern,
+        is_timed=kind == "timed",
+    )
+    expected, found = summarize_calibration(scores), measured(corpus.recipe, run)["calibration"]["by_rate"][1]
+    assert found["tokens"] == expected.tokens
+    for name in ("accuracy", "confidence", "expected_error", "brier"):
+        estimate = getattr(expected, name)
+        assert found[name]["value"] == pytest.approx(estimate.value, rel=1e-5)
+        assert found[name]["standard_error"] == pytest.approx(estimate.standard_error, rel=1e-4)
 
 
 def test_holes_are_those_of_the_plain_function_and_the_gain_is_of_both_sides(learned):
