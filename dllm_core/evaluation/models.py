@@ -22,7 +22,7 @@ from dllm_core.objective.loss import DenoiserLike
 
 
 def why_not_written(bundle: ModelBundle) -> ConfigError | None:
-    """What says that a bundle cannot write; None if it can."""
+    """What says that a bundle cannot write; None where there is a decoder for it."""
     said = bundle.manifest
     return no_decoder(said.objective, said.process, bundle.config.model)
 
@@ -30,7 +30,7 @@ def why_not_written(bundle: ModelBundle) -> ConfigError | None:
 def writer_of(
     bundle: ModelBundle, decode: DecodeConfig, device: str = "cpu", *, max_batch_tokens: int = 4096
 ) -> Writer:
-    """The engine, as it serves. Raises `why_not_written`."""
+    """The bundle as it is served. Raises `why_not_written`."""
     return EngineWriter(Engine.of(bundle, device, max_batch_tokens), decode)
 
 
@@ -43,12 +43,10 @@ def sides_seen(bundle: ModelBundle) -> tuple[Side, ...]:
 def filler_of(
     bundle: ModelBundle, decode: DecodeConfig, device: str = "cpu", *, seed: int, max_batch_tokens: int = 4096
 ) -> Filler:
-    """Masks fill a hole; what decodes from the left writes on as far as it goes. Raises `why_not_written`.
+    """Masks over whole rows fill a hole; what decodes from the left writes on as far as it goes.
 
-    Autoregression takes the likeliest token each time.
+    Autoregression takes the likeliest token each time. Raises `why_not_written`.
     """
-    if problem := why_not_written(bundle):
-        raise problem
     objective, config = bundle.manifest.objective, bundle.config
     if isinstance(objective, AutoregressiveConfig):
         never = {config.eos_id, config.pad_id}

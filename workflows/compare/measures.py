@@ -22,7 +22,7 @@ from dllm_core.evaluation.estimate import measure_seed, proportion
 from dllm_core.evaluation.estimators import HeldoutRows, estimator_of_bundle
 from dllm_core.evaluation.infill import Filler, Hole, cut_holes, score_holes, summarize_holes
 from dllm_core.evaluation.likelihood import score_rows, side_by_side, summarize
-from dllm_core.evaluation.tasks.measure import answer_problems, room_for, summarize_answers
+from dllm_core.evaluation.tasks.measure import answer_problems, rooms_for, summarize_answers
 from dllm_core.model.denoiser import Denoiser
 from dllm_core.model.pretrained import assign_weights
 from dllm_core.objective.config import AutoregressiveConfig, BlockDiffusionConfig
@@ -273,8 +273,8 @@ def _task(question: Question, device: torch.device) -> dict[str, Any] | None:
         return None
     problems = section.problem.problems("test", section.problems, seed=entrant.recipe.seed)
     tokenizer, seed = speaker.bundle.tokenizer(), entrant.recipe.seed
-    _, room = room_for(tokenizer, problems)
-    answered = answer_problems(writer, tokenizer, section.problem, problems, room=room, seed=seed)
+    rooms = rooms_for(tokenizer, problems, entrant.recipe.packing.seq_len)
+    answered = answer_problems(writer, tokenizer, section.problem, problems, rooms=rooms, seed=seed)
     found = summarize_answers(answered)
     return None if found is None else {**asdict(found), "examples": _examples(problems, answered)}
 

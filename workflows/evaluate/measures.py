@@ -4,6 +4,7 @@ Each gives plain data for `evaluation.json`; null where it was not asked for, `{
 cannot do it.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial, reduce
@@ -15,6 +16,7 @@ from dllm_core.checkpoints.bundle import ModelBundle, read_bundle
 from dllm_core.checkpoints.run_dir import RunDir
 from dllm_core.data.loader import split_rows
 from dllm_core.data.manifest import CorpusManifest
+from dllm_core.data.packing import PaddedPacking
 from dllm_core.decoding.config import DecodeConfig
 from dllm_core.errors import ConfigError
 from dllm_core.evaluation.calibration import CalibrationScores, summarize_calibration
@@ -30,11 +32,10 @@ from dllm_core.evaluation.models import (
 )
 from dllm_core.evaluation.samples import Samples, TextQuality, measure_samples, openings
 from dllm_core.evaluation.scorers import AutoregressiveScorer, NGramModel, Scorer
-from dllm_core.evaluation.tasks.measure import Answered, answer_problems, room_for, summarize_answers
+from dllm_core.evaluation.tasks.measure import Answered, answer_problems, rooms_for, summarize_answers
 from dllm_core.evaluation.tasks.problem import Problem
 from dllm_core.evaluation.tasks.section import AnyTask
 from dllm_core.evaluation.writers import Tokens
-from dllm_core.objective.config import AutoregressiveConfig
 from dllm_core.seeding import Ints
 from workflows.evaluate.job import EvaluateJob, Evaluation, evenly
 
@@ -209,11 +210,14 @@ def _task(stage: Evaluation, number: int) -> Figures:
         problems = task.problems("test", section.problems, seed=recipe.seed)
     except ConfigError as error:
         raise _NotMeasuredError(f"{error.problem}, and evaluate.problems={section.problems}") from error
-    longest_prompt, room = room_for(tokenizer, problems)
-    if longest_prompt + room > context:
-        raise _NotMeasuredError(f"a problem takes {longest_prompt + room} tokens, the context holds {context}")
-    answer = partial(_answer, task=task, room=room)
-    parts = stage.each(f"answering {task.type}", answer, stage.batches(list(enumerate(problems))))
+    needed = max(len(tokenizer.encode(p.prompt)) for p in problems) + rooms_for(tokenizer, problems)[0]
+    if needed > context:
+        raise _NotMeasuredError(f"a problem takes {needed} tokens, the context holds {context}")
+    packing = stage.manifest.packing
+    is_filled = isinstance(packing, PaddedPacking) and packing.learn_padding
+    rooms = rooms_for(tokenizer, problems, context if is_filled else None)
+    asked = list(zip(itertools.count(), problems, rooms, strict=False))
+    parts = stage.each(f"answering {task.type}", partial(_answer, task=task), stage.batches(asked))
     answered = [one for part in parts for one in part]
     result = summarize_answers(answered)
     assert result is not None
@@ -224,16 +228,15 @@ def _task(stage: Evaluation, number: int) -> Figures:
     return {"decode": _settings(stage, recipe.decode), **asdict(result), "examples": examples}
 
 
-def _answer(job: EvaluateJob, problems: Sequence[tuple[int, Problem]], *, task: AnyTask, room: int) -> list[Answered]:
-    """Numbered problems, each answered with its own number, in whatever batch."""
+def _answer(job: EvaluateJob, asked: Sequence[tuple[int, Problem, int]], *, task: AnyTask) -> list[Answered]:
+    """Numbered problems, each answered with its own number and room, in whatever batch."""
     bundle, _ = job.opened()
     writer = writer_of(bundle, job.recipe.decode, job.device, max_batch_tokens=job.recipe.serve.max_batch_tokens)
-    seed = job.recipe.seed + problems[0][0]
-    return answer_problems(writer, bundle.tokenizer(), task, [problem for _, problem in problems], room=room, seed=seed)
+    numbers, problems, rooms = zip(*asked, strict=True)
+    return answer_problems(writer, bundle.tokenizer(), task, problems, rooms=rooms, seed=job.recipe.seed + numbers[0])
 
 
 def _settings(stage: Evaluation, decode: DecodeConfig) -> Figures:
-    """How text came about, so far as it has a say."""
-    if isinstance(stage.bundle.manifest.objective, AutoregressiveConfig):
-        return {"by": "autoregression", "temperature": decode.temperature}
-    return {"by": "engine", **decode.model_dump(mode="json", exclude={"max_tokens", "cache"})}
+    """How text came about."""
+    told = decode.told(stage.job.recipe.decoding_pattern)
+    return {**told, "temperature": decode.temperature, "top_p": decode.top_p}

@@ -70,8 +70,10 @@ def _about_calibration(figures: Figures) -> str:
 
 
 def _about_infill(figures: Figures) -> str:
-    told = (f"of {one['length']} from {one['side']} {_percent(one['token'])}" for one in figures["holes"])
-    return f"tokens restored in holes {', '.join(told)}"
+    told = {one["length"]: "" for one in figures["holes"]}
+    for one in figures["holes"]:
+        told[one["length"]] += f" {_percent(one['token'])} from {one['side']},"
+    return f"tokens restored in holes{';'.join(f' of {n}:{of_n[:-1]}' for n, of_n in told.items())}"
 
 
 def _about_samples(figures: Figures) -> str:

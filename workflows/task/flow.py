@@ -58,11 +58,11 @@ def write_task(kind: str, out: str, rows: int, seed: int, overrides: Sequence[st
 
 def task_sections(path: str, problems: Sequence[Problem]) -> dict[str, Any]:
     """The sections of a recipe that make a corpus of problems: a byte a token, a problem a row, its answer learned."""
-    room = 1 + max(len(problem.answer) for problem in problems)  # one more token ends an answer
-    longest = room + max(len(problem.prompt) for problem in problems)
+    prompt, answer = (max(len(getattr(p, part)) for p in problems) for part in ("prompt", "answer"))
+    seq_len = -(-(prompt + answer + 1) // _PAD_TO) * _PAD_TO  # one more token ends an answer
     return {
         "corpus": {"type": "jsonl", "path": path, "record": {"type": "pair"}, "heldout_fraction": 0.05},
         "tokenizer": {"vocab_size": TokenizerConfig().smallest},
-        "packing": {"type": "padded", "seq_len": -(-longest // _PAD_TO) * _PAD_TO, "learn_padding": True},
-        "decode": {"max_tokens": room},
+        "packing": {"type": "padded", "seq_len": seq_len, "learn_padding": True},
+        "decode": {"max_tokens": seq_len - prompt},  # as far as a row of training: masks are counted
     }

@@ -3,11 +3,11 @@
     corpus: {type: jsonl, path: FOLDER, record: {type: pair}}
     tokenizer: {vocab_size: 259}  # 256 bytes and three special tokens: a byte a token
     packing: {type: padded, seq_len: L, learn_padding: true}
-    decode: {max_tokens: at most L}
+    decode: {max_tokens: L less a prompt's tokens}
 
 Merged digits would differ in how many cells a token decides. Where answers differ in length, `learn_padding` is needed:
 without it a training row has as many masks as its answer has tokens, and a canvas with more room reads as a longer
-answer.
+answer. With it a denoiser counts masks all the same: a canvas is to reach as far as a trained row did (`rooms_for`).
 """
 
 import json

@@ -31,22 +31,25 @@ class Answered:
     calls: int
 
 
-def room_for(tokenizer: Tokenizer, problems: Sequence[Problem]) -> tuple[int, int]:
-    """Tokens of the longest prompt, and of the longest known answer with its end token."""
-    prompts, answers = (
-        [len(tokenizer.encode(text)) for text in texts]
-        for texts in ([problem.prompt for problem in problems], [problem.answer for problem in problems])
-    )
-    return max(prompts, default=0), 1 + max(answers, default=0)
+def rooms_for(tokenizer: Tokenizer, problems: Sequence[Problem], context: int | None = None) -> list[int]:
+    """Tokens of canvas behind each prompt.
+
+    context: of a corpus that learns its padding, whose rows are filled up with end tokens. Its denoiser counts masks,
+    so a canvas has to reach as far as those rows did, or an answer ends too early. None: rows end with their answers;
+    the longest known one and its end token, for all problems, so that the canvas does not tell an answer's length.
+    """
+    if context is not None:
+        return [context - len(tokenizer.encode(problem.prompt)) for problem in problems]
+    return [1 + max(len(tokenizer.encode(problem.answer)) for problem in problems)] * len(problems)
 
 
 def answer_problems(
-    writer: Writer, tokenizer: Tokenizer, task: Task, problems: Sequence[Problem], *, room: int, seed: int
+    writer: Writer, tokenizer: Tokenizer, task: Task, problems: Sequence[Problem], *, rooms: Sequence[int], seed: int
 ) -> list[Answered]:
-    """Write on from each prompt, at most `room` tokens: those of `room_for`, over all problems that are compared."""
+    """Write on from each prompt, in a canvas of `rooms_for`, over all problems that are compared."""
     prompts = [tokenizer.encode(problem.prompt) for problem in problems]
     answered = []
-    for problem, answer in zip(problems, writer.write(prompts, room, seed=seed), strict=True):
+    for problem, answer in zip(problems, writer.write(prompts, rooms, seed=seed), strict=True):
         # Not `decode`, which leaves special tokens out: an answer with one inside is no answer.
         text = "".join(map(tokenizer.token_text, answer.tokens))
         answered.append(Answered(text, task.grade(problem, text), answer.num_committed, answer.num_calls))

@@ -6,20 +6,24 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+import torch
 from conftest import SmallCorpus, make_small_bundle, make_small_corpus
 
 from dllm_core.checkpoints.bundle import read_bundle
 from dllm_core.checkpoints.run_dir import RunDir
 from dllm_core.data.loader import split_rows
 from dllm_core.errors import CheckpointError
+from dllm_core.evaluation.calibration import score_calibration, summarize_calibration
 from dllm_core.evaluation.config import EvaluateConfig
 from dllm_core.evaluation.estimators import HeldoutRows
-from dllm_core.evaluation.infill import CausalFiller, EngineFiller, score_infill, summarize_holes
+from dllm_core.evaluation.infill import CausalFiller, EngineFiller, LeftFiller, score_infill, summarize_holes
 from dllm_core.evaluation.models import filler_of, sides_seen, writer_of
 from dllm_core.evaluation.samples import Samples, complete, measure_samples, openings
 from dllm_core.evaluation.scorers import NGramModel
 from dllm_core.evaluation.tasks.addition import AdditionTask
 from dllm_core.evaluation.tasks.measure import answer_problems
+from dllm_core.model.pattern import CAUSAL, FULL, AttentionPattern
+from workflows.compare.training import Entrant, train_entrant
 from workflows.console import Console
 from workflows.drawing import axes, grid, svg
 from workflows.evaluate.flow import evaluate
@@ -67,6 +71,16 @@ def made(tmp_path_factory):
         return known[kind]
 
     return of
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory) -> tuple[SmallCorpus, RunDir]:
+    """A run that restores some of what it is asked for."""
+    options = {"steps": 100, "learning_rate": 1e-2, "ema_decay": 0.9, "checkpoint_every": 100}
+    corpus = make_small_corpus(tmp_path_factory.mktemp("learned"), train=options)
+    run = RunDir(corpus.store, "small-0123456789ab")
+    train_entrant(0, Entrant("masks", "text", corpus.recipe, run, corpus.manifest.fingerprint))
+    return corpus, run
 
 
 def asked(recipe: Recipe, **section: object) -> Recipe:
@@ -136,7 +150,7 @@ def test_a_model_is_measured_in_what_it_can_do_and_says_what_it_cannot(made, kin
 @EVERY_KIND
 def test_no_figure_depends_on_how_work_is_cut_up(made, kind):
     corpus, run = made(kind)
-    whole, parts = (dict(leaves(measured(corpus.recipe, run, batch_rows=size))) for size in (64, 3))
+    whole, parts = (dict(leaves(measured(corpus.recipe, run, batch_rows=size))) for size in (64, 1))
     assert whole.keys() == parts.keys()
     for path, value in whole.items():
         assert parts[path] == (pytest.approx(value, rel=1e-5) if isinstance(value, float) else value), path
@@ -150,9 +164,37 @@ def test_what_is_not_asked_for_is_null_and_costs_no_line(made):
     assert list(lines(result)) == sections(result) == []
 
 
-def test_holes_are_those_of_the_plain_function_and_the_gain_is_of_both_sides(made):
-    corpus, run = made("masks")
-    result, bundle = measured(corpus.recipe, run)["infill"], read_bundle(run)
+@pytest.mark.parametrize(
+    ("kind", "pattern"),
+    [("masks", FULL), ("autoregressive", CAUSAL), ("blocks", AttentionPattern("block_diffusion", 4)), ("timed", FULL)],
+)
+def test_confidence_is_asked_for_in_the_pass_that_a_model_was_trained_in(made, kind, pattern):
+    corpus, run = made(kind)
+    bundle = read_bundle(run)
+    scores = score_calibration(
+        bundle.denoiser(),
+        bundle.process,
+        heldout(corpus, 16),
+        rate=0.8,
+        seed=7,
+        device=torch.device("cpu"),
+        pattern=pattern,
+        is_timed=kind == "timed",
+    )
+    expected, found = summarize_calibration(scores), measured(corpus.recipe, run)["calibration"]["by_rate"][1]
+    assert found["tokens"] == expected.tokens
+    for name in ("accuracy", "confidence", "expected_error", "brier"):
+        estimate = getattr(expected, name)
+        assert found[name]["value"] == pytest.approx(estimate.value, rel=1e-5)
+        assert found[name]["standard_error"] == pytest.approx(estimate.standard_error, rel=1e-4)
+
+
+def test_holes_are_those_of_the_plain_function_and_the_gain_is_of_both_sides(learned):
+    """Filled greedily, however hot the recipe decodes."""
+    corpus, run = learned
+    hot = corpus.recipe.model_copy(update={"decode": corpus.recipe.decode.model_copy(update={"temperature": 1.0})})
+    result, bundle = measured(hot, run)["infill"], read_bundle(run)
+    assert result["decode"]["temperature"] == 0
     filler = filler_of(bundle, corpus.recipe.decode, seed=7)
     never = corpus.tokenizer.special_ids
     scores = score_infill(
@@ -166,10 +208,12 @@ def test_holes_are_those_of_the_plain_function_and_the_gain_is_of_both_sides(mad
         assert found["tokens_per_call"]["standard_error"] == expected.tokens_per_call.standard_error
     token = {(one["length"], one["side"]): one["token"]["value"] for one in result["holes"]}
     for gain in result["gains"]:
-        assert gain["token"]["value"] == token[gain["length"], "both"] - token[gain["length"], gain["over"]]
+        difference = token[gain["length"], "both"] - token[gain["length"], gain["over"]]
+        assert gain["token"]["value"] == pytest.approx(difference, abs=1e-12)
+    assert len(set(token.values())) > 2, "sides and lengths differ"
 
 
-@pytest.mark.parametrize("kind", ["masks", "autoregressive", "isolated"])
+@pytest.mark.parametrize("kind", ["masks", "autoregressive", "blocks", "isolated"])
 def test_text_is_judged_by_a_law_of_the_training_rows_beside_the_text_that_it_goes_on_from(made, kind):
     corpus, run = made(kind)
     result, bundle, manifest = measured(corpus.recipe, run)["samples"], read_bundle(run), corpus.manifest
@@ -225,7 +269,7 @@ def test_problems_are_of_the_test_part_and_answered_as_it_is_served(made):
     task = AdditionTask.checked(ADDITION)
     problems = task.problems("test", 9, seed=7)
     writer = writer_of(bundle, corpus.recipe.decode)
-    answered = answer_problems(writer, bundle.tokenizer(), task, problems, room=3, seed=7)
+    answered = answer_problems(writer, bundle.tokenizer(), task, problems, rooms=[3] * 9, seed=7)
     expected = [
         {"prompt": problem.prompt, "answer": one.text, "is_correct": one.grade.is_correct}
         for problem, one in zip(problems, answered, strict=True)
@@ -237,7 +281,7 @@ def test_problems_are_of_the_test_part_and_answered_as_it_is_served(made):
 
 
 def test_a_filler_sees_the_sides_that_are_told(made):
-    for kind, filler in (("masks", EngineFiller), ("autoregressive", CausalFiller)):
+    for kind, filler in (("masks", EngineFiller), ("autoregressive", CausalFiller), ("blocks", LeftFiller)):
         bundle = read_bundle(made(kind)[1])
         found = filler_of(bundle, made(kind)[0].recipe.decode, seed=0)
         assert isinstance(found, filler)

@@ -6,8 +6,11 @@ from pathlib import Path
 import pytest
 from conftest import SmallCorpus, make_small_bundle
 
+from dllm_core.checkpoints.bundle import read_bundle
 from dllm_core.data.manifest import read_tokenizer
 from dllm_core.errors import ConfigError, DataError
+from dllm_core.evaluation.models import writer_of
+from dllm_core.evaluation.tasks.measure import answer_problems, rooms_for
 from dllm_core.storage.store import open_store
 from workflows.evaluate.flow import evaluate
 from workflows.fan_out import serially
@@ -42,6 +45,15 @@ def test_the_recipe_learns_what_was_written_and_is_graded_on_the_rest(kind, over
     run = make_small_bundle(SmallCorpus(recipe, store, manifest, read_tokenizer(store, manifest)), store.root)
     [result] = evaluate(recipe, run, serially, lambda *told: None)["tasks"]
     assert result["problems"] == 30
+    tokenizer, test = read_tokenizer(store, manifest), task.problems("test", 30, seed=3)
+    writer = writer_of(read_bundle(run), recipe.decode)
+    far, near = (
+        answer_problems(writer, tokenizer, task, test, rooms=rooms_for(tokenizer, test, end), seed=3)[:4]
+        for end in (recipe.packing.seq_len, None)
+    )
+    assert [e["answer"] for e in result["examples"]] == [one.text for one in far]
+    assert [one.text for one in near] != [one.text for one in far], "masks are counted"
+    assert recipe.decode.max_tokens == recipe.packing.seq_len - max(len(problem.prompt) for problem in test)
     assert not {e["prompt"] for e in result["examples"]} & {problem["prompt"] for problem in problems}
 
 

@@ -12,7 +12,7 @@ from dllm_core.decoding.engine import Engine
 from dllm_core.decoding.unmask import LowConfidencePolicy
 from dllm_core.evaluation.tasks.addition import AdditionTask
 from dllm_core.evaluation.tasks.corpus import write_problems
-from dllm_core.evaluation.tasks.measure import answer_problems, room_for, summarize_answers
+from dllm_core.evaluation.tasks.measure import answer_problems, rooms_for, summarize_answers
 from dllm_core.evaluation.tasks.sudoku import SudokuTask
 from dllm_core.evaluation.writers import EngineWriter
 from dllm_core.model.config import DenoiserConfig, ModelConfig
@@ -89,7 +89,7 @@ class Calculator(torch.nn.Module):
             pad_id=tokenizer.pad_id,
         )
 
-    def forward(self, ids, is_real=None, read=None, *, pattern=None, cache=None):
+    def forward(self, ids, is_real=None, read=None, **options):
         logits = torch.zeros(int(read.sum()), self.tokenizer.vocab_size)
         for k, (row, i) in enumerate(read.nonzero().tolist()):
             prompt = self.tokenizer.decode(ids[row].tolist()).partition("=")[0]
@@ -105,15 +105,14 @@ class Calculator(torch.nn.Module):
 def test_answers_of_one_who_adds_are_right_and_of_one_who_errs_are_not():
     tokenizer, task = byte_tokenizer(), AdditionTask(digits=2, test_share=0.5)
     problems = task.problems("test", 60, seed=4)
-    prompt, room = room_for(tokenizer, problems)
-    assert (prompt, room) == (6, 4)
+    rooms = rooms_for(tokenizer, problems)
+    assert rooms == [4] * 60, "three digits and an end"
+    assert rooms_for(tokenizer, problems, 16) == [16 - len(problem.prompt) for problem in problems]
     config = DecodeConfig(policy=LowConfidencePolicy(), block_length=4, steps_per_block=2, max_tokens=1)
 
     def measured(wrong_from):
         engine = Engine(Calculator(tokenizer, wrong_from=wrong_from), AbsorbingProcess(mask_id=tokenizer.mask_id))
-        return answer_problems(
-            EngineWriter(engine, config), tokenizer, task, problems, room=room_for(tokenizer, problems)[1], seed=5
-        )
+        return answer_problems(EngineWriter(engine, config), tokenizer, task, problems, rooms=rooms, seed=5)
 
     right = summarize_answers(measured(99))
     assert (right.problems, right.exact.value, right.pieces.value) == (60, 1.0, 1.0)
@@ -133,7 +132,7 @@ def test_an_answer_with_a_special_token_inside_is_wrong():
     tokenizer = byte_tokenizer(chat={})
 
     class Marked(Calculator):
-        def forward(self, ids, is_real=None, read=None, *, pattern=None, cache=None):
+        def forward(self, ids, is_real=None, read=None, **options):
             logits = super().forward(ids, is_real, read)
             for k, (row, i) in enumerate(read.nonzero().tolist()):
                 if ids[row, i - 1] == tokenizer.encode("=")[0]:
@@ -144,7 +143,7 @@ def test_an_answer_with_a_special_token_inside_is_wrong():
     engine = Engine(Marked(tokenizer), AbsorbingProcess(mask_id=tokenizer.mask_id))
     writer = EngineWriter(engine, DecodeConfig())
     problems = task.problems("test", 10, seed=0)
-    answered = answer_problems(writer, tokenizer, task, problems, room=3, seed=0)
+    answered = answer_problems(writer, tokenizer, task, problems, rooms=[3] * 10, seed=0)
     assert all("<|end|>" in one.text for one in answered)
     assert summarize_answers(answered).exact.value == 0
     assert summarize_answers([]) is None
