@@ -20,6 +20,7 @@ from lm_eval.tasks import TaskManager
 
 from dllm_core.checkpoints.bundle import FOLDER, read_bundle
 from dllm_core.checkpoints.run_dir import RunDir
+from dllm_core.data.tokenizer import Tokenizer
 from dllm_core.decoding.engine import Engine
 from dllm_core.decoding.state import DecodeRequest
 from dllm_core.errors import CheckpointError, ConfigError, RequestError
@@ -94,17 +95,22 @@ def test_the_command_line_runs_local_tasks_and_tells_how_sure_their_figures_are(
     scores = expected_choices(run)
     assert found["shapes"]["acc,none"] == pytest.approx(scores["acc"])
     assert found["shapes"]["acc_norm,none"] == pytest.approx(scores["acc_norm"])
-    texts = [Question((), tuple(read_bundle(run).tokenizer().encode(one["text"]))) for one in DOCUMENTS]
-    nats = {q: score.nats for batch in scorer_of(run).score(texts) for q, score in batch.items()}
-    num_bytes = sum(len(one["text"].encode()) for one in DOCUMENTS)
-    assert found["texts"]["bits_per_byte,none"] == pytest.approx(sum(nats.values()) / num_bytes / math.log(2), rel=1e-6)
+    assert found["texts"]["bits_per_byte,none"] == pytest.approx(expected_bits(run), rel=1e-6)
     assert 0 <= found["names"]["exact_match,none"] <= 1
     assert (said["run"], said["estimator"], said["is_greedy"], said["draws"]) == (run.url, "exact-count", "decode", 8)
+    assert said["loglikelihood_rolling"]["draws"] == 8 * len(DOCUMENTS)
     assert said["decode"]["block_length"] == 2
     assert said["loglikelihood"]["texts"] == len(choices())
     assert said["loglikelihood_rolling"]["texts"] == len(DOCUMENTS)
     for kind in ("loglikelihood", "loglikelihood_rolling"):
         assert 0 < said[kind]["error"] <= said[kind]["largest_error"]
+
+
+def expected_bits(run: RunDir) -> float:
+    """Bits a byte of all documents' texts, each by itself."""
+    texts = [Question((), tuple(read_bundle(run).tokenizer().encode(one["text"]))) for one in DOCUMENTS]
+    nats = sum(score.nats for batch in scorer_of(run).score(texts) for score in batch.values())
+    return nats / math.log(2) / sum(len(one["text"].encode()) for one in DOCUMENTS)
 
 
 def expected_choices(run: RunDir) -> dict[str, float]:
@@ -131,6 +137,7 @@ def test_a_model_made_here_is_evaluated_too(runs, offline):
     )
     found, said = results["results"], results["config"]["dllm"]
     assert {name: found["shapes"][f"{name},none"] for name in ("acc", "acc_norm")} == expected_choices(run)
+    assert found["texts"]["bits_per_byte,none"] == pytest.approx(expected_bits(run), rel=1e-6)
     assert (said["estimator"], said["is_greedy"]) == ("exact", "argmax")
     assert said["loglikelihood"] == {"texts": len(choices()), "draws": len(choices()), "error": 0, "largest_error": 0}
     [scored, *_] = results["samples"]["shapes"]
@@ -140,8 +147,10 @@ def test_a_model_made_here_is_evaluated_too(runs, offline):
 @pytest.mark.parametrize("kind", ["masks", "autoregressive", "blocks"])
 def test_results_depend_on_no_order_no_company_and_no_batch(runs, kind):
     requests = [*choices(), *choices()[:3]]
-    whole = model_of(runs[kind]).loglikelihood(requests)
+    model = model_of(runs[kind])
+    whole = model.loglikelihood(requests)
     assert whole[:3] == whole[-3:]
+    assert {score.draws for score in model.scores.values()} == ({1} if kind == "autoregressive" else {1, 8})
     order = random.Random(0).sample(range(len(requests)), len(requests))
     mixed = model_of(runs[kind], max_batch_tokens=64).loglikelihood([requests[i] for i in order])
     assert mixed == [whole[i] for i in order]
@@ -175,13 +184,24 @@ def test_a_continuation_is_scored_whole_wherever_the_border_falls(runs):
         stripped = text[:cut].rstrip()
         assert tokenizer.decode(question.context) == stripped
         assert tokenizer.decode(question.answer) == text[len(stripped) :]
-        is_whole = [*question.context, *question.answer] == tokenizer.encode(text)
-        is_apart = list(question.answer) == tokenizer.encode(text[len(stripped) :])
-        assert is_whole or is_apart
+        whole = tokenizer.encode(text)
+        is_whole = whole[: len(question.context)] == list(question.context)
+        apart = tokenizer.encode(text[len(stripped) :])
+        assert list(question.answer) == (whole[len(question.context) :] if is_whole else apart)
         kinds.add(is_whole)
     assert kinds == {True, False}
     assert model._question("", text) == Question((), tuple(tokenizer.encode(text)))
     assert model.loglikelihood([asking("RED", "")]) == [(0.0, True)]
+
+
+def test_a_continuation_is_encoded_as_the_text_that_it_ends(runs):
+    """A tokenizer that puts a space before every text puts none into the middle of one."""
+    model, tokenizer = model_of(runs["masks"]), read_bundle(runs["masks"]).tokenizer()
+    spaced = tokenizer.json_text.replace('"add_prefix_space":false', '"add_prefix_space":true')
+    model._tokenizer = Tokenizer(spaced, tokenizer.config)
+    question = model._question("RED:", "CIRCLE")
+    assert model._tokenizer.decode([*question.context, *question.answer]) == " RED:CIRCLE"
+    assert model._tokenizer.decode(model._tokenizer.encode("CIRCLE")) == " CIRCLE"
 
 
 @pytest.mark.parametrize("kind", ["masks", "autoregressive"])
