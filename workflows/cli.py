@@ -7,6 +7,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -97,8 +98,12 @@ def train(target: TargetArg, overrides: OverridesArg = None, output: OutputOptio
 
 @app.command()
 def evaluate(target: TargetArg, overrides: OverridesArg = None, output: OutputOption = "text") -> None:
-    """Held-out likelihood of a trained run with its standard error, and tokens per denoiser call."""
-    _verb(_stage(target, overrides, lambda pipeline: pipeline.evaluate(), needs_bundle=True), output)
+    """Measure a trained run on held-out rows: evaluation.json, and report.html beside it.
+
+    Likelihood, calibration, infilling and tokens per denoiser call; with evaluate.samples.rows=N generative perplexity,
+    with evaluate.tasks=[{type: sudoku}] exact match of a task's answers. Every figure has its standard error.
+    """
+    _verb(_stage(target, overrides, lambda p: (p.evaluate(), p.report())[0], needs_bundle=True), output)
 
 
 @app.command()
@@ -123,6 +128,25 @@ def generate(
 
 
 @app.command()
+def compare(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="a comparison: a .yaml with `recipe` and `models`")],
+    overrides: OverridesArg = None,
+    output: OutputOption = "text",
+) -> None:
+    """Train several objectives on the same data with the same budget, and measure where they differ."""
+
+    def body(console: Console) -> dict[str, Any]:
+        from workflows.compare.recipe import load_comparison
+
+        loaded = load_comparison(Path(recipe), overrides or [])
+        from workflows.compare.flow import compare as run_comparison
+
+        return run_comparison(loaded, console)
+
+    _verb(body, output)
+
+
+@app.command()
 def serve(target: TargetArg, overrides: OverridesArg = None, output: OutputOption = "text") -> None:
     """Host a run's bundle behind an OpenAI-shaped endpoint until Ctrl-C."""
 
@@ -132,6 +156,30 @@ def serve(target: TargetArg, overrides: OverridesArg = None, output: OutputOptio
 
         recipe, found = find_run(target, overrides or [])
         serve_forever(recipe, found, console)
+
+    _verb(body, output)
+
+
+@app.command()
+def task(
+    kind: Annotated[str, typer.Argument(metavar="KIND", help="sudoku or addition")],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="the folder to write")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[field=value]...", help="of the task, e.g. digits=4 max_clues=8")
+    ] = None,
+    rows: Annotated[int, typer.Option(min=1, help="training problems to write")] = 20_000,
+    seed: Annotated[int, typer.Option(min=0, help="which of them, and the recipe's seed")] = 0,
+    output: OutputOption = "text",
+) -> None:
+    """Write problems with known answers to train on, and the recipe of a run that is graded on others."""
+
+    def body(console: Console) -> dict[str, Any]:
+        from workflows.task.flow import write_task
+
+        written = write_task(kind, out, rows, seed, overrides or [])
+        recipe = _shown(written["recipe"])
+        console.print(f"{rows:,} problems; train on them: [bold]dllm run {escape(recipe)}[/bold]")
+        return written
 
     _verb(body, output)
 

@@ -87,7 +87,7 @@ class CheckpointStore:
         """The newest checkpoint whose every byte is as promised; damaged ones are reported and passed over."""
         for step in reversed(self.committed()):
             try:
-                return self._verified(step)
+                return self.at(step)
             except CheckpointError as error:
                 on_damage(error)
         return None
@@ -105,7 +105,8 @@ class CheckpointStore:
         if isinstance(self._run.store, LocalStore):
             shutil.rmtree(self._run.store.path(folder), ignore_errors=True)
 
-    def _verified(self, step: int) -> Checkpoint:
+    def at(self, step: int) -> Checkpoint:
+        """The checkpoint of a step. Raises CheckpointError where a byte is not as promised."""
         folder = self.folder(step)
         place = f"{self._run.store.url}/{folder}"
         try:

@@ -51,7 +51,7 @@ class TokenizerConfig(Frozen):
     """Section `tokenizer`: a `tokenizer.json` by path, or a byte-level BPE trained on the corpus."""
 
     path: str | None = None
-    vocab_size: int = Field(512, ge=264, le=1 << 20, description="of a trained tokenizer, specials included")
+    vocab_size: int = Field(512, ge=1, le=1 << 20, description="of a trained tokenizer, specials included")
     train_bytes: int = Field(32 << 20, ge=1 << 10, description="how much of the corpus trains it")
     mask_token: str = "<|mask|>"
     eos_token: str = "<|eos|>"
@@ -63,6 +63,18 @@ class TokenizerConfig(Frozen):
         if self.mask_token in {self.eos_token, self.pad_token}:
             raise FieldProblem("mask_token", "must differ from eos_token and pad_token", self.mask_token)
         return self
+
+    @model_validator(mode="after")
+    def _every_byte_fits(self) -> Self:
+        if self.path is None and self.vocab_size < self.smallest:
+            problem = f"must be >= {self.smallest}: 256 bytes and the special tokens"
+            raise FieldProblem("vocab_size", problem, self.vocab_size)
+        return self
+
+    @property
+    def smallest(self) -> int:
+        """The vocabulary of a trained tokenizer that merges nothing: a token a byte."""
+        return 256 + len(self.special_tokens)
 
     @property
     def special_tokens(self) -> list[str]:

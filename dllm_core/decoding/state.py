@@ -1,6 +1,12 @@
 """DecodeRequest and DecodeState: one row on its way from masks to tokens.
 
-`is_final` is the one truth about progress.
+`is_final` is the one truth about progress; the model's attention pattern decides in what blocks it is made:
+
+| pattern | blocks | a call reads | what can no longer change |
+|---|---|---|---|
+| full | the request's, counted from the canvas's first position | the whole row | nothing |
+| block_causal | the model's, counted from the row's first position | up to the block's end | the blocks before it |
+| causal | single positions | all before the position | all that was read |
 """
 
 from dataclasses import dataclass, field
@@ -11,6 +17,7 @@ from numpy.typing import NDArray
 
 from dllm_core.decoding.config import DecodeConfig
 from dllm_core.errors import RequestError
+from dllm_core.model.pattern import FULL, AttentionPattern
 from dllm_core.seeding import Floats, Ints, Purpose, uniforms
 
 FinishReason = Literal["stop", "length"]
@@ -52,10 +59,11 @@ class DecodeState:
     """A row of the engine's table. canvas int64 [L]; is_final, is_closed bool [L].
 
     is_final: holds its last token (prompt and suffix from the start). is_closed: behind a committed end token, no
-    longer of interest. num_calls: denoiser calls this row took part in (NFE).
+    longer of interest. num_calls: denoiser calls this row took part in (NFE). slot: where its keys and values are kept.
     """
 
     request: DecodeRequest
+    pattern: AttentionPattern
     canvas: Ints
     is_final: Bools
     is_closed: Bools
@@ -64,17 +72,18 @@ class DecodeState:
     calls_in_block: int = 0
     block_start: int = 0
     finish_reason: FinishReason | None = None
+    slot: int | None = None
     _first_open: int = field(init=False, default=0)
 
     @classmethod
-    def start(cls, request: DecodeRequest, prior: Ints) -> "DecodeState":
+    def start(cls, request: DecodeRequest, prior: Ints, pattern: AttentionPattern = FULL) -> "DecodeState":
         """The row before its first call; prior int64 [max_tokens] is the noise process at t = 1."""
         head, tail = len(request.prompt), len(request.suffix)
         canvas = np.concatenate([np.array(request.prompt, np.int64), prior, np.array(request.suffix, np.int64)])
         is_final = np.ones(len(canvas), dtype=bool)
         is_final[head : len(canvas) - tail] = False
         blank = np.zeros(len(canvas), dtype=bool)
-        return cls(request, canvas, is_final, blank, np.zeros(len(canvas), np.int64), block_start=head)
+        return cls(request, pattern, canvas, is_final, blank, np.zeros(len(canvas), np.int64), block_start=head)
 
     @property
     def canvas_stop(self) -> int:
@@ -88,16 +97,40 @@ class DecodeState:
 
     @property
     def block(self) -> slice:
-        """The current block."""
-        return slice(self.block_start, min(self.block_start + self.request.config.block_length, self.canvas_stop))
+        """The current block, or what of it is canvas."""
+        if self.pattern.kind == "full":
+            first, length = len(self.request.prompt), self.request.config.block_length
+        else:
+            first, length = 0, self.pattern.block_length or 1
+        stop = first + ((self.block_start - first) // length + 1) * length
+        return slice(self.block_start, min(stop, self.canvas_stop))
+
+    @property
+    def read_stop(self) -> int:
+        """A call reads the positions [0, read_stop); under `full` the suffix too."""
+        return len(self.canvas) if self.pattern.kind == "full" else self.block.stop
+
+    @property
+    def settled_stop(self) -> int:
+        """The keys and values that a call computes at [0, settled_stop) are those of every later call."""
+        if self.pattern.kind == "full":
+            return 0
+        length = self.pattern.block_length
+        return self.read_stop if length is None else self.block_start // length * length
+
+    def input_ids(self, mask_id: int) -> Ints:
+        """What a call reads [read_stop]; for autoregression the token before each, the mask where there is none."""
+        if self.pattern.kind != "causal":
+            return self.canvas[: self.read_stop]
+        before: Ints = np.concatenate([[mask_id], self.canvas[: self.read_stop - 1]])
+        return before
 
     def open_in_block(self) -> Ints:
         """Open positions of the current block, ascending [n]."""
         return self.block_start + np.flatnonzero(self.is_open[self.block])
 
-    def uniforms(self) -> Floats:
-        """One uniform for each position [L], a pure function of the request's seed, this call and the position."""
-        positions = np.arange(len(self.canvas))
+    def uniforms(self, positions: Ints) -> Floats:
+        """One uniform for each position [n], a pure function of the request's seed, this call and the position."""
         return uniforms(self.request.seed, Purpose.DECODE, self.num_calls, positions, 1)[:, 0]
 
     def commit(self, positions: Ints, tokens: Ints, confidence: Floats, eos_id: int) -> Ints:

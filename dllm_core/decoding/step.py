@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dllm_core.decoding.state import DecodeState
+from dllm_core.model.cache import KeyValueStore
 from dllm_core.model.denoiser import Denoiser
 from dllm_core.noise.process import NoiseProcess
 from dllm_core.seeding import Floats, Ints
@@ -26,19 +27,29 @@ class Proposal:
 
 @torch.inference_mode()
 def propose(
-    denoiser: Denoiser, process: NoiseProcess, rows: Sequence[DecodeState], eos_id: int, pad_id: int
+    denoiser: Denoiser,
+    process: NoiseProcess,
+    rows: Sequence[DecodeState],
+    eos_id: int,
+    pad_id: int,
+    store: KeyValueStore | None = None,
 ) -> list[Proposal]:
     """One forward for each padded length among the rows, so that a row's own length alone decides its padding.
 
     A row padded to its longest neighbour would be summed in another order, and exact ties of confidence, which a
     canvas of masks is full of, would fall another way: an answer would depend on its neighbours in its last bit.
+
+    store: where every row keeps what is settled. Then a forward reads what stands behind that, which is what counts as
+    a row's length, and what it settles is kept in turn.
     """
     proposals: dict[int, Proposal] = {}
-    lengths = [padded_length(len(row.canvas)) for row in rows]
-    for length in sorted(set(lengths)):
-        at = [i for i, own in enumerate(lengths) if own == length]
-        found = _propose(denoiser, process, [rows[i] for i in at], length, eos_id, pad_id)
-        proposals.update(zip(at, found, strict=True))
+    kept = [0 if store is None or row.slot is None else int(store.lengths[row.slot]) for row in rows]
+    widths = [_width(row, n) for row, n in zip(rows, kept, strict=True)]
+    for width in sorted(set(widths)):
+        at = [i for i, own in enumerate(widths) if own == width]
+        chosen, begins = [rows[i] for i in at], [kept[i] for i in at]
+        logits = _logits(denoiser, chosen, begins, width, store)
+        proposals.update(zip(at, _choose(logits, process, chosen, eos_id, pad_id), strict=True))
     return [proposals[i] for i in range(len(rows))]
 
 
@@ -47,20 +58,39 @@ def padded_length(length: int) -> int:
     return -(-length // _PAD_TO) * _PAD_TO
 
 
-def _propose(
-    denoiser: Denoiser, process: NoiseProcess, rows: Sequence[DecodeState], length: int, eos_id: int, pad_id: int
+def _width(row: DecodeState, kept: int) -> int:
+    """Positions that a row takes in a forward; a single one behind what is kept needs no padding."""
+    length = row.read_stop - kept
+    return 1 if kept and length == 1 else padded_length(length)
+
+
+def _logits(
+    denoiser: Denoiser, rows: Sequence[DecodeState], kept: Sequence[int], width: int, store: KeyValueStore | None
+) -> Tensor:
+    """One forward: fp32 [n V] at the open positions of each row's current block, row after row."""
+    mask_id, pad_id = denoiser.config.mask_id, denoiser.config.pad_id
+    ids = np.full((len(rows), width), pad_id, dtype=np.int64)
+    is_real = np.zeros((len(rows), width), dtype=bool)
+    read = np.zeros((len(rows), width), dtype=bool)
+    for i, (row, begin) in enumerate(zip(rows, kept, strict=True)):
+        new = row.input_ids(mask_id)[begin:]
+        ids[i, : len(new)] = new
+        is_real[i, : len(new)] = True
+        read[i, row.open_in_block() - begin] = True
+    given = [torch.from_numpy(part).to(denoiser.device) for part in (ids, is_real, read)]
+    cache = None if store is None else store.rows([row.slot for row in rows if row.slot is not None])
+    logits: Tensor = denoiser(*given, pattern=rows[0].pattern, cache=cache).float()
+    if cache is not None:
+        cache.commit([row.settled_stop - begin for row, begin in zip(rows, kept, strict=True)])
+    return logits
+
+
+def _choose(
+    logits: Tensor, process: NoiseProcess, rows: Sequence[DecodeState], eos_id: int, pad_id: int
 ) -> list[Proposal]:
-    """Logits are read at the open positions of each row's current block only."""
-    ids = np.full((len(rows), length), pad_id, dtype=np.int64)
-    is_real = np.zeros((len(rows), length), dtype=bool)
-    read = np.zeros((len(rows), length), dtype=bool)
+    """The tokens of logits [n V] at the open positions of the rows' current blocks."""
+    device = logits.device
     positions = [row.open_in_block() for row in rows]
-    for i, row in enumerate(rows):
-        ids[i, : len(row.canvas)] = row.canvas
-        is_real[i, : len(row.canvas)] = True
-        read[i, positions[i]] = True
-    device = denoiser.device
-    logits = denoiser(*(torch.from_numpy(part).to(device) for part in (ids, is_real, read))).float()
     of_row = torch.from_numpy(np.repeat(np.arange(len(rows)), [len(part) for part in positions])).to(device)
     logits[:, pad_id] = -torch.inf  # no answer holds padding; the process itself rules the mask out
     holes = torch.tensor([bool(row.request.suffix) for row in rows], device=device)
@@ -69,7 +99,7 @@ def _propose(
     tokens = log_probs.argmax(-1)
     hot = np.array([row.request.config.temperature > 0 for row in rows])
     if hot.any():
-        draws = np.concatenate([row.uniforms()[at] for row, at in zip(rows, positions, strict=True)])
+        draws = np.concatenate([row.uniforms(at) for row, at in zip(rows, positions, strict=True)])
         tokens = torch.where(
             torch.from_numpy(hot).to(device)[of_row],
             _sampled(log_probs, rows, of_row, torch.from_numpy(draws).to(device)),

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from dllm_core.evaluation.estimate import ratio
 from dllm_core.evaluation.estimators import Draw, Estimator, HeldoutRows
 from dllm_core.objective.loss import DenoiserLike
 from dllm_core.seeding import Doubles, Ints
@@ -41,7 +42,7 @@ class Likelihood:
     """nelbo: nats a token, exact or an upper bound in expectation, as `estimator` says; its two errors.
 
     bits_per_byte: of the same tokens' UTF-8 text, to which end tokens add nats and no byte. All four None for a model
-    that has no likelihood, the Monte-Carlo error also after a single draw.
+    that has no likelihood, the Monte-Carlo error also after a single draw, the standard error also of a single row.
     """
 
     nelbo: float | None
@@ -118,22 +119,20 @@ def side_by_side(parts: Sequence[RowScores]) -> RowScores:
 
 
 def summarize(scores: RowScores, token_counts: Ints, byte_lengths: Ints, estimator: str) -> Likelihood:
-    """Ratio of sums over rows with its delta-method standard error.
+    """Nats over tokens of all rows (`ratio`). Raises ValueError where no token counts.
 
     token_counts [V]: how often each id is among the counted tokens of these rows; byte_lengths [V]: of an id's text.
     """
-    total, n = int(scores.tokens.sum()), len(scores.nats)
-    nelbo = float(scores.nats.sum() / total)
-    residual = scores.nats - nelbo * scores.tokens
+    found, total = ratio(scores.nats, scores.tokens), int(scores.tokens.sum())
     is_drawn_once = not np.isfinite(scores.variance).all()
     num_bytes = int(token_counts @ byte_lengths)
     return Likelihood(
-        nelbo=nelbo,
-        standard_error=math.sqrt(float((residual**2).sum()) * n / max(n - 1, 1)) / total,
+        nelbo=found.value,
+        standard_error=found.standard_error,
         monte_carlo_error=None if is_drawn_once else scores.monte_carlo_error,
-        bits_per_byte=bits_per_byte(nelbo, total, num_bytes),
+        bits_per_byte=bits_per_byte(found.value, total, num_bytes),
         unigram_entropy=unigram_entropy(token_counts),
-        rows=n,
+        rows=len(scores.nats),
         tokens=total,
         bytes=num_bytes,
         draws=scores.draws,

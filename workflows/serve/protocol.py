@@ -196,7 +196,9 @@ class ApiError(Exception):
 
     @classmethod
     def of(cls, error: RequestError) -> "ApiError":
-        """400 with the parameter at fault."""
+        """400 with the parameter at fault, under the name that it has in a request."""
+        if error.place in DiffusionOptions.model_fields:  # the engine knows no HTTP
+            error = RequestError(f"diffusion.{error.place}", error.problem, error.value, error.remedy)
         code = "context_length_exceeded" if "exceed the context" in error.problem else None
         return cls(400, str(error), param=error.place, code=code)
 

@@ -1,32 +1,19 @@
-"""One rank of a training run: joins the group that Ray Train made, finds the newest checkpoint, trains on.
-
-Everything here may be killed at any moment; a worker that starts anew resumes by itself.
-"""
+"""One rank of a training run: joins the group that Ray Train made and trains on from the newest checkpoint."""
 
 import os
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch.utils.tensorboard import SummaryWriter
 
 from dllm_core.checkpoints.run_dir import JsonLines
-from dllm_core.checkpoints.store import CheckpointStore
-from dllm_core.data.loader import Loader, Prefetcher
-from dllm_core.data.manifest import read_manifest, read_tokenizer
 from dllm_core.errors import CheckpointError
-from dllm_core.model.denoiser import Denoiser
-from dllm_core.model.pretrained import WEIGHTS_NAME, assign_weights
-from dllm_core.objective.build import new_objective
 from dllm_core.storage.store import LocalStore
-from dllm_core.training.backend import resolve_precision
 from dllm_core.training.deepspeed_backend import DeepSpeedBackend
 from dllm_core.training.events import StepRecord
-from dllm_core.training.loop import Trainer, measure_peak_flops
 from workflows.train.announcements import Announcer
-from workflows.train.job import WorkerJob, denoiser_config
-
-METRICS = "metrics.jsonl"
+from workflows.train.job import WorkerJob
+from workflows.train.session import METRICS, Silence, open_session
 
 
 def train_worker(config: dict[str, Any]) -> None:
@@ -38,59 +25,20 @@ def train_worker(config: dict[str, Any]) -> None:
     if torch.cuda.is_available() and recipe.placement.train.gpus_per_worker:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    manifest = read_manifest(job.run.store, job.corpus)
-    tokenizer = read_tokenizer(job.run.store, manifest)
-    mask_id, config_of_model = tokenizer.mask_id, denoiser_config(recipe, manifest, tokenizer)
-    torch.manual_seed(recipe.seed)
-    with device:
-        module = Denoiser(config_of_model)
 
     def report_damage(error: CheckpointError) -> None:
         if rank == 0:
             announcer.tell("checkpoint_refused", reason=str(error))
 
-    checkpoints = CheckpointStore(job.run)
-    newest = checkpoints.newest(report_damage)
-    if newest is not None:
-        weights = load_file(newest.files[WEIGHTS_NAME], device=str(device))
-        assign_weights(module, weights, newest.name)
-    backend = DeepSpeedBackend(module, recipe.train)
-    peak = measure_peak_flops(resolve_precision(recipe.train.precision, device), device)
-    [peak] = backend.sum_over_ranks([peak])
-    trainer = Trainer(
-        recipe.train,
-        backend,
-        new_objective(
-            recipe.objective,
-            config_of_model,
-            manifest.process.bind(mask_id, manifest.vocab_size),
-            device,
-            seed=recipe.seed,
-            block_length=manifest.block_length,
-            steps=manifest.steps,
-            t_min=manifest.t_min,
-        ),
-        Prefetcher(Loader.open(job.run.store, manifest, mask_id)),
-        checkpoints,
-        _Listener(job, announcer, newest.manifest.position.step if newest else 0) if rank == 0 else _Silence(),
-        samples_per_epoch=manifest.train.rows,
-        peak_flops=peak,
-    )
-    if newest is not None:
-        trainer.resume(newest)
-    trainer.run()
-
-
-class _Silence:
-    """Ranks other than 0 have nothing to tell."""
-
-    def started(self, step: int, seconds: float) -> None: ...
-
-    def stepped(self, record: StepRecord) -> None: ...
-
-    def saved(self, step: int) -> None: ...
-
-    def skipped(self, step: int) -> None: ...
+    open_session(
+        recipe,
+        job.run,
+        job.corpus,
+        device,
+        backend_of=lambda module: DeepSpeedBackend(module, recipe.train),
+        events_of=lambda step: _Listener(job, announcer, step) if rank == 0 else Silence(),
+        on_damage=report_damage,
+    ).run()
 
 
 class _Listener:

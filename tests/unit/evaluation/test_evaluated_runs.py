@@ -36,8 +36,8 @@ KINDS = {
     "hybrid": (
         {"noise": {"process": {"type": "hybrid", "p_u": 0.4}, "epochs": 1}}, "stratified-time", "noise.process.type: "
     ),
-    "blocks": ({**BLOCKS, "packing": {"type": "isolated", "seq_len": 32}}, "exact-count", "objective.type: "),
-    "autoregressive": ({"objective": {"type": "autoregressive"}}, "exact", "objective.type: "),
+    "blocks": ({**BLOCKS, "packing": {"type": "isolated", "seq_len": 32}}, "exact-count", None),
+    "autoregressive": ({"objective": {"type": "autoregressive"}}, "exact", None),
     "masked_lm": ({"objective": {"type": "masked_lm"}}, None, "objective.type: "),
 }  # fmt: skip
 EVERY_KIND = pytest.mark.parametrize("kind", KINDS)
@@ -72,6 +72,13 @@ def test_a_bundle_is_scored_as_it_was_trained_and_decoded_where_it_can_be(made, 
     assert result["tokens"] == heldout.tokens
     assert result["conventions"] == {"tokens": "real", "end_tokens": "counted", "conditioned_on": "nothing"}
     assert (result["decoding"] is None) == (refusal is not None)
+    if refusal is None:
+        threshold, length = corpus.recipe.decode.policy.model_dump(mode="json"), corpus.recipe.decode.block_length
+        token_by_token = kind == "autoregressive"
+        assert result["decoding"]["policy"] == (None if token_by_token else threshold)
+        assert result["decoding"]["block_length"] == (None if token_by_token else length)
+        assert result["decoding"]["tokens_per_call"] == 1 or not token_by_token
+        assert ("token by token" in _about_evaluation(result)) == token_by_token
     if estimator is None:
         assert [result[name] for name in ("nelbo", "standard_error", "gain", "bits_per_byte", "draws")] == [
             None
@@ -131,6 +138,7 @@ def test_a_report_shows_noise_as_it_is_and_says_what_there_is_not(made, kind):
     write_report(corpus.recipe, run)
     page = run.store.read(run.key("report.html")).decode()
     assert ("There is no decoder for such a model yet" in page) == (KINDS[kind][2] is not None)
+    assert ("token by token" in page) == (kind == "autoregressive")
     assert ("class=swapped>" in page) == (kind in ("uniform", "hybrid"))
     assert ("class=open>" in page) == (kind != "uniform")
     assert ("a masked language model bounds none" in page) == (kind == "masked_lm")

@@ -46,7 +46,9 @@ def runs(small_bundle: RunDir, tmp_path_factory: pytest.TempPathFactory) -> dict
     corpus = make_small_corpus(
         tmp_path_factory.mktemp("blocks"), noise={"block_length": 4, "epochs": 1}, objective={"type": "block_diffusion"}
     )
-    return {**made, "blocks": make_small_bundle(corpus, corpus.store.root)}
+    made["blocks"] = make_small_bundle(corpus, corpus.store.root)
+    corpus = make_small_corpus(tmp_path_factory.mktemp("timed"), model={"time_conditioning": True})
+    return {**made, "timed": make_small_bundle(corpus, corpus.store.root)}
 
 
 def model_of(run: RunDir, **model_args: object) -> DllmModel:
@@ -233,12 +235,20 @@ def test_is_greedy_means_that_decoding_gives_exactly_this(runs, kind):
 
 
 def test_where_there_is_no_decoder_nothing_is_greedy_and_it_is_said(runs):
-    model = model_of(runs["blocks"])
+    model = model_of(runs["timed"])
     assert not any(is_greedy for _, is_greedy in model.loglikelihood(choices()))
     assert model.get_model_info()["dllm"]["is_greedy"] is None
-    for kind in ("blocks", "autoregressive"):
-        with pytest.raises(ConfigError, match=r"^objective\.type: there is no decoder"):
-            model_of(runs[kind]).generate_until([asking("RED", {"until": []})])
+    with pytest.raises(ConfigError, match=r"^model\.time_conditioning: there is no decoder"):
+        model.generate_until([asking("RED", {"until": []})])
+
+
+@pytest.mark.parametrize("kind", ["blocks", "autoregressive"])
+def test_what_reads_left_to_right_writes_too(runs, kind):
+    model = model_of(runs[kind])
+    told = {"until": [], "max_gen_toks": 6, "do_sample": True, "temperature": 1.0}
+    [text] = model.generate_until([asking("RED", told)])
+    assert text
+    assert model.get_model_info()["dllm"]["is_greedy"] is not None
 
 
 def test_a_text_ends_before_the_first_of_its_stop_strings_and_costs_no_call_more(runs):

@@ -96,3 +96,9 @@ def test_stop_strings_have_limits():
     for bad in (["a"] * 5, [""], "x" * 65):
         with pytest.raises(RequestError, match="stop"):
             parse(stop=bad).stops  # noqa: B018
+
+
+def test_what_the_engine_refuses_is_named_as_in_a_request():
+    for place, param in (("block_length", "diffusion.block_length"), ("suffix", "suffix")):
+        body = ApiError.of(RequestError(place, "must be 4", 5, "say so")).body["error"]
+        assert (body["param"], body["message"]) == (param, f"{param}: must be 4, got 5: say so")

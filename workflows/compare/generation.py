@@ -1,0 +1,100 @@
+"""Continuations by every model: calls, speed, and what an outside judge thinks of them. One task for all of them.
+
+Speeds compare because one process measures them one after the other, on the same prompts, in batches of the same size.
+The judge is an n-gram model of the training text, which none of the models is.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+
+from dllm_core.checkpoints.bundle import read_bundle
+from dllm_core.data.loader import split_rows
+from dllm_core.data.manifest import read_manifest
+from dllm_core.decoding.config import DecodeConfig
+from dllm_core.decoding.unmask import ThresholdPolicy
+from dllm_core.evaluation.samples import Samples, measure_samples
+from dllm_core.evaluation.scorers import NGramModel
+from dllm_core.evaluation.writers import Tokens, Writer, Written
+from dllm_core.objective.config import AutoregressiveConfig
+from workflows.compare.measures import Question, heldout_rows
+from workflows.compare.speakers import Speaker
+from workflows.compare.training import Entrant, device_of
+
+_ORDER = 4
+_MAX_JUDGED_ROWS = 20_000  # of training text; the judge takes some 40 bytes a token and order
+
+
+def generate(question: Question) -> dict[str, Any]:
+    """`text`: the held-out continuations themselves, judged alike; `models`: a curve for each that can write."""
+    device, section = device_of(question.gpus), question.recipe.generation
+    first = question.entrants[0]
+    manifest = read_manifest(first.run.store, first.corpus)
+    judge = _judge(first)
+    _, tokens = heldout_rows(first, manifest, section.prompts)
+    stop = min(section.prompt_tokens + section.tokens, manifest.seq_len)
+    prompts: list[Tokens] = tokens.x0[:, : section.prompt_tokens].tolist()
+    truth: list[Tokens] = tokens.x0[:, section.prompt_tokens : stop].tolist()
+    told = measure_samples(Samples.of(prompts, truth), judge)
+    models = {}
+    with torch.inference_mode():
+        for entrant in question.entrants:
+            speaker = Speaker(read_bundle(entrant.run), device, entrant.recipe.seed)
+            models[entrant.model] = _curve(question, speaker, prompts, stop - section.prompt_tokens, judge)
+    return {"judge": judge.name, "text": None if told is None else asdict(told), "models": models}
+
+
+def _judge(entrant: Entrant) -> NGramModel:
+    manifest = read_manifest(entrant.run.store, entrant.corpus)
+    bundle = read_bundle(entrant.run)
+    rows = np.arange(min(manifest.train.rows, _MAX_JUDGED_ROWS))
+    tokens = split_rows(entrant.run.store, manifest, manifest.train, rows)
+    return NGramModel.fit(
+        tokens.x0,
+        tokens.is_real,
+        order=_ORDER,
+        vocab_size=manifest.vocab_size,
+        never=(bundle.config.mask_id, bundle.config.pad_id),
+        segment_ids=tokens.segment_ids,
+    )
+
+
+def _curve(
+    question: Question, speaker: Speaker, prompts: Sequence[Tokens], room: int, judge: NGramModel
+) -> list[dict[str, Any]] | None:
+    """A point for each threshold; autoregression has none and is one point."""
+    section = question.recipe.generation
+    served = DecodeConfig.model_validate(speaker.bundle.manifest.decode)
+    thresholds: tuple[float | None, ...] = section.thresholds
+    if isinstance(speaker.objective, AutoregressiveConfig):
+        thresholds = (None,)
+    points = []
+    for threshold in thresholds:
+        changed: dict[str, Any] = {"temperature": section.temperature}
+        if threshold is not None:
+            changed["policy"] = ThresholdPolicy(threshold=threshold)
+        writer = speaker.writer(served.model_copy(update=changed))
+        if writer is None:
+            return None
+        points.append({"threshold": threshold, **_written(writer, prompts, room, judge)})
+    return points
+
+
+def _written(writer: Writer, prompts: Sequence[Tokens], room: int, judge: NGramModel) -> dict[str, Any]:
+    writer.write(prompts[:1], room, seed=0)  # what is made at the first call is not timed
+    begun = time.perf_counter()
+    answers: list[Written] = writer.write(prompts, room, seed=0)
+    seconds = time.perf_counter() - begun
+    tokens, calls = sum(a.num_committed for a in answers), sum(a.num_calls for a in answers)
+    quality = measure_samples(Samples.of(prompts, [a.tokens for a in answers]), judge)
+    return {
+        "tokens": tokens,
+        "calls": calls,
+        "tokens_per_call": tokens / max(calls, 1),
+        "tokens_per_s": tokens / seconds,
+        "quality": None if quality is None else {**asdict(quality), "perplexity": asdict(quality.perplexity)},
+    }

@@ -1,0 +1,284 @@
+"""What is measured of one model, each a task of its own; plain data, each figure with its standard error.
+
+`learning` and `repetition` (held-out likelihood) -> `context` (one side or both) -> `flexibility` (holes, editing) ->
+`answers` (the task). `generation.py` is apart: its speeds are measured one after the other in one process.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+from dllm_core.checkpoints.bundle import read_bundle
+from dllm_core.checkpoints.store import CheckpointStore
+from dllm_core.data.loader import TokenRows, split_rows
+from dllm_core.data.manifest import CorpusManifest, read_manifest
+from dllm_core.decoding.config import DecodeConfig
+from dllm_core.evaluation.config import Side
+from dllm_core.evaluation.estimate import measure_seed, proportion
+from dllm_core.evaluation.estimators import HeldoutRows, estimator_of_bundle
+from dllm_core.evaluation.infill import Filler, Hole, cut_holes, score_holes, summarize_holes
+from dllm_core.evaluation.likelihood import score_rows, side_by_side, summarize
+from dllm_core.evaluation.tasks.measure import answer_problems, room_for, summarize_answers
+from dllm_core.model.denoiser import Denoiser
+from dllm_core.model.pretrained import assign_weights
+from dllm_core.objective.config import AutoregressiveConfig, BlockDiffusionConfig
+from dllm_core.seeding import Ints, Purpose, uniforms, uniforms64
+from dllm_core.training.loop import EMA_NAME
+from workflows.compare.recipe import CompareRecipe
+from workflows.compare.speakers import Speaker
+from workflows.compare.training import Entrant, device_of
+
+_BATCH_ROWS = 32
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a task is asked: a measure of one model, on its runs."""
+
+    measure: str
+    model: str
+    entrants: tuple[Entrant, ...]
+    recipe: CompareRecipe
+
+    @property
+    def gpus(self) -> float:
+        """Of the task."""
+        return self.recipe.placement.gpus_per_worker
+
+
+def answer(question: Question) -> Any:
+    """Measure; None where such a model cannot be asked this."""
+    measures = {
+        "learning": _learning,
+        "repetition": _repetition,
+        "context": _context,
+        "flexibility": _flexibility,
+        "task": _task,
+    }
+    device = device_of(question.gpus)
+    with torch.inference_mode():
+        return measures[question.measure](question, device)
+
+
+def heldout_rows(entrant: Entrant, manifest: CorpusManifest, count: int) -> tuple[Ints, TokenRows]:
+    """At most `count` held-out rows, evenly spaced, and their ids: the same rows for every model."""
+    rows = np.linspace(0, manifest.heldout.rows - 1, min(count, manifest.heldout.rows)).astype(np.int64)
+    return rows, split_rows(entrant.run.store, manifest, manifest.heldout, rows)
+
+
+def _learning(question: Question, device: torch.device) -> list[dict[str, Any]] | None:
+    """A point for each checkpoint that the run kept."""
+    [entrant] = question.entrants
+    checkpoints = CheckpointStore(entrant.run)
+    denoiser = read_bundle(entrant.run).denoiser(str(device))
+    points = []
+    for step in checkpoints.committed():
+        found = checkpoints.at(step)
+        assign_weights(denoiser, load_file(found.files[EMA_NAME], device=str(device)), found.name)
+        likelihood = _likelihood(question, entrant, denoiser, device)
+        if likelihood is None:
+            return None
+        position = found.manifest.position
+        points.append({"step": step, "tokens": position.tokens_seen, "likelihood": likelihood})
+    return points
+
+
+def _repetition(question: Question, device: torch.device) -> list[dict[str, Any]] | None:
+    """The bundle of each run over the small share of the text."""
+    points = []
+    for entrant in question.entrants:
+        likelihood = _likelihood(question, entrant, read_bundle(entrant.run).denoiser(str(device)), device)
+        if likelihood is None:
+            return None
+        manifest = read_manifest(entrant.run.store, entrant.corpus)
+        points.append({"data": entrant.data, "corpus_tokens": manifest.train.tokens, "likelihood": likelihood})
+    return points
+
+
+def _likelihood(
+    question: Question, entrant: Entrant, denoiser: Denoiser, device: torch.device
+) -> dict[str, Any] | None:
+    bundle, section = read_bundle(entrant.run), question.recipe.learning
+    estimator = estimator_of_bundle(bundle, str(device))
+    if estimator is None:
+        return None
+    manifest = read_manifest(entrant.run.store, entrant.corpus)
+    ids, tokens = heldout_rows(entrant, manifest, section.rows)
+    parts = []
+    for start in range(0, len(ids), _BATCH_ROWS):
+        rows = ids[start : start + _BATCH_ROWS]
+        part = HeldoutRows.of(split_rows(entrant.run.store, manifest, manifest.heldout, rows), rows)
+        parts.append(score_rows(denoiser, estimator, part, seed=entrant.recipe.seed, draws=section.draws))
+    counts = np.bincount(tokens.x0[tokens.is_learned], minlength=manifest.vocab_size)
+    found = summarize(side_by_side(parts), counts, bundle.tokenizer().byte_lengths(), estimator.name)
+    return asdict(found)
+
+
+def _speaker(entrant: Entrant, device: torch.device) -> Speaker:
+    return Speaker(read_bundle(entrant.run), device, entrant.recipe.seed)
+
+
+def _context(question: Question, device: torch.device) -> dict[str, Any] | None:
+    """Accuracy of the tokens of one hole a row, by the side that is seen and the distance to what is seen."""
+    [entrant] = question.entrants
+    speaker, section = _speaker(entrant, device), question.recipe.context
+    filler = speaker.filler(None)
+    if filler is None:
+        return None
+    holes = _holes(entrant, section.rows, section.length)
+    found = {side: summarize_holes(score_holes(filler, holes, section.length, side)) for side in filler.sides}
+    return {side: asdict(infilling) for side, infilling in found.items() if infilling is not None}
+
+
+def _holes(entrant: Entrant, count: int, length: int, part: slice = slice(None)) -> list[Hole]:
+    """Holes in the columns `part` of held-out rows."""
+    manifest = read_manifest(entrant.run.store, entrant.corpus)
+    ids, tokens = heldout_rows(entrant, manifest, count)
+    bundle = read_bundle(entrant.run)
+    segment_ids = None if tokens.segment_ids is None else tokens.segment_ids[:, part]
+    rows = HeldoutRows(tokens.x0[:, part], tokens.is_learned[:, part], ids, tokens.is_real[:, part], segment_ids)
+    never = (bundle.config.mask_id, bundle.config.eos_id, bundle.config.pad_id)
+    return cut_holes(rows, length, seed=entrant.recipe.seed, never=never)
+
+
+def _flexibility(question: Question, device: torch.device) -> dict[str, Any]:
+    """Holes of several lengths, two in a row at once, and text to be mended; as it is served, but for the editing."""
+    [entrant] = question.entrants
+    speaker, section = _speaker(entrant, device), question.recipe.flexibility
+    served = DecodeConfig.model_validate(speaker.bundle.manifest.decode).model_copy(update={"temperature": 0.0})
+    filler = speaker.filler(served)
+    result: dict[str, Any] = {"holes": [], "two_holes": None, "editing": _editing(question, entrant, speaker)}
+    if filler is None:
+        return result
+    side = _widest(filler)
+    for length in section.lengths:
+        found = summarize_holes(score_holes(filler, _holes(entrant, section.rows, length), length, side))
+        if found is not None:
+            result["holes"].append(asdict(found))
+    result["two_holes"] = two_holes(entrant, filler, section.rows, section.lengths[len(section.lengths) // 2])
+    return result
+
+
+def two_holes(entrant: Entrant, filler: Filler, rows: int, length: int) -> dict[str, Any] | None:
+    """One hole in each half of a row: the first is filled while the second is masked, the second given the first.
+
+    By the chain rule that is one way to fill both; what stands between them is a constraint on both.
+    """
+    half = entrant.recipe.packing.seq_len // 2
+    halves = [
+        {hole.row_id: hole for hole in _holes(entrant, rows, length, part)}
+        for part in (slice(None, half), slice(half, None))
+    ]
+    shared = sorted(halves[0].keys() & halves[1].keys())
+    if not shared:
+        return None
+    side = _widest(filler)
+    firsts, seconds = ([part[row] for row in shared] for part in halves)
+    config = read_bundle(entrant.run).config
+    masked = np.full(length, config.mask_id, np.int64)
+    opened = [
+        replace(a, after=np.concatenate([a.after, b.before, masked, b.after]))
+        for a, b in zip(firsts, seconds, strict=True)
+    ]
+    first = filler.fill(opened, side)
+    filled = [
+        replace(b, before=np.concatenate([a.before, _as_text(done.tokens, config.eos_id), a.after, b.before]))
+        for a, b, done in zip(firsts, seconds, first, strict=True)
+    ]
+    second = filler.fill(filled, side)
+    hits = np.array(
+        [
+            [np.sum(a.truth == x.tokens), np.sum(b.truth == y.tokens)]
+            for a, b, x, y in zip(firsts, seconds, first, second, strict=True)
+        ]
+    )
+    return {
+        "length": length,
+        "exact": asdict(proportion((hits == length).all(1), np.ones(len(hits)))),
+        "token": asdict(proportion(hits.sum(1), np.full(len(hits), 2 * length))),
+    }
+
+
+def _widest(filler: Filler) -> Side:
+    return "both" if "both" in filler.sides else "left"
+
+
+def _as_text(tokens: Ints, eos_id: int) -> Ints:
+    """What a filler gave, as ids; -1 stands behind the end of an answer that broke off."""
+    return np.where(tokens < 0, eos_id, tokens)
+
+
+def _editing(question: Question, entrant: Entrant, speaker: Speaker) -> dict[str, Any] | None:
+    """Some tokens are replaced at random, and one call has to find and mend them without breaking the others.
+
+    None for models that look at no token's own position: there the question is another one. A masked diffusion model
+    answers by its law that what is no mask is right: it keeps all and mends nothing.
+    """
+    if isinstance(speaker.objective, AutoregressiveConfig | BlockDiffusionConfig):
+        return None
+    section = question.recipe.flexibility
+    manifest = read_manifest(entrant.run.store, entrant.corpus)
+    ids, tokens = heldout_rows(entrant, manifest, section.rows)
+    x0, length, vocabulary = tokens.x0, tokens.x0.shape[1], manifest.vocab_size
+    seed = measure_seed(entrant.recipe.seed, "editing")
+    is_broken = (uniforms(seed, Purpose.EVALUATE, 0, ids, length) < section.broken) & tokens.is_learned
+    shift = 1 + (uniforms64(seed, Purpose.EVALUATE_REPLACE, 0, ids, length) * (vocabulary - 1)).astype(np.int64)
+    shown = np.where(is_broken, (x0 + shift) % vocabulary, x0)
+    shown = np.where(is_broken & (shown == speaker.mask_id), (shown + 1) % vocabulary, shown)
+    is_broken &= shown != x0
+    given = _restored(speaker, shown, tokens.is_real, section.broken)
+    kept = tokens.is_learned & ~is_broken
+    return {
+        "broken": section.broken,
+        "mended": asdict(proportion(((given == x0) & is_broken).sum(1), is_broken.sum(1))),
+        "kept": asdict(proportion(((given == x0) & kept).sum(1), kept.sum(1))),
+        "right_before": asdict(proportion(kept.sum(1), tokens.is_learned.sum(1))),
+        "right_after": asdict(proportion(((given == x0) & tokens.is_learned).sum(1), tokens.is_learned.sum(1))),
+    }
+
+
+def _restored(speaker: Speaker, shown: Ints, is_real: Any, share: float) -> Ints:
+    """The likeliest clean token at every position [N L], by one call a row; t is where so large a share is noise."""
+    process, has_time = speaker.bundle.process, speaker.bundle.config.model.time_conditioning
+    if not process.replaces and not _is_masked_lm(speaker):
+        return shown
+    given = np.empty_like(shown)
+    for start in range(0, len(shown), _BATCH_ROWS):
+        at = slice(start, start + _BATCH_ROWS)
+        ids, real = (torch.from_numpy(part[at]).to(speaker.device) for part in (shown, is_real))
+        when = {"t": torch.full((len(ids),), share, device=speaker.device)} if has_time else {}
+        logits = speaker.denoiser(ids, real, **when).float()
+        logits[..., speaker.mask_id] = -torch.inf
+        given[at] = logits.argmax(-1).cpu().numpy()
+    return given
+
+
+def _is_masked_lm(speaker: Speaker) -> bool:
+    return speaker.objective.type == "masked_lm"
+
+
+def _task(question: Question, device: torch.device) -> dict[str, Any] | None:
+    """Exact match on problems that training never saw."""
+    [entrant] = question.entrants
+    section = question.recipe.task
+    assert section is not None
+    speaker = _speaker(entrant, device)
+    served = DecodeConfig.model_validate(speaker.bundle.manifest.decode).model_copy(update={"temperature": 0.0})
+    writer = speaker.writer(served)
+    if writer is None:
+        return None
+    problems = section.problem.problems("test", section.problems, seed=entrant.recipe.seed)
+    tokenizer, seed = speaker.bundle.tokenizer(), entrant.recipe.seed
+    _, room = room_for(tokenizer, problems)
+    answered = answer_problems(writer, tokenizer, section.problem, problems, room=room, seed=seed)
+    found = summarize_answers(answered)
+    return None if found is None else {**asdict(found), "examples": _examples(problems, answered)}
+
+
+def _examples(problems: Sequence[Any], answered: Sequence[Any]) -> list[dict[str, Any]]:
+    pairs = list(zip(problems, answered, strict=True))[:3]
+    return [{"prompt": p.prompt, "answer": a.text, "is_correct": a.grade.is_correct} for p, a in pairs]

@@ -1,0 +1,235 @@
+"""A comparison as one Markdown table for each axis, and as a page with plots."""
+
+import html
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from workflows.drawing import INK, axes, figures, grid, page, svg, table
+
+_COLOURS = ("#2a6fdb", "#c2410c", "#15803d", "#7c3aed", "#b45309", "#0e7490", "#be185d", "#4d7c0f")
+_NONE = "–"
+Rows = list[list[str]]
+
+
+def table_lines(result: dict[str, Any]) -> list[str]:
+    """The tables in Markdown; a dash where a model cannot be asked."""
+    lines: list[str] = []
+    for title, head, rows in _tables(result):
+        lines += ["", f"**{title}**", "", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+        lines += ["| " + " | ".join(row) + " |" for row in rows]
+    return lines[1:]
+
+
+def report_page(result: dict[str, Any], place: str) -> bytes:
+    """report.html: the tables and a plot for each axis."""
+    parts = [figures(_cards(result))]
+    plots = {"Learning": _learning_plot, "Context": _context_plot, "Generation": _generation_plot}
+    for title, head, rows in _tables(result):
+        parts += [f"<h2>{html.escape(title)}</h2>", grid(head, rows)]
+        axis = title.split(":")[0]
+        if axis in plots:
+            parts.append(plots.pop(axis)(result))
+    parts += [f"<h2>Answers to the task</h2>{_examples(result)}"] if result.get("task") else []
+    parts += ["<h2>Recipe</h2>", table(result["recipe"])]
+    return page(result["name"], place, *parts)
+
+
+def _tables(result: dict[str, Any]) -> list[tuple[str, list[str], Rows]]:
+    made = [_learning_table(result), _context_table(result), _generation_table(result), _flexibility_table(result)]
+    if result.get("repetition"):
+        made.insert(1, _repetition_table(result))
+    if result.get("task"):
+        made.append(_task_table(result))
+    return made
+
+
+def _learning_table(result: dict[str, Any]) -> tuple[str, list[str], Rows]:
+    of_text = {run["model"]: run for run in result["runs"] if run["data"] == "text"}
+    points: list[dict[str, Any]] = next((p for p in result["learning"].values() if p), [])
+    head = ["model", "parameters", "training s", *(f"{p['tokens'] / 1e6:.2f}M tokens" for p in points)]
+    head += ["bits/byte", "estimator"]
+    rows = []
+    for model, found in result["learning"].items():
+        run = of_text[model]
+        row = [model, f"{run['parameters']:,}", f"{run['seconds']:.0f}"]
+        if not found:
+            rows.append([*row, *[_NONE] * len(points), _NONE, "no likelihood"])
+            continue
+        last = found[-1]["likelihood"]
+        rows.append([*row, *map(_nats, found), f"{last['bits_per_byte']:.3f}", last["estimator"]])
+    return "Learning: held-out nats per token (exact, or an upper bound) after so many tokens, ± SE", head, rows
+
+
+def _repetition_table(result: dict[str, Any]) -> tuple[str, list[str], Rows]:
+    first = next(iter(result["repetition"].values()))
+    epochs = [int(point["data"].removeprefix("small-")) for point in first]
+    head = ["model", *(f"{n} epoch{'s' if n > 1 else ''}" for n in epochs)]
+    rows = [[model, *map(_nats, points)] for model, points in result["repetition"].items()]
+    tokens = first[0]["corpus_tokens"]
+    return f"Repetition: held-out nats per token after epochs of the same {tokens:,} tokens, ± SE", head, rows
+
+
+def _context_table(result: dict[str, Any]) -> tuple[str, list[str], Rows]:
+    head = ["model", "left only", "right only", "both", "both, next to the hole's edge", "both, in its middle"]
+    rows = []
+    for model, sides in result["context"].items():
+        sides = sides or {}
+        row = [model, *(_share(sides[s]["token"]) if s in sides else _NONE for s in ("left", "right", "both"))]
+        near = sides["both"]["by_distance"] if "both" in sides else []
+        rows.append([*row, *(_share(near[at]["accuracy"]) if near else _NONE for at in (0, -1))])
+    length = result["recipe"]["context"]["length"]
+    return f"Context: tokens of a hole of {length} that are restored, by the side that is seen, ± SE", head, rows
+
+
+def _generation_table(result: dict[str, Any]) -> tuple[str, list[str], Rows]:
+    generation = result["generation"]
+    head = ["model", "threshold", "tokens/call", "speed", "nats under the judge", "entropy"]
+    rival = _rival(result)
+    rows = []
+    for model, points in generation["models"].items():
+        if not points:
+            rows.append([model, *[_NONE] * 5])
+        for point in points or []:
+            speed = f"{point['tokens_per_s'] / rival:.2f}x" if rival else f"{point['tokens_per_s']:.0f}/s"
+            threshold = _NONE if point["threshold"] is None else f"{point['threshold']:g}"
+            rows.append([model, threshold, f"{point['tokens_per_call']:.2f}", speed, *_quality(point["quality"])])
+    rows.append(["(the text itself)", _NONE, _NONE, _NONE, *_quality(generation["text"])])
+    against = "autoregression with kept keys is 1x" if rival else "tokens/s"
+    return f"Generation: continuations by confidence threshold; {against}; judge: {generation['judge']}", head, rows
+
+
+def _quality(quality: dict[str, Any] | None) -> list[str]:
+    if quality is None:
+        return [_NONE, _NONE]
+    return [_figure(part["value"], part["standard_error"]) for part in (quality["nats"], quality["entropy"])]
+
+
+def _rival(result: dict[str, Any]) -> float | None:
+    """Tokens a second of the autoregressive model, the one whose curve is a point without a threshold."""
+    curves = [points for points in result["generation"]["models"].values() if points]
+    alone = [points[0] for points in curves if len(points) == 1 and points[0]["threshold"] is None]
+    return alone[0]["tokens_per_s"] if alone else None
+
+
+def _flexibility_table(result: dict[str, Any]) -> tuple[str, list[str], Rows]:
+    lengths = result["recipe"]["flexibility"]["lengths"]
+    head = ["model", *(f"hole of {n}" for n in lengths), "two holes, both", "broken tokens mended", "others kept"]
+    rows = []
+    for model, found in result["flexibility"].items():
+        by_length = {hole["length"]: hole for hole in found["holes"]}
+        row = [model, *(_share(by_length[n]["exact"]) if n in by_length else _NONE for n in lengths)]
+        row.append(_share(found["two_holes"]["exact"]) if found["two_holes"] else _NONE)
+        editing = found["editing"]
+        row += [_share(editing[name]) if editing else _NONE for name in ("mended", "kept")]
+        rows.append(row)
+    return "Flexibility: holes restored exactly, from all the context that a model sees; text mended, ± SE", head, rows
+
+
+def _task_table(result: dict[str, Any]) -> tuple[str, list[str], Rows]:
+    head = ["model", "exact match", "95 % interval", "cells or digits right", "tokens/call"]
+    rows = []
+    for model, found in result["task"].items():
+        if not found:
+            rows.append([model, *[_NONE] * 4])
+            continue
+        exact = found["exact"]
+        interval = f"{100 * exact['low']:.1f} to {100 * exact['high']:.1f} %"
+        calls = f"{found['tokens_per_call']['value']:.2f}"
+        rows.append([model, f"{100 * exact['value']:.1f} %", interval, _share(found["pieces"]), calls])
+    task = result["recipe"]["task"]
+    return f"Task: {task['problem']['type']}, {task['problems']} problems that training never saw", head, rows
+
+
+def _figure(value: float, error: float | None) -> str:
+    return f"{value:.3f} ± {error:.3f}" if error is not None and math.isfinite(error) else f"{value:.3f}"
+
+
+def _nats(point: dict[str, Any]) -> str:
+    return _figure(point["likelihood"]["nelbo"], point["likelihood"]["standard_error"])
+
+
+def _share(part: dict[str, Any]) -> str:
+    error = "" if part["standard_error"] is None else f" ± {100 * part['standard_error']:.1f}"
+    return f"{100 * part['value']:.1f}{error} %"
+
+
+def _cards(result: dict[str, Any]) -> list[tuple[str, str]]:
+    finals = {model: points[-1]["likelihood"] for model, points in result["learning"].items() if points}
+    cards = [(f"{p['nelbo']:.3f} ± {p['standard_error']:.3f}", f"nats/token, {model}") for model, p in finals.items()]
+    solved = {model: found["exact"] for model, found in (result.get("task") or {}).items() if found}
+    return cards + [(f"{100 * e['value']:.1f} %", f"of the task, {model}") for model, e in solved.items()]
+
+
+def _colours(result: dict[str, Any]) -> dict[str, str]:
+    models = list(result["recipe"]["models"])
+    return {model: _COLOURS[at % len(_COLOURS)] for at, model in enumerate(models)}
+
+
+def _learning_plot(result: dict[str, Any]) -> str:
+    colours, repeated = _colours(result), result.get("repetition") or {}
+    figure, found = axes(1, 2 if repeated else 1, 3.8)
+    for model, points in result["learning"].items():
+        if points:
+            _line(found[0], [p["tokens"] / 1e6 for p in points], points, model, colours[model])
+    found[0].set(xlabel="tokens, millions", ylabel="held-out nats/token")
+    found[0].legend(frameon=False, fontsize=8)
+    for model, points in repeated.items():
+        _line(found[1], [int(p["data"].removeprefix("small-")) for p in points], points, model, colours[model])
+    if repeated:
+        found[1].set(xlabel="epochs of the same small data", xscale="log")
+        epochs = [int(p["data"].removeprefix("small-")) for p in next(iter(repeated.values()))]
+        found[1].set_xticks(epochs, [str(n) for n in epochs])
+        found[1].minorticks_off()
+    return svg(figure, "held-out likelihood over tokens and over epochs of the same data")
+
+
+def _line(axis: Any, x: Sequence[float], points: Sequence[dict[str, Any]], label: str, colour: str) -> None:
+    y, error = ([p["likelihood"][name] for p in points] for name in ("nelbo", "standard_error"))
+    axis.errorbar(x, y, yerr=2 * np.array(error), marker="o", ms=4, lw=1.4, capsize=3, label=label, color=colour)
+
+
+def _context_plot(result: dict[str, Any]) -> str:
+    colours = _colours(result)
+    figure, found = axes(1, 3, 3.2)
+    for axis, side in zip(found, ("left", "right", "both"), strict=True):
+        for model, sides in result["context"].items():
+            if sides and side in sides:
+                near = sides[side]["by_distance"]
+                x, y = ([part["distance"] for part in near], [100 * part["accuracy"]["value"] for part in near])
+                error = [200 * (part["accuracy"]["standard_error"] or 0) for part in near]
+                axis.errorbar(x, y, yerr=error, marker="o", ms=4, lw=1.4, capsize=3, label=model, color=colours[model])
+        axis.set(xlabel="distance to what is seen", title=f"{side}{' sides' if side == 'both' else ''}", ylim=(0, None))
+    found[0].set_ylabel("% of tokens right")
+    found[2].legend(frameon=False, fontsize=8)
+    return svg(figure, "accuracy against distance, seen from the left, the right and both sides")
+
+
+def _generation_plot(result: dict[str, Any]) -> str:
+    colours, generation, rival = _colours(result), result["generation"], _rival(result)
+    figure, found = axes(1, 2, 3.6)
+    for model, points in generation["models"].items():
+        shown = [p for p in points or [] if p["quality"] is not None]
+        nats = [p["quality"]["nats"]["value"] for p in shown]
+        speeds = [p["tokens_per_s"] / (rival or 1) for p in shown]
+        for axis, x in zip(found, ([p["tokens_per_call"] for p in shown], speeds), strict=True):
+            axis.plot(x, nats, marker="o", ms=4, lw=1.2, label=model, color=colours[model])
+    if generation["text"] is not None:
+        for axis in found:
+            axis.axhline(generation["text"]["nats"]["value"], color=INK, lw=1, ls="--", label="the text itself")
+    found[0].set(xlabel="tokens per call", ylabel="nats/token under the judge")
+    found[1].set(xlabel="tokens/s, autoregression = 1" if rival else "tokens/s")
+    found[0].legend(frameon=False, fontsize=8)
+    return svg(figure, "quality against tokens per call and against speed")
+
+
+def _examples(result: dict[str, Any]) -> str:
+    rows = [
+        [model, example["prompt"], example["answer"], "right" if example["is_correct"] else "wrong"]
+        for model, found in result["task"].items()
+        if found
+        for example in found["examples"]
+    ]
+    return grid(["model", "problem", "answer", ""], rows)
