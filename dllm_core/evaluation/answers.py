@@ -16,11 +16,10 @@ import numpy as np
 import torch
 
 from dllm_core.decoding.step import padded_length
-from dllm_core.evaluation.estimators import Estimator, ExactCount, HeldoutRows
+from dllm_core.evaluation.estimators import Estimator, ExactCount, HeldoutRows, ask, before
 from dllm_core.evaluation.likelihood import RowScores, rounds, score_rows, side_by_side
 from dllm_core.model.denoiser import Denoiser
 from dllm_core.model.pattern import CAUSAL
-from dllm_core.objective.autoregressive import shifted
 
 Tokens = tuple[int, ...]
 
@@ -111,14 +110,13 @@ class AnswerScorer:
         That is what it would decode token by token at temperature 0, in one forward instead of one a token.
         """
         answers = dict.fromkeys(questions, True)
-        device, mask_id = self._denoiser.device, self._denoiser.config.mask_id
+        config, device = self._denoiser.config, self._denoiser.device
         for batch in self._batches(questions):
             for some in self._chunks(self._windows(batch)):
                 rows = self._rows(some)
-                x0, read, is_real = (torch.from_numpy(a).to(device) for a in (rows.x0, rows.counted, rows.is_real))
-                logits = self._denoiser(shifted(x0, None, mask_id), is_real, read, pattern=CAUSAL)
-                logits[:, mask_id] = -torch.inf
-                missed = (logits.argmax(-1) != x0[read]).cpu().numpy()
+                logits = ask(self._denoiser, rows, before(rows, config.mask_id), rows.counted, CAUSAL, device)
+                logits[:, [config.mask_id, config.pad_id]] = -torch.inf  # no answer holds either, in decoding too
+                missed = logits.argmax(-1).cpu().numpy() != rows.x0[rows.counted]
                 for row in np.unique(np.nonzero(rows.counted)[0][missed]):
                     answers[batch[some[row].owner]] = False
         return answers

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from small import CPU, MASK, PROCESSES, TEXT, new_denoiser
 
 from dllm_core.evaluation.answers import AnswerScore, AnswerScorer, Question, windows
-from dllm_core.evaluation.estimators import Estimator, ExactCount, ExactNLL, StratifiedTime
+from dllm_core.evaluation.estimators import Estimator, ExactCount, ExactNLL, HeldoutRows, StratifiedTime
+from dllm_core.evaluation.likelihood import RowScores, estimate, score_rows
 from dllm_core.model.denoiser import Denoiser
 from dllm_core.model.pattern import CAUSAL
 
@@ -29,6 +30,16 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture(scope="module")
 def denoiser() -> Denoiser:
     return new_denoiser()
+
+
+@pytest.fixture(scope="module")
+def speaker() -> Denoiser:
+    """One whose mask and padding, which no text holds, are likelier than all that text has."""
+    denoiser = new_denoiser(vocab_size=5)
+    with torch.no_grad():
+        for never in (MASK, denoiser.config.pad_id):
+            denoiser.head.weight[never] = 5 * denoiser.head.weight[int(TEXT[int(never == MASK)])]
+    return denoiser
 
 
 def scored(denoiser: Denoiser, kind: str, questions: list[Question], **options: object) -> dict[Question, AnswerScore]:
@@ -198,41 +209,77 @@ def test_an_empty_answer_costs_nothing(denoiser, kind):
 
 
 def test_equal_windows_of_one_text_draw_apart(denoiser):
-    """Else their errors would add up where the sum of variances says that they do not."""
-    once, text = Question((), (2, 0, 3, 2) * 8), Question((), (2, 0, 3, 2) * 32)
-    options = {"draws": 2, "overlap": 0}
-    shares = [
-        scored(denoiser, "masks", [text], seed=seed, **options)[text].nats
-        / scored(denoiser, "masks", [once], seed=seed, **options)[once].nats
-        for seed in range(20)
-    ]
-    assert np.mean(shares) == pytest.approx(4, rel=0.1)
-    assert np.std(shares) > 0.02
+    """Four of them spread twice as far as one, and not four times, which the sum of variances would not tell."""
+    once, text = (Question((), (2, 0, 3, 2) * (8 * windows_)) for windows_ in (1, 4))
+    found = [scored(denoiser, "masks", [once, text], seed=seed, draws=2, overlap=0) for seed in range(60)]
+    spread = {question: np.std([scores[question].nats for scores in found]) for question in (once, text)}
+    assert 1.4 < spread[text] / spread[once] < 2.8
+
+
+@pytest.mark.parametrize("target", [None, 1e-9])
+def test_a_score_is_what_the_held_out_estimate_says_of_the_row(denoiser, target):
+    """Draws in rounds too: 6 and 5 of 11, each draw alike."""
+    for question in (Question((2, 0, 3), (0, 2, 2)), Question((), (3, 0, 2, 3, 0))):
+        x0 = np.array([question.context + question.answer])
+        counted = np.arange(x0.shape[1])[None] >= len(question.context)
+        rows = HeldoutRows(x0, counted, np.array([question.digest(0)]), np.ones_like(counted))
+
+        def round_of(first: int, draws: int, rows: HeldoutRows = rows) -> RowScores:
+            return score_rows(denoiser, ESTIMATORS["masks"], rows, seed=3, draws=draws, first=first)
+
+        whole = estimate(round_of, 11, target)
+        score = scored(denoiser, "masks", [question], seed=3, draws=11, target_error=target)[question]
+        assert score.nats == pytest.approx(float(whole.nats[0]), rel=1e-5)
+        assert score.error == pytest.approx(whole.monte_carlo_error * len(question.answer), rel=1e-5)
+        assert score.draws == whole.draws == 11
+
+
+def test_no_forward_holds_more_than_the_budget_and_no_answer_is_drawn_that_has_ended():
+    denoiser, shapes = new_denoiser(), []
+    denoiser.register_forward_pre_hook(lambda module, inputs: shapes.append(inputs[0].shape))
+    questions = some_questions(30, seed=3)
+    for budget in (16, 100, 4096):
+        shapes.clear()
+        scorer = AnswerScorer(denoiser, ESTIMATORS["masks"], draws=12, target_error=0.3, max_batch_tokens=budget)
+        batches = [batch for batch in scorer.score(questions) if all(question.answer for question in batch)]
+        found = {question: score for batch in batches for question, score in batch.items()}
+        assert (max(map(len, batches)) == 1) == (budget == 16)
+        rows = sum(score.draws * len(windows(question, CONTEXT, 1)) for question, score in found.items())
+        assert sum(shape[0] for shape in shapes) == rows
+        assert all(shape[0] == 1 or shape.numel() <= budget for shape in shapes)
+        assert len(shapes) == rows if budget == 16 else len(shapes) < rows / 3
 
 
 @pytest.mark.parametrize("length", [1, 7, CONTEXT - 3])
-def test_what_decoding_token_by_token_gives_is_the_likeliest_and_nothing_else_is(denoiser, length):
+def test_what_decoding_token_by_token_gives_is_the_likeliest_and_nothing_else_is(speaker, length):
     text = [2, 0, 3]
     for _ in range(length):
-        laws = log_probs(denoiser, [MASK, *text], pattern=CAUSAL)
-        text.append(int(laws[-1].argmax()))
+        laws = log_probs(speaker, [MASK, *text], pattern=CAUSAL)
+        text.append(int(TEXT[laws[-1, TEXT].argmax()]))
     answer = tuple(text[3:])
     questions = [Question((2, 0, 3), answer)]
     for i in range(length):
         others = [token for token in TEXT.tolist() if token != answer[i]]
         questions += [Question((2, 0, 3), (*answer[:i], token, *answer[i + 1 :])) for token in others]
-    scorer = AnswerScorer(denoiser, ESTIMATORS["autoregressive"], max_batch_tokens=200)
+    scorer = AnswerScorer(speaker, ESTIMATORS["autoregressive"], max_batch_tokens=200)
     found = scorer.are_likeliest(questions)
     assert [found[question] for question in questions] == [True] + [False] * (len(questions) - 1)
 
 
-def test_a_text_of_two_windows_is_the_likeliest_where_each_is(denoiser):
+def test_a_text_of_two_windows_is_the_likeliest_where_each_is(speaker):
     text: list[int] = []
     for start in (0, CONTEXT - 1):  # the second window is shown the last token of the first
         while len(text) < start + CONTEXT:
-            laws = log_probs(denoiser, [MASK, *text[start:]], pattern=CAUSAL)
-            text.append(int(laws[-1].argmax()))
+            laws = log_probs(speaker, [MASK, *text[start:]], pattern=CAUSAL)
+            text.append(int(TEXT[laws[-1, TEXT].argmax()]))
     others = [(*text[:i], TEXT[text[i] != TEXT][0], *text[i + 1 :]) for i in range(len(text))]
     questions = [Question((), answer) for answer in (tuple(text), *others)]
-    found = AnswerScorer(denoiser, ESTIMATORS["autoregressive"], max_batch_tokens=100).are_likeliest(questions)
+    found = AnswerScorer(speaker, ESTIMATORS["autoregressive"], max_batch_tokens=100).are_likeliest(questions)
     assert [found[question] for question in questions] == [True] + [False] * len(text)
+
+
+def test_one_of_all_tokens_that_text_has_is_the_likeliest(speaker):
+    contexts = {question.context for question in some_questions(60)}
+    questions = [Question(context, (token,)) for context in contexts for token in TEXT.tolist()]
+    found = AnswerScorer(speaker, ESTIMATORS["autoregressive"]).are_likeliest(questions)
+    assert all(sum(found[Question(context, (token,))] for token in TEXT.tolist()) == 1 for context in contexts)

@@ -20,6 +20,7 @@ from lm_eval.tasks import TaskManager
 
 from dllm_core.checkpoints.bundle import FOLDER, read_bundle
 from dllm_core.checkpoints.run_dir import RunDir
+from dllm_core.data.tokenizer import Tokenizer
 from dllm_core.decoding.engine import Engine
 from dllm_core.decoding.state import DecodeRequest
 from dllm_core.errors import CheckpointError, ConfigError, RequestError
@@ -96,17 +97,22 @@ def test_the_command_line_runs_local_tasks_and_tells_how_sure_their_figures_are(
     scores = expected_choices(run)
     assert found["shapes"]["acc,none"] == pytest.approx(scores["acc"])
     assert found["shapes"]["acc_norm,none"] == pytest.approx(scores["acc_norm"])
-    texts = [Question((), tuple(read_bundle(run).tokenizer().encode(one["text"]))) for one in DOCUMENTS]
-    nats = {q: score.nats for batch in scorer_of(run).score(texts) for q, score in batch.items()}
-    num_bytes = sum(len(one["text"].encode()) for one in DOCUMENTS)
-    assert found["texts"]["bits_per_byte,none"] == pytest.approx(sum(nats.values()) / num_bytes / math.log(2), rel=1e-6)
+    assert found["texts"]["bits_per_byte,none"] == pytest.approx(expected_bits(run), rel=1e-6)
     assert 0 <= found["names"]["exact_match,none"] <= 1
     assert (said["run"], said["estimator"], said["is_greedy"], said["draws"]) == (run.url, "exact-count", "decode", 8)
+    assert said["loglikelihood_rolling"]["draws"] == 8 * len(DOCUMENTS)
     assert said["decode"]["block_length"] == 2
     assert said["loglikelihood"]["texts"] == len(choices())
     assert said["loglikelihood_rolling"]["texts"] == len(DOCUMENTS)
     for kind in ("loglikelihood", "loglikelihood_rolling"):
         assert 0 < said[kind]["error"] <= said[kind]["largest_error"]
+
+
+def expected_bits(run: RunDir) -> float:
+    """Bits a byte of all documents' texts, each by itself."""
+    texts = [Question((), tuple(read_bundle(run).tokenizer().encode(one["text"]))) for one in DOCUMENTS]
+    nats = sum(score.nats for batch in scorer_of(run).score(texts) for score in batch.values())
+    return nats / math.log(2) / sum(len(one["text"].encode()) for one in DOCUMENTS)
 
 
 def expected_choices(run: RunDir) -> dict[str, float]:
@@ -133,6 +139,7 @@ def test_a_model_made_here_is_evaluated_too(runs, offline):
     )
     found, said = results["results"], results["config"]["dllm"]
     assert {name: found["shapes"][f"{name},none"] for name in ("acc", "acc_norm")} == expected_choices(run)
+    assert found["texts"]["bits_per_byte,none"] == pytest.approx(expected_bits(run), rel=1e-6)
     assert (said["estimator"], said["is_greedy"]) == ("exact", "argmax")
     assert said["loglikelihood"] == {"texts": len(choices()), "draws": len(choices()), "error": 0, "largest_error": 0}
     [scored, *_] = results["samples"]["shapes"]
@@ -142,8 +149,10 @@ def test_a_model_made_here_is_evaluated_too(runs, offline):
 @pytest.mark.parametrize("kind", ["masks", "autoregressive", "blocks"])
 def test_results_depend_on_no_order_no_company_and_no_batch(runs, kind):
     requests = [*choices(), *choices()[:3]]
-    whole = model_of(runs[kind]).loglikelihood(requests)
+    model = model_of(runs[kind])
+    whole = model.loglikelihood(requests)
     assert whole[:3] == whole[-3:]
+    assert {score.draws for score in model.scores.values()} == ({1} if kind == "autoregressive" else {1, 8})
     order = random.Random(0).sample(range(len(requests)), len(requests))
     mixed = model_of(runs[kind], max_batch_tokens=64).loglikelihood([requests[i] for i in order])
     assert mixed == [whole[i] for i in order]
@@ -177,36 +186,36 @@ def test_a_continuation_is_scored_whole_wherever_the_border_falls(runs):
         stripped = text[:cut].rstrip()
         assert tokenizer.decode(question.context) == stripped
         assert tokenizer.decode(question.answer) == text[len(stripped) :]
-        is_whole = [*question.context, *question.answer] == tokenizer.encode(text)
-        is_apart = list(question.answer) == tokenizer.encode(text[len(stripped) :])
-        assert is_whole or is_apart
+        whole = tokenizer.encode(text)
+        is_whole = whole[: len(question.context)] == list(question.context)
+        apart = tokenizer.encode(text[len(stripped) :])
+        assert list(question.answer) == (whole[len(question.context) :] if is_whole else apart)
         kinds.add(is_whole)
     assert kinds == {True, False}
     assert model._question("", text) == Question((), tuple(tokenizer.encode(text)))
     assert model.loglikelihood([asking("RED", "")]) == [(0.0, True)]
 
 
-@pytest.mark.parametrize("kind", ["masks", "autoregressive"])
+def test_a_continuation_is_encoded_as_the_text_that_it_ends(runs):
+    """A tokenizer that puts a space before every text puts none into the middle of one."""
+    model, tokenizer = model_of(runs["masks"]), read_bundle(runs["masks"]).tokenizer()
+    spaced = tokenizer.json_text.replace('"add_prefix_space":false', '"add_prefix_space":true')
+    model._tokenizer = Tokenizer(spaced, tokenizer.config)
+    question = model._question("RED:", "CIRCLE")
+    assert model._tokenizer.decode([*question.context, *question.answer]) == " RED:CIRCLE"
+    assert model._tokenizer.decode(model._tokenizer.encode("CIRCLE")) == " CIRCLE"
+
+
+@pytest.mark.parametrize("kind", ["masks", "blocks", "autoregressive"])
 def test_is_greedy_means_that_decoding_gives_exactly_this(runs, kind):
     model, bundle = model_of(runs[kind]), read_bundle(runs[kind])
-    tokenizer, scorer, requests = bundle.tokenizer(), scorer_of(runs[kind]), []
-    for n, start in itertools.product((1, 2), range(0, 60, 4)):
+    tokenizer, engine, requests = bundle.tokenizer(), Engine.of(bundle), []
+    for n, start in itertools.product((1, 2, 3), range(0, 60, 2)):
         context = f"RED CIRCLE {start}"
         prompt = tuple(tokenizer.encode(context))
-        if kind == "masks":
-            config = model._decode.model_copy(update={"max_tokens": n})
-            [answer] = Engine.of(bundle).generate([DecodeRequest(prompt, config)])
-            tokens = tuple(answer.tokens)
-        else:
-            tokens = ()
-            for _ in range(n):
-                asked = [
-                    Question((*prompt, *tokens), (i,)) for i in range(tokenizer.vocab_size) if i != tokenizer.mask_id
-                ]
-                scores = {q: s.nats for batch in scorer.score(asked) for q, s in batch.items()}
-                tokens += min(scores, key=scores.__getitem__).answer
-        text = tokenizer.decode(tokens)
-        if len(tokens) == n and model._question(context, text) == Question(prompt, tokens):
+        [answer] = engine.generate([DecodeRequest(prompt, model._decode.model_copy(update={"max_tokens": n}))])
+        text = tokenizer.decode(answer.tokens)
+        if len(answer.tokens) == n and model._question(context, text) == Question(prompt, tuple(answer.tokens)):
             requests.append(asking(context, text))
     assert len(requests) >= 3
     assert all(is_greedy for _, is_greedy in model.loglikelihood(requests))
@@ -220,15 +229,6 @@ def test_where_there_is_no_decoder_nothing_is_greedy_and_it_is_said(runs):
     assert model.get_model_info()["dllm"]["is_greedy"] is None
     with pytest.raises(ConfigError, match=r"^model\.time_conditioning: there is no decoder"):
         model.generate_until([asking("RED", {"until": []})])
-
-
-@pytest.mark.parametrize("kind", ["blocks", "autoregressive"])
-def test_what_reads_left_to_right_writes_too(runs, kind):
-    model = model_of(runs[kind])
-    told = {"until": [], "max_gen_toks": 6, "do_sample": True, "temperature": 1.0}
-    [text] = model.generate_until([asking("RED", told)])
-    assert text
-    assert model.get_model_info()["dllm"]["is_greedy"] is not None
 
 
 def test_a_text_ends_before_the_first_of_its_stop_strings_and_costs_no_call_more(runs):
@@ -248,8 +248,9 @@ def test_a_text_ends_before_the_first_of_its_stop_strings_and_costs_no_call_more
     assert model.generate_until([asking("RED", {**told, "until": whole[1]})]) == [whole[: whole.find(whole[1])]]
 
 
-def test_a_text_is_what_the_engine_gives_alone_and_in_any_company(runs):
-    model, bundle = model_of(runs["masks"]), read_bundle(runs["masks"])
+@pytest.mark.parametrize("kind", ["masks", "blocks", "autoregressive"])
+def test_a_text_is_what_the_engine_gives_alone_and_in_any_company(runs, kind):
+    model, bundle = model_of(runs[kind]), read_bundle(runs[kind])
     tokenizer = bundle.tokenizer()
     requests = [asking(f"RED {i} CIRCLE"[: 4 + i], {"until": [], "max_gen_toks": 1 + i % 9}) for i in range(14)]
     texts = model.generate_until(requests)
@@ -258,7 +259,7 @@ def test_a_text_is_what_the_engine_gives_alone_and_in_any_company(runs):
         [answer] = Engine.of(bundle).generate([DecodeRequest(tuple(tokenizer.encode(request.args[0])), config)])
         assert text == tokenizer.decode(answer.tokens)
     assert len(set(texts)) > 5
-    assert model_of(runs["masks"], max_batch_tokens=32).generate_until(requests[::-1]) == texts[::-1]
+    assert model_of(runs[kind], max_batch_tokens=32).generate_until(requests[::-1]) == texts[::-1]
     [unsaid] = model.generate_until([asking("RED", {"until": []})])
     assert unsaid == model.generate_until([asking("RED", {"until": [], "max_gen_toks": model._decode.max_tokens})])[0]
 
