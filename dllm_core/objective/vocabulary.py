@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dllm_core.noise.law import Reading
 
-_CPU_ELEMENTS, _GPU_ELEMENTS = 1 << 17, 1 << 25  # 512 KiB a thread and array; few launches
+_CPU_ELEMENTS, _GPU_ELEMENTS = 1 << 18, 1 << 25  # 1 MiB a thread and array; few launches
 # exp(shift) p is summed by products of 1 + it, which must stay below float32's 3e38: two factors do for every shift
 # below e^43, four and eight for smaller ones.
 _LARGEST_SHIFT = 43.0
@@ -63,7 +63,7 @@ class _Read(torch.autograd.Function):
             odds = shift.exp().float()[:, None]
             folds = next(n for least, n in _FOLDS if shift.max() <= least)
         ctx.save_for_backward(logits, ids, odds)
-        ctx.mask_id = mask_id
+        ctx.mask_id, ctx.is_callers = mask_id, logits.is_leaf
         log_probs = torch.empty(ids.shape, device=logits.device)
         others = torch.zeros(len(ids), device=logits.device)
         for at, shown, probs, _ in _some_rows(logits, mask_id, arrays=2):
@@ -82,7 +82,9 @@ class _Read(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         logits, ids, odds = ctx.saved_tensors
         of_ids, of_others = gradients[0].float(), gradients[1].float()[:, None]
-        found = torch.empty_like(logits)
+        # The pages of a new array cost more than the gradient itself, so it takes the place of the logits, unless they
+        # are a caller's own. Autograd knows: it refuses whatever would read them once more.
+        found = torch.empty_like(logits) if ctx.is_callers else logits.detach()
         for at, probs, gained, total in _some_rows(logits, ctx.mask_id, arrays=2 if odds is None else 3):
             own = of_ids[at]
             torch.softmax(probs, -1, out=probs)

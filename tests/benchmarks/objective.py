@@ -7,7 +7,8 @@ One JSON line. `over_bare`, for each objective: seconds of its loss and backward
 the denoiser on what the objective showed it (the same ids, pattern, padding and `read`) and goes back from a gradient
 of the logits that is there already. So all that the objective itself does counts: the batch as tensors, noise of its
 own, weights, the loss over the vocabulary and its gradient. `bare_ms`: of the bare pass; `positions`: how many ran
-through the head. Both medians of the same run, in turns; on one thread CPU seconds, which no neighbour's burst lengthens.
+through the head. Both medians of the same run, in turns; on one thread of CPU seconds, which no neighbour's burst
+lengthens.
 """
 
 import argparse
