@@ -97,7 +97,6 @@ class _Read(torch.autograd.Function):
                 down.addcmul_(gained.sum(1, keepdim=True), of_others[at])
                 probs.mul_(-down).addcmul_(gained, of_others[at])
             found[at] = probs.scatter_add_(1, ids[at], own)
-        found[:, ctx.mask_id] = 0.0
         return found, None, None, None
 
 
