@@ -30,7 +30,8 @@ from dllm_core.noise.interpolating import InterpolatingProcess
 from dllm_core.objective.autoregressive import shifted
 from dllm_core.objective.config import AnyObjective, AutoregressiveConfig, MaskedLMConfig
 from dllm_core.objective.diffusion import chain_rate
-from dllm_core.objective.loss import DenoiserLike, nll
+from dllm_core.objective.loss import DenoiserLike
+from dllm_core.objective.vocabulary import LogitsLaw, nll
 from dllm_core.seeding import Doubles, Floats, Ints, Purpose, uniforms, uniforms64
 
 
@@ -185,16 +186,16 @@ class StratifiedTime:
             read = read & (xt == self._process.mask_id)
         when = {"t": torch.from_numpy(times).to(self._device)} if self._time_conditioning else {}
         logits = ask(denoiser, rows, xt, read, training_pattern(self._block_length), self._device, **when)
-        log_probs = self._process.x0_log_probs(logits)
+        law = LogitsLaw(logits, self._process.mask_id)
         x0, seen, t = (
             torch.from_numpy(part[read]).to(self._device) for part in (rows.x0, xt, times.astype(np.float64))
         )
         if weight is None:
-            return _by_row(rows, read, _doubles(terminal_nats(self._process, log_probs, x0)))
+            return _by_row(rows, read, _doubles(terminal_nats(self._process, law, x0)))
         if self._steps is None:
-            nats = self._process.nelbo_rate(log_probs, x0, seen, t)
+            nats = self._process.nelbo_rate(law, x0, seen, t)
         else:
-            nats = chain_rate(self._process, log_probs, x0, seen, t, self._steps)
+            nats = chain_rate(self._process, law, x0, seen, t, self._steps)
         return _by_row(rows, read, weight[read] * _doubles(nats))
 
 

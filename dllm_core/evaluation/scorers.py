@@ -16,7 +16,8 @@ from dllm_core.errors import CheckpointError
 from dllm_core.model.pattern import CAUSAL
 from dllm_core.objective.autoregressive import shifted
 from dllm_core.objective.config import AutoregressiveConfig
-from dllm_core.objective.loss import DenoiserLike, nll
+from dllm_core.objective.loss import DenoiserLike
+from dllm_core.objective.vocabulary import nll
 from dllm_core.seeding import Doubles, Ints
 
 Bools = NDArray[np.bool_]

@@ -174,7 +174,8 @@ class Denoiser(nn.Module):
         if modulation is not None:
             x = modulated(x, *modulation.chunk(2, dim=-1))
         logits: Tensor = self.head(x if read is None else pad_rows(x))
-        return logits if read is None else logits[: len(x)]
+        # A slice of all would still cost its backward a copy of the gradient.
+        return logits if read is None or len(logits) == len(x) else logits[: len(x)]
 
     def _rope(self, length: int, device: torch.device, positions: Tensor | None, halves: int) -> tuple[Tensor, Tensor]:
         """(cos, sin) for every position of the input; those of 0 to L - 1 are kept for as long as they fit."""

@@ -2,8 +2,9 @@
 
 from typing import ClassVar
 
-from dllm_core.noise.arrays import Array, array_namespace, cast, picked
+from dllm_core.noise.arrays import Array, array_namespace, cast
 from dllm_core.noise.interpolating import InterpolatingProcess, Mixture
+from dllm_core.noise.law import Law, law_of
 
 
 class AbsorbingProcess(InterpolatingProcess):
@@ -33,9 +34,9 @@ class AbsorbingProcess(InterpolatingProcess):
         alpha, fall = self._inside(t)
         return cast(fall / (1 - alpha), t)
 
-    def nelbo_rate(self, x0_log_probs: Array, x0: Array, xt: Array, t: Array) -> Array:
+    def nelbo_rate(self, law: Array | Law, x0: Array, xt: Array, t: Array) -> Array:
         """w(t) (-log p(x0)) at masks, 0 elsewhere: the general rate, without its sum over V."""
-        xp = array_namespace(x0_log_probs)
+        xp = array_namespace(x0)
         is_open = xt == self.mask_id
-        nats = xp.where(is_open, -picked(x0_log_probs, x0), 0.0)
+        nats = xp.where(is_open, -law_of(law).of(x0), 0.0)
         return nats * self.ce_weight(xp.where(is_open, t, 1.0))

@@ -7,7 +7,8 @@ integral of `nelbo_rate`. D3PM, arXiv:2107.03006, eq. 1; MDLM, arXiv:2406.07524,
 """
 
 from dllm_core.noise.arrays import Array, array_namespace, cast, widened
-from dllm_core.noise.interpolating import InterpolatingProcess
+from dllm_core.noise.interpolating import InterpolatingProcess, divergence, log_odds, log_ratio
+from dllm_core.noise.law import Law, law_of
 
 _LEAST = 1e-300
 
@@ -18,14 +19,14 @@ def snapped(t: Array, steps: int) -> Array:
     return cast(xp.clip(xp.floor(widened(t) * steps) + 1, None, steps) / steps, t)
 
 
-def step_nats(process: InterpolatingProcess, x0_log_probs: Array, x0: Array, xt: Array, s: Array, t: Array) -> Array:
+def step_nats(process: InterpolatingProcess, law: Array | Law, x0: Array, xt: Array, s: Array, t: Array) -> Array:
     """KL(q(xs | xt, x0) || p(xs | xt)) [...] for s < t, where p is `posterior` of the denoiser's law [... V].
 
-    Both share q(xt | xs), so what is left are the log-ratios of the marginals at s and, at xt, t. Differences of nats:
-    float32 holds a step of 1/T to about T 1e-7 of its size.
+    law: as `nelbo_rate` takes it. Both share q(xt | xs), so what is left are the log-ratios of the marginals at s and,
+    at xt, t. Differences of nats: float32 holds a step of 1/T to about T 1e-7 of its size.
     """
-    xp = array_namespace(x0_log_probs)
-    num_text = x0_log_probs.shape[-1] - 1
+    xp, law = array_namespace(x0), law_of(law)
+    num_text = law.num_text
     early, late = process.mixture(s), process.mixture(t)
     step = late.since(early)
     is_mask, is_clean = xt == process.mask_id, xt == x0
@@ -35,16 +36,18 @@ def step_nats(process: InterpolatingProcess, x0_log_probs: Array, x0: Array, xt:
     )
     into = xp.where(is_mask, step.mask, step.text / num_text)
     after = xp.clip(after, _LEAST, 1)
-    stayed = cast(step.keep * before / after, t) * -process.log_ratio(early, x0_log_probs, x0, xt, t)
-    jumped = cast(into / after, t) * process.divergence(early, x0_log_probs, x0, t)
-    return stayed + jumped + process.log_ratio(late, x0_log_probs, x0, xt, t)
+    found = law.read(x0, xt, log_odds(early, num_text))
+    stayed = cast(step.keep * before / after, t) * -log_ratio(early, num_text, found, x0, xt, t)
+    jumped = cast(into / after, t) * divergence(early, num_text, found, t)
+    return stayed + jumped + log_ratio(late, num_text, found, x0, xt, t)
 
 
-def terminal_nats(process: InterpolatingProcess, x0_log_probs: Array, x0: Array) -> Array:
-    """The prior term [...]: KL(q(x1 | x0) || p(x1 | canvas)), with the log-probs [... V] seen on `prior`'s canvas.
+def terminal_nats(process: InterpolatingProcess, law: Array | Law, x0: Array) -> Array:
+    """The prior term [...]: KL(q(x1 | x0) || p(x1 | canvas)), with the law [... V] seen on `prior`'s canvas.
 
     0 where alpha(1) = 0. A schedule that stops at alpha(1) = eps still starts from pure noise, one step earlier.
     """
-    xp = array_namespace(x0_log_probs)
-    end = xp.ones_like(x0_log_probs[..., 0])
-    return process.divergence(process.mixture(end), x0_log_probs, x0, end)
+    law = law_of(law)
+    end = process.mixture(widened(array_namespace(x0).ones_like(x0)))
+    found = law.read(x0, x0, log_odds(end, law.num_text))
+    return divergence(end, law.num_text, found, found.of_x0)

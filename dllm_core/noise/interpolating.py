@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from dllm_core.config.base import Frozen
-from dllm_core.noise.arrays import Array, array_namespace, cast, picked, softplus, vocabulary, widened
+from dllm_core.noise.arrays import Array, array_namespace, cast, softplus, vocabulary, widened
+from dllm_core.noise.law import Law, Reading, law_of
 from dllm_core.noise.schedule import AnySchedule, LinearSchedule
 
 _LEAST = 1e-300  # stands for a weight of 0 under a logarithm; always multiplied by that 0
@@ -104,23 +105,24 @@ class InterpolatingProcess(Frozen):
         is_possible = total > 0
         return xp.where(is_possible, joint / xp.where(is_possible, total, 1.0), cast(own, x0_probs))
 
-    def nelbo_rate(self, x0_log_probs: Array, x0: Array, xt: Array, t: Array) -> Array:
+    def nelbo_rate(self, law: Array | Law, x0: Array, xt: Array, t: Array) -> Array:
         """Nats [...] per unit of time: their mean over xt, integrated over t in (0, 1), bounds -log p(x0).
 
         The limit of the T-step bound: r / q(xt) (KL(q || p) + q/p - 1 - log(q/p)) where q = q(xt | x0), p = q(xt | p)
         and r is the forward rate into xt (GIDD, theorem on the ELBO; UDLM's formula and MDLM's are cases of it).
-        x0_log_probs [... V] are `x0_log_probs`'s. Never negative, 0 for a one-hot p on x0, finite at t = 0 and 1; one
-        [... V] tensor is kept for the gradient.
+        law: log-probs [... V] as `x0_log_probs` gives them, or a `Law`. Never negative, 0 for a one-hot p on x0, finite
+        at t = 0 and 1; one [... V] tensor is kept for the gradient.
         """
-        xp = array_namespace(x0_log_probs)
+        xp, law = array_namespace(x0), law_of(law)
         alpha, fall = self._inside(t)
         mixture = self.mix(alpha)
-        text = mixture.text / (x0_log_probs.shape[-1] - 1)
+        text = mixture.text / law.num_text
         of_text = self.text_inflow(alpha) * xp.where(xt == x0, text / (mixture.keep + text), 1.0)
         weight = xp.where(xt == self.mask_id, 1 / (alpha * (1 - alpha)), of_text) * fall
-        ratio = self.log_ratio(mixture, x0_log_probs, x0, xt, t)
+        found = law.read(x0, xt, log_odds(mixture, law.num_text))
+        ratio = log_ratio(mixture, law.num_text, found, x0, xt, t)
         excess = xp.expm1(xp.clip(-ratio, None, _LARGEST_LOG)) + ratio
-        return cast(weight, t) * (self.divergence(mixture, x0_log_probs, x0, t) + excess)
+        return cast(weight, t) * (divergence(mixture, law.num_text, found, t) + excess)
 
     def _inside(self, t: Array) -> tuple[Array, Array]:
         """alpha(t), kept off 0 and 1, and -alpha'(t)."""
@@ -128,34 +130,38 @@ class InterpolatingProcess(Frozen):
         fall = -self.schedule.dalpha_dt(clip(time, _EDGE, 1))
         return clip(self.schedule.alpha(time), _EDGE, 1 - _EDGE), fall
 
-    def log_ratio(self, mixture: Mixture, x0_log_probs: Array, x0: Array, at: Array, like: Array) -> Array:
-        """The log of p/q [...] at the ids `at`, with p and q the marginals of `mixture`, in the type of `like`.
 
-        At x0 the ratio is 1 + keep (p(x0) - 1) / q(x0), whose digits near 1 log1p keeps; elsewhere 1 + keep p / noise.
-        """
-        xp = array_namespace(x0_log_probs)
-        keep, text, log_keep, log_text = _logs(mixture, x0_log_probs.shape[-1] - 1)
-        of_x0, q_x0 = picked(x0_log_probs, x0), xp.clip(keep + text, _LEAST, 1)
-        change = cast(keep / q_x0, like) * xp.expm1(of_x0)
-        far = xp.logaddexp(cast(log_keep, like) + of_x0, cast(log_text, like)) - cast(xp.log(q_x0), like)
-        at_x0 = xp.where(change > -0.5, xp.log1p(xp.clip(change, -0.5, None)), far)
-        of_at = picked(x0_log_probs, at) + cast(log_keep - log_text, like)
-        return xp.where(at == x0, at_x0, softplus(of_at))
-
-    def divergence(self, mixture: Mixture, x0_log_probs: Array, x0: Array, like: Array) -> Array:
-        """KL(q || p) [...] of the marginals of `mixture`. The sum over V is taken in the type of the log-probs."""
-        keep, text, log_keep, log_text = _logs(mixture, x0_log_probs.shape[-1] - 1)
-        gain = x0_log_probs + cast(log_keep - log_text, x0_log_probs)[..., None]
-        others = softplus(gain).sum(-1) - softplus(picked(gain, x0))  # the mask's is 0; `gather` keeps what it reads
-        at_x0 = self.log_ratio(mixture, x0_log_probs, x0, x0, like)
-        return -cast(keep + text, like) * at_x0 - cast(text, like) * others
-
-
-def _logs(mixture: Mixture, num_text: int) -> tuple[Array, Array, Array, Array]:
-    """keep, the weight of one text id, and their logarithms."""
+def log_odds(mixture: Mixture, num_text: int) -> Array:
+    """log(keep / weight of one text id) [...], float64: the `shift` of what is read of a law."""
     xp = array_namespace(mixture.keep)
+    log_keep, log_text = (xp.log(xp.clip(part, _LEAST, 1)) for part in (mixture.keep, mixture.text / num_text))
+    return log_keep - log_text
+
+
+def log_ratio(mixture: Mixture, num_text: int, found: Reading, x0: Array, xt: Array, like: Array) -> Array:
+    """The log of p/q [...] at the ids xt, with p and q the marginals of `mixture`, in the type of `like`.
+
+    At x0 the ratio is 1 + keep (p(x0) - 1) / q(x0), whose digits near 1 log1p keeps; elsewhere 1 + keep p / noise.
+    """
+    elsewhere = softplus(found.of_xt + cast(log_odds(mixture, num_text), like))
+    return array_namespace(x0).where(xt == x0, _log_ratio_at_x0(mixture, num_text, found, like), elsewhere)
+
+
+def _log_ratio_at_x0(mixture: Mixture, num_text: int, found: Reading, like: Array) -> Array:
+    xp = array_namespace(found.of_x0)
+    keep, text = mixture.keep, mixture.text / num_text
+    log_keep, log_text = (xp.log(xp.clip(part, _LEAST, 1)) for part in (keep, text))
+    q_x0 = xp.clip(keep + text, _LEAST, 1)
+    change = cast(keep / q_x0, like) * xp.expm1(found.of_x0)
+    far = xp.logaddexp(cast(log_keep, like) + found.of_x0, cast(log_text, like)) - cast(xp.log(q_x0), like)
+    return xp.where(change > -0.5, xp.log1p(xp.clip(change, -0.5, None)), far)
+
+
+def divergence(mixture: Mixture, num_text: int, found: Reading, like: Array) -> Array:
+    """KL(q || p) [...] of the marginals of `mixture`, of a law read at `log_odds` of the same mixture."""
     text = mixture.text / num_text
-    return mixture.keep, text, xp.log(xp.clip(mixture.keep, _LEAST, 1)), xp.log(xp.clip(text, _LEAST, 1))
+    at_x0 = _log_ratio_at_x0(mixture, num_text, found, like)
+    return -cast(mixture.keep + text, like) * at_x0 - cast(text, like) * found.others
 
 
 def text_ids(v: Array, mask_id: int, vocab_size: int, like: Array) -> Array:

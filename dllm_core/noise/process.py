@@ -11,6 +11,7 @@ from dllm_core.config.base import Frozen
 from dllm_core.noise.absorbing import AbsorbingProcess
 from dllm_core.noise.arrays import Array
 from dllm_core.noise.hybrid import HybridProcess
+from dllm_core.noise.law import Law
 from dllm_core.noise.schedule import AnySchedule, LinearSchedule
 from dllm_core.noise.uniform import UniformProcess
 
@@ -44,10 +45,10 @@ class NoiseProcess(Protocol):
     def posterior(self, x0_probs: Array, xt: Array, s: Array, t: Array) -> Array:
         """q(xs | xt, x0 ~ p) [... V] for s < t, of p [... V]: one step of the reverse process."""
 
-    def nelbo_rate(self, x0_log_probs: Array, x0: Array, xt: Array, t: Array) -> Array:
+    def nelbo_rate(self, law: Array | Law, x0: Array, xt: Array, t: Array) -> Array:
         """Nats [...] per unit of time, whose mean over xt, integrated over t, bounds -log p(x0); differentiable.
 
-        x0_log_probs [... V] as `x0_log_probs` gives them; x0, xt [...] ids; t broadcasts to them.
+        law: log-probs [... V] as `x0_log_probs` gives them, or a `Law`; x0, xt [...] ids; t broadcasts to them.
         """
 
 

@@ -6,7 +6,8 @@ from torch import Tensor
 from dllm_core.data.batch import Batch
 from dllm_core.model.pattern import CAUSAL
 from dllm_core.objective.config import AutoregressiveConfig
-from dllm_core.objective.loss import DenoiserLike, LossSum, Rows, nll
+from dllm_core.objective.loss import DenoiserLike, LossSum, Rows
+from dllm_core.objective.vocabulary import nll
 
 
 class Autoregressive:

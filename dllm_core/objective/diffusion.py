@@ -10,9 +10,11 @@ from dllm_core.model.pattern import training_pattern
 from dllm_core.noise.absorbing import AbsorbingProcess
 from dllm_core.noise.discrete import step_nats
 from dllm_core.noise.interpolating import InterpolatingProcess
+from dllm_core.noise.law import Law
 from dllm_core.objective.config import DiffusionOptions
 from dllm_core.objective.context import context_weights
-from dllm_core.objective.loss import DenoiserLike, LossSum, Rows, nll
+from dllm_core.objective.loss import DenoiserLike, LossSum, Rows
+from dllm_core.objective.vocabulary import LogitsLaw, nll
 
 
 class _Noised(NamedTuple):
@@ -75,11 +77,11 @@ class Diffusion:
         if noised.weight is not None:
             plain, weight = nll(logits, x0, self._process.mask_id), noised.weight[read]
             return plain * self._training_weight(weight, rows, noised.xt, read), plain * weight
-        log_probs = self._process.x0_log_probs(logits.float())
+        law = LogitsLaw(logits, self._process.mask_id)
         if self._steps is None:
-            exact = self._process.nelbo_rate(log_probs, x0, xt, t)
+            exact = self._process.nelbo_rate(law, x0, xt, t)
         else:
-            exact = chain_rate(self._process, log_probs, x0, xt, t, self._steps).to(t.dtype)
+            exact = chain_rate(self._process, law, x0, xt, t, self._steps).to(t.dtype)
         return exact, exact
 
     def _training_weight(self, weight: Tensor, rows: Rows, xt: Tensor, read: Tensor) -> Tensor:
@@ -113,9 +115,9 @@ class Diffusion:
 
 
 def chain_rate(
-    process: InterpolatingProcess, x0_log_probs: Tensor, x0: Tensor, xt: Tensor, t: Tensor, steps: int
+    process: InterpolatingProcess, law: Tensor | Law, x0: Tensor, xt: Tensor, t: Tensor, steps: int
 ) -> Tensor:
     """T times the nats of the step that ends at t = k/T, fp64 [n]: an even k pays a chain of T steps in the mean."""
     number = (t.double() * steps).round()  # a difference of two float32 times would hold few digits of 1/T
-    nats: Tensor = step_nats(process, x0_log_probs, x0, xt, (number - 1) / steps, number / steps)
+    nats: Tensor = step_nats(process, law, x0, xt, (number - 1) / steps, number / steps)
     return steps * nats

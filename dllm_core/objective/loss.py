@@ -84,11 +84,3 @@ class Rows:
             own = self.counted.sum(1)
             return (cost / own[read.nonzero()[:, 0]]).sum(), float((own > 0).sum())
         return cost.sum(), float(read.sum() if normalize == "noised" else self.counted.sum())
-
-
-def nll(logits: Tensor, target: Tensor, mask_id: int) -> Tensor:
-    """-log p(target) [n] of logits [n V] in fp32, the mask's own logit left out: no text holds it."""
-    is_mask = torch.arange(logits.shape[-1], device=logits.device) == mask_id
-    # bf16 would round a sum of 1e5 nats to the nearest 512.
-    logits = logits.float().masked_fill(is_mask, -torch.inf)
-    return torch.nn.functional.cross_entropy(logits, target, reduction="none")

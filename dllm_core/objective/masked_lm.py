@@ -7,7 +7,8 @@ from numpy.typing import NDArray
 from dllm_core.data.batch import Batch
 from dllm_core.model.pattern import FULL
 from dllm_core.objective.config import MaskedLMConfig
-from dllm_core.objective.loss import DenoiserLike, LossSum, Rows, nll
+from dllm_core.objective.loss import DenoiserLike, LossSum, Rows
+from dllm_core.objective.vocabulary import nll
 from dllm_core.seeding import Ints, Purpose, uniforms, uniforms64
 
 
