@@ -69,6 +69,7 @@ def untimed(result: dict) -> dict:
     return kept
 
 
+@pytest.mark.long
 def test_a_comparison_that_was_interrupted_goes_on_and_says_what_one_process_says(recipe, tmp_path):
     root = tmp_path / "out"
     driver = started(recipe, root)
