@@ -108,7 +108,7 @@ def _decoding(job: EvaluateJob, rows: Ints, fan_out: FanOut, on_progress: OnProg
     return {
         **asdict(cost),
         "tokens_per_call": cost.tokens_per_call,
-        **recipe.decode.told(recipe.decoding_pattern),
+        **recipe.decode_told,
         "temperature": recipe.decode.temperature,
     }
 
