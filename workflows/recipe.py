@@ -16,7 +16,7 @@ from dllm_core.config.overrides import apply_overrides, read_recipe
 from dllm_core.data.corpus import AnyCorpus, ChatRecord, HubSource, MixtureCorpus, SourceBase
 from dllm_core.data.packing import AnyPacking, WrapPacking
 from dllm_core.data.tokenizer import TokenizerConfig
-from dllm_core.decoding.config import DecodeConfig, decoding_pattern, no_decoder
+from dllm_core.decoding.config import DecodeConfig, decoding_pattern, is_ancestral, no_decoder
 from dllm_core.errors import ConfigError
 from dllm_core.evaluation.config import AutoregressiveScorerConfig, EvaluateConfig
 from dllm_core.model.config import ModelConfig
@@ -108,6 +108,11 @@ class Recipe(Frozen):
     def decoding_pattern(self) -> AttentionPattern:
         """Whom a position sees in decoding, where there is a decoder."""
         return decoding_pattern(self.objective, self.noise.block_length)
+
+    @property
+    def decode_told(self) -> dict[str, Any]:
+        """What decides when tokens are committed, where there is a decoder."""
+        return self.decode.told(self.decoding_pattern, is_ancestral(self.objective, self.noise.process))
 
     def check_decodable(self) -> None:
         """Refuse to decode what there is no decoder for, or in other blocks than the model's."""

@@ -1,4 +1,5 @@
-"""From noise to text: a canvas of masks is filled, whole, block by block or token by token, as the model was trained.
+"""From noise to text: a canvas of masks is filled, whole, block by block or token by token, or one of random text is
+cleaned, as the model was trained.
 
 `unmask.py` (which positions to commit) -> `config.py` -> `state.py` (one row) -> `step.py` (one denoiser call) ->
 `engine.py` (many rows at once). Token ids only; text and HTTP stay at the edge.

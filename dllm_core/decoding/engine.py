@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dllm_core.checkpoints.bundle import ModelBundle
-from dllm_core.decoding.config import NO_SUFFIX, decoding_pattern, no_decoder
+from dllm_core.decoding.config import NO_SUFFIX, decoding_pattern, is_ancestral, no_decoder
 from dllm_core.decoding.state import DecodeRequest, DecodeState, FinishReason
 from dllm_core.decoding.step import padded_length, propose
 from dllm_core.errors import RequestError
@@ -19,7 +19,7 @@ from dllm_core.model.cache import KeyValueStore
 from dllm_core.model.denoiser import Denoiser
 from dllm_core.model.pattern import FULL, AttentionPattern
 from dllm_core.noise.process import NoiseProcess
-from dllm_core.seeding import Floats, Ints
+from dllm_core.seeding import Floats, Ints, Purpose, uniforms64
 
 
 @dataclass(frozen=True)
@@ -64,13 +64,16 @@ class Engine:
         max_rows: int = 64,
         *,
         pattern: AttentionPattern = FULL,
+        is_ancestral: bool = False,
         keeps_keys: bool = True,
     ) -> None:
         """pattern: whom a position sees, as the denoiser was trained: `full`, `block_causal` or `causal`.
 
+        is_ancestral: run the noise backwards over the whole canvas, as noise that replaces tokens asks; under `full`.
         keeps_keys: keep keys and values of what is settled, wherever something settles; changes speed, no token.
         """
         self._denoiser, self._process, self._pattern = denoiser, process, pattern
+        self._is_ancestral = is_ancestral
         self._max_batch_tokens, self._max_rows = max_batch_tokens, max_rows
         self._store: KeyValueStore | None = None
         if keeps_keys and pattern.kind != "full":
@@ -90,7 +93,14 @@ class Engine:
         if problem is not None:
             raise problem
         pattern = decoding_pattern(said.objective, said.block_length)
-        return cls(bundle.denoiser(device), bundle.process, max_batch_tokens, pattern=pattern, keeps_keys=keeps_keys)
+        return cls(
+            bundle.denoiser(device),
+            bundle.process,
+            max_batch_tokens,
+            pattern=pattern,
+            is_ancestral=is_ancestral(said.objective, said.process),
+            keeps_keys=keeps_keys,
+        )
 
     @property
     def num_active(self) -> int:
@@ -117,10 +127,13 @@ class Engine:
         config = self._denoiser.config
         request.check(config.vocab_size, self.context_length)
         self._check_order(request)
-        masks: Ints = np.full(request.config.max_tokens, config.mask_id, np.int64)
-        prior: Ints = masks if self._pattern.kind == "causal" else self._process.prior(masks)
+        canvas: Ints = np.full(request.config.max_tokens, config.mask_id, np.int64)
+        if self._is_ancestral:
+            # The second word of call 0, whose first word its draws take.
+            positions = len(request.prompt) + np.arange(len(canvas))
+            canvas = self._process.prior(canvas, uniforms64(request.seed, Purpose.DECODE, 0, positions, 2)[:, 1])
         row, self._next_row = self._next_row, self._next_row + 1
-        self._waiting.append((row, DecodeState.start(request, prior, self._pattern)))
+        self._waiting.append((row, DecodeState.start(request, canvas, self._pattern, self._is_ancestral)))
         return row
 
     def cancel(self, row: int) -> None:

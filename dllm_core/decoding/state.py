@@ -7,6 +7,9 @@
 | full | the request's, counted from the canvas's first position | the whole row | nothing |
 | block_causal | the model's, counted from the row's first position | up to the block's end | the blocks before it |
 | causal | single positions | all before the position | all that was read |
+
+A row whose noise replaces tokens is ancestral: a call draws all of its open positions anew, a step nearer to t = 0, and
+what they hold at 0, after `steps` calls, becomes final at once.
 """
 
 from dataclasses import dataclass, field
@@ -18,7 +21,7 @@ from numpy.typing import NDArray
 from dllm_core.decoding.config import DecodeConfig
 from dllm_core.errors import RequestError
 from dllm_core.model.pattern import FULL, AttentionPattern
-from dllm_core.seeding import Floats, Ints, Purpose, uniforms
+from dllm_core.seeding import Doubles, Floats, Ints, Purpose, uniforms, uniforms64
 
 FinishReason = Literal["stop", "length"]
 Bools = NDArray[np.bool_]
@@ -64,6 +67,7 @@ class DecodeState:
 
     request: DecodeRequest
     pattern: AttentionPattern
+    is_ancestral: bool
     canvas: Ints
     is_final: Bools
     is_closed: Bools
@@ -76,14 +80,17 @@ class DecodeState:
     _first_open: int = field(init=False, default=0)
 
     @classmethod
-    def start(cls, request: DecodeRequest, prior: Ints, pattern: AttentionPattern = FULL) -> "DecodeState":
+    def start(
+        cls, request: DecodeRequest, prior: Ints, pattern: AttentionPattern = FULL, is_ancestral: bool = False
+    ) -> "DecodeState":
         """The row before its first call; prior int64 [max_tokens] is the noise process at t = 1."""
         head, tail = len(request.prompt), len(request.suffix)
         canvas = np.concatenate([np.array(request.prompt, np.int64), prior, np.array(request.suffix, np.int64)])
         is_final = np.ones(len(canvas), dtype=bool)
         is_final[head : len(canvas) - tail] = False
         blank = np.zeros(len(canvas), dtype=bool)
-        return cls(request, pattern, canvas, is_final, blank, np.zeros(len(canvas), np.int64), block_start=head)
+        never = np.zeros(len(canvas), np.int64)
+        return cls(request, pattern, is_ancestral, canvas, is_final, blank, never, block_start=head)
 
     @property
     def canvas_stop(self) -> int:
@@ -98,6 +105,8 @@ class DecodeState:
     @property
     def block(self) -> slice:
         """The current block, or what of it is canvas."""
+        if self.is_ancestral:
+            return slice(self.block_start, self.canvas_stop)
         if self.pattern.kind == "full":
             first, length = len(self.request.prompt), self.request.config.block_length
         else:
@@ -133,20 +142,38 @@ class DecodeState:
         """One uniform for each position [n], a pure function of the request's seed, this call and the position."""
         return uniforms(self.request.seed, Purpose.DECODE, self.num_calls, positions, 1)[:, 0]
 
+    @property
+    def times(self) -> tuple[float, float]:
+        """(s, t): the step of the reverse process that an ancestral row's next call takes, from t = 1 to s = 0."""
+        steps = self.request.config.steps
+        return (steps - self.num_calls - 1) / steps, (steps - self.num_calls) / steps
+
+    def fine_uniforms(self, positions: Ints) -> Doubles:
+        """Like `uniforms`, on a grid fine enough for the rare jumps of a short step over a large vocabulary."""
+        return uniforms64(self.request.seed, Purpose.DECODE, self.num_calls, positions, 1)[:, 0]
+
     def commit(self, positions: Ints, tokens: Ints, confidence: Floats, eos_id: int) -> Ints:
         """Take a call's verdict on the block's open positions [n]; returns the positions that became final."""
-        config = self.request.config
         self.num_calls += 1
         self.calls_in_block += 1
-        quota = -(-len(positions) // max(1, config.steps_per_block - self.calls_in_block + 1))
-        chosen = config.policy.choose(confidence, np.ones(len(positions), dtype=bool), quota)
-        committed = positions[chosen]
+        if self.is_ancestral:
+            self.canvas[positions] = tokens
+            chosen = np.full(len(positions), self.calls_in_block == self.request.config.steps)
+        else:
+            chosen = self._chosen(confidence)
+        committed: Ints = positions[chosen]
         self.canvas[committed] = tokens[chosen]
         self.is_final[committed] = True
         self.committed_at[committed] = self.num_calls
         self._close_behind_end(eos_id)
         self._advance(eos_id)
         return committed
+
+    def _chosen(self, confidence: Floats) -> Bools:
+        """The policy's choice, of which the steps left demand a quota."""
+        config, number = self.request.config, len(confidence)
+        quota = -(-number // max(1, config.steps_per_block - self.calls_in_block + 1))
+        return config.policy.choose(confidence, np.ones(number, dtype=bool), quota)
 
     def _close_behind_end(self, eos_id: int) -> None:
         """Nothing behind the first committed end token will be read, so nothing there is decoded."""

@@ -60,12 +60,13 @@ class ContextConfig(Frozen):
 
 
 class GenerationConfig(Frozen):
-    """Continuations of held-out text, at several thresholds of confidence."""
+    """Continuations of held-out text, at several thresholds of confidence or numbers of steps."""
 
     prompts: int = Field(32, ge=2)
     prompt_tokens: int = Field(16, ge=1)
     tokens: int = Field(48, ge=1)
     thresholds: tuple[float, ...] = (0.3, 0.5, 0.7, 0.9, 1.0)
+    steps: tuple[int, ...] = Field((8, 16, 32, 64), description="of models whose noise is run backwards")
     temperature: float = Field(1.0, gt=0, le=10, description="likeliest tokens alone repeat themselves")
 
 

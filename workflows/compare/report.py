@@ -11,6 +11,7 @@ from workflows.drawing import INK, axes, figures, grid, page, svg, table
 
 _COLOURS = ("#2a6fdb", "#c2410c", "#15803d", "#7c3aed", "#b45309", "#0e7490", "#be185d", "#4d7c0f")
 _NONE = "–"
+AUTOREGRESSION = "a token a call"
 Rows = list[list[str]]
 
 
@@ -86,7 +87,7 @@ def _context_table(result: dict[str, Any]) -> tuple[str, list[str], Rows]:
 
 def _generation_table(result: dict[str, Any]) -> tuple[str, list[str], Rows]:
     generation = result["generation"]
-    head = ["model", "threshold", "tokens/call", "speed", "nats under the judge", "entropy"]
+    head = ["model", "decoding", "tokens/call", "speed", "nats under the judge", "entropy"]
     rival = _rival(result)
     rows = []
     for model, points in generation["models"].items():
@@ -94,11 +95,16 @@ def _generation_table(result: dict[str, Any]) -> tuple[str, list[str], Rows]:
             rows.append([model, *[_NONE] * 5])
         for point in points or []:
             speed = f"{point['tokens_per_s'] / rival:.2f}x" if rival else f"{point['tokens_per_s']:.0f}/s"
-            threshold = _NONE if point["threshold"] is None else f"{point['threshold']:g}"
-            rows.append([model, threshold, f"{point['tokens_per_call']:.2f}", speed, *_quality(point["quality"])])
+            rows.append(
+                [model, point["setting"], f"{point['tokens_per_call']:.2f}", speed, *_quality(point["quality"])]
+            )
     rows.append(["(the text itself)", _NONE, _NONE, _NONE, *_quality(generation["text"])])
     against = "autoregression with kept keys is 1x" if rival else "tokens/s"
-    return f"Generation: continuations by confidence threshold; {against}; judge: {generation['judge']}", head, rows
+    return (
+        f"Generation: continuations by how many tokens a call may commit; {against}; judge: {generation['judge']}",
+        head,
+        rows,
+    )
 
 
 def _quality(quality: dict[str, Any] | None) -> list[str]:
@@ -108,10 +114,9 @@ def _quality(quality: dict[str, Any] | None) -> list[str]:
 
 
 def _rival(result: dict[str, Any]) -> float | None:
-    """Tokens a second of the autoregressive model, the one whose curve is a point without a threshold."""
-    curves = [points for points in result["generation"]["models"].values() if points]
-    alone = [points[0] for points in curves if len(points) == 1 and points[0]["threshold"] is None]
-    return alone[0]["tokens_per_s"] if alone else None
+    """Tokens a second of the first autoregressive model."""
+    points = [point for points in result["generation"]["models"].values() for point in points or []]
+    return next((point["tokens_per_s"] for point in points if point["setting"] == AUTOREGRESSION), None)
 
 
 def _flexibility_table(result: dict[str, Any]) -> tuple[str, list[str], Rows]:

@@ -78,7 +78,7 @@ def _decoding(stage: Evaluation) -> dict[str, Any] | None:
     return {
         **asdict(cost),
         "tokens_per_call": cost.tokens_per_call,
-        **recipe.decode.told(recipe.decoding_pattern),
+        **recipe.decode_told,
         "temperature": recipe.decode.temperature,
     }
 

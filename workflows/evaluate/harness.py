@@ -21,7 +21,7 @@ from dllm_core.checkpoints.bundle import FOLDER, read_bundle
 from dllm_core.checkpoints.run_dir import RunDir
 from dllm_core.config.base import Frozen
 from dllm_core.config.overrides import apply_overrides
-from dllm_core.decoding.config import DecodeConfig, decoding_pattern, no_decoder
+from dllm_core.decoding.config import DecodeConfig, decoding_pattern, is_ancestral, no_decoder
 from dllm_core.decoding.engine import Engine
 from dllm_core.decoding.state import DecodeRequest
 from dllm_core.errors import ConfigError, RequestError
@@ -242,7 +242,8 @@ class DllmModel(LM):  # type: ignore[misc]
         budget = max(self._config.max_batch_tokens, self._context_length)  # below it a row would be cut
         said = self._bundle.manifest
         pattern = decoding_pattern(said.objective, said.block_length)
-        return Engine(self._denoiser, self._bundle.process, budget, pattern=pattern)
+        backwards = is_ancestral(said.objective, said.process)
+        return Engine(self._denoiser, self._bundle.process, budget, pattern=pattern, is_ancestral=backwards)
 
     def _decoding(self, context: str, arguments: dict[str, Any], number: int) -> tuple[DecodeRequest, Stops]:
         """A request to the engine; requests of equal content have one seed each if they sample."""

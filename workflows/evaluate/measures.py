@@ -17,7 +17,7 @@ from dllm_core.checkpoints.run_dir import RunDir
 from dllm_core.data.loader import split_rows
 from dllm_core.data.manifest import CorpusManifest
 from dllm_core.data.packing import PaddedPacking
-from dllm_core.decoding.config import DecodeConfig
+from dllm_core.decoding.config import DecodeConfig, is_ancestral
 from dllm_core.errors import ConfigError
 from dllm_core.evaluation.calibration import CalibrationScores, summarize_calibration
 from dllm_core.evaluation.config import NGramScorerConfig
@@ -238,5 +238,6 @@ def _answer(job: EvaluateJob, asked: Sequence[tuple[int, Problem, int]], *, task
 
 def _settings(stage: Evaluation, decode: DecodeConfig) -> Figures:
     """How text came about."""
-    told = decode.told(stage.job.recipe.decoding_pattern)
+    recipe = stage.job.recipe
+    told = decode.told(recipe.decoding_pattern, is_ancestral(recipe.objective, recipe.noise.process))
     return {**told, "temperature": decode.temperature, "top_p": decode.top_p}

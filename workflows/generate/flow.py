@@ -63,7 +63,7 @@ def generate(
         "num_calls": answer.num_calls,
         "tokens_per_call": round(answer.tokens_per_call, 4),
         "seconds": round(time.monotonic() - begun, 3),
-        "policy": recipe.decode.told(recipe.decoding_pattern)["policy"],
+        "policy": recipe.decode_told["policy"],
     }
 
 

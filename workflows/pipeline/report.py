@@ -156,7 +156,7 @@ def _canvas(frames: list[Frame], recipe: Recipe) -> str:
         lines.append(f"<div><i>{frame.num_calls:>3}  </i>{''.join(cells)}</div>")
     answer = frames[-1].answer
     assert answer is not None
-    told = recipe.decode.told(recipe.decoding_pattern)
+    told = recipe.decode_told
     blocks = f", blocks of {told['block_length']}" if told["block_length"] else ""
     about = (
         f"{answer.num_committed} tokens in {answer.num_calls} calls, {answer.tokens_per_call:.2f} per call; "

@@ -45,6 +45,7 @@ class DiffusionOptions(_Part):
     threshold: float | None = None
     block_length: int | None = None
     steps_per_block: int | None = None
+    steps: int | None = None
 
 
 class CompletionRequest(_Part):
@@ -115,6 +116,8 @@ class CompletionRequest(_Part):
             values["steps_per_block"] = min(values["steps_per_block"], ours.block_length)
         if ours.steps_per_block is not None:
             values["steps_per_block"] = ours.steps_per_block
+        if ours.steps is not None:
+            values["steps"] = ours.steps
         try:
             return DecodeConfig.checked(values)
         except ConfigError as error:

@@ -17,7 +17,7 @@ EVERY_MODEL = [
 
 
 @pytest.mark.parametrize(("objective", "process", "is_timed"), EVERY_MODEL)
-def test_masks_and_autoregression_are_decoded_and_nothing_else(tmp_path, objective, process, is_timed):
+def test_there_is_a_decoder_or_a_line_that_says_why_not(tmp_path, objective, process, is_timed):
     recipe = small_recipe(
         tmp_path,
         objective={"type": objective},
@@ -25,10 +25,14 @@ def test_masks_and_autoregression_are_decoded_and_nothing_else(tmp_path, objecti
         model={"time_conditioning": is_timed},
     )
     patterns = {"block_diffusion": AttentionPattern("block_causal", 4), "autoregressive": CAUSAL, "diffusion": FULL}
-    if objective == "autoregressive" or (objective in patterns and process == "absorbing" and not is_timed):
+    is_mask = process == "absorbing" and not is_timed
+    is_ancestral = objective == "diffusion" and process != "absorbing"
+    if objective == "autoregressive" or is_ancestral or (objective in patterns and is_mask):
         assert recipe.can_be_decoded
         assert recipe.decoding_pattern == patterns[objective]
         recipe.check_decodable()
+        told = {"type": "ancestral", "steps": 64} if is_ancestral else recipe.decode.policy.model_dump(mode="json")
+        assert recipe.decode_told["policy"] == (None if objective == "autoregressive" else told)
         return
     assert not recipe.can_be_decoded
     with pytest.raises(ConfigError, match="there is no decoder for such a model yet") as refused:

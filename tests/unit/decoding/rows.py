@@ -18,11 +18,13 @@ tokens = st.lists(st.integers(3, VOCABULARY - 1), max_size=9).map(tuple)
 policies = st.one_of(st.floats(0.05, 1).map(lambda x: ThresholdPolicy(threshold=x)), st.just(LowConfidencePolicy()))
 
 
-def new_denoiser(*, is_tied: bool = True) -> Denoiser:
+def new_denoiser(*, is_tied: bool = True, time_conditioning: bool = False) -> Denoiser:
     """is_tied: a head that is the embedding prefers the token it was shown, so that left to right it repeats itself."""
     torch.manual_seed(0)
     config = DenoiserConfig(
-        model=ModelConfig(dim=32, layers=2, heads=2, ffn_dim=48, tie_embeddings=is_tied),
+        model=ModelConfig(
+            dim=32, layers=2, heads=2, ffn_dim=48, tie_embeddings=is_tied, time_conditioning=time_conditioning
+        ),
         vocab_size=VOCABULARY,
         context_length=CONTEXT,
         mask_id=MASK,
@@ -32,6 +34,8 @@ def new_denoiser(*, is_tied: bool = True) -> Denoiser:
     model = Denoiser(config).eval()
     with torch.no_grad():
         model.head.weight.mul_(3)  # sharper predictions, so that thresholds and end tokens come into play
+        for weight in () if model.time is None else model.time.parameters():
+            weight.normal_(std=0.3)  # t plays no part in a new model
     return model
 
 

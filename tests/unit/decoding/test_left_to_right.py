@@ -238,8 +238,10 @@ def test_a_bundle_is_decoded_as_its_objective_says(bundle):
 def test_a_bundle_without_a_decoder_is_refused_in_one_line(bundle):
     for values, line in (
         ({"objective": MaskedLMConfig()}, "objective.type: {}, got 'masked_lm'"),
-        ({"process": HybridNoise()}, "noise.process.type: {}, got 'hybrid'"),
-        ({"process": UniformNoise(), "objective": BlockDiffusionConfig(), "block_length": 4}, "noise.process.type"),
+        (
+            {"process": HybridNoise(), "objective": BlockDiffusionConfig(), "block_length": 4},
+            "noise.process.type: {}, got 'hybrid'",
+        ),
     ):
         with pytest.raises(ConfigError, match=line.format("there is no decoder for such a model yet")):
             Engine.of(changed(bundle, **values))

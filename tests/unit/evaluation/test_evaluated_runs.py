@@ -32,10 +32,8 @@ KINDS = {
     "masks": ({}, "exact-count", None),
     "chain": ({"noise": {"steps": 8, "epochs": 1}}, "stratified-time", None),
     "timed": ({"model": {"time_conditioning": True}}, "stratified-time", "model.time_conditioning: "),
-    "uniform": (UNIFORM, "stratified-time", "noise.process.type: "),
-    "hybrid": (
-        {"noise": {"process": {"type": "hybrid", "p_u": 0.4}, "epochs": 1}}, "stratified-time", "noise.process.type: "
-    ),
+    "uniform": (UNIFORM, "stratified-time", None),
+    "hybrid": ({"noise": {"process": {"type": "hybrid", "p_u": 0.4}, "epochs": 1}}, "stratified-time", None),
     "blocks": ({**BLOCKS, "packing": {"type": "isolated", "seq_len": 32}}, "exact-count", None),
     "autoregressive": ({"objective": {"type": "autoregressive"}}, "exact", None),
     "masked_lm": ({"objective": {"type": "masked_lm"}}, None, "objective.type: "),
@@ -73,12 +71,15 @@ def test_a_bundle_is_scored_as_it_was_trained_and_decoded_where_it_can_be(made, 
     assert result["conventions"] == {"tokens": "real", "end_tokens": "counted", "conditioned_on": "nothing"}
     assert (result["decoding"] is None) == (refusal is not None)
     if refusal is None:
-        threshold, length = corpus.recipe.decode.policy.model_dump(mode="json"), corpus.recipe.decode.block_length
-        token_by_token = kind == "autoregressive"
-        assert result["decoding"]["policy"] == (None if token_by_token else threshold)
-        assert result["decoding"]["block_length"] == (None if token_by_token else length)
-        assert result["decoding"]["tokens_per_call"] == 1 or not token_by_token
-        assert ("token by token" in _about_evaluation(result)) == token_by_token
+        told = {
+            "autoregressive": (None, None, "(token by token)"),
+            **dict.fromkeys(("uniform", "hybrid"), ({"type": "ancestral", "steps": 64}, None, "(ancestral 64)")),
+        }
+        plain = ({"type": "threshold", "threshold": 0.9}, 4, "(threshold 0.9)")
+        policy, length, words = told.get(kind, plain)
+        assert (result["decoding"]["policy"], result["decoding"]["block_length"]) == (policy, length)
+        assert _about_evaluation(result).endswith(words)
+        assert result["decoding"]["tokens_per_call"] == 1 or kind != "autoregressive"
     if estimator is None:
         assert [result[name] for name in ("nelbo", "standard_error", "gain", "bits_per_byte", "draws")] == [
             None
@@ -140,7 +141,8 @@ def test_a_report_shows_noise_as_it_is_and_says_what_there_is_not(made, kind):
     assert ("There is no decoder for such a model yet" in page) == (KINDS[kind][2] is not None)
     assert ("token by token" in page) == (kind == "autoregressive")
     assert ("class=swapped>" in page) == (kind in ("uniform", "hybrid"))
-    assert ("class=open>" in page) == (kind != "uniform")
+    forward, _ = page.split("The reverse: one decode")
+    assert ("class=open>" in forward) == (kind != "uniform")
     assert ("a masked language model bounds none" in page) == (kind == "masked_lm")
 
 

@@ -77,6 +77,7 @@ def test_options_override_the_recipe_and_impossible_ones_name_themselves():
     assert (config.policy.threshold, config.block_length, config.steps_per_block) == (0.3, 4, 4)
     assert config.temperature == 0.5
     assert parse().decode_config(base, 10).max_tokens == 10
+    assert parse(diffusion={"steps": 5}).decode_config(base, 10).steps == 5
     with pytest.raises(RequestError, match=r"diffusion\.steps_per_block"):
         parse(diffusion={"steps_per_block": 99}).decode_config(base, 100)
 
