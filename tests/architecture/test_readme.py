@@ -17,6 +17,7 @@ from lm_eval.api.registry import model_registry
 from typer.testing import CliRunner
 
 from workflows.cli import app
+from workflows.compare.recipe import load_comparison
 from workflows.evaluate.harness import HarnessConfig
 from workflows.recipe import load_recipe
 from workflows.serve.protocol import parse_request
@@ -69,6 +70,9 @@ def test_a_command_of_the_readme_means_something(command, tmp_path):
         assert told.exit_code == 0
         assert all(option in told.stdout for option in options)
         overrides = [word for word in rest if re.match(r"[a-z_]+(\.[a-z_]+)*=", word)]
+        if verb == "compare":
+            assert load_comparison(root / target, overrides).models
+            return
         recipe = load_recipe(root / target if target.endswith(".yaml") else QUICKSTART, overrides)
         assert recipe.name
         if not target.endswith(".yaml"):
@@ -77,7 +81,7 @@ def test_a_command_of_the_readme_means_something(command, tmp_path):
 
 def test_the_readme_has_a_command_for_every_verb():
     verbs = {words_of(command)[1] for command in COMMANDS if words_of(command)[0] == "dllm"}
-    assert verbs == {"run", "show", "preprocess", "train", "evaluate", "generate", "serve", "task"}
+    assert verbs == {"run", "show", "preprocess", "train", "evaluate", "generate", "serve", "task", "compare"}
 
 
 def test_the_typo_of_the_readme_gets_the_answer_of_the_readme():
