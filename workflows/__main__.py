@@ -1,22 +1,43 @@
-"""The `dllm` script: signals are taken over first, then the command line is imported and run.
+"""The scripts `dllm` and `dllm-lm-eval`: signals are taken over first, then a command line is imported and run.
 
 python -m workflows show workflows/recipes/quickstart.yaml
 """
 
 import os
 import sys
+from collections.abc import Callable
 
 from workflows.interrupts import end_on_sigterm, exit_code_of, leave, say_interrupted
 
 
 def main() -> None:
-    """Run the command line and leave with its exit code, whatever ends it."""
+    """`dllm`: its verbs."""
+    _lead(_verbs)
+
+
+def lm_eval() -> None:
+    """`dllm-lm-eval`: the command line of lm-evaluation-harness, which does not look for models in other packages."""
+    _lead(_harness)
+
+
+def _verbs() -> int:
+    from workflows.cli import run_command_line
+
+    return run_command_line(sys.argv[1:])
+
+
+def _harness() -> int:
+    from workflows.cli import run_lm_eval
+
+    return run_lm_eval()
+
+
+def _lead(command_line: Callable[[], int]) -> None:
+    """Run a command line and leave with its exit code, whatever ends it."""
     try:
         end_on_sigterm()
         _open_streams()
-        from workflows.cli import run_command_line
-
-        code = run_command_line(sys.argv[1:])
+        code = command_line()
     except KeyboardInterrupt as signalled:
         say_interrupted(signalled)
         code = exit_code_of(signalled)

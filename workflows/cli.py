@@ -98,8 +98,12 @@ def train(target: TargetArg, overrides: OverridesArg = None, output: OutputOptio
 
 @app.command()
 def evaluate(target: TargetArg, overrides: OverridesArg = None, output: OutputOption = "text") -> None:
-    """Held-out likelihood of a trained run with its standard error, and tokens per denoiser call."""
-    _verb(_stage(target, overrides, lambda pipeline: pipeline.evaluate(), needs_bundle=True), output)
+    """Measure a trained run on held-out rows: evaluation.json, and report.html beside it.
+
+    Likelihood, calibration, infilling and tokens per denoiser call; with evaluate.samples.rows=N generative perplexity,
+    with evaluate.tasks=[{type: sudoku}] exact match of a task's answers. Every figure has its standard error.
+    """
+    _verb(_stage(target, overrides, lambda p: (p.evaluate(), p.report())[0], needs_bundle=True), output)
 
 
 @app.command()
@@ -156,6 +160,30 @@ def serve(target: TargetArg, overrides: OverridesArg = None, output: OutputOptio
     _verb(body, output)
 
 
+@app.command()
+def task(
+    kind: Annotated[str, typer.Argument(metavar="KIND", help="sudoku or addition")],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="the folder to write")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[field=value]...", help="of the task, e.g. digits=4 max_clues=8")
+    ] = None,
+    rows: Annotated[int, typer.Option(min=1, help="training problems to write")] = 20_000,
+    seed: Annotated[int, typer.Option(min=0, help="which of them, and the recipe's seed")] = 0,
+    output: OutputOption = "text",
+) -> None:
+    """Write problems with known answers to train on, and the recipe of a run that is graded on others."""
+
+    def body(console: Console) -> dict[str, Any]:
+        from workflows.task.flow import write_task
+
+        written = write_task(kind, out, rows, seed, overrides or [])
+        recipe = _shown(written["recipe"])
+        console.print(f"{rows:,} problems; train on them: [bold]dllm run {escape(recipe)}[/bold]")
+        return written
+
+    _verb(body, output)
+
+
 def run_command_line(words: list[str]) -> int:
     """Run `dllm WORDS`; the exit code. Mistakes in the words themselves are one line too."""
     try:
@@ -175,6 +203,17 @@ def run_command_line(words: list[str]) -> int:
     if code == _INTERRUPTED:  # a signal before a verb had begun, which the library that parses the words has caught
         raise Interrupted if Interrupted.happened else KeyboardInterrupt
     return code if isinstance(code, int) else 0
+
+
+def run_lm_eval() -> int:
+    """Run `lm_eval` on the words of this process, with the model `dllm` registered; the exit code."""
+    try:
+        from workflows.evaluate.harness import cli_evaluate
+
+        cli_evaluate()
+    except DllmError as error:
+        return _failed(Console("text"), error)
+    return 0
 
 
 def _stage(

@@ -1,9 +1,9 @@
-"""What reports are drawn with: one style, plots as inline PNGs, tables. Pages hold everything they need."""
+"""What reports are drawn with: one style, plots as inline SVG, tables. Pages hold everything they need."""
 
-import base64
 import html
 import io
 import json
+import re
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ INK, ACCENT, SOFT = "#1f2430", "#2a6fdb", "#9db7e0"
 STYLE = """
 body{font:16px/1.55 system-ui,sans-serif;color:#1f2430;max-width:60rem;margin:2.5rem auto;padding:0 1.2rem}
 h1{font-size:1.6rem;margin-bottom:.2rem}h2{font-size:1.15rem;margin:2.2rem 0 .6rem}p.sub{color:#667;margin-top:0}
-img{width:100%;height:auto}table{border-collapse:collapse;width:100%;font-size:.92rem}
+svg{width:100%;height:auto}table{border-collapse:collapse;width:100%;font-size:.92rem}
 td,th{padding:.3rem .7rem .3rem 0;text-align:left;border-bottom:1px solid #e6e8ee;vertical-align:top}
 .figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(15rem,1fr));gap:1rem;margin:1.4rem 0}
 .figures div{background:#f4f6fa;border-radius:.5rem;padding:.8rem 1rem}.figures b{display:block;font-size:1.45rem}
@@ -52,6 +52,16 @@ def table(values: dict[str, Any]) -> str:
     return f"<table>{rows}</table>"
 
 
+def grid(header: list[str], rows: list[list[str]]) -> str:
+    """A table of several columns; a short row's last cell takes what is left."""
+    lines = ["".join(f"<th>{html.escape(name)}</th>" for name in header)]
+    for row in rows:
+        rest = len(header) - len(row) + 1
+        *cells, last = (html.escape(value) for value in row)
+        lines.append("".join(f"<td>{value}</td>" for value in cells) + f"<td colspan={rest}>{last}</td>")
+    return "<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
+
+
 def cell(text: str) -> str:
     """A token's text in a canvas."""
     return html.escape(text).replace("\n", "⏎")
@@ -75,11 +85,16 @@ def axes(rows: int, columns: int, height: float) -> tuple[Any, list[Any]]:
     return figure, found
 
 
-def png(figure: Any, alt: str) -> str:
-    """A figure as an image of the page."""
-    sink = io.BytesIO()
-    figure.savefig(sink, format="png", dpi=160)
-    return f"<img alt='{html.escape(alt)}' src='data:image/png;base64,{base64.b64encode(sink.getvalue()).decode()}'>"
+def svg(figure: Any, alt: str) -> str:
+    """A figure inside the page, the same bytes for the same figure."""
+    from matplotlib import rc_context
+
+    sink = io.StringIO()
+    with rc_context({"svg.hashsalt": alt}):
+        figure.savefig(sink, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    drawn = sink.getvalue()
+    drawn = re.sub(r' id="[\w.]+_\d+"', "", drawn[drawn.index("<svg ") :])  # not one of a kind in a page of many
+    return drawn.replace("<svg ", f'<svg role="img" aria-label="{html.escape(alt)}" ', 1)
 
 
 def noise_figure(process: InterpolatingProcess, batch: Batch) -> str:
@@ -95,4 +110,4 @@ def noise_figure(process: InterpolatingProcess, batch: Batch) -> str:
     right.hist(batch.t.ravel(), bins=20, range=(0, 1), color=SOFT, edgecolor="white")
     right.axhline(batch.t.size / 20, color=INK, lw=1, ls="--")
     right.set(xlabel="t", ylabel="tokens")
-    return png(figure, "share of noised tokens against t and the distribution of t")
+    return svg(figure, "share of noised tokens against t and the distribution of t")

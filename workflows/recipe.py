@@ -16,10 +16,11 @@ from dllm_core.config.overrides import apply_overrides, read_recipe
 from dllm_core.data.corpus import AnyCorpus, ChatRecord, HubSource, MixtureCorpus, SourceBase
 from dllm_core.data.packing import AnyPacking, WrapPacking
 from dllm_core.data.tokenizer import TokenizerConfig
-from dllm_core.decoding.config import DecodeConfig, no_decoder
+from dllm_core.decoding.config import DecodeConfig, decoding_pattern, is_ancestral, no_decoder
 from dllm_core.errors import ConfigError
-from dllm_core.evaluation.config import EvaluateConfig
+from dllm_core.evaluation.config import AutoregressiveScorerConfig, EvaluateConfig
 from dllm_core.model.config import ModelConfig
+from dllm_core.model.pattern import AttentionPattern
 from dllm_core.noise.process import NoiseConfig
 from dllm_core.objective.config import AnyObjective, BlockDiffusionConfig, DiffusionConfig, DiffusionOptions
 from dllm_core.storage.store import StoredObject, check_name, local_path
@@ -103,11 +104,29 @@ class Recipe(Frozen):
         """Whether there is a decoder for this model."""
         return no_decoder(self.objective, self.noise.process, self.model) is None
 
+    @property
+    def decoding_pattern(self) -> AttentionPattern:
+        """Whom a position sees in decoding, where there is a decoder."""
+        return decoding_pattern(self.objective, self.noise.block_length)
+
+    @property
+    def decode_told(self) -> dict[str, Any]:
+        """What decides when tokens are committed, where there is a decoder."""
+        return self.decode.told(self.decoding_pattern, is_ancestral(self.objective, self.noise.process))
+
     def check_decodable(self) -> None:
-        """Refuse to decode what there is no decoder for."""
+        """Refuse to decode what there is no decoder for, or in other blocks than the model's."""
         problem = no_decoder(self.objective, self.noise.process, self.model)
         if problem is not None:
             raise problem
+        trained, decode = self.decoding_pattern.block_length, self.decode
+        if trained is not None and decode.block_length != trained:
+            remedy = f"decode.block_length={trained}"
+            if decode.steps_per_block > trained:
+                remedy += f" decode.steps_per_block={trained}"
+            raise ConfigError(
+                "decode.block_length", f"must be noise.block_length={trained}", decode.block_length, remedy
+            )
 
     def corpus_fingerprint(self, sources: Sequence[StoredObject]) -> str:
         """Identity of the shards. Written noise epochs are left out: computed ones have the same bits."""
@@ -160,14 +179,25 @@ def anchored(recipe: Recipe) -> Recipe:
     """Relative paths start at the working directory; written out, so that a run means the same from anywhere."""
     corpus, tokenizer = recipe.corpus, recipe.tokenizer
     if isinstance(corpus, MixtureCorpus):
-        anchored = tuple(_located(f"corpus.sources.{i}.path", source) for i, source in enumerate(corpus.sources))
-        corpus = corpus.model_copy(update={"sources": anchored})
+        sources = tuple(_located(f"corpus.sources.{i}.path", source) for i, source in enumerate(corpus.sources))
+        corpus = corpus.model_copy(update={"sources": sources})
     else:
         corpus = _located("corpus.path", corpus)
     if tokenizer.path is not None:
         tokenizer = tokenizer.model_copy(update={"path": _absolute("tokenizer.path", tokenizer.path)})
     storage = StorageConfig(root=_absolute("storage.root", recipe.storage.root))
-    return recipe.model_copy(update={"corpus": corpus, "tokenizer": tokenizer, "storage": storage})
+    return recipe.model_copy(
+        update={"corpus": corpus, "tokenizer": tokenizer, "evaluate": _with_scorer(recipe.evaluate), "storage": storage}
+    )
+
+
+def _with_scorer(section: EvaluateConfig) -> EvaluateConfig:
+    """The section with the path of its scorer's run written out."""
+    scorer = section.samples.scorer
+    if not isinstance(scorer, AutoregressiveScorerConfig):
+        return section
+    located = scorer.model_copy(update={"run": _absolute("evaluate.samples.scorer.run", scorer.run)})
+    return section.model_copy(update={"samples": section.samples.model_copy(update={"scorer": located})})
 
 
 def _located(place: str, source: AnySource) -> AnySource:

@@ -12,7 +12,7 @@ from dllm_core.config.overrides import apply_overrides, parse_yaml
 from dllm_core.errors import ConfigError
 from dllm_core.storage.store import open_store
 from workflows.preprocess.flow import CorpusPlan, plan_corpus
-from workflows.recipe import Recipe, StorageConfig, load_recipe
+from workflows.recipe import Recipe, StorageConfig, anchored, load_recipe
 
 RECIPE_NAME = "recipe.yaml"
 TRAIN_RECEIPT = "stages/train.json"
@@ -56,7 +56,7 @@ def read_target_recipe(target: str, overrides: Sequence[str]) -> tuple[Recipe, R
     except UnicodeDecodeError:
         raise ConfigError(place, "is not text", remedy="start from a recipe file") from None
     old = Recipe.checked(values, RECIPE_NAME)
-    new = Recipe.checked(apply_overrides(values, list(overrides)))
+    new = anchored(Recipe.checked(apply_overrides(values, list(overrides))))
     if (old.corpus_fingerprint([]), old.run_fingerprint("")) != (
         new.corpus_fingerprint([]),
         new.run_fingerprint(""),

@@ -1,4 +1,4 @@
-"""Engine: continuous batching of decoding rows.
+"""Engine: continuous batching of decoding rows, for every objective that decodes.
 
 A tick is: admit waiting rows -> one denoiser call -> each row's verdict.
 Rows enter and leave between ticks only. The batch is bounded by token positions, not by requests.
@@ -11,13 +11,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from dllm_core.checkpoints.bundle import ModelBundle
-from dllm_core.decoding.config import no_decoder
+from dllm_core.decoding.config import NO_SUFFIX, decoding_pattern, is_ancestral, no_decoder
 from dllm_core.decoding.state import DecodeRequest, DecodeState, FinishReason
 from dllm_core.decoding.step import padded_length, propose
 from dllm_core.errors import RequestError
+from dllm_core.model.cache import KeyValueStore
 from dllm_core.model.denoiser import Denoiser
+from dllm_core.model.pattern import FULL, AttentionPattern
 from dllm_core.noise.process import NoiseProcess
-from dllm_core.seeding import Floats, Ints
+from dllm_core.seeding import Floats, Ints, Purpose, uniforms64
 
 
 @dataclass(frozen=True)
@@ -55,21 +57,50 @@ class Engine:
     """Decodes rows together. Not thread-safe: one owner adds, steps and cancels."""
 
     def __init__(
-        self, denoiser: Denoiser, process: NoiseProcess, max_batch_tokens: int = 4096, max_rows: int = 64
+        self,
+        denoiser: Denoiser,
+        process: NoiseProcess,
+        max_batch_tokens: int = 4096,
+        max_rows: int = 64,
+        *,
+        pattern: AttentionPattern = FULL,
+        is_ancestral: bool = False,
+        keeps_keys: bool = True,
     ) -> None:
-        self._denoiser, self._process = denoiser, process
+        """pattern: whom a position sees, as the denoiser was trained: `full`, `block_causal` or `causal`.
+
+        is_ancestral: run the noise backwards over the whole canvas, as noise that replaces tokens asks; under `full`.
+        keeps_keys: keep keys and values of what is settled, wherever something settles; changes speed, no token.
+        """
+        self._denoiser, self._process, self._pattern = denoiser, process, pattern
+        self._is_ancestral = is_ancestral
         self._max_batch_tokens, self._max_rows = max_batch_tokens, max_rows
+        self._store: KeyValueStore | None = None
+        if keeps_keys and pattern.kind != "full":
+            weight = denoiser.embed.weight
+            self._store = KeyValueStore(denoiser.config.model, device=weight.device, dtype=weight.dtype)
         self._waiting: deque[tuple[int, DecodeState]] = deque()
         self._active: dict[int, DecodeState] = {}
         self._next_row = 0
 
     @classmethod
-    def of(cls, bundle: ModelBundle, device: str = "cpu", max_batch_tokens: int = 4096) -> "Engine":
+    def of(
+        cls, bundle: ModelBundle, device: str = "cpu", max_batch_tokens: int = 4096, *, keeps_keys: bool = True
+    ) -> "Engine":
         """An engine over a bundle's denoiser and noise process. Raises ConfigError where there is no decoder for it."""
-        problem = no_decoder(bundle.manifest.objective, bundle.manifest.process, bundle.config.model)
+        said = bundle.manifest
+        problem = no_decoder(said.objective, said.process, bundle.config.model)
         if problem is not None:
             raise problem
-        return cls(bundle.denoiser(device), bundle.process, max_batch_tokens)
+        pattern = decoding_pattern(said.objective, said.block_length)
+        return cls(
+            bundle.denoiser(device),
+            bundle.process,
+            max_batch_tokens,
+            pattern=pattern,
+            is_ancestral=is_ancestral(said.objective, said.process),
+            keeps_keys=keeps_keys,
+        )
 
     @property
     def num_active(self) -> int:
@@ -95,14 +126,20 @@ class Engine:
         """Queue a row; its id. Raises RequestError if it can never be decoded."""
         config = self._denoiser.config
         request.check(config.vocab_size, self.context_length)
-        prior: Ints = self._process.prior(np.zeros(request.config.max_tokens, np.int64))
+        self._check_order(request)
+        canvas: Ints = np.full(request.config.max_tokens, config.mask_id, np.int64)
+        if self._is_ancestral:
+            # The second word of call 0, whose first word its draws take.
+            positions = len(request.prompt) + np.arange(len(canvas))
+            canvas = self._process.prior(canvas, uniforms64(request.seed, Purpose.DECODE, 0, positions, 2)[:, 1])
         row, self._next_row = self._next_row, self._next_row + 1
-        self._waiting.append((row, DecodeState.start(request, prior)))
+        self._waiting.append((row, DecodeState.start(request, canvas, self._pattern, self._is_ancestral)))
         return row
 
     def cancel(self, row: int) -> None:
         """Forget a row; its place is free at the next tick. A finished or unknown row is no error."""
-        self._active.pop(row, None)
+        if row in self._active:
+            self._leave(row)
         self._waiting = deque(item for item in self._waiting if item[0] != row)
 
     def step(self) -> list[RowUpdate]:
@@ -112,14 +149,14 @@ class Engine:
             return []
         config = self._denoiser.config
         states = list(self._active.values())
-        proposals = propose(self._denoiser, self._process, states, config.eos_id, config.pad_id)
+        proposals = propose(self._denoiser, self._process, states, config.eos_id, config.pad_id, self._store)
         updates = []
         for (row, state), proposal in zip(list(self._active.items()), proposals, strict=True):
             committed = state.commit(proposal.positions, proposal.tokens, proposal.confidence, config.eos_id)
             sure = proposal.confidence[np.isin(proposal.positions, committed)]
             updates.append(RowUpdate(row, state, committed, sure))
             if state.finish_reason is not None:
-                del self._active[row]
+                self._leave(row)
         return updates
 
     def generate(self, requests: Sequence[DecodeRequest]) -> list[Answer]:
@@ -144,6 +181,24 @@ class Engine:
                 return
             self._active[row] = state
             self._waiting.popleft()
+            if self._store is not None:
+                state.slot = self._store.take(len(state.canvas))
+
+    def _leave(self, row: int) -> None:
+        state = self._active.pop(row)
+        if self._store is not None and state.slot is not None:
+            self._store.release(state.slot)
+
+    def _check_order(self, request: DecodeRequest) -> None:
+        """Refuse what a model that reads left to right was not trained for."""
+        if self._pattern.kind == "full":
+            return
+        if request.suffix:
+            remedy = "leave it out, or take a model with objective.type=diffusion"
+            raise RequestError("suffix", NO_SUFFIX, remedy=remedy)
+        trained, asked = self._pattern.block_length, request.config.block_length
+        if trained is not None and asked != trained:
+            raise RequestError("block_length", f"must be {trained}, in which the model was trained", asked)
 
 
 def answer_of(state: DecodeState, eos_id: int) -> Answer:

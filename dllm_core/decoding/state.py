@@ -1,6 +1,15 @@
 """DecodeRequest and DecodeState: one row on its way from masks to tokens.
 
-`is_final` is the one truth about progress.
+`is_final` is the one truth about progress; the model's attention pattern decides in what blocks it is made:
+
+| pattern | blocks | a call reads | what can no longer change |
+|---|---|---|---|
+| full | the request's, counted from the canvas's first position | the whole row | nothing |
+| block_causal | the model's, counted from the row's first position | up to the block's end | the blocks before it |
+| causal | single positions | all before the position | all that was read |
+
+A row whose noise replaces tokens is ancestral: a call draws all of its open positions anew, a step nearer to t = 0, and
+what they hold at 0, after `steps` calls, becomes final at once.
 """
 
 from dataclasses import dataclass, field
@@ -11,7 +20,8 @@ from numpy.typing import NDArray
 
 from dllm_core.decoding.config import DecodeConfig
 from dllm_core.errors import RequestError
-from dllm_core.seeding import Floats, Ints, Purpose, uniforms
+from dllm_core.model.pattern import FULL, AttentionPattern
+from dllm_core.seeding import Doubles, Floats, Ints, Purpose, uniforms, uniforms64
 
 FinishReason = Literal["stop", "length"]
 Bools = NDArray[np.bool_]
@@ -52,10 +62,12 @@ class DecodeState:
     """A row of the engine's table. canvas int64 [L]; is_final, is_closed bool [L].
 
     is_final: holds its last token (prompt and suffix from the start). is_closed: behind a committed end token, no
-    longer of interest. num_calls: denoiser calls this row took part in (NFE).
+    longer of interest. num_calls: denoiser calls this row took part in (NFE). slot: where its keys and values are kept.
     """
 
     request: DecodeRequest
+    pattern: AttentionPattern
+    is_ancestral: bool
     canvas: Ints
     is_final: Bools
     is_closed: Bools
@@ -64,17 +76,21 @@ class DecodeState:
     calls_in_block: int = 0
     block_start: int = 0
     finish_reason: FinishReason | None = None
+    slot: int | None = None
     _first_open: int = field(init=False, default=0)
 
     @classmethod
-    def start(cls, request: DecodeRequest, prior: Ints) -> "DecodeState":
+    def start(
+        cls, request: DecodeRequest, prior: Ints, pattern: AttentionPattern = FULL, is_ancestral: bool = False
+    ) -> "DecodeState":
         """The row before its first call; prior int64 [max_tokens] is the noise process at t = 1."""
         head, tail = len(request.prompt), len(request.suffix)
         canvas = np.concatenate([np.array(request.prompt, np.int64), prior, np.array(request.suffix, np.int64)])
         is_final = np.ones(len(canvas), dtype=bool)
         is_final[head : len(canvas) - tail] = False
         blank = np.zeros(len(canvas), dtype=bool)
-        return cls(request, canvas, is_final, blank, np.zeros(len(canvas), np.int64), block_start=head)
+        never = np.zeros(len(canvas), np.int64)
+        return cls(request, pattern, is_ancestral, canvas, is_final, blank, never, block_start=head)
 
     @property
     def canvas_stop(self) -> int:
@@ -88,32 +104,76 @@ class DecodeState:
 
     @property
     def block(self) -> slice:
-        """The current block."""
-        return slice(self.block_start, min(self.block_start + self.request.config.block_length, self.canvas_stop))
+        """The current block, or what of it is canvas."""
+        if self.is_ancestral:
+            return slice(self.block_start, self.canvas_stop)
+        if self.pattern.kind == "full":
+            first, length = len(self.request.prompt), self.request.config.block_length
+        else:
+            first, length = 0, self.pattern.block_length or 1
+        stop = first + ((self.block_start - first) // length + 1) * length
+        return slice(self.block_start, min(stop, self.canvas_stop))
+
+    @property
+    def read_stop(self) -> int:
+        """A call reads the positions [0, read_stop); under `full` the suffix too."""
+        return len(self.canvas) if self.pattern.kind == "full" else self.block.stop
+
+    @property
+    def settled_stop(self) -> int:
+        """The keys and values that a call computes at [0, settled_stop) are those of every later call."""
+        if self.pattern.kind == "full":
+            return 0
+        length = self.pattern.block_length
+        return self.read_stop if length is None else self.block_start // length * length
+
+    def input_ids(self, mask_id: int) -> Ints:
+        """What a call reads [read_stop]; for autoregression the token before each, the mask where there is none."""
+        if self.pattern.kind != "causal":
+            return self.canvas[: self.read_stop]
+        before: Ints = np.concatenate([[mask_id], self.canvas[: self.read_stop - 1]])
+        return before
 
     def open_in_block(self) -> Ints:
         """Open positions of the current block, ascending [n]."""
         return self.block_start + np.flatnonzero(self.is_open[self.block])
 
-    def uniforms(self) -> Floats:
-        """One uniform for each position [L], a pure function of the request's seed, this call and the position."""
-        positions = np.arange(len(self.canvas))
+    def uniforms(self, positions: Ints) -> Floats:
+        """One uniform for each position [n], a pure function of the request's seed, this call and the position."""
         return uniforms(self.request.seed, Purpose.DECODE, self.num_calls, positions, 1)[:, 0]
+
+    @property
+    def times(self) -> tuple[float, float]:
+        """(s, t): the step of the reverse process that an ancestral row's next call takes, from t = 1 to s = 0."""
+        steps = self.request.config.steps
+        return (steps - self.num_calls - 1) / steps, (steps - self.num_calls) / steps
+
+    def fine_uniforms(self, positions: Ints) -> Doubles:
+        """Like `uniforms`, on a grid fine enough for the rare jumps of a short step over a large vocabulary."""
+        return uniforms64(self.request.seed, Purpose.DECODE, self.num_calls, positions, 1)[:, 0]
 
     def commit(self, positions: Ints, tokens: Ints, confidence: Floats, eos_id: int) -> Ints:
         """Take a call's verdict on the block's open positions [n]; returns the positions that became final."""
-        config = self.request.config
         self.num_calls += 1
         self.calls_in_block += 1
-        quota = -(-len(positions) // max(1, config.steps_per_block - self.calls_in_block + 1))
-        chosen = config.policy.choose(confidence, np.ones(len(positions), dtype=bool), quota)
-        committed = positions[chosen]
+        if self.is_ancestral:
+            self.canvas[positions] = tokens
+            chosen = np.full(len(positions), self.calls_in_block == self.request.config.steps)
+        else:
+            chosen = self._chosen(confidence)
+        committed: Ints = positions[chosen]
         self.canvas[committed] = tokens[chosen]
         self.is_final[committed] = True
         self.committed_at[committed] = self.num_calls
         self._close_behind_end(eos_id)
         self._advance(eos_id)
         return committed
+
+    def _chosen(self, confidence: Floats) -> Bools:
+        """The policy's choice, of which the steps left demand a quota."""
+        config, number = self.request.config, len(confidence)
+        quota = -(-number // max(1, config.steps_per_block - self.calls_in_block + 1))
+        return config.policy.choose(confidence, np.ones(number, dtype=bool), quota)
 
     def _close_behind_end(self, eos_id: int) -> None:
         """Nothing behind the first committed end token will be read, so nothing there is decoded."""

@@ -6,21 +6,18 @@ A threshold policy commits by confidence, so what it may trust is measured here.
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
 from dllm_core.evaluation.estimate import Estimate, Proportion, jackknife, measure_seed, proportion, ratio
+from dllm_core.evaluation.estimators import HeldoutRows, ask, before
 from dllm_core.model.pattern import FULL, AttentionPattern
 from dllm_core.noise.absorbing import AbsorbingProcess
-from dllm_core.objective.autoregressive import shifted
 from dllm_core.objective.loss import DenoiserLike
-from dllm_core.seeding import Doubles, Ints, Purpose, uniforms
+from dllm_core.seeding import Doubles, Purpose, uniforms
 
-Bools = NDArray[np.bool_]
 NUM_BINS = 10
 
 
@@ -52,43 +49,35 @@ class CalibrationScores:
 def score_calibration(
     denoiser: DenoiserLike,
     process: AbsorbingProcess,
-    x0: Ints,
-    counted: Bools,
-    row_ids: Ints,
+    rows: HeldoutRows,
     *,
     rate: float,
     seed: int,
     device: torch.device,
-    is_real: Bools | None = None,
-    segment_ids: NDArray[np.int32] | None = None,
     pattern: AttentionPattern = FULL,
     is_timed: bool = False,
     num_bins: int = NUM_BINS,
 ) -> CalibrationScores:
-    """Hide each counted token of x0 [N L] with probability `rate` and ask for it in one call.
+    """Hide each counted token with probability `rate` and ask for it in one call.
 
     pattern: the objective's, whose training pass is run; a causal model is asked for the same tokens, each from all
     that stands before it, so the rate only decides how many. is_timed: the denoiser is told t.
     """
-    hidden = counted & (uniforms(measure_seed(seed, "calibration"), Purpose.EVALUATE, 0, row_ids, x0.shape[1]) < rate)
-    by_bin = np.zeros((3, len(x0), num_bins))
-    scores = CalibrationScores(rate, by_bin[0], by_bin[1], by_bin[2], np.zeros(len(x0)))
+    draws = uniforms(measure_seed(seed, "calibration"), Purpose.EVALUATE, 0, rows.ids, rows.x0.shape[1])
+    hidden = rows.counted & (draws < rate)
+    by_bin = np.zeros((3, len(rows.x0), num_bins))
+    scores = CalibrationScores(rate, by_bin[0], by_bin[1], by_bin[2], np.zeros(len(rows.x0)))
     if not hidden.any():
         return scores
-    clean, read = torch.from_numpy(x0).to(device), torch.from_numpy(hidden).to(device)
-    options: dict[str, Any] = {
-        name: torch.from_numpy(part).to(device)
-        for name, part in (("is_real", is_real), ("segment_ids", segment_ids))
-        if part is not None
-    }
+    when = {}
     if is_timed:
-        time = float(process.schedule.inverse(np.float64(1 - rate)))
-        options["t"] = torch.full((len(x0),), time, device=device)
-    given = _given(clean, read, process.mask_id, pattern, options.get("segment_ids"))
-    log_probs = process.x0_log_probs(denoiser(given, read=read, pattern=pattern, **options).float())
+        time = np.full(rows.x0.shape, process.schedule.inverse(np.float64(1 - rate)), np.float32)
+        when["t"] = torch.from_numpy(time).to(device)
+    shown = before(rows, process.mask_id) if pattern.kind == "causal" else np.where(hidden, process.mask_id, rows.x0)
+    log_probs = process.x0_log_probs(ask(denoiser, rows, shown, hidden, pattern, device, **when))
     probs = log_probs.double().exp()
     confidence, guess = probs.max(-1)
-    truth = clean[read]
+    truth = torch.from_numpy(rows.x0[hidden]).to(device)
     brier = 1 - 2 * probs.gather(-1, truth[:, None])[:, 0] + (probs**2).sum(-1)
     sure = confidence.cpu().numpy()
     at = (np.nonzero(hidden)[0], np.minimum((sure * num_bins).astype(np.int64), num_bins - 1))
@@ -97,16 +86,6 @@ def score_calibration(
     np.add.at(scores.confidence, at, sure)
     np.add.at(scores.brier, at[0], brier.cpu().numpy())
     return scores
-
-
-def _given(
-    clean: Tensor, hidden: Tensor, mask_id: int, pattern: AttentionPattern, segment_ids: Tensor | None
-) -> Tensor:
-    """What a pattern's training pass reads: [N L], [N 2L] with a clean half, or the tokens one place to the right."""
-    if pattern.kind == "causal":
-        return shifted(clean, segment_ids, mask_id)
-    noised = clean.masked_fill(hidden, mask_id)
-    return torch.cat([noised, clean], dim=1) if pattern.has_clean_half else noised
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dllm_core.checkpoints.bundle import ModelBundle
 from dllm_core.data.loader import TokenRows
 from dllm_core.data.noising import Bools, block_numbers
 from dllm_core.model.pattern import CAUSAL, AttentionPattern, training_pattern
@@ -97,9 +98,7 @@ class ExactNLL:
 
     def nats(self, denoiser: DenoiserLike, rows: HeldoutRows, draw: Draw) -> Doubles:
         """The same for every draw."""
-        segment_ids = None if rows.segment_ids is None else torch.from_numpy(rows.segment_ids)
-        before = shifted(torch.from_numpy(rows.x0), segment_ids, self._mask_id).numpy()
-        logits = _ask(denoiser, rows, before, rows.counted, CAUSAL, self._device)
+        logits = ask(denoiser, rows, before(rows, self._mask_id), rows.counted, CAUSAL, self._device)
         return _by_row(rows, rows.counted, _plain(logits, rows, rows.counted, self._mask_id))
 
 
@@ -131,7 +130,7 @@ class ExactCount:
         is_masked[rows.counted] = rank < wanted[unit]
         weight = (total / wanted)[unit][is_masked[rows.counted]]
         xt = np.where(is_masked, self._mask_id, rows.x0)
-        logits = _ask(denoiser, rows, xt, is_masked, training_pattern(self._block_length), self._device)
+        logits = ask(denoiser, rows, xt, is_masked, training_pattern(self._block_length), self._device)
         return _by_row(rows, is_masked, weight * _plain(logits, rows, is_masked, self._mask_id))
 
 
@@ -186,7 +185,7 @@ class StratifiedTime:
         if not self._process.replaces:  # else a clean look is evidence too, and costs nats
             read = read & (xt == self._process.mask_id)
         when = {"t": torch.from_numpy(times).to(self._device)} if self._time_conditioning else {}
-        logits = _ask(denoiser, rows, xt, read, training_pattern(self._block_length), self._device, **when)
+        logits = ask(denoiser, rows, xt, read, training_pattern(self._block_length), self._device, **when)
         law = LogitsLaw(logits, self._process.mask_id)
         x0, seen, t = (
             torch.from_numpy(part[read]).to(self._device) for part in (rows.x0, xt, times.astype(np.float64))
@@ -230,7 +229,27 @@ def estimator_of(
     return StratifiedTime(process, device, block_length=block_length, steps=steps, time_conditioning=time_conditioning)
 
 
-def _ask(
+def before(rows: HeldoutRows, mask_id: int) -> Ints:
+    """What a causal model is shown of rows [N L]: the token before each place, the mask where a document begins."""
+    segment_ids = None if rows.segment_ids is None else torch.from_numpy(rows.segment_ids)
+    shown: Ints = shifted(torch.from_numpy(rows.x0), segment_ids, mask_id).numpy()
+    return shown
+
+
+def estimator_of_bundle(bundle: ModelBundle, device: str) -> Estimator | None:
+    """By what the bundle says of itself: the recipe may be another's."""
+    said = bundle.manifest
+    return estimator_of(
+        said.objective,
+        bundle.process,
+        torch.device(device),
+        block_length=said.block_length,
+        steps=said.steps,
+        time_conditioning=bundle.config.model.time_conditioning,
+    )
+
+
+def ask(
     denoiser: DenoiserLike,
     rows: HeldoutRows,
     shown: Ints,
@@ -239,7 +258,10 @@ def _ask(
     device: torch.device,
     **when: Tensor,
 ) -> Tensor:
-    """Logits fp32 [n V]. Filler is always told of: whether there is any in a batch must not choose the kernel."""
+    """Logits fp32 [n V] at `read` [N L] of what is `shown` [N L] in an objective's training pass.
+
+    Filler is always told of: whether there is any in a batch must not choose the kernel.
+    """
     given = np.concatenate([shown, rows.x0], axis=1) if pattern.has_clean_half else shown
     isolated: dict[str, Any] = {"is_real": rows.is_real, "segment_ids": rows.segment_ids, "read": read}
     told = {name: torch.from_numpy(part).to(device) for name, part in isolated.items() if part is not None}

@@ -1,12 +1,13 @@
 """Infilling: holes of several lengths in held-out rows, filled from both sides of the context or from one.
 
-`cut_holes` -> a `Filler` -> `score_holes` -> `summarize_holes`. One hole a row, at a place that (seed, length, row id)
-alone decide: every side, model and policy is asked the same holes, so their differences are paired.
+`cut_holes` -> a `Filler` -> `score_holes` -> `summarize_holes`; `score_infill` does the first three for all lengths.
+One hole a row, at a place that (seed, length, row id) alone decide: every side, model and policy is asked the same
+holes, so their differences are paired.
 """
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol, Self
+from typing import Protocol, Self
 
 import numpy as np
 import torch
@@ -16,13 +17,14 @@ from dllm_core.decoding.config import DecodeConfig
 from dllm_core.decoding.engine import Engine
 from dllm_core.decoding.state import DecodeRequest
 from dllm_core.decoding.unmask import LowConfidencePolicy
+from dllm_core.evaluation.config import Side
 from dllm_core.evaluation.estimate import Estimate, Proportion, measure_seed, proportion, ratio
-from dllm_core.evaluation.writers import CausalWriter
+from dllm_core.evaluation.estimators import HeldoutRows
+from dllm_core.evaluation.writers import CausalWriter, Writer
 from dllm_core.objective.loss import DenoiserLike
 from dllm_core.seeding import Ints, Purpose, uniforms64
 
 Bools = NDArray[np.bool_]
-Side = Literal["both", "left", "right"]
 SIDES: tuple[Side, ...] = ("both", "left", "right")
 
 
@@ -49,32 +51,22 @@ def distances(length: int, side: Side) -> Ints:
     return {"left": from_left, "right": from_right, "both": np.minimum(from_left, from_right)}[side]
 
 
-def cut_holes(
-    x0: Ints,
-    is_real: Bools,
-    counted: Bools,
-    row_ids: Ints,
-    length: int,
-    *,
-    seed: int,
-    never: Collection[int],
-    segment_ids: NDArray[np.int32] | None = None,
-) -> list[Hole]:
-    """At most one hole of `length` tokens in each row of x0 [N L]; a row without room for it has none.
+def cut_holes(rows: HeldoutRows, length: int, *, seed: int, never: Collection[int]) -> list[Hole]:
+    """At most one hole of `length` tokens in each row; a row without room for it has none.
 
     Every place is as likely where all tokens are counted and none is in `never` (special tokens, which a filler does
-    not give), with a real token of the same document on either side. Documents: runs of equal segment_ids [N L].
+    not give), with a real token of the same document on either side.
     """
-    width = x0.shape[1]
+    x0, width = rows.x0, rows.x0.shape[1]
     if width < length + 2 or not len(x0):
         return []
-    document = np.where(is_real, 0 if segment_ids is None else segment_ids, -1)
-    may_hide = counted & is_real & ~np.isin(x0, list(never))
+    document = np.where(rows.is_real, 0 if rows.segment_ids is None else rows.segment_ids, -1)
+    may_hide = rows.counted & rows.is_real & ~np.isin(x0, list(never))
     hidden = np.cumsum(np.pad(may_hide, ((0, 0), (1, 0))), axis=1)
     starts = np.arange(1, width - length)
     is_place: Bools = hidden[:, starts + length] - hidden[:, starts] == length
     is_place &= (document[:, starts - 1] == document[:, starts + length]) & (document[:, starts - 1] >= 0)
-    drawn = uniforms64(measure_seed(seed, "infill"), Purpose.EVALUATE, length, row_ids, 1)[:, 0]
+    drawn = uniforms64(measure_seed(seed, "infill"), Purpose.EVALUATE, length, rows.ids, 1)[:, 0]
     holes = []
     for row in np.flatnonzero(is_place.any(1)).tolist():
         places = starts[is_place[row]]
@@ -82,7 +74,7 @@ def cut_holes(
         own = np.flatnonzero(document[row] == document[row, start])
         first, last, stop = int(own[0]), int(own[-1]) + 1, start + length
         ids = x0[row]
-        holes.append(Hole(int(row_ids[row]), ids[first:start], ids[start:stop], ids[stop:last]))
+        holes.append(Hole(int(rows.ids[row]), ids[first:start], ids[start:stop], ids[stop:last]))
     return holes
 
 
@@ -158,6 +150,30 @@ class CausalFiller:
         return [Filled(np.array(answer.tokens, np.int64), answer.num_calls) for answer in written]
 
 
+class LeftFiller:
+    """Writes on from the left as far as the hole goes; an answer that ends inside it is wrong from there on."""
+
+    sides: tuple[Side, ...] = ("left",)
+
+    def __init__(self, writer: Writer, seed: int) -> None:
+        self._writer, self._seed = writer, seed
+
+    def fill(self, holes: Sequence[Hole], side: Side) -> list[Filled]:
+        """Holes of one length, in order. Raises ValueError for a side that it cannot see."""
+        if side != "left":
+            raise ValueError(f"blocks are written from the left, got {side!r}")
+        if not holes:
+            return []
+        length = len(holes[0].truth)
+        written = self._writer.write([hole.before.tolist() for hole in holes], length, seed=self._seed)
+        return [Filled(_padded(answer.tokens, length), answer.num_calls) for answer in written]
+
+
+def _padded(tokens: Sequence[int], length: int) -> Ints:
+    """Tokens up to a length, -1 (no token) behind their end."""
+    return np.array([*tokens, *[-1] * (length - len(tokens))], np.int64)
+
+
 @dataclass(frozen=True)
 class HoleScores:
     """Of holes of one length, filled from one side: which positions were right bool [N n], calls [N], row_ids [N]."""
@@ -186,6 +202,25 @@ def score_holes(filler: Filler, holes: Sequence[Hole], length: int, side: Side) 
         hits[row] = hole.truth == answer.tokens
     calls = np.array([answer.calls for answer in filled], np.int64)
     return HoleScores(length, side, hits, calls, np.array([hole.row_id for hole in holes], np.int64))
+
+
+def score_infill(
+    filler: Filler,
+    rows: HeldoutRows,
+    *,
+    lengths: Sequence[int],
+    sides: Sequence[Side],
+    seed: int,
+    never: Collection[int],
+) -> list[HoleScores]:
+    """Every length from every side that the filler sees, in this order; the same holes from every side."""
+    return [
+        score_holes(filler, holes, length, side)
+        for length in lengths
+        for holes in [cut_holes(rows, length, seed=seed, never=never)]
+        for side in sides
+        if side in filler.sides
+    ]
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from dllm_core.evaluation.estimate import ratio
 from dllm_core.evaluation.estimators import Draw, Estimator, HeldoutRows
 from dllm_core.objective.loss import DenoiserLike
 from dllm_core.seeding import Doubles, Ints
@@ -41,7 +42,7 @@ class Likelihood:
     """nelbo: nats a token, exact or an upper bound in expectation, as `estimator` says; its two errors.
 
     bits_per_byte: of the same tokens' UTF-8 text, to which end tokens add nats and no byte. All four None for a model
-    that has no likelihood, the Monte-Carlo error also after a single draw.
+    that has no likelihood, the Monte-Carlo error also after a single draw, the standard error also of a single row.
     """
 
     nelbo: float | None
@@ -74,11 +75,12 @@ def score_rows(
     if estimator.is_exact:
         nats = estimator.nats(denoiser, rows, Draw(seed, first))
         return RowScores(nats, np.zeros(len(nats)), tokens, 1)
-    drawn = np.stack([estimator.nats(denoiser, rows, Draw(seed, first + j, j, draws)) for j in range(draws)])
+    # [N draws]: numpy adds up a row alike in any batch, a column of one number otherwise than one of several.
+    drawn = np.stack([estimator.nats(denoiser, rows, Draw(seed, first + j, j, draws)) for j in range(draws)], axis=1)
     variance = np.full(len(tokens), np.nan)
     if draws > 1:
-        variance = ((drawn - np.roll(drawn, 1, axis=0)) ** 2).sum(0) / (2 * draws**2)
-    return RowScores(drawn.mean(0), variance, tokens, draws)
+        variance = ((drawn - np.roll(drawn, 1, axis=1)) ** 2).sum(1) / (2 * draws**2)
+    return RowScores(drawn.mean(1), variance, tokens, draws)
 
 
 def estimate(score: Callable[[int, int], RowScores], draws: int, target_error: float | None = None) -> RowScores:
@@ -87,22 +89,27 @@ def estimate(score: Callable[[int, int], RowScores], draws: int, target_error: f
     With a target, rounds of about four draws are made until the Monte-Carlo error of all rows together is not above it,
     or `draws` are used up. Whether to go on is decided over all rows, so no batching changes it.
     """
-    rounds: list[RowScores] = []
-    number = 1 if target_error is None else max(1, draws // _ROUND)
-    for part in np.array_split(np.arange(draws), number):
-        rounds.append(score(int(part[0]), len(part)))
-        if target_error is not None and _together(rounds).monte_carlo_error <= target_error:
+    found: list[RowScores] = []
+    for first, count in rounds(draws, target_error):
+        found.append(score(first, count))
+        if target_error is not None and _together(found).monte_carlo_error <= target_error:
             break
-    return _together(rounds)
+    return _together(found)
 
 
-def _together(rounds: Sequence[RowScores]) -> RowScores:
+def rounds(draws: int, target_error: float | None) -> list[tuple[int, int]]:
+    """(first draw, how many) of each round: one without a target, else of about four draws."""
+    number = 1 if target_error is None else max(1, draws // _ROUND)
+    return [(int(part[0]), len(part)) for part in np.array_split(np.arange(draws), number)]
+
+
+def _together(parts: Sequence[RowScores]) -> RowScores:
     """Rounds of draws of the same rows as one, every draw alike."""
-    draws = sum(part.draws for part in rounds)
-    shares = [part.draws / draws for part in rounds]
-    nats = np.sum([share * part.nats for share, part in zip(shares, rounds, strict=True)], axis=0)
-    variance = np.sum([share**2 * part.variance for share, part in zip(shares, rounds, strict=True)], axis=0)
-    return RowScores(nats, variance, rounds[0].tokens, draws)
+    draws = sum(part.draws for part in parts)
+    shares = [part.draws / draws for part in parts]
+    nats = np.sum([share * part.nats for share, part in zip(shares, parts, strict=True)], axis=0)
+    variance = np.sum([share**2 * part.variance for share, part in zip(shares, parts, strict=True)], axis=0)
+    return RowScores(nats, variance, parts[0].tokens, draws)
 
 
 def side_by_side(parts: Sequence[RowScores]) -> RowScores:
@@ -112,22 +119,20 @@ def side_by_side(parts: Sequence[RowScores]) -> RowScores:
 
 
 def summarize(scores: RowScores, token_counts: Ints, byte_lengths: Ints, estimator: str) -> Likelihood:
-    """Ratio of sums over rows with its delta-method standard error.
+    """Nats over tokens of all rows (`ratio`). Raises ValueError where no token counts.
 
     token_counts [V]: how often each id is among the counted tokens of these rows; byte_lengths [V]: of an id's text.
     """
-    total, n = int(scores.tokens.sum()), len(scores.nats)
-    nelbo = float(scores.nats.sum() / total)
-    residual = scores.nats - nelbo * scores.tokens
+    found, total = ratio(scores.nats, scores.tokens), int(scores.tokens.sum())
     is_drawn_once = not np.isfinite(scores.variance).all()
     num_bytes = int(token_counts @ byte_lengths)
     return Likelihood(
-        nelbo=nelbo,
-        standard_error=math.sqrt(float((residual**2).sum()) * n / max(n - 1, 1)) / total,
+        nelbo=found.value,
+        standard_error=found.standard_error,
         monte_carlo_error=None if is_drawn_once else scores.monte_carlo_error,
-        bits_per_byte=bits_per_byte(nelbo, total, num_bytes),
+        bits_per_byte=bits_per_byte(found.value, total, num_bytes),
         unigram_entropy=unigram_entropy(token_counts),
-        rows=n,
+        rows=len(scores.nats),
         tokens=total,
         bytes=num_bytes,
         draws=scores.draws,

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dllm_core.evaluation.estimate import Estimate, jackknife, ratio
+from dllm_core.evaluation.estimators import HeldoutRows
 from dllm_core.evaluation.scorers import Scorer
 from dllm_core.evaluation.writers import Tokens, Writer
 from dllm_core.seeding import Doubles, Ints
@@ -38,6 +39,31 @@ class Samples:
         ids = np.zeros(is_real.shape, np.int64)
         ids[is_real] = [token for pair in zip(prompts, answers, strict=True) for part in pair for token in part]
         return cls(ids, is_real, is_real & (index >= heads))
+
+
+def openings(rows: HeldoutRows, size: int, *, context: int, end_id: int) -> tuple[list[Tokens], list[Tokens]]:
+    """Prompts, and what the text of each goes on with: at most `size` tokens, up to the end token and without it.
+
+    A prompt is what stands before a row's first counted token; of text without prompts, the first quarter of a row's
+    first document. A row whose prompt leaves less than `size` of the context has none.
+    """
+    prompts: list[Tokens] = []
+    texts: list[Tokens] = []
+    for row in np.flatnonzero(rows.counted.any(1)):
+        first = int(rows.counted[row].argmax())
+        own = rows.is_real[row].copy()
+        if rows.segment_ids is not None:
+            own &= rows.segment_ids[row] == rows.segment_ids[row, first]
+        at = np.flatnonzero(own)
+        head = int((at < first).sum()) or len(at) // 4
+        if head + size > context:
+            continue
+        ids = rows.x0[row, at]
+        goes_on = rows.counted[row, at[head : head + size]] & (ids[head : head + size] != end_id)
+        stop = head + int(goes_on.cumprod().sum())
+        prompts.append(ids[:head].tolist())
+        texts.append(ids[head:stop].tolist())
+    return prompts, texts
 
 
 def complete(writer: Writer, prompts: Sequence[Tokens], max_tokens: int, *, seed: int) -> Samples:

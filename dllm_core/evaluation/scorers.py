@@ -128,6 +128,18 @@ def _flat(x0: Ints, is_real: Bools, segment_ids: NDArray[np.int32] | None) -> tu
     return x0.ravel(), np.where(is_real, depth, -1).ravel()
 
 
+def check_scorer(bundle: ModelBundle, tokenizer_digest: str) -> None:
+    """Refuse a bundle that is not autoregressive or has another tokenizer than `tokenizer_digest`, that of the texts.
+
+    Raises CheckpointError.
+    """
+    place, objective = str(bundle.folder), bundle.manifest.objective
+    if not isinstance(objective, AutoregressiveConfig):
+        raise CheckpointError(place, "is no autoregressive model", objective.type, "a scorer needs exact nats")
+    if bundle.tokenizer().digest != tokenizer_digest:
+        raise CheckpointError(place, "has another tokenizer", remedy="train the scorer on the same corpus")
+
+
 class AutoregressiveScorer:
     """The exact likelihood of an autoregressive denoiser, a row's first token included."""
 
@@ -139,17 +151,8 @@ class AutoregressiveScorer:
 
     @classmethod
     def of(cls, bundle: ModelBundle, tokenizer_digest: str, device: str = "cpu") -> Self:
-        """The scorer in a bundle. tokenizer_digest: of the texts to be scored.
-
-        Raises CheckpointError for a bundle of another objective or of another tokenizer, whose nats are not of these
-        tokens.
-        """
-        place = str(bundle.folder)
-        objective = bundle.manifest.objective
-        if not isinstance(objective, AutoregressiveConfig):
-            raise CheckpointError(place, "is no autoregressive model", objective.type, "a scorer needs exact nats")
-        if bundle.tokenizer().digest != tokenizer_digest:
-            raise CheckpointError(place, "has another tokenizer", remedy="train the scorer on the same corpus")
+        """The scorer in a bundle. tokenizer_digest: of the texts to be scored. Raises as `check_scorer`."""
+        check_scorer(bundle, tokenizer_digest)
         denoiser, lineage = bundle.denoiser(device), bundle.manifest.lineage
         name = f"autoregressive {lineage.run}, step {lineage.step}"
         return cls(denoiser, denoiser.config.mask_id, torch.device(device), name=name)

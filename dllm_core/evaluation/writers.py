@@ -34,8 +34,8 @@ class Written:
 class Writer(Protocol):
     """Goes on from prompts. Prompt i is written on with seed + i, so its answer does not depend on the others."""
 
-    def write(self, prompts: Sequence[Tokens], max_tokens: int, *, seed: int) -> list[Written]:
-        """One answer a prompt, in order, of at most `max_tokens` tokens with its end token."""
+    def write(self, prompts: Sequence[Tokens], max_tokens: int | Sequence[int], *, seed: int) -> list[Written]:
+        """One answer a prompt, in order, of at most `max_tokens` (one for all, or its own) tokens with its end."""
 
 
 class EngineWriter:
@@ -44,11 +44,11 @@ class EngineWriter:
     def __init__(self, engine: Engine, config: DecodeConfig) -> None:
         self._engine, self._config = engine, config
 
-    def write(self, prompts: Sequence[Tokens], max_tokens: int, *, seed: int) -> list[Written]:
+    def write(self, prompts: Sequence[Tokens], max_tokens: int | Sequence[int], *, seed: int) -> list[Written]:
         """As `Writer.write`. Raises RequestError for a prompt that leaves too little room in the context."""
-        config = self._config.model_copy(update={"max_tokens": max_tokens})
         requests = [
-            DecodeRequest(prompt=tuple(prompt), config=config, seed=seed + i) for i, prompt in enumerate(prompts)
+            DecodeRequest(tuple(prompt), self._config.model_copy(update={"max_tokens": room}), seed=seed + i)
+            for i, (prompt, room) in enumerate(zip(prompts, _rooms(prompts, max_tokens), strict=True))
         ]
         return [Written(a.tokens, a.num_committed, a.num_calls) for a in self._engine.generate(requests)]
 
@@ -74,15 +74,16 @@ class CausalWriter:
         self._denoiser, self._mask_id, self._device, self._end_id = denoiser, mask_id, device, end_id
         self._never, self._temperature, self._batch_rows = sorted({*never, mask_id}), temperature, batch_rows
 
-    def write(self, prompts: Sequence[Tokens], max_tokens: int, *, seed: int) -> list[Written]:
+    def write(self, prompts: Sequence[Tokens], max_tokens: int | Sequence[int], *, seed: int) -> list[Written]:
         """As `Writer.write`: rows of one padded length go together, so that a row's own length decides its padding."""
         found: dict[int, Written] = {}
-        lengths = [padded_length(len(prompt) + max_tokens) for prompt in prompts]
-        for length in sorted(set(lengths)):
-            at = [i for i, own in enumerate(lengths) if own == length]
+        rooms = _rooms(prompts, max_tokens)
+        shapes = [(padded_length(len(prompt) + room), room) for prompt, room in zip(prompts, rooms, strict=True)]
+        for length, room in sorted(set(shapes)):
+            at = [i for i, own in enumerate(shapes) if own == (length, room)]
             for start in range(0, len(at), self._batch_rows):
                 part = at[start : start + self._batch_rows]
-                ids = self._written([prompts[i] for i in part], max_tokens, length, [seed + i for i in part])
+                ids = self._written([prompts[i] for i in part], room, length, [seed + i for i in part])
                 found.update(zip(part, map(self._cut, ids), strict=True))
         return [found[i] for i in range(len(prompts))]
 
@@ -120,3 +121,7 @@ class CausalWriter:
             tokens = tokens[: tokens.index(self._end_id)]
             return Written(tokens, len(tokens) + 1, len(tokens) + 1)
         return Written(tokens, len(tokens), len(tokens))
+
+
+def _rooms(prompts: Sequence[Tokens], max_tokens: int | Sequence[int]) -> Sequence[int]:
+    return [max_tokens] * len(prompts) if isinstance(max_tokens, int) else max_tokens

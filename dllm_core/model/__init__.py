@@ -1,8 +1,9 @@
 """The denoiser x_theta(xt[, t]) -> logits over x0: one transformer for every objective of the field.
 
 `pattern.py` (who may see whom) and `config.py` (sizes, parameter and FLOP counts), both without torch -> `layers.py`
--> `visibility.py` -> `attention.py` -> `conditioning.py` -> `denoiser.py` -> `pretrained.py`. Law: a row's logits do
-not depend on its neighbours in the batch, nor on its padding; an isolated document's not on the others of its row.
+-> `visibility.py` -> `cache.py` (keys and values that no later call changes) -> `attention.py` -> `conditioning.py` ->
+`denoiser.py` -> `pretrained.py`. Laws: a row's logits do not depend on its neighbours in the batch, nor on its padding;
+an isolated document's not on the others of its row; behind kept keys they are what a whole forward gives.
 """
 
 from pathlib import Path

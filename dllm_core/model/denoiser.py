@@ -2,11 +2,13 @@
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from dllm_core.model.attention import Attention, rope_tables
+from dllm_core.model.cache import KeyValues, LayerKeyValues
 from dllm_core.model.conditioning import TimeConditioning, modulated
 from dllm_core.model.config import DenoiserConfig, ModelConfig
-from dllm_core.model.layers import Linear, RMSNorm, SwiGLU, pad_rows
+from dllm_core.model.layers import MIN_ROWS, Linear, RMSNorm, SwiGLU, pad_rows
 from dllm_core.model.pattern import FULL, AttentionPattern
 from dllm_core.model.visibility import visible_keys
 
@@ -29,14 +31,16 @@ class Block(nn.Module):
         attention: Tensor | None,
         is_causal: bool,
         modulation: Tensor | None,
+        cache: LayerKeyValues | None = None,
     ) -> Tensor:
         """[B L D] -> [B L D]. modulation: [B L|1 6D], shift, scale and gate of either half."""
         if modulation is None:
-            x = x + self.attention(self.norm1(x), cos, sin, attention, is_causal)
+            x = x + self.attention(self.norm1(x), cos, sin, attention, is_causal, cache)
             out: Tensor = x + self.ffn(self.norm2(x))
             return out
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
-        x = x + (1 + gate1) * self.attention(modulated(self.norm1(x), shift1, scale1), cos, sin, attention, is_causal)
+        mixed = self.attention(modulated(self.norm1(x), shift1, scale1), cos, sin, attention, is_causal, cache)
+        x = x + (1 + gate1) * mixed
         out = x + (1 + gate2) * self.ffn(modulated(self.norm2(x), shift2, scale2))
         return out
 
@@ -72,6 +76,7 @@ class Denoiser(nn.Module):
         pattern: AttentionPattern = FULL,
         positions: Tensor | None = None,
         t: Tensor | None = None,
+        cache: KeyValues | None = None,
     ) -> Tensor:
         """Logits for input_ids [B L]; under `block_diffusion` for the noised half of input_ids [B 2L] = [xt ; x0].
 
@@ -81,9 +86,14 @@ class Denoiser(nn.Module):
         positions: int [L] or [B L], by default 0 to L - 1. They need not restart: RoPE tells distances alone. t: [B]
         or [B L] in [0, 1], with `time_conditioning` only; the clean half is at t = 0.
 
-        Raises ValueError for a t that is missing or of no use, and for a [xt ; x0] of odd length.
+        With a cache, whose rows are the batch's, the L tokens stand behind what is kept of each row: they see that too,
+        positions count on from it, padding stands at their end, and the result is what a whole forward gives at them.
+        `cache.commit` then keeps of them what is settled. Under `causal` and `block_causal`, without gradients.
+
+        Raises ValueError for a t that is missing or of no use, a [xt ; x0] of odd length, and what has no cache.
         """
-        model = self.config.model
+        if cache is not None:
+            return self._continued(cache, input_ids, is_real, read, segment_ids, pattern, positions, t)
         length = input_ids.shape[1]
         if pattern.has_clean_half:
             length, odd = divmod(length, 2)
@@ -94,11 +104,49 @@ class Denoiser(nn.Module):
         if attention is not None:
             attention = attention[:, None]
         cos, sin = self._rope(length, input_ids.device, positions, 2 if pattern.has_clean_half else 1)
-        x = self.embed(input_ids) * (model.dim**0.5 if model.tie_embeddings else 1.0)
+        x = self._embedded(input_ids)
         *of_blocks, of_norm = self._modulations(t, length, pattern, x.dtype)
         for block, modulation in zip(self.blocks, of_blocks, strict=True):
             x = block(x, cos, sin, attention, is_causal, modulation)
         return self._logits(x[:, :length], read, of_norm)
+
+    def _continued(
+        self,
+        cache: KeyValues,
+        input_ids: Tensor,
+        is_real: Tensor | None,
+        read: Tensor | None,
+        segment_ids: Tensor | None,
+        pattern: AttentionPattern,
+        positions: Tensor | None,
+        t: Tensor | None,
+    ) -> Tensor:
+        """Logits at the new positions input_ids [B n], behind what the cache keeps."""
+        if segment_ids is not None or torch.is_grad_enabled():
+            raise ValueError("cache: is for inference, torch.no_grad() or inference_mode(), on rows of one document")
+        rows, width = input_ids.shape
+        new = cache.open(pattern, width, is_real)
+        if positions is None:
+            cos, sin = (table[new.offsets][:, None] for table in self._rope(new.reach, input_ids.device, None, 1))
+        else:
+            cos, sin = self._rope(width, input_ids.device, positions, 1)
+        missing = max(0, -(-MIN_ROWS // width) - rows)  # rows of padding, so that no matrix product has too few
+        if missing:
+            input_ids = functional.pad(input_ids, (0, 0, 0, missing))
+            t = None if t is None else functional.pad(t, (*(0, 0) * (t.ndim - 1), 0, missing))
+        x = self._embedded(input_ids)
+        *of_blocks, of_norm = self._modulations(t, width, pattern, x.dtype)
+        for number, (block, modulation) in enumerate(zip(self.blocks, of_blocks, strict=True)):
+            x = block(x, cos, sin, new.attention, False, modulation, new.layer(number))
+        if read is None:
+            return self._logits(x, None, of_norm)[:rows]
+        return self._logits(x[:rows], read, None if of_norm is None else of_norm[:rows])
+
+    def _embedded(self, input_ids: Tensor) -> Tensor:
+        """[B L] -> [B L D], of about unit size."""
+        model = self.config.model
+        embedded: Tensor = self.embed(input_ids) * (model.dim**0.5 if model.tie_embeddings else 1.0)
+        return embedded
 
     def _modulations(
         self, t: Tensor | None, length: int, pattern: AttentionPattern, dtype: torch.dtype

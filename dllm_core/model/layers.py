@@ -6,12 +6,12 @@ from torch.nn import functional
 
 # Below 12 rows (2 threads; 4 with one) a CPU's matrix product takes other kernels, which sum in another order: the last
 # bit of a row would depend on how many others are read with it. Measured for fan-ins of 32 to 512.
-_MIN_ROWS = 16
+MIN_ROWS = 16
 
 
 def pad_rows(x: Tensor) -> Tensor:
     """At least 16 rows: those of x [n D], then zeros. As it is in training, where no row's bits are promised."""
-    missing = max(0, _MIN_ROWS - len(x)) if not torch.is_grad_enabled() else 0
+    missing = max(0, MIN_ROWS - len(x)) if not torch.is_grad_enabled() else 0
     return functional.pad(x, (0, 0, 0, missing))
 
 

@@ -56,6 +56,7 @@ def test_a_file_says_what_it_is_and_has_one_room(path):
         ("tokenizers", {"dllm_core/data/tokenizer.py"}),
         ("fastokens", {"dllm_core/data/tokenizer.py"}),
         ("rensa", {"dllm_core/data/dedup.py"}),
+        ("lm_eval", {"workflows/evaluate/harness.py"}),
     ],
 )
 def test_a_library_is_imported_in_the_one_file_that_wraps_it(library, only):

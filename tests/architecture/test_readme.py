@@ -8,14 +8,19 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+from lm_eval._cli import HarnessCLI
+from lm_eval.api.registry import model_registry
 from typer.testing import CliRunner
 
 from workflows.cli import app
+from workflows.evaluate.harness import HarnessConfig
 from workflows.recipe import load_recipe
 from workflows.serve.protocol import parse_request
+from workflows.task.flow import write_task
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -36,16 +41,27 @@ def words_of(command: str) -> list[str]:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_command_of_the_readme_means_something(command):
+def test_a_command_of_the_readme_means_something(command, tmp_path):
     tool, *words = words_of(command)
     if tool == "make":
         subprocess.run(["make", "-n", *words], cwd=ROOT, check=True, capture_output=True)
     elif tool == "curl":
         body = json.loads(words[words.index("-d") + 1])
         assert parse_request(json.dumps(body).encode()).prompts
+    elif tool == "dllm-lm-eval":
+        assert tool in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+        parser = HarnessCLI()._parser  # parse_args() reads the words of this process
+        told = parser.parse_args(["run", *words])
+        assert told.model in model_registry
+        assert HarnessConfig.checked(told.model_args).bundle
     else:
         assert tool == "dllm"
         verb, target, *rest = words
+        root = ROOT
+        for kind, out in re.findall(r"^dllm task (\w+) (\S+)", README, re.MULTILINE):
+            if (verb, target) == ("task", kind) or target == f"{out}/recipe.yaml":
+                root, target = tmp_path, f"{out}/recipe.yaml"
+                write_task(kind, str(root / out), 20, 0, [])
         if target in {"plan", "verify", "repair", "inspect"}:
             target, *rest = rest
         options = [word for word in rest if word.startswith("--")]
@@ -53,7 +69,7 @@ def test_a_command_of_the_readme_means_something(command):
         assert told.exit_code == 0
         assert all(option in told.stdout for option in options)
         overrides = [word for word in rest if re.match(r"[a-z_]+(\.[a-z_]+)*=", word)]
-        recipe = load_recipe(ROOT / target if target.endswith(".yaml") else QUICKSTART, overrides)
+        recipe = load_recipe(root / target if target.endswith(".yaml") else QUICKSTART, overrides)
         assert recipe.name
         if not target.endswith(".yaml"):
             assert re.search(r"runs/[a-z]+-[0-9a-f]{12}$", target)
@@ -61,7 +77,7 @@ def test_a_command_of_the_readme_means_something(command):
 
 def test_the_readme_has_a_command_for_every_verb():
     verbs = {words_of(command)[1] for command in COMMANDS if words_of(command)[0] == "dllm"}
-    assert verbs == {"run", "show", "preprocess", "train", "evaluate", "generate", "serve"}
+    assert verbs == {"run", "show", "preprocess", "train", "evaluate", "generate", "serve", "task"}
 
 
 def test_the_typo_of_the_readme_gets_the_answer_of_the_readme():

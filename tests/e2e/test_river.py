@@ -5,9 +5,12 @@ checkpoints/bundle -> serve/replica -> decoding/engine.
 """
 
 import itertools
+import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -146,6 +149,21 @@ def test_a_second_run_skips_every_stage_and_starts_no_cluster(river):
     assert again["evaluate"] == result["evaluate"]
     assert again["preprocess"]["tasks_run"] == 0
     assert len(JsonLines(target.run, "events.jsonl").read()) == before
+
+
+def test_dllm_evaluate_has_its_figures_and_draws_their_report(river):
+    target, result, _, _ = river
+    report = Path(target.run.url) / "report.html"
+    report.unlink()
+    words = [sys.executable, "-m", "workflows", "evaluate", target.run.url, "--output", "json"]
+    told = subprocess.run(words, capture_output=True, text=True, check=True, timeout=120)
+    assert json.loads(told.stdout.splitlines()[-1]) == {"run": target.run.url, **result["evaluate"]}
+    assert json.loads((report.parent / "evaluation.json").read_text(encoding="utf-8")) == result["evaluate"]
+    for measure in ("infill", "calibration"):
+        assert f"    {measure}" in told.stderr
+    assert "Infilling: holes in held-out rows" in report.read_text(encoding="utf-8")
+    learned = {(one["length"], one["side"]): one["token"] for one in result["evaluate"]["infill"]["holes"]}
+    assert learned[1, "both"]["low"] > 0.1, "a colour or a shape, of 300 tokens"
 
 
 def test_nothing_is_left_running(river):

@@ -97,14 +97,76 @@ def test_a_bundle_that_fails_its_sha256_is_refused_by_its_file(small_bundle, tmp
 
 @pytest.mark.parametrize("verb", [["generate"], ["serve"]])
 def test_a_model_without_decoder_is_refused_before_anything_starts(tmp_path, verb):
-    corpus = make_small_corpus(tmp_path, objective={"type": "autoregressive"}, noise={"epochs": 0})
+    corpus = make_small_corpus(tmp_path, objective={"type": "masked_lm"}, noise={"epochs": 0})
     run = make_small_bundle(corpus, corpus.store.root)
     told = dllm(*verb, run.url)
     assert told.returncode == 2
-    line = "dllm: objective.type: there is no decoder for such a model yet, got 'autoregressive': it can be trained"
+    line = "dllm: objective.type: there is no decoder for such a model yet, got 'masked_lm': it can be trained"
     assert told.stderr.startswith(line)
     assert told.stderr.count("\n") == 1
     assert told.stdout == ""
+
+
+BLOCKS = ["objective.type=block_diffusion", "noise.block_length=4", "corpus.heldout_fraction=0.2"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (
+            ["decode.block_length=8", "decode.steps_per_block=8"],
+            "decode.block_length: must be noise.block_length=4, got 8: decode.block_length=4 decode.steps_per_block=4",
+        ),
+        (
+            ["serve.examples=[{prompt: RED}, {prompt: RED, suffix: STAR}]"],
+            "serve.examples.1.suffix: the model reads from left to right and does not see what stands behind a hole, "
+            "got 'STAR': leave it out",
+        ),
+    ],
+    ids=["block_length", "suffix"],
+)
+def test_what_a_model_of_blocks_could_not_be_asked_is_refused_before_anything_starts(root, overrides, line):
+    told = dllm("run", str(root / "small.yaml"), *BLOCKS, *overrides)
+    assert (told.returncode, told.stderr) == (2, f"dllm: {line}\n")
+    assert not list((root / "storage").glob("runs/*/events.jsonl"))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("kind", "refusals"),
+    [
+        (["objective.type=autoregressive"], {"generate": (["--suffix", "STAR"], "suffix: the model reads from left")}),
+        (
+            BLOCKS,
+            dict.fromkeys(
+                ("generate", "serve", "evaluate"),
+                (["decode.block_length=8"], "decode.block_length: must be noise.block_length=4, got 8: decode."),
+            ),
+        ),
+    ],
+    ids=["autoregressive", "blocks"],
+)
+def test_what_reads_left_to_right_is_trained_and_generates(root, kind, refusals):
+    """The recipe asks for other blocks than the model's: that hinders no training, but every decoding."""
+    train = ["train", str(root / "small.yaml"), *kind, "decode.block_length=5", "placement.train.workers=1"]
+    told = dllm(*train, "--output", "json")
+    assert told.returncode == 0, told.stderr
+    run = json.loads(told.stdout.splitlines()[-1])["run"]
+    words = ["generate", run, "--prompt", "HEAVY RED ", "decode.block_length=4", "--seed", "3", "--output", "json"]
+    told = [dllm(*words, f"decode.temperature={value}").stdout for value in (1, 1, 0)]
+    hot, again, greedy = (json.loads(stdout.splitlines()[-1]) for stdout in told)
+    assert hot["text"] == again["text"] != greedy["text"]
+    for answer in (hot, greedy):
+        if kind is BLOCKS:
+            assert answer["policy"] == {"type": "threshold", "threshold": 0.9}
+        else:
+            assert answer["policy"] is None
+            assert answer["num_calls"] == answer["num_tokens"] > 0
+    for verb, (more, line) in refusals.items():
+        told = dllm(verb, run, *more)
+        assert (told.returncode, told.stdout) == (2, "")
+        assert told.stderr.startswith(f"dllm: {line}")
+        assert told.stderr.count("\n") == 1
 
 
 def test_with_json_the_last_line_is_one_object_for_an_answer_and_for_an_error(small_bundle):

@@ -16,7 +16,6 @@ from rich.markup import escape
 from dllm_core.checkpoints.run_dir import RunDir
 from dllm_core.config.fingerprint import fingerprint
 from dllm_core.data.manifest import CorpusManifest
-from dllm_core.data.tokenizer import TokenizerConfig
 from dllm_core.errors import DataError
 from dllm_core.evaluation.tasks.corpus import PROBLEMS_NAME, problem_lines
 from dllm_core.storage.store import Store, open_store
@@ -30,6 +29,7 @@ from workflows.env import ray_cluster
 from workflows.fan_out import FanOut, fan_out
 from workflows.preprocess.flow import Preprocessing, plan_corpus
 from workflows.recipe import Recipe
+from workflows.task.flow import task_sections
 
 FOLDER = "comparisons"
 
@@ -52,7 +52,7 @@ class Comparison:
 
     def run(self) -> dict[str, Any]:
         """All of it, in order."""
-        entrants = self._corpora()
+        entrants = self.entrants()
         self._check_same_text(entrants)
         self._train(entrants)
         measured = self._measure(entrants)
@@ -68,7 +68,7 @@ class Comparison:
         self._console.done("report", escape(f"{self._store.url}/{folder}/report.html"))
         return {"comparison": f"{self._store.url}/{folder}", "models": list(self._recipe.models)}
 
-    def _corpora(self) -> list[Entrant]:
+    def entrants(self) -> list[Entrant]:
         """Every run that there will be, its corpus made."""
         entrants = []
         with self._console.stage("corpora") as bar:
@@ -79,9 +79,8 @@ class Comparison:
                     if _has_likelihood(self._recipe.recipe_of(model)):
                         entrants += self._repeated(model, bar.update)
             if self._recipe.task is not None:
-                overrides = self._task_overrides()
                 for model in self._recipe.models:
-                    entrants.append(self._entrant(model, TASK, self._recipe.recipe_of(model, overrides), bar.update))
+                    entrants.append(self._entrant(model, TASK, self._task_recipe(model), bar.update))
         made = {entrant.corpus for entrant in entrants}
         self._console.done("corpora", f"{len(made)} for {len(entrants)} runs of {len(self._recipe.models)} models")
         return entrants
@@ -107,25 +106,17 @@ class Comparison:
             found.append(self._entrant(model, small(epochs), recipe, on_progress))
         return found
 
-    def _task_overrides(self) -> list[str]:
-        """The task's problems as a corpus of pairs, one token a byte, one problem a row."""
+    def _task_recipe(self, model: str) -> Recipe:
+        """The task's problems as a corpus of pairs instead of the text."""
         section = self._recipe.task
         assert section is not None
-        seed = self._recipe.recipe_of(next(iter(self._recipe.models))).seed
+        seed = self._recipe.recipe_of(model).seed
         problems = section.problem.problems("train", section.rows, seed=seed)
-        folder = f"tasks/{section.problem.type}-{fingerprint([section.problem, section.rows, seed])}"
-        if not self._store.exists(f"{folder}/{PROBLEMS_NAME}"):
-            self._store.put(f"{folder}/{PROBLEMS_NAME}", problem_lines(problems).encode())
-        longest = max(len(problem.prompt) + len(problem.answer) for problem in problems) + 1
-        length = -(-longest // 16) * 16
-        return [
-            f"corpus={{type: jsonl, path: {json.dumps(f'{self._store.url}/{folder}')}, record: {{type: pair}}}}",
-            f"tokenizer={{vocab_size: {TokenizerConfig().smallest}}}",
-            f"packing={{type: padded, seq_len: {length}, learn_padding: true}}",
-            f"decode.max_tokens={length}",
-            *section.overrides,
-            "train.keep_checkpoints=1",
-        ]
+        key = f"tasks/{section.problem.type}-{fingerprint([section.problem, section.rows, seed])}/{PROBLEMS_NAME}"
+        if not self._store.exists(key):
+            self._store.put(key, problem_lines(problems).encode())
+        sections = task_sections(f"{self._store.url}/{key}", problems)
+        return self._recipe.recipe_of(model, [*section.overrides, "train.keep_checkpoints=1"], sections)
 
     def _entrant(self, model: str, data: str, recipe: Recipe, on_progress: Callable[..., None]) -> Entrant:
         manifest = self._corpus(recipe, on_progress)

@@ -15,13 +15,15 @@ import torch
 from dllm_core.checkpoints.bundle import read_bundle
 from dllm_core.data.loader import split_rows
 from dllm_core.data.manifest import read_manifest
-from dllm_core.decoding.config import DecodeConfig
+from dllm_core.decoding.config import DecodeConfig, is_ancestral
 from dllm_core.decoding.unmask import ThresholdPolicy
 from dllm_core.evaluation.samples import Samples, measure_samples
 from dllm_core.evaluation.scorers import NGramModel
 from dllm_core.evaluation.writers import Tokens, Writer, Written
 from dllm_core.objective.config import AutoregressiveConfig
 from workflows.compare.measures import Question, heldout_rows
+from workflows.compare.recipe import GenerationConfig
+from workflows.compare.report import AUTOREGRESSION
 from workflows.compare.speakers import Speaker
 from workflows.compare.training import Entrant, device_of
 
@@ -66,22 +68,25 @@ def _judge(entrant: Entrant) -> NGramModel:
 def _curve(
     question: Question, speaker: Speaker, prompts: Sequence[Tokens], room: int, judge: NGramModel
 ) -> list[dict[str, Any]] | None:
-    """A point for each threshold; autoregression has none and is one point."""
+    """A point for each setting of what trades quality for speed; autoregression has none and is one point."""
     section = question.recipe.generation
     served = DecodeConfig.model_validate(speaker.bundle.manifest.decode)
-    thresholds: tuple[float | None, ...] = section.thresholds
-    if isinstance(speaker.objective, AutoregressiveConfig):
-        thresholds = (None,)
     points = []
-    for threshold in thresholds:
-        changed: dict[str, Any] = {"temperature": section.temperature}
-        if threshold is not None:
-            changed["policy"] = ThresholdPolicy(threshold=threshold)
-        writer = speaker.writer(served.model_copy(update=changed))
+    for name, changed in _settings(section, speaker).items():
+        writer = speaker.writer(served.model_copy(update={"temperature": section.temperature, **changed}))
         if writer is None:
             return None
-        points.append({"threshold": threshold, **_written(writer, prompts, room, judge)})
+        points.append({"setting": name, **_written(writer, prompts, room, judge)})
     return points
+
+
+def _settings(section: GenerationConfig, speaker: Speaker) -> dict[str, dict[str, Any]]:
+    """Overrides of `decode` by what a table calls them."""
+    if isinstance(speaker.objective, AutoregressiveConfig):
+        return {AUTOREGRESSION: {}}
+    if is_ancestral(speaker.objective, speaker.bundle.manifest.process):
+        return {f"{steps} steps": {"steps": steps} for steps in section.steps}
+    return {f"threshold {value:g}": {"policy": ThresholdPolicy(threshold=value)} for value in section.thresholds}
 
 
 def _written(writer: Writer, prompts: Sequence[Tokens], room: int, judge: NGramModel) -> dict[str, Any]:

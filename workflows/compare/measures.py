@@ -17,11 +17,12 @@ from dllm_core.checkpoints.store import CheckpointStore
 from dllm_core.data.loader import TokenRows, split_rows
 from dllm_core.data.manifest import CorpusManifest, read_manifest
 from dllm_core.decoding.config import DecodeConfig
+from dllm_core.evaluation.config import Side
 from dllm_core.evaluation.estimate import measure_seed, proportion
-from dllm_core.evaluation.estimators import HeldoutRows, estimator_of
-from dllm_core.evaluation.infill import Filler, Hole, Side, cut_holes, score_holes, summarize_holes
+from dllm_core.evaluation.estimators import HeldoutRows, estimator_of_bundle
+from dllm_core.evaluation.infill import Filler, Hole, cut_holes, score_holes, summarize_holes
 from dllm_core.evaluation.likelihood import score_rows, side_by_side, summarize
-from dllm_core.evaluation.tasks.measure import answer_problems, summarize_answers
+from dllm_core.evaluation.tasks.measure import answer_problems, rooms_for, summarize_answers
 from dllm_core.model.denoiser import Denoiser
 from dllm_core.model.pretrained import assign_weights
 from dllm_core.objective.config import AutoregressiveConfig, BlockDiffusionConfig
@@ -102,15 +103,7 @@ def _likelihood(
     question: Question, entrant: Entrant, denoiser: Denoiser, device: torch.device
 ) -> dict[str, Any] | None:
     bundle, section = read_bundle(entrant.run), question.recipe.learning
-    said = bundle.manifest
-    estimator = estimator_of(
-        said.objective,
-        bundle.process,
-        device,
-        block_length=said.block_length,
-        steps=said.steps,
-        time_conditioning=bundle.config.model.time_conditioning,
-    )
+    estimator = estimator_of_bundle(bundle, str(device))
     if estimator is None:
         return None
     manifest = read_manifest(entrant.run.store, entrant.corpus)
@@ -146,16 +139,10 @@ def _holes(entrant: Entrant, count: int, length: int, part: slice = slice(None))
     manifest = read_manifest(entrant.run.store, entrant.corpus)
     ids, tokens = heldout_rows(entrant, manifest, count)
     bundle = read_bundle(entrant.run)
-    return cut_holes(
-        tokens.x0[:, part],
-        tokens.is_real[:, part],
-        tokens.is_learned[:, part],
-        ids,
-        length,
-        seed=entrant.recipe.seed,
-        never=(bundle.config.mask_id, bundle.config.eos_id, bundle.config.pad_id),
-        segment_ids=None if tokens.segment_ids is None else tokens.segment_ids[:, part],
-    )
+    segment_ids = None if tokens.segment_ids is None else tokens.segment_ids[:, part]
+    rows = HeldoutRows(tokens.x0[:, part], tokens.is_learned[:, part], ids, tokens.is_real[:, part], segment_ids)
+    never = (bundle.config.mask_id, bundle.config.eos_id, bundle.config.pad_id)
+    return cut_holes(rows, length, seed=entrant.recipe.seed, never=never)
 
 
 def _flexibility(question: Question, device: torch.device) -> dict[str, Any]:
@@ -172,11 +159,11 @@ def _flexibility(question: Question, device: torch.device) -> dict[str, Any]:
         found = summarize_holes(score_holes(filler, _holes(entrant, section.rows, length), length, side))
         if found is not None:
             result["holes"].append(asdict(found))
-    result["two_holes"] = _two_holes(entrant, filler, section.rows, section.lengths[len(section.lengths) // 2])
+    result["two_holes"] = two_holes(entrant, filler, section.rows, section.lengths[len(section.lengths) // 2])
     return result
 
 
-def _two_holes(entrant: Entrant, filler: Filler, rows: int, length: int) -> dict[str, Any] | None:
+def two_holes(entrant: Entrant, filler: Filler, rows: int, length: int) -> dict[str, Any] | None:
     """One hole in each half of a row: the first is filled while the second is masked, the second given the first.
 
     By the chain rule that is one way to fill both; what stands between them is a constraint on both.
@@ -285,7 +272,9 @@ def _task(question: Question, device: torch.device) -> dict[str, Any] | None:
     if writer is None:
         return None
     problems = section.problem.problems("test", section.problems, seed=entrant.recipe.seed)
-    answered = answer_problems(writer, speaker.bundle.tokenizer(), section.problem, problems, seed=entrant.recipe.seed)
+    tokenizer, seed = speaker.bundle.tokenizer(), entrant.recipe.seed
+    rooms = rooms_for(tokenizer, problems, entrant.recipe.packing.seq_len)
+    answered = answer_problems(writer, tokenizer, section.problem, problems, rooms=rooms, seed=seed)
     found = summarize_answers(answered)
     return None if found is None else {**asdict(found), "examples": _examples(problems, answered)}
 

@@ -8,7 +8,7 @@
 A model's list are overrides of the shared recipe, as on the command line.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -60,12 +60,13 @@ class ContextConfig(Frozen):
 
 
 class GenerationConfig(Frozen):
-    """Continuations of held-out text, at several thresholds of confidence."""
+    """Continuations of held-out text, at several thresholds of confidence or numbers of steps."""
 
     prompts: int = Field(32, ge=2)
     prompt_tokens: int = Field(16, ge=1)
     tokens: int = Field(48, ge=1)
     thresholds: tuple[float, ...] = (0.3, 0.5, 0.7, 0.9, 1.0)
+    steps: tuple[int, ...] = Field((8, 16, 32, 64), description="of models whose noise is run backwards")
     temperature: float = Field(1.0, gt=0, le=10, description="likeliest tokens alone repeat themselves")
 
 
@@ -81,7 +82,7 @@ class TaskConfig(Frozen):
     """A task with a known answer, on which each model is trained anew."""
 
     problem: AnyTask
-    rows: int = Field(20_000, ge=2, description="problems to learn from")
+    rows: int = Field(20_000, ge=100, description="problems to learn from")
     problems: int = Field(200, ge=2, description="problems to answer, none of which training saw")
     overrides: tuple[str, ...] = ()
 
@@ -120,20 +121,35 @@ class CompareRecipe(Frozen):
                 raise ValueError(f"{name!r} {error.problem}") from None
         return self
 
-    def recipe_of(self, model: str, overrides: Sequence[str] = ()) -> Recipe:
-        """A model's recipe on the whole text; `overrides` come last. ConfigErrors name the model."""
-        own = f"models.{model}"
-        values = {
-            "name": f"{self.name}-{model}",
-            "storage": self.storage.model_dump(),
-            **apply_overrides(self.recipe, [*self.models[model], *overrides]),
-        }
-        return anchored(Recipe.checked(values, own))
+    def recipe_of(
+        self, model: str, overrides: Sequence[str] = (), sections: Mapping[str, dict[str, Any]] | None = None
+    ) -> Recipe:
+        """A model's recipe. sections: put over the shared ones; `overrides` come last.
+
+        A ConfigError says whose setting it is about.
+        """
+        shared = dict(self.recipe)
+        for name, section in (sections or {}).items():
+            shared[name] = {**shared.get(name, {}), **section} if name == "decode" else section
+        values = {"name": f"{self.name}-{model}", "storage": self.storage.model_dump()}
+        try:
+            values |= apply_overrides(shared, [*self.models[model], *overrides])
+            return anchored(Recipe.checked(values))
+        except ConfigError as error:
+            owners = (("task.overrides", overrides), (f"models.{model}", self.models[model]))
+            owner = next((name for name, own in owners if any(_touches(item, error.place) for item in own)), "recipe")
+            raise ConfigError(f"{owner}: {error.place}", error.problem, error.value, error.remedy) from None
 
     @property
     def fingerprint(self) -> str:
         """Identity of the comparison's figures, but for what lies in the files that it reads."""
         return fingerprint(self.model_dump(mode="json", exclude={"storage", "placement"}))
+
+
+def _touches(override: str, place: str) -> bool:
+    """Whether an override sets a place, or what is above or below it."""
+    path = override.partition("=")[0].strip()
+    return f"{place}.".startswith(f"{path}.") or f"{path}.".startswith(f"{place}.") or override == place
 
 
 def load_comparison(path: Path, overrides: Sequence[str] = ()) -> CompareRecipe:

@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from workflows.drawing import INK, axes, figures, page, png, table
+from workflows.drawing import INK, axes, figures, grid, page, svg, table
 
 _COLOURS = ("#2a6fdb", "#c2410c", "#15803d", "#7c3aed", "#b45309", "#0e7490", "#be185d", "#4d7c0f")
 _NONE = "–"
+AUTOREGRESSION = "a token a call"
 Rows = list[list[str]]
 
 
@@ -28,7 +29,7 @@ def report_page(result: dict[str, Any], place: str) -> bytes:
     parts = [figures(_cards(result))]
     plots = {"Learning": _learning_plot, "Context": _context_plot, "Generation": _generation_plot}
     for title, head, rows in _tables(result):
-        parts += [f"<h2>{html.escape(title)}</h2>", _html_table(head, rows)]
+        parts += [f"<h2>{html.escape(title)}</h2>", grid(head, rows)]
         axis = title.split(":")[0]
         if axis in plots:
             parts.append(plots.pop(axis)(result))
@@ -86,7 +87,7 @@ def _context_table(result: dict[str, Any]) -> tuple[str, list[str], Rows]:
 
 def _generation_table(result: dict[str, Any]) -> tuple[str, list[str], Rows]:
     generation = result["generation"]
-    head = ["model", "threshold", "tokens/call", "speed", "nats under the judge", "entropy"]
+    head = ["model", "decoding", "tokens/call", "speed", "nats under the judge", "entropy"]
     rival = _rival(result)
     rows = []
     for model, points in generation["models"].items():
@@ -94,11 +95,16 @@ def _generation_table(result: dict[str, Any]) -> tuple[str, list[str], Rows]:
             rows.append([model, *[_NONE] * 5])
         for point in points or []:
             speed = f"{point['tokens_per_s'] / rival:.2f}x" if rival else f"{point['tokens_per_s']:.0f}/s"
-            threshold = _NONE if point["threshold"] is None else f"{point['threshold']:g}"
-            rows.append([model, threshold, f"{point['tokens_per_call']:.2f}", speed, *_quality(point["quality"])])
+            rows.append(
+                [model, point["setting"], f"{point['tokens_per_call']:.2f}", speed, *_quality(point["quality"])]
+            )
     rows.append(["(the text itself)", _NONE, _NONE, _NONE, *_quality(generation["text"])])
     against = "autoregression with kept keys is 1x" if rival else "tokens/s"
-    return f"Generation: continuations by confidence threshold; {against}; judge: {generation['judge']}", head, rows
+    return (
+        f"Generation: continuations by how many tokens a call may commit; {against}; judge: {generation['judge']}",
+        head,
+        rows,
+    )
 
 
 def _quality(quality: dict[str, Any] | None) -> list[str]:
@@ -108,10 +114,9 @@ def _quality(quality: dict[str, Any] | None) -> list[str]:
 
 
 def _rival(result: dict[str, Any]) -> float | None:
-    """Tokens a second of the autoregressive model, the one whose curve is a point without a threshold."""
-    curves = [points for points in result["generation"]["models"].values() if points]
-    alone = [points[0] for points in curves if len(points) == 1 and points[0]["threshold"] is None]
-    return alone[0]["tokens_per_s"] if alone else None
+    """Tokens a second of the first autoregressive model."""
+    points = [point for points in result["generation"]["models"].values() for point in points or []]
+    return next((point["tokens_per_s"] for point in points if point["setting"] == AUTOREGRESSION), None)
 
 
 def _flexibility_table(result: dict[str, Any]) -> tuple[str, list[str], Rows]:
@@ -163,12 +168,6 @@ def _cards(result: dict[str, Any]) -> list[tuple[str, str]]:
     return cards + [(f"{100 * e['value']:.1f} %", f"of the task, {model}") for model, e in solved.items()]
 
 
-def _html_table(head: Sequence[str], rows: Rows) -> str:
-    cells = "".join(f"<th>{html.escape(name)}</th>" for name in head)
-    lines = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<table><tr>{cells}</tr>{lines}</table>"
-
-
 def _colours(result: dict[str, Any]) -> dict[str, str]:
     models = list(result["recipe"]["models"])
     return {model: _COLOURS[at % len(_COLOURS)] for at, model in enumerate(models)}
@@ -189,7 +188,7 @@ def _learning_plot(result: dict[str, Any]) -> str:
         epochs = [int(p["data"].removeprefix("small-")) for p in next(iter(repeated.values()))]
         found[1].set_xticks(epochs, [str(n) for n in epochs])
         found[1].minorticks_off()
-    return png(figure, "held-out likelihood over tokens and over epochs of the same data")
+    return svg(figure, "held-out likelihood over tokens and over epochs of the same data")
 
 
 def _line(axis: Any, x: Sequence[float], points: Sequence[dict[str, Any]], label: str, colour: str) -> None:
@@ -210,7 +209,7 @@ def _context_plot(result: dict[str, Any]) -> str:
         axis.set(xlabel="distance to what is seen", title=f"{side}{' sides' if side == 'both' else ''}", ylim=(0, None))
     found[0].set_ylabel("% of tokens right")
     found[2].legend(frameon=False, fontsize=8)
-    return png(figure, "accuracy against distance, seen from the left, the right and both sides")
+    return svg(figure, "accuracy against distance, seen from the left, the right and both sides")
 
 
 def _generation_plot(result: dict[str, Any]) -> str:
@@ -228,7 +227,7 @@ def _generation_plot(result: dict[str, Any]) -> str:
     found[0].set(xlabel="tokens per call", ylabel="nats/token under the judge")
     found[1].set(xlabel="tokens/s, autoregression = 1" if rival else "tokens/s")
     found[0].legend(frameon=False, fontsize=8)
-    return png(figure, "quality against tokens per call and against speed")
+    return svg(figure, "quality against tokens per call and against speed")
 
 
 def _examples(result: dict[str, Any]) -> str:
@@ -238,4 +237,4 @@ def _examples(result: dict[str, Any]) -> str:
         if found
         for example in found["examples"]
     ]
-    return _html_table(["model", "problem", "answer", ""], rows)
+    return grid(["model", "problem", "answer", ""], rows)

@@ -1,18 +1,15 @@
 """How each kind of model writes on and fills holes, so that the same questions can be put to all of them."""
 
-from collections.abc import Sequence
-
-import numpy as np
 import torch
 
 from dllm_core.checkpoints.bundle import ModelBundle
 from dllm_core.decoding.config import DecodeConfig, no_decoder
 from dllm_core.decoding.engine import Engine
-from dllm_core.evaluation.infill import SIDES, CausalFiller, EngineFiller, Filled, Filler, Hole, Side
+from dllm_core.evaluation.config import Side
+from dllm_core.evaluation.infill import SIDES, CausalFiller, EngineFiller, Filler, LeftFiller
 from dllm_core.evaluation.writers import EngineWriter, Writer
 from dllm_core.noise.absorbing import AbsorbingProcess
 from dllm_core.objective.config import AutoregressiveConfig, BlockDiffusionConfig, MaskedLMConfig
-from dllm_core.seeding import Ints
 
 _BATCH_TOKENS = 4096
 
@@ -52,29 +49,5 @@ class Speaker:
             return CausalFiller(self.denoiser, self.mask_id, self.device, never=never)
         if isinstance(self.objective, BlockDiffusionConfig):
             served = config or DecodeConfig.model_validate(self.bundle.manifest.decode)
-            return _LeftFiller(EngineWriter(self.engine, served), self._seed)
+            return LeftFiller(EngineWriter(self.engine, served), self._seed)
         return EngineFiller(self.engine, config, self.mask_id, seed=self._seed)
-
-
-class _LeftFiller:
-    """Writes on from the left as far as the hole goes; an answer that ends inside it is wrong from there on."""
-
-    sides: tuple[Side, ...] = ("left",)
-
-    def __init__(self, writer: Writer, seed: int) -> None:
-        self._writer, self._seed = writer, seed
-
-    def fill(self, holes: Sequence[Hole], side: Side) -> list[Filled]:
-        """Holes of one length, in order. Raises ValueError for a side that it cannot see."""
-        if side != "left":
-            raise ValueError(f"blocks are written from the left, got {side!r}")
-        if not holes:
-            return []
-        length = len(holes[0].truth)
-        written = self._writer.write([hole.before.tolist() for hole in holes], length, seed=self._seed)
-        return [Filled(_padded(answer.tokens, length), answer.num_calls) for answer in written]
-
-
-def _padded(tokens: Sequence[int], length: int) -> Ints:
-    """Tokens up to a length, -1 (no token) behind their end."""
-    return np.array([*tokens, *[-1] * (length - len(tokens))], np.int64)

@@ -63,7 +63,7 @@ def generate(
         "num_calls": answer.num_calls,
         "tokens_per_call": round(answer.tokens_per_call, 4),
         "seconds": round(time.monotonic() - begun, 3),
-        "policy": recipe.decode.policy.model_dump(mode="json"),
+        "policy": recipe.decode_told["policy"],
     }
 
 

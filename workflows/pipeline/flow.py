@@ -13,17 +13,23 @@ from typing import Any
 
 from rich.markup import escape
 
+from dllm_core.checkpoints.bundle import read_bundle
+from dllm_core.checkpoints.run_dir import RunDir
 from dllm_core.config.fingerprint import fingerprint
 from dllm_core.data.manifest import CorpusManifest, read_manifest, read_tokenizer
+from dllm_core.decoding.config import NO_SUFFIX
 from dllm_core.errors import ConfigError
+from dllm_core.evaluation.config import AutoregressiveScorerConfig
+from dllm_core.evaluation.scorers import check_scorer
 from workflows.console import Console
 from workflows.env import ray_cluster
 from workflows.evaluate.flow import evaluate
+from workflows.evaluate.show import lines, shown
 from workflows.fan_out import fan_out
 from workflows.pipeline.bundle import bundle_inputs, make_bundle
 from workflows.pipeline.demo import demonstrate
 from workflows.pipeline.receipts import Events, Receipts
-from workflows.pipeline.report import write_report
+from workflows.pipeline.report import about_policy, write_report
 from workflows.preprocess.flow import Preprocessing, summary
 from workflows.serve.app import check_port
 from workflows.serve.flow import cpus_needed
@@ -57,12 +63,15 @@ class Pipeline:
 
     def run(self) -> dict[str, Any]:
         """Every stage; what each reported."""
+        if self.target.recipe.can_be_decoded:
+            self._check_decoding()
         if self._serve_missing():
             check_port(self.target.recipe.serve)  # now, not after minutes of training
         self._check_room(self._corpus_bytes() + self._training_bytes())
         preprocessed = self.preprocess()
         if self.target.recipe.can_be_decoded:
             self._check_examples()
+        self._check_scorer()
         return {
             "run": self.target.run.url,
             "preprocess": preprocessed,
@@ -146,14 +155,19 @@ class Pipeline:
         result = self._receipts.read(name, inputs)
         if result is not None:
             self._console.skipped(name, _about_evaluation(result))
-            return result
-        with self._stage(name) as bar:
-            self._cluster()
-            result = evaluate(recipe, run, fan_out, bar.update)
-        run.write_json("evaluation.json", result)
-        self._receipts.write(name, inputs, result)
-        self._console.done(name, _about_evaluation(result), self._took)
-        self._events.add(name, "done", nelbo=result["nelbo"], standard_error=result["standard_error"])
+        else:
+            if recipe.can_be_decoded and recipe.evaluate.prompts:
+                recipe.check_decodable()
+            self._check_scorer()
+            with self._stage(name) as bar:
+                self._cluster()
+                result = evaluate(recipe, run, fan_out, bar.update)
+            run.write_json("evaluation.json", result)
+            self._receipts.write(name, inputs, result)
+            self._console.done(name, _about_evaluation(result), self._took)
+            self._events.add(name, "done", nelbo=result["nelbo"], standard_error=result["standard_error"])
+        for measure, told in lines(result):
+            self._console.print(f"    {measure:<11} {escape(told)}")
         return result
 
     def serve(self) -> list[dict[str, Any]]:
@@ -199,6 +213,14 @@ class Pipeline:
             self._console.skipped("report", escape(url))
         return url
 
+    def _check_decoding(self) -> None:
+        """Refuse a decode section and examples that the model cannot be asked before anything is started."""
+        recipe = self.target.recipe
+        recipe.check_decodable()
+        for number, example in enumerate(recipe.serve.examples):
+            if example.suffix and recipe.decoding_pattern.kind != "full":
+                raise ConfigError(f"serve.examples.{number}.suffix", NO_SUFFIX, example.suffix, "leave it out")
+
     def _check_examples(self) -> None:
         """Refuse an example that leaves no room for its answer now, not after minutes of training."""
         store, recipe = self.target.run.store, self.target.recipe
@@ -209,6 +231,13 @@ class Pipeline:
             if room < (example.max_tokens or 1):
                 problem = f"its {given} tokens leave {max(room, 0)} of packing.seq_len={recipe.packing.seq_len}"
                 raise ConfigError(f"serve.examples.{number}.prompt", problem, example.prompt, "shorten it")
+
+    def _check_scorer(self) -> None:
+        """Refuse another run as a scorer that does not fit now, not after minutes of training."""
+        store, section = self.target.run.store, self.target.recipe.evaluate.samples
+        if section.rows and isinstance(section.scorer, AutoregressiveScorerConfig):
+            tokenizer = read_tokenizer(store, read_manifest(store, self.target.corpus))
+            check_scorer(read_bundle(RunDir.at(section.scorer.run)), tokenizer.digest)
 
     def _check_room(self, needed: int) -> None:
         """Refuse a disk on which what is still to be made will not fit, before anything is started."""
@@ -291,12 +320,11 @@ def _about_evaluation(result: dict[str, Any]) -> str:
         text = f"a masked language model has no likelihood; {entropy}"
     else:
         name = "negative log-likelihood" if result["estimator"] == "exact" else "NELBO"
-        figure = f"{result['nelbo']:.3f} ± {result['standard_error']:.3f} nats/token"
+        figure = f"{shown({'value': result['nelbo'], 'standard_error': result['standard_error']}, 3)} nats/token"
         text = f"held-out {name} {figure}, {entropy}: [bold]{_gain(result['gain'])}[/bold]"
     decoding = result["decoding"]
     if decoding is not None:
-        policy = " ".join(str(value) for value in decoding["policy"].values())
-        text += f"; {decoding['tokens_per_call']:.2f} tokens per call ({policy})"
+        text += f"; {decoding['tokens_per_call']:.2f} tokens per call ({about_policy(decoding)})"
     return text
 
 

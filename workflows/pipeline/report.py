@@ -10,7 +10,8 @@ from dllm_core.checkpoints.run_dir import JsonLines, RunDir
 from dllm_core.data.loader import Loader
 from dllm_core.data.manifest import read_manifest
 from dllm_core.decoding.engine import Engine
-from workflows.drawing import ACCENT, INK, SOFT, axes, cell, figures, noise_figure, noised_cell, page, png, table
+from workflows.drawing import ACCENT, INK, SOFT, axes, cell, figures, noise_figure, noised_cell, page, svg, table
+from workflows.evaluate.show import sections, shown
 from workflows.generate.unfold import Frame, request_for, unfold
 from workflows.recipe import Recipe
 
@@ -25,6 +26,7 @@ def write_report(recipe: Recipe, run: RunDir) -> None:
         _figures(records, evaluation),
         "<h2>Training</h2>",
         _loss_curve(records, evaluation),
+        *sections(evaluation),
         "<h2>The forward process: what the denoiser is shown</h2>",
         _noise(run, bundle),
         *_decoded(recipe, bundle, answers),
@@ -41,7 +43,7 @@ def _figures(records: list[dict[str, Any]], evaluation: dict[str, Any]) -> str:
     if evaluation["nelbo"] is None:
         cards.insert(0, ("none", "likelihood: a masked language model bounds none"))
     else:
-        told = f"{evaluation['nelbo']:.3f} ± {evaluation['standard_error']:.3f}"
+        told = shown({"value": evaluation["nelbo"], "standard_error": evaluation["standard_error"]}, 3)
         cards.insert(0, (told, f"held-out {_name_of(evaluation)}, nats/token"))
         cards.append((f"{evaluation['gain']:.2f}", "nats/token learned"))
     if evaluation["bits_per_byte"] is not None:
@@ -50,13 +52,17 @@ def _figures(records: list[dict[str, Any]], evaluation: dict[str, Any]) -> str:
         )
     if evaluation["decoding"] is not None:
         decoding = evaluation["decoding"]
-        policy = " ".join(str(part) for part in decoding["policy"].values())
-        cards.append((f"{decoding['tokens_per_call']:.2f}", f"tokens per denoiser call ({policy})"))
+        cards.append((f"{decoding['tokens_per_call']:.2f}", f"tokens per denoiser call ({about_policy(decoding)})"))
     if records:
         rate = float(np.median([record["tokens_per_s"] for record in records]))
         cards.append((f"{rate / 1000:.1f}k", "training tokens/s (median)"))
         cards.append((f"{records[-1]['tokens'] / 1e6:.2f}M", f"tokens in {records[-1]['step']:,} steps"))
     return figures(cards)
+
+
+def about_policy(told: dict[str, Any]) -> str:
+    """The policy in `DecodeConfig.told`, in words."""
+    return " ".join(str(part) for part in told["policy"].values()) if told["policy"] else "token by token"
 
 
 def _name_of(evaluation: dict[str, Any]) -> str:
@@ -80,7 +86,7 @@ def _loss_curve(records: list[dict[str, Any]], evaluation: dict[str, Any]) -> st
         axis.errorbar(
             [tokens[-1]],
             [evaluation["nelbo"]],
-            yerr=[2 * evaluation["standard_error"]],
+            yerr=[2 * (evaluation["standard_error"] or 0)],
             fmt="o",
             color="#c2410c",
             capsize=4,
@@ -89,7 +95,7 @@ def _loss_curve(records: list[dict[str, Any]], evaluation: dict[str, Any]) -> st
     top = float(np.quantile(bound, 0.995))
     axis.set(xlabel="tokens seen, millions", ylabel="nats/token", ylim=(0, top * 1.05), xlim=(0, None))
     axis.legend(frameon=False, fontsize=9)
-    return png(figure, "training loss and held-out likelihood over tokens seen")
+    return svg(figure, "training loss and held-out likelihood over tokens seen")
 
 
 def _noise(run: RunDir, bundle: ModelBundle) -> str:
@@ -150,12 +156,13 @@ def _canvas(frames: list[Frame], recipe: Recipe) -> str:
         lines.append(f"<div><i>{frame.num_calls:>3}  </i>{''.join(cells)}</div>")
     answer = frames[-1].answer
     assert answer is not None
-    policy = " ".join(str(part) for part in recipe.decode.policy.model_dump(mode="json").values())
-    told = (
+    told = recipe.decode_told
+    blocks = f", blocks of {told['block_length']}" if told["block_length"] else ""
+    about = (
         f"{answer.num_committed} tokens in {answer.num_calls} calls, {answer.tokens_per_call:.2f} per call; "
-        f"{policy}, blocks of {recipe.decode.block_length}. ░ is open, blue was filled by this call, grey was given."
+        f"{about_policy(told)}{blocks}. ░ is open, blue was filled by this call, grey was given."
     )
-    return f"<p>{html.escape(told)}</p><div class=canvas>{''.join(lines)}</div>"
+    return f"<p>{html.escape(about)}</p><div class=canvas>{''.join(lines)}</div>"
 
 
 def _answers(answers: list[dict[str, Any]]) -> str:

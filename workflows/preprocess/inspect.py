@@ -18,7 +18,7 @@ from dllm_core.data.tokenizer import Tokenizer
 from dllm_core.seeding import Ints
 from dllm_core.storage.store import Store
 from workflows.console import Console
-from workflows.drawing import SOFT, axes, figures, noise_figure, noised_cell, page, png, table
+from workflows.drawing import SOFT, axes, figures, noise_figure, noised_cell, page, svg, table
 from workflows.preprocess.flow import CorpusPlan
 
 _SHOWN_ROWS = 4
@@ -124,7 +124,7 @@ def _lengths(sample: Any, tokenizer: Tokenizer) -> str:
     middle.set(xlabel="bytes a token", ylabel="tokens")
     right.hist(sample.is_real.mean(1), bins=20, range=(0, 1), color=SOFT)
     right.set(xlabel="share of a row that is real", ylabel="rows")
-    return png(figure, "document lengths, bytes per token and how full rows are")
+    return svg(figure, "document lengths, bytes per token and how full rows are")
 
 
 def _removed(store: Store, manifest: CorpusManifest) -> str:
@@ -151,5 +151,5 @@ def _removed(store: Store, manifest: CorpusManifest) -> str:
             place = f"{record['key']} @ {record['offset']}"
             shown.append(f"<tr><td>{html.escape(record['reason'])}</td><td><code>{html.escape(place)}</code></td></tr>")
             if len(shown) == _QUARANTINE_SHOWN:
-                return png(figure, "removed records by reason") + f"<table>{''.join(shown)}</table>"
-    return png(figure, "removed records by reason") + f"<table>{''.join(shown)}</table>"
+                return svg(figure, "removed records by reason") + f"<table>{''.join(shown)}</table>"
+    return svg(figure, "removed records by reason") + f"<table>{''.join(shown)}</table>"

@@ -37,7 +37,7 @@ from workflows.serve.protocol import (
     parse_request,
 )
 from workflows.serve.replica import Progress
-from workflows.serve.text import TextStream
+from workflows.text import TextStream
 
 _TRIES = 4
 _PING_EVERY_S = 15.0

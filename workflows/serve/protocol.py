@@ -45,6 +45,7 @@ class DiffusionOptions(_Part):
     threshold: float | None = None
     block_length: int | None = None
     steps_per_block: int | None = None
+    steps: int | None = None
 
 
 class CompletionRequest(_Part):
@@ -115,6 +116,8 @@ class CompletionRequest(_Part):
             values["steps_per_block"] = min(values["steps_per_block"], ours.block_length)
         if ours.steps_per_block is not None:
             values["steps_per_block"] = ours.steps_per_block
+        if ours.steps is not None:
+            values["steps"] = ours.steps
         try:
             return DecodeConfig.checked(values)
         except ConfigError as error:
@@ -196,7 +199,9 @@ class ApiError(Exception):
 
     @classmethod
     def of(cls, error: RequestError) -> "ApiError":
-        """400 with the parameter at fault."""
+        """400 with the parameter at fault, under the name that it has in a request."""
+        if error.place in DiffusionOptions.model_fields:  # the engine knows no HTTP
+            error = RequestError(f"diffusion.{error.place}", error.problem, error.value, error.remedy)
         code = "context_length_exceeded" if "exceed the context" in error.problem else None
         return cls(400, str(error), param=error.place, code=code)
 

@@ -31,14 +31,25 @@ class Answered:
     calls: int
 
 
+def rooms_for(tokenizer: Tokenizer, problems: Sequence[Problem], context: int | None = None) -> list[int]:
+    """Tokens of canvas behind each prompt.
+
+    context: of a corpus that learns its padding, whose rows are filled up with end tokens. Its denoiser counts masks,
+    so a canvas has to reach as far as those rows did, or an answer ends too early. None: rows end with their answers;
+    the longest known one and its end token, for all problems, so that the canvas does not tell an answer's length.
+    """
+    if context is not None:
+        return [context - len(tokenizer.encode(problem.prompt)) for problem in problems]
+    return [1 + max(len(tokenizer.encode(problem.answer)) for problem in problems)] * len(problems)
+
+
 def answer_problems(
-    writer: Writer, tokenizer: Tokenizer, task: Task, problems: Sequence[Problem], *, seed: int
+    writer: Writer, tokenizer: Tokenizer, task: Task, problems: Sequence[Problem], *, rooms: Sequence[int], seed: int
 ) -> list[Answered]:
-    """Write on from each prompt, with room for the longest of the known answers and its end token."""
-    room = 1 + max((len(tokenizer.encode(problem.answer)) for problem in problems), default=0)
+    """Write on from each prompt, in a canvas of `rooms_for`, over all problems that are compared."""
     prompts = [tokenizer.encode(problem.prompt) for problem in problems]
     answered = []
-    for problem, answer in zip(problems, writer.write(prompts, room, seed=seed), strict=True):
+    for problem, answer in zip(problems, writer.write(prompts, rooms, seed=seed), strict=True):
         # Not `decode`, which leaves special tokens out: an answer with one inside is no answer.
         text = "".join(map(tokenizer.token_text, answer.tokens))
         answered.append(Answered(text, task.grade(problem, text), answer.num_committed, answer.num_calls))

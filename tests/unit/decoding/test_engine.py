@@ -4,46 +4,21 @@ import itertools
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from rows import EOS, MASK, PAD, PROCESS, VOCABULARY, new_denoiser, new_engine, requests
 
 from dllm_core.decoding.config import DecodeConfig
-from dllm_core.decoding.engine import Engine
 from dllm_core.decoding.state import DecodeRequest, DecodeState
 from dllm_core.decoding.step import propose
 from dllm_core.decoding.unmask import LowConfidencePolicy, ThresholdPolicy
 from dllm_core.errors import RequestError
-from dllm_core.model.config import DenoiserConfig, ModelConfig
 from dllm_core.model.denoiser import Denoiser
-from dllm_core.noise.absorbing import AbsorbingProcess
-
-VOCABULARY, CONTEXT, MASK, EOS, PAD = 23, 48, 0, 1, 2
 
 
 @pytest.fixture(scope="module")
 def denoiser() -> Denoiser:
-    torch.manual_seed(0)
-    config = DenoiserConfig(
-        model=ModelConfig(dim=32, layers=2, heads=2, ffn_dim=48),
-        vocab_size=VOCABULARY,
-        context_length=CONTEXT,
-        mask_id=MASK,
-        eos_id=EOS,
-        pad_id=PAD,
-    )
-    model = Denoiser(config).eval()
-    with torch.no_grad():
-        model.embed.weight.mul_(3)  # sharper predictions, so that thresholds and end tokens come into play
-    return model
-
-
-def engine(denoiser: Denoiser, max_batch_tokens: int = 300) -> Engine:
-    return Engine(denoiser, AbsorbingProcess(mask_id=MASK), max_batch_tokens)
-
-
-tokens = st.lists(st.integers(3, VOCABULARY - 1), max_size=9).map(tuple)
-policies = st.one_of(st.floats(0.05, 1).map(lambda x: ThresholdPolicy(threshold=x)), st.just(LowConfidencePolicy()))
+    return new_denoiser()
 
 
 def request_of(max_tokens: int, steps: int) -> DecodeRequest:
@@ -52,24 +27,10 @@ def request_of(max_tokens: int, steps: int) -> DecodeRequest:
     return DecodeRequest(prompt=(), config=config)
 
 
-@st.composite
-def requests(draw) -> DecodeRequest:
-    block = draw(st.integers(1, 12))
-    config = DecodeConfig(
-        policy=draw(policies),
-        block_length=block,
-        steps_per_block=draw(st.integers(1, block)),
-        max_tokens=draw(st.integers(1, 24)),
-        temperature=draw(st.sampled_from([0.0, 0.7, 1.5])),
-        top_p=draw(st.sampled_from([1.0, 0.8])),
-    )
-    return DecodeRequest(prompt=draw(tokens), suffix=draw(tokens), config=config, seed=draw(st.integers(0, 2**40)))
-
-
 @settings(max_examples=60, deadline=None)
 @given(request=requests())
 def test_a_decode_fills_all_keeps_what_was_given_and_ends_in_its_budget(denoiser, request):
-    one = engine(denoiser)
+    one = new_engine(denoiser)
     one.add(request)
     finals, state = [], None
     while updates := one.step():
@@ -99,19 +60,18 @@ def test_a_decode_fills_all_keeps_what_was_given_and_ends_in_its_budget(denoiser
 @given(batch=st.lists(requests(), min_size=2, max_size=7))
 @example(batch=[request_of(1, 1), request_of(3, 2)]).via("exact ties of confidence, broken by the last bit")
 def test_a_row_gets_the_same_tokens_alone_and_in_a_batch(denoiser, batch):
-    together = engine(denoiser).generate(batch)
-    alone = [engine(denoiser).generate([request])[0] for request in batch]
+    together = new_engine(denoiser).generate(batch)
+    alone = [new_engine(denoiser).generate([request])[0] for request in batch]
     assert together == alone
 
 
 @settings(max_examples=60, deadline=None)
 @given(batch=st.lists(requests(), min_size=2, max_size=9))
 def test_a_row_s_confidence_is_the_same_to_the_last_bit_alone_and_in_a_batch(denoiser, batch):
-    process = AbsorbingProcess(mask_id=MASK)
     rows = [DecodeState.start(request, np.full(request.config.max_tokens, MASK)) for request in batch]
-    together = propose(denoiser, process, rows, EOS, PAD)
+    together = propose(denoiser, PROCESS, rows, EOS, PAD)
     for row, proposal in zip(rows, together, strict=True):
-        [alone] = propose(denoiser, process, [row], EOS, PAD)
+        [alone] = propose(denoiser, PROCESS, [row], EOS, PAD)
         assert np.array_equal(alone.confidence, proposal.confidence)
         assert np.array_equal(alone.tokens, proposal.tokens)
 
@@ -119,7 +79,7 @@ def test_a_row_s_confidence_is_the_same_to_the_last_bit_alone_and_in_a_batch(den
 @settings(max_examples=30, deadline=None)
 @given(request=requests())
 def test_what_was_answered_is_never_taken_back(denoiser, request):
-    one = engine(denoiser)
+    one = new_engine(denoiser)
     one.add(request)
     told: list[int] = []
     while updates := one.step():
@@ -132,7 +92,7 @@ def test_one_token_a_step_is_greedy_order_of_confidence_and_a_zero_threshold_is_
     slow = DecodeConfig(policy=LowConfidencePolicy(), block_length=8, steps_per_block=8, max_tokens=16)
     fast = slow.model_copy(update={"policy": ThresholdPolicy(threshold=1e-6)})
     answers = [
-        engine(denoiser).generate([DecodeRequest(prompt=(5, 6), suffix=(7,), config=config)])[0]
+        new_engine(denoiser).generate([DecodeRequest(prompt=(5, 6), suffix=(7,), config=config)])[0]
         for config in (slow, fast)
     ]
     assert [answer.num_calls for answer in answers] == [16, 2]
@@ -141,8 +101,8 @@ def test_one_token_a_step_is_greedy_order_of_confidence_and_a_zero_threshold_is_
 def test_a_cancelled_row_leaves_its_neighbours_as_they_were(denoiser):
     config = DecodeConfig(max_tokens=16, block_length=4, steps_per_block=4)
     wanted = DecodeRequest(prompt=(9, 8), config=config)
-    expected = engine(denoiser).generate([wanted])[0]
-    shared = engine(denoiser)
+    expected = new_engine(denoiser).generate([wanted])[0]
+    shared = new_engine(denoiser)
     victim = shared.add(DecodeRequest(prompt=(4,), config=config))
     kept = shared.add(wanted)
     shared.step()
@@ -157,7 +117,7 @@ def test_a_cancelled_row_leaves_its_neighbours_as_they_were(denoiser):
 
 
 def test_what_cannot_be_decoded_is_refused_before_it_takes_a_place(denoiser):
-    one = engine(denoiser)
+    one = new_engine(denoiser)
     with pytest.raises(RequestError, match="exceed the context of 48"):
         one.add(DecodeRequest(prompt=(5,) * 40, config=DecodeConfig(max_tokens=9)))
     with pytest.raises(RequestError, match="token ids"):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dllm_core.evaluation.calibration import CalibrationScores, score_calibration, summarize_calibration
+from dllm_core.evaluation.estimators import HeldoutRows
 from dllm_core.model.pattern import CAUSAL, FULL, AttentionPattern
 from dllm_core.noise.absorbing import AbsorbingProcess
 from dllm_core.noise.schedule import CosineSchedule
@@ -39,17 +40,11 @@ def rows_of(rows: int, seed: int) -> np.ndarray:
 
 
 def score(denoiser, x0, *, rate=0.5, seed=1, ids=None, counted=None, process=PROCESS, **options) -> CalibrationScores:
-    return score_calibration(
-        denoiser,
-        process,
-        x0,
-        np.ones(x0.shape, bool) if counted is None else counted,
-        np.arange(len(x0)) if ids is None else ids,
-        rate=rate,
-        seed=seed,
-        device=CPU,
-        **options,
+    every = np.ones(x0.shape, bool)
+    rows = HeldoutRows(
+        x0, every if counted is None else counted, np.arange(len(x0)) if ids is None else ids, is_real=every
     )
+    return score_calibration(denoiser, process, rows, rate=rate, seed=seed, device=CPU, **options)
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
@@ -168,8 +163,7 @@ def test_a_timed_denoiser_is_told_when_so_much_is_hidden():
     denoiser = ByPlace()
     score(denoiser, rows_of(3, 8), rate=0.3, process=process, is_timed=True)
     t = denoiser.asked[0]["t"].double()
-    assert t.shape == (3,)
-    assert process.mixture(t).keep.numpy() == pytest.approx(np.full(3, 0.7))
+    assert process.mixture(t).keep.numpy() == pytest.approx(np.full((3, len(LAWS)), 0.7))
     assert denoiser.asked[0]["pattern"] == FULL
 
 

@@ -32,12 +32,10 @@ KINDS = {
     "masks": ({}, "exact-count", None),
     "chain": ({"noise": {"steps": 8, "epochs": 1}}, "stratified-time", None),
     "timed": ({"model": {"time_conditioning": True}}, "stratified-time", "model.time_conditioning: "),
-    "uniform": (UNIFORM, "stratified-time", "noise.process.type: "),
-    "hybrid": (
-        {"noise": {"process": {"type": "hybrid", "p_u": 0.4}, "epochs": 1}}, "stratified-time", "noise.process.type: "
-    ),
-    "blocks": ({**BLOCKS, "packing": {"type": "isolated", "seq_len": 32}}, "exact-count", "objective.type: "),
-    "autoregressive": ({"objective": {"type": "autoregressive"}}, "exact", "objective.type: "),
+    "uniform": (UNIFORM, "stratified-time", None),
+    "hybrid": ({"noise": {"process": {"type": "hybrid", "p_u": 0.4}, "epochs": 1}}, "stratified-time", None),
+    "blocks": ({**BLOCKS, "packing": {"type": "isolated", "seq_len": 32}}, "exact-count", None),
+    "autoregressive": ({"objective": {"type": "autoregressive"}}, "exact", None),
     "masked_lm": ({"objective": {"type": "masked_lm"}}, None, "objective.type: "),
 }  # fmt: skip
 EVERY_KIND = pytest.mark.parametrize("kind", KINDS)
@@ -72,6 +70,16 @@ def test_a_bundle_is_scored_as_it_was_trained_and_decoded_where_it_can_be(made, 
     assert result["tokens"] == heldout.tokens
     assert result["conventions"] == {"tokens": "real", "end_tokens": "counted", "conditioned_on": "nothing"}
     assert (result["decoding"] is None) == (refusal is not None)
+    if refusal is None:
+        told = {
+            "autoregressive": (None, None, "(token by token)"),
+            **dict.fromkeys(("uniform", "hybrid"), ({"type": "ancestral", "steps": 64}, None, "(ancestral 64)")),
+        }
+        plain = ({"type": "threshold", "threshold": 0.9}, 4, "(threshold 0.9)")
+        policy, length, words = told.get(kind, plain)
+        assert (result["decoding"]["policy"], result["decoding"]["block_length"]) == (policy, length)
+        assert _about_evaluation(result).endswith(words)
+        assert result["decoding"]["tokens_per_call"] == 1 or kind != "autoregressive"
     if estimator is None:
         assert [result[name] for name in ("nelbo", "standard_error", "gain", "bits_per_byte", "draws")] == [
             None
@@ -131,8 +139,10 @@ def test_a_report_shows_noise_as_it_is_and_says_what_there_is_not(made, kind):
     write_report(corpus.recipe, run)
     page = run.store.read(run.key("report.html")).decode()
     assert ("There is no decoder for such a model yet" in page) == (KINDS[kind][2] is not None)
+    assert ("token by token" in page) == (kind == "autoregressive")
     assert ("class=swapped>" in page) == (kind in ("uniform", "hybrid"))
-    assert ("class=open>" in page) == (kind != "uniform")
+    forward, _ = page.split("The reverse: one decode")
+    assert ("class=open>" in forward) == (kind != "uniform")
     assert ("a masked language model bounds none" in page) == (kind == "masked_lm")
 
 

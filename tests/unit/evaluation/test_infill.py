@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from dllm_core.decoding.config import DecodeConfig
 from dllm_core.decoding.engine import Engine
 from dllm_core.decoding.unmask import LowConfidencePolicy
+from dllm_core.evaluation.estimators import HeldoutRows
 from dllm_core.evaluation.infill import (
     SIDES,
     CausalFiller,
@@ -46,6 +47,11 @@ def corpora(draw):
     return x0, is_real, counted, segments
 
 
+def all_counted(x0: np.ndarray, ids: np.ndarray | None = None) -> HeldoutRows:
+    every = np.ones(x0.shape, bool)
+    return HeldoutRows(x0, every, np.arange(len(x0)) if ids is None else ids, every)
+
+
 @settings(max_examples=150, deadline=None)
 @given(corpora(), st.integers(1, 6))
 def test_a_hole_is_whole_counted_text_of_one_document_with_a_token_on_either_side(corpus, length):
@@ -53,7 +59,7 @@ def test_a_hole_is_whole_counted_text_of_one_document_with_a_token_on_either_sid
     ids = np.arange(100, 100 + len(x0))
     holes = {
         hole.row_id: hole
-        for hole in cut_holes(x0, is_real, counted, ids, length, seed=3, never=(EOS, PAD), segment_ids=segments)
+        for hole in cut_holes(HeldoutRows(x0, counted, ids, is_real, segments), length, seed=3, never=(EOS, PAD))
     }
     for row, row_id in enumerate(ids.tolist()):
         labels = [
@@ -75,16 +81,14 @@ def test_a_hole_is_whole_counted_text_of_one_document_with_a_token_on_either_sid
 
 def test_every_place_of_a_row_is_as_likely_and_the_row_id_alone_decides():
     x0 = np.tile(np.arange(3, 13), (9000, 1))
-    every = np.ones_like(x0, bool)
-    ids = np.arange(9000)
-    holes = cut_holes(x0, every, every, ids, 2, seed=1, never=())
+    holes = cut_holes(all_counted(x0), 2, seed=1, never=())
     counts = np.bincount([hole.truth[0] for hole in holes], minlength=13)
     assert set(np.flatnonzero(counts)) == set(range(4, 11))
     assert (abs(counts[4:11] - 9000 / 7) < 5 * np.sqrt(9000 / 7)).all()
     some = np.array([4, 17, 8000])
-    again = cut_holes(x0[some], every[some], every[some], ids[some], 2, seed=1, never=())
+    again = cut_holes(all_counted(x0[some], some), 2, seed=1, never=())
     assert [hole.truth[0] for hole in again] == [holes[i].truth[0] for i in some]
-    other = cut_holes(x0, every, every, ids, 2, seed=2, never=())
+    other = cut_holes(all_counted(x0), 2, seed=2, never=())
     assert 0.05 < np.mean([one.truth[0] == two.truth[0] for one, two in zip(holes, other, strict=True)]) < 0.25
 
 
@@ -122,7 +126,7 @@ class Periodic(torch.nn.Module):
         )
         self.device = CPU
 
-    def forward(self, ids, is_real=None, read=None, *, pattern=None):
+    def forward(self, ids, is_real=None, read=None, *, pattern=None, cache=None):
         self.calls += 1
         logits = torch.zeros(int(read.sum()), VOCABULARY)
         logits[:, EOS], logits[:, -1] = 5.0, 4.0
@@ -141,9 +145,7 @@ def periodic_rows(rows: int, width: int) -> np.ndarray:
 
 
 def holes_of(rows: int, width: int, length: int) -> list[Hole]:
-    x0 = periodic_rows(rows, width)
-    every = np.ones_like(x0, bool)
-    return cut_holes(x0, every, every, np.arange(rows), length, seed=4, never=(MASK, EOS, PAD))
+    return cut_holes(all_counted(periodic_rows(rows, width)), length, seed=4, never=(MASK, EOS, PAD))
 
 
 SLOW = DecodeConfig(policy=LowConfidencePolicy(), block_length=4, steps_per_block=4, max_tokens=1)
@@ -204,8 +206,7 @@ def random_rows(rows: int, width: int) -> np.ndarray:
 
 @pytest.mark.parametrize("kind", ["one call", "engine", "causal"])
 def test_a_score_is_a_function_of_the_row_alone_and_parts_join_to_the_whole(denoiser, kind):
-    x0 = random_rows(14, 40)
-    every, ids = np.ones_like(x0, bool), np.arange(50, 64)
+    x0, ids = random_rows(14, 40), np.arange(50, 64)
 
     def scores(rows):
         fillers = {
@@ -213,7 +214,7 @@ def test_a_score_is_a_function_of_the_row_alone_and_parts_join_to_the_whole(deno
             "engine": engine_filler(denoiser, SLOW.model_copy(update={"temperature": 1.0})),
             "causal": CausalFiller(denoiser, MASK, CPU, never=(EOS, PAD), batch_rows=4),
         }
-        holes = cut_holes(x0[rows], every[rows], every[rows], ids[rows], 4, seed=9, never=(MASK, EOS, PAD))
+        holes = cut_holes(all_counted(x0[rows], ids[rows]), 4, seed=9, never=(MASK, EOS, PAD))
         return score_holes(fillers[kind], holes, 4, "left")
 
     whole = scores(slice(0, 14))
@@ -293,8 +294,7 @@ def test_a_paired_difference_is_surer_than_two_figures_and_refuses_other_holes()
 
 
 def test_rows_without_room_give_nothing():
-    x0 = periodic_rows(3, 9)
-    every = np.ones_like(x0, bool)
-    assert cut_holes(x0, every, every, np.arange(3), 8, seed=0, never=()) == []
-    assert len(cut_holes(x0, every, every, np.arange(3), 7, seed=0, never=())) == 3
+    rows = all_counted(periodic_rows(3, 9))
+    assert cut_holes(rows, 8, seed=0, never=()) == []
+    assert len(cut_holes(rows, 7, seed=0, never=())) == 3
     assert summarize_holes(score_holes(Guess(1, 0), [], 8, "both")) is None

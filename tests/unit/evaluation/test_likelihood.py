@@ -354,3 +354,12 @@ def test_bits_per_byte_count_the_bytes_of_counted_tokens():
     found = summarized(score(denoiser_of(LAW), x0, counted=counted), counts_of(x0, counted))
     assert found.bytes == BYTES[x0[counted]].sum()
     assert found.bits_per_byte == pytest.approx(found.nelbo * counted.sum() / math.log(2) / found.bytes)
+
+
+def test_the_error_of_the_figure_is_that_of_every_ratio_over_rows():
+    """Rows without a counted token say nothing of how rows differ; a single row has no spread."""
+    scores = RowScores(np.array([3.0, 5.0, 0.0]), np.zeros(3), np.array([2, 2, 0]), 1)
+    found = summarized(scores, np.array([4, 0, 0, 0, 0]))
+    assert (found.nelbo, found.standard_error, found.rows) == (2.0, pytest.approx(0.5), 3)
+    alone = RowScores(np.array([3.0]), np.zeros(1), np.array([2]), 1)
+    assert summarized(alone, np.array([2, 0, 0, 0, 0])).standard_error is None

@@ -6,13 +6,13 @@ import torch
 from conftest import small_recipe
 
 from dllm_core.data.loader import split_rows
-from dllm_core.data.tokenizer import TokenizerConfig
+from dllm_core.data.tokenizer import Tokenizer, TokenizerConfig
 from dllm_core.decoding.config import DecodeConfig
 from dllm_core.decoding.engine import Engine
 from dllm_core.decoding.unmask import LowConfidencePolicy
 from dllm_core.evaluation.tasks.addition import AdditionTask
-from dllm_core.evaluation.tasks.corpus import byte_tokenizer, read_problems, write_problems, write_task_corpus
-from dllm_core.evaluation.tasks.measure import answer_problems, summarize_answers
+from dllm_core.evaluation.tasks.corpus import write_problems
+from dllm_core.evaluation.tasks.measure import answer_problems, rooms_for, summarize_answers
 from dllm_core.evaluation.tasks.sudoku import SudokuTask
 from dllm_core.evaluation.writers import EngineWriter
 from dllm_core.model.config import DenoiserConfig, ModelConfig
@@ -29,6 +29,11 @@ TASKS = {
 }
 
 
+def byte_tokenizer(**fields: object) -> Tokenizer:
+    smallest = TokenizerConfig(**fields).smallest
+    return Tokenizer.train(["1+2=3 " * 50], TokenizerConfig(vocab_size=smallest, **fields))
+
+
 def test_a_byte_is_a_token_in_every_problem():
     tokenizer = byte_tokenizer()
     assert tokenizer.vocab_size == 256 + 3
@@ -37,21 +42,13 @@ def test_a_byte_is_a_token_in_every_problem():
             text = problem.prompt + problem.answer
             assert len(tokenizer.encode(text)) == len(text)
             assert tokenizer.encode(problem.prompt) + tokenizer.encode(problem.answer) == tokenizer.encode(text)
-    assert byte_tokenizer(TokenizerConfig(mask_token="<m>")).config.mask_token == "<m>"
-
-
-@pytest.mark.parametrize("name", TASKS)
-def test_what_is_written_is_read_again(name, tmp_path):
-    problems = TASKS[name].problems("test", 30, seed=2)
-    write_problems(tmp_path / "p.jsonl", problems)
-    assert read_problems(tmp_path / "p.jsonl") == problems
 
 
 def recipe_of(root) -> Recipe:
     """The sections that `corpus.py` names."""
     sections = {
         "corpus": {"type": "jsonl", "path": str(root / "task"), "record": {"type": "pair"}, "heldout_fraction": 0.2},
-        "tokenizer": {"path": str(root / "task" / "tokenizer.json")},
+        "tokenizer": {"vocab_size": TokenizerConfig().smallest},
         "packing": {"type": "padded", "seq_len": 48, "learn_padding": True},
     }
     return Recipe.checked(small_recipe(root).model_dump(mode="json") | sections)
@@ -60,7 +57,8 @@ def recipe_of(root) -> Recipe:
 @pytest.mark.parametrize("name", TASKS)
 def test_a_corpus_of_it_learns_answers_and_their_end_and_nothing_else(name, tmp_path):
     problems = TASKS[name].problems("train", 120, seed=3)
-    write_task_corpus(tmp_path / "task", problems)
+    (tmp_path / "task").mkdir()
+    write_problems(tmp_path / "task" / "train.jsonl", problems)
     recipe = recipe_of(tmp_path)
     store = open_store("storage.root", recipe.storage.root)
     manifest = Preprocessing(plan_corpus(recipe, store), serially).run()
@@ -91,7 +89,7 @@ class Calculator(torch.nn.Module):
             pad_id=tokenizer.pad_id,
         )
 
-    def forward(self, ids, is_real=None, read=None):
+    def forward(self, ids, is_real=None, read=None, **options):
         logits = torch.zeros(int(read.sum()), self.tokenizer.vocab_size)
         for k, (row, i) in enumerate(read.nonzero().tolist()):
             prompt = self.tokenizer.decode(ids[row].tolist()).partition("=")[0]
@@ -107,11 +105,14 @@ class Calculator(torch.nn.Module):
 def test_answers_of_one_who_adds_are_right_and_of_one_who_errs_are_not():
     tokenizer, task = byte_tokenizer(), AdditionTask(digits=2, test_share=0.5)
     problems = task.problems("test", 60, seed=4)
+    rooms = rooms_for(tokenizer, problems)
+    assert rooms == [4] * 60, "three digits and an end"
+    assert rooms_for(tokenizer, problems, 16) == [16 - len(problem.prompt) for problem in problems]
     config = DecodeConfig(policy=LowConfidencePolicy(), block_length=4, steps_per_block=2, max_tokens=1)
 
     def measured(wrong_from):
         engine = Engine(Calculator(tokenizer, wrong_from=wrong_from), AbsorbingProcess(mask_id=tokenizer.mask_id))
-        return answer_problems(EngineWriter(engine, config), tokenizer, task, problems, seed=5)
+        return answer_problems(EngineWriter(engine, config), tokenizer, task, problems, rooms=rooms, seed=5)
 
     right = summarize_answers(measured(99))
     assert (right.problems, right.exact.value, right.pieces.value) == (60, 1.0, 1.0)
@@ -128,11 +129,10 @@ def test_answers_of_one_who_adds_are_right_and_of_one_who_errs_are_not():
 
 def test_an_answer_with_a_special_token_inside_is_wrong():
     """`decode` leaves it out, and would read the rest as right."""
-    config = TokenizerConfig(chat={})
-    tokenizer = byte_tokenizer(config)
+    tokenizer = byte_tokenizer(chat={})
 
     class Marked(Calculator):
-        def forward(self, ids, is_real=None, read=None):
+        def forward(self, ids, is_real=None, read=None, **options):
             logits = super().forward(ids, is_real, read)
             for k, (row, i) in enumerate(read.nonzero().tolist()):
                 if ids[row, i - 1] == tokenizer.encode("=")[0]:
@@ -142,7 +142,8 @@ def test_an_answer_with_a_special_token_inside_is_wrong():
     task = AdditionTask(digits=1, test_share=0.5)
     engine = Engine(Marked(tokenizer), AbsorbingProcess(mask_id=tokenizer.mask_id))
     writer = EngineWriter(engine, DecodeConfig())
-    answered = answer_problems(writer, tokenizer, task, task.problems("test", 10, seed=0), seed=0)
+    problems = task.problems("test", 10, seed=0)
+    answered = answer_problems(writer, tokenizer, task, problems, rooms=[3] * 10, seed=0)
     assert all("<|end|>" in one.text for one in answered)
     assert summarize_answers(answered).exact.value == 0
     assert summarize_answers([]) is None

@@ -86,9 +86,12 @@ def test_an_answer_is_the_same_alone_and_in_any_batch(denoiser, kind):
         "causal": causal(denoiser, temperature=1.0, batch_rows=4),
         "engine": EngineWriter(Engine(denoiser, AbsorbingProcess(mask_id=MASK)), decode),
     }
-    together = writers[kind].write(PROMPTS, 9, seed=40)
-    alone = [writers[kind].write([prompt], 9, seed=40 + i)[0] for i, prompt in enumerate(PROMPTS)]
-    assert together == alone
+    rooms = [9 - i % 3 for i in range(len(PROMPTS))]
+    for max_tokens, own in ((9, [9] * len(PROMPTS)), (rooms, rooms)):
+        together = writers[kind].write(PROMPTS, max_tokens, seed=40)
+        alone = [writers[kind].write([p], own[i], seed=40 + i)[0] for i, p in enumerate(PROMPTS)]
+        assert together == alone
+        assert all(one.num_committed <= room for one, room in zip(together, own, strict=True))
     assert len({tuple(one.tokens) for one in together}) > 3
 
 

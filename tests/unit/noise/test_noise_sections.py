@@ -105,9 +105,13 @@ def test_an_objective_that_does_not_fit_its_noise_is_refused_in_one_line(tmp_pat
 
 @pytest.mark.parametrize("process", [{"type": "uniform"}, {"type": "hybrid"}], ids=str)
 @pytest.mark.parametrize("steps", [None, 8])
-def test_replaced_tokens_are_written_down_and_learned_and_not_decoded(tmp_path, process, steps):
-    assert not small_recipe(tmp_path, noise={"process": process, "steps": steps}).can_be_decoded
-    assert small_recipe(tmp_path, noise={"steps": steps}).can_be_decoded
+def test_replaced_tokens_are_decoded_over_whole_rows_and_not_in_blocks(tmp_path, process, steps):
+    assert small_recipe(tmp_path, noise={"process": process, "steps": steps}).can_be_decoded
+    blocks = {
+        "noise": {"process": process, "steps": steps, "block_length": 4},
+        "objective": {"type": "block_diffusion"},
+    }
+    assert not small_recipe(tmp_path, **blocks).can_be_decoded
 
 
 def test_an_absorbing_corpus_is_the_one_that_it_was(tmp_path):

@@ -77,6 +77,7 @@ def test_options_override_the_recipe_and_impossible_ones_name_themselves():
     assert (config.policy.threshold, config.block_length, config.steps_per_block) == (0.3, 4, 4)
     assert config.temperature == 0.5
     assert parse().decode_config(base, 10).max_tokens == 10
+    assert parse(diffusion={"steps": 5}).decode_config(base, 10).steps == 5
     with pytest.raises(RequestError, match=r"diffusion\.steps_per_block"):
         parse(diffusion={"steps_per_block": 99}).decode_config(base, 100)
 
@@ -96,3 +97,9 @@ def test_stop_strings_have_limits():
     for bad in (["a"] * 5, [""], "x" * 65):
         with pytest.raises(RequestError, match="stop"):
             parse(stop=bad).stops  # noqa: B018
+
+
+def test_what_the_engine_refuses_is_named_as_in_a_request():
+    for place, param in (("block_length", "diffusion.block_length"), ("suffix", "suffix")):
+        body = ApiError.of(RequestError(place, "must be 4", 5, "say so")).body["error"]
+        assert (body["param"], body["message"]) == (param, f"{param}: must be 4, got 5: say so")

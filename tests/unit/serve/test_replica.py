@@ -4,14 +4,23 @@ import asyncio
 import pickle
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 from ray.serve.exceptions import BackPressureError
 
+from dllm_core.checkpoints.bundle import read_bundle
 from dllm_core.decoding.config import DecodeConfig
+from dllm_core.decoding.engine import Engine
 from dllm_core.decoding.state import DecodeRequest
+from dllm_core.objective.config import AutoregressiveConfig, BlockDiffusionConfig
 from workflows.serve.replica import DecodingLoop
 
+EVERY_DECODER = pytest.mark.parametrize(
+    "said",
+    [{}, {"objective": AutoregressiveConfig()}, {"objective": BlockDiffusionConfig(), "block_length": 4}],
+    ids=["whole", "autoregressive", "blocks"],
+)
 REQUEST = DecodeRequest(prompt=(1,), config=DecodeConfig())
 
 
@@ -57,3 +66,27 @@ def test_a_row_too_many_is_refused_at_once_while_the_loop_is_busy_and_leaving_ma
             await asyncio.wait_for(anext(loop.stream(REQUEST)), 0.1)
 
     asyncio.run(asyncio.wait_for(scenario(), 10))
+
+
+@EVERY_DECODER
+def test_rows_that_share_the_loop_are_told_what_each_engine_answers_alone(small_bundle, said):
+    bundle = read_bundle(small_bundle)
+    bundle = replace(bundle, manifest=bundle.manifest.model_copy(update=said))
+    config = DecodeConfig(block_length=4, steps_per_block=4, max_tokens=9, temperature=1)
+    requests = [DecodeRequest(prompt=(7, 8, 9)[:n], config=config, seed=n) for n in range(4)]
+
+    async def scenario():
+        loop = DecodingLoop(Engine.of(bundle), max_waiting=8)
+
+        async def last(request):
+            told = [progress async for progress in loop.stream(request)]
+            assert all(progress.tokens == told[-1].tokens[: len(progress.tokens)] for progress in told)
+            return told[-1]
+
+        return await asyncio.gather(*map(last, requests))
+
+    told = asyncio.run(asyncio.wait_for(scenario(), 30))
+    for progress, request in zip(told, requests, strict=True):
+        [answer] = Engine.of(bundle).generate([request])
+        assert (progress.tokens, progress.num_calls) == (answer.tokens, answer.num_calls)
+        assert (progress.num_committed, progress.finish_reason) == (answer.num_committed, answer.finish_reason)

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from workflows.serve.text import TextStream
+from workflows.text import TextStream
 
 
 class Bytes:

@@ -1,0 +1,195 @@
+"""KeyValueStore: keys and values of positions that no later call changes, so that a forward computes new ones only.
+
+Exact under `causal`, and under `block_causal` where whole blocks are kept: there nothing sees what stands behind it (or
+its block), so a kept key is the one that a whole forward would compute. Under `full` attention every key changes with
+every token, and there is nothing to keep.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dllm_core.model.config import ModelConfig
+from dllm_core.model.pattern import AttentionPattern
+from dllm_core.seeding import Ints
+
+_PAD_TO = 16  # keys are read in multiples of it: few shapes, and a softmax that sums in one order however many follow
+_MIN_QUERIES = 4  # a CPU's product of one or two rows takes other kernels, which sum in another order
+
+
+class KeyValueStore:
+    """Slots [layers, 2, rows, heads, capacity, head_dim]: one a row, taken and released; rows and capacity grow.
+
+    A layer's keys stand turned to their positions (RoPE), its values as they are.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        rows: int = 0,
+        capacity: int = 0,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        shape = (model.layers, 2, rows, model.heads, padded(capacity), model.head_dim)
+        # Zeros: what no query sees has weight 0, but 0 times a stray NaN is NaN.
+        self.slots = torch.zeros(shape, device=device, dtype=dtype)
+        self.lengths: Ints = np.zeros(rows, np.int64)
+        self.written: Ints = np.zeros(rows, np.int64)
+        self._free = list(range(rows))[::-1]
+
+    @property
+    def capacity(self) -> int:
+        """Positions that a slot holds."""
+        return self.slots.shape[4]
+
+    @property
+    def num_taken(self) -> int:
+        """Slots that rows hold."""
+        return len(self.lengths) - len(self._free)
+
+    def take(self, capacity: int) -> int:
+        """A free slot with room for so many positions, empty. What is too small is copied into twice the room."""
+        rows, held = len(self.lengths), self.capacity
+        grown = max(2 * rows, 1) if not self._free else rows
+        deeper = max(2 * held, padded(capacity)) if capacity > held else held
+        if (grown, deeper) != (rows, held):
+            old = self.slots
+            self.slots = old.new_zeros((*old.shape[:2], grown, old.shape[3], deeper, old.shape[5]))
+            self.slots[:, :, :rows, :, :held] = old
+            self.lengths, self.written = (np.pad(part, (0, grown - rows)) for part in (self.lengths, self.written))
+            self._free = [*range(rows, grown)][::-1] + self._free
+        return self._free.pop()
+
+    def release(self, slot: int) -> None:
+        """Forget a row."""
+        self.lengths[slot] = self.written[slot] = 0
+        self._free.append(slot)
+
+    def rows(self, slots: Sequence[int]) -> "KeyValues":
+        """The rows of one forward, in this order."""
+        return KeyValues(self, np.array(slots, np.int64))
+
+
+class KeyValues:
+    """The rows of a forward in a store. lengths int64 [B]: positions that are kept of each.
+
+    A forward reads what is kept and changes nothing of it: its own keys and values lie behind, where the next forward
+    overwrites them, unless `commit` keeps them.
+    """
+
+    def __init__(self, store: KeyValueStore, slots: Ints) -> None:
+        self._store, self._slots = store, slots
+
+    @property
+    def lengths(self) -> Ints:
+        """Kept positions of each row [B]."""
+        return self._store.lengths[self._slots]
+
+    def commit(self, counts: Ints | Sequence[int]) -> None:
+        """Keep the first counts[i] of the positions that the last forward gave row i; the others are forgotten.
+
+        Raises ValueError for more than there were. The caller vouches that no later token is seen by what is kept:
+        under `block_causal`, that blocks are whole.
+        """
+        counts = np.asarray(counts, np.int64)
+        if (counts < 0).any() or (counts > self._store.written[self._slots]).any():
+            raise ValueError(f"commit: {counts.tolist()} of {self._store.written[self._slots].tolist()} new positions")
+        self._store.lengths[self._slots] += counts
+        self._store.written[self._slots] = 0
+
+    def open(self, pattern: AttentionPattern, width: int, is_real: Tensor | None = None) -> "NewPositions":
+        """Room behind what is kept for a forward's `width` new positions, of which is_real bool [B width] says which
+        are; padding stands at the end.
+
+        Raises ValueError for a pattern without settled keys, for padding elsewhere and for more than the slots hold.
+        """
+        store, device = self._store, self._store.slots.device
+        if pattern.kind not in ("causal", "block_causal"):
+            raise ValueError(f"cache: under {pattern.kind} attention no key is settled before all tokens are")
+        counts = np.full(len(self._slots), width)
+        if is_real is not None:
+            real = is_real.cpu().numpy()
+            counts = real.sum(1)
+            if (real != (np.arange(width) < counts[:, None])).any():
+                raise ValueError("cache: padding of new positions must stand at the end")
+        lengths = self.lengths
+        totals = lengths + counts
+        longest = padded(int(totals.max(initial=1)))
+        if longest > store.capacity:
+            raise ValueError(f"cache: {int(totals.max())} positions exceed the capacity of {store.capacity}")
+        store.written[self._slots] = counts
+        row, column = np.nonzero(np.arange(width) < counts[:, None])
+        first = int(self._slots[0]) if len(self._slots) else 0
+        is_run = bool((self._slots == first + np.arange(len(self._slots))).all())
+
+        def moved(array: Ints) -> Tensor:
+            return torch.from_numpy(array).to(device)
+
+        offsets = moved(lengths[:, None] + np.arange(max(width, _MIN_QUERIES)))
+        keys, block = torch.arange(longest, device=device), pattern.block_length or 1
+        sees = keys // block <= offsets[:, :, None] // block
+        sees &= keys < moved(np.maximum(totals, 1))[:, None, None]  # padding of an empty row sees something too
+        return NewPositions(
+            slots=store.slots[..., :longest, :],
+            rows=slice(first, first + len(self._slots)) if is_run else moved(self._slots),
+            offsets=offsets[:, :width].clamp(max=longest - 1),  # padding may stand behind the last slot
+            attention=torch.zeros(sees.shape, device=device).masked_fill_(~sees, -torch.inf)[:, None],
+            at=(moved(self._slots[row]), moved(lengths[row] + column)),
+            of=(moved(row), moved(column)),
+        )
+
+
+@dataclass(frozen=True)
+class NewPositions:
+    """Where a forward's new keys and values go, and what its queries see.
+
+    slots [layers 2 rows H K d]; offsets int64 [B n]: positions counted from a row's first; attention fp32
+    [B 1 n|4 K]: 0 where a query sees a key, else -inf; at: (slot, offset) and of: (row, column) of each real new
+    position [m].
+    """
+
+    slots: Tensor
+    rows: slice | Tensor
+    offsets: Tensor
+    attention: Tensor
+    at: tuple[Tensor, Tensor]
+    of: tuple[Tensor, Tensor]
+
+    @property
+    def reach(self) -> int:
+        """Positions K that there are keys for."""
+        return self.slots.shape[4]
+
+    def layer(self, number: int) -> "LayerKeyValues":
+        """Those of one layer."""
+        return LayerKeyValues(self, number)
+
+
+@dataclass(frozen=True)
+class LayerKeyValues:
+    """One layer's slots during a forward."""
+
+    new: NewPositions
+    number: int
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that have slots; rows of a batch behind them are padding."""
+        return len(self.new.offsets)
+
+    def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """New keys and values [B H n d] -> kept and new ones together [B H K d] each."""
+        slots = self.new.slots[self.number]
+        (slot, offset), (row, column) = self.new.at, self.new.of
+        slots[:, slot, :, offset] = torch.stack([keys, values]).permute(1, 3, 0, 2, 4)[row, column].to(slots.dtype)
+        both = slots[:, self.new.rows].to(keys.dtype)
+        return both[0], both[1]
+
+
+def padded(length: int) -> int:
+    """The next multiple of 16."""
+    return -(-length // _PAD_TO) * _PAD_TO

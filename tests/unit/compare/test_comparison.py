@@ -1,0 +1,195 @@
+"""A whole comparison of tiny models without a cluster: what it measures, keeps and refuses."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import small_text
+
+from dllm_core.config.overrides import apply_overrides
+from dllm_core.errors import DataError
+from dllm_core.evaluation.infill import SIDES, Filled
+from dllm_core.storage.store import LocalStore
+from workflows.compare.flow import Comparison
+from workflows.compare.measures import two_holes
+from workflows.compare.recipe import CompareRecipe
+from workflows.compare.report import table_lines
+from workflows.console import Console
+from workflows.fan_out import serially
+
+MODELS = {
+    "autoregressive": ["objective.type=autoregressive"],
+    "masked_lm": ["objective.type=masked_lm"],
+    "absorbing": [],
+    "uniform": ["noise.process.type=uniform"],
+    "hybrid": ["noise.process.type=hybrid"],
+    "block_diffusion": ["objective.type=block_diffusion", "noise.block_length=8"],
+}
+SIZES = [
+    *("learning.points=2", "learning.rows=4", "learning.draws=2", "repetition.share=0.5", "repetition.epochs=[1, 2]"),
+    *("context.rows=4", "context.length=3", "flexibility.rows=4", "flexibility.lengths=[1, 3]"),
+    *(
+        "generation.prompts=2",
+        "generation.prompt_tokens=4",
+        "generation.tokens=8",
+        "generation.thresholds=[0.5, 1.0]",
+        "generation.steps=[3]",
+    ),
+]
+
+
+def comparison_of(root, models=MODELS, overrides=()) -> CompareRecipe:
+    (root / "corpus").mkdir(exist_ok=True)
+    (root / "corpus" / "a.txt").write_text(small_text())
+    shared = {
+        "seed": 7,
+        "corpus": {"type": "text", "path": str(root / "corpus"), "document": "paragraph", "heldout_fraction": 0.2},
+        "tokenizer": {"vocab_size": 300},
+        "packing": {"seq_len": 32},
+        "noise": "computed",
+        "model": {"dim": 16, "layers": 1, "heads": 2, "ffn_dim": 16},
+        "train": {"steps": 4, "batch_rows": 2, "log_every": 1, "warmup_steps": 1},
+        "decode": {"block_length": 8, "steps_per_block": 8, "max_tokens": 8},
+    }
+    task = {"problem": {"type": "addition", "digits": 2}, "rows": 150, "problems": 3, "overrides": ["train.steps=2"]}
+    values = {"name": "tiny", "storage": {"root": str(root / "out")}, "recipe": shared, "models": models, "task": task}
+    return CompareRecipe.checked(apply_overrides(values, [*SIZES, *overrides]))
+
+
+def compared(recipe: CompareRecipe, fan_out=serially) -> dict:
+    store = LocalStore(Path(recipe.storage.root))
+    said = Comparison(recipe, store, Console("json"), fan_out).run()
+    folder = said["comparison"].removeprefix(f"{store.url}/")
+    return json.loads(store.read(f"{folder}/comparison.json")) | {"folder": folder}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    recipe = comparison_of(tmp_path_factory.mktemp("comparison"))
+    return recipe, compared(recipe)
+
+
+def test_every_model_is_measured_on_every_axis(finished):
+    _, result = finished
+    for axis in ("learning", "context", "flexibility", "task"):
+        assert set(result[axis]) == set(MODELS), axis
+    assert set(result["repetition"]) == set(MODELS) - {"masked_lm"}
+    assert set(result["generation"]["models"]) == set(MODELS)
+
+
+def test_likelihoods_are_told_along_the_tokens_with_their_errors(finished):
+    _, result = finished
+    assert result["learning"]["masked_lm"] is None
+    for points in filter(None, result["learning"].values()):
+        assert [point["step"] for point in points] == [2, 4]
+        assert points[1]["tokens"] > points[0]["tokens"] > 0
+        assert all(point["likelihood"]["standard_error"] > 0 for point in points)
+    for points in result["repetition"].values():
+        assert [point["data"] for point in points] == ["small-001", "small-002"]
+        assert points[0]["corpus_tokens"] == points[1]["corpus_tokens"]
+
+
+def test_all_models_have_the_same_size_and_the_same_tokens(finished):
+    _, result = finished
+    for data in ("text", "task", "small-002"):
+        runs = [run for run in result["runs"] if run["data"] == data]
+        assert len({run["parameters"] for run in runs}) == 1
+        assert len({run["corpus_tokens"] for run in runs}) == 1
+        assert len({run["step"] for run in runs}) == 1
+
+
+def test_what_reads_left_to_right_is_asked_from_the_left_alone(finished):
+    _, result = finished
+    for model, sides in result["context"].items():
+        expected = {"left"} if model in {"autoregressive", "block_diffusion"} else set(SIDES)
+        assert set(sides) == expected, model
+        for side in sides.values():
+            assert sum(part["accuracy"]["rows"] > 0 for part in side["by_distance"]) == (
+                2 if side["side"] == "both" else 3
+            )
+
+
+def test_masked_diffusion_keeps_all_text_and_mends_none(finished):
+    _, result = finished
+    editing = result["flexibility"]["absorbing"]["editing"]
+    assert (editing["kept"]["value"], editing["mended"]["value"]) == (1, 0)
+    assert editing["right_after"] == editing["right_before"]
+    assert result["flexibility"]["autoregressive"]["editing"] is None
+    assert result["flexibility"]["uniform"]["editing"]["kept"]["value"] < 1  # untrained: it breaks what was right
+
+
+def test_the_tables_have_a_line_for_each_model_and_no_figure_that_is_none(finished):
+    recipe, result = finished
+    lines = table_lines(result)
+    for model in MODELS:
+        assert sum(line.startswith(f"| {model} |") for line in lines) >= 5
+    assert not any("nan" in line or "None" in line for line in lines)
+    page = LocalStore(Path(recipe.storage.root)).read(f"{result['folder']}/report.html").decode()
+    assert page.count("<svg") == 3
+    assert all(model in page for model in MODELS)
+
+
+def test_a_second_run_asks_nothing_and_says_the_same(finished):
+    recipe, result = finished
+
+    def refuse(function, items, **how):
+        assert not items, f"{function} was asked again"
+        return []
+
+    again = compared(recipe, refuse)
+    assert again == result
+
+
+def test_another_measure_is_taken_of_the_same_runs(finished):
+    recipe, result = finished
+    asked = []
+
+    def watch(function, items, **how):
+        asked.extend(items)
+        return serially(function, items, **how)
+
+    changed = recipe.model_copy(update={"context": recipe.context.model_copy(update={"length": 2})})
+    again = compared(changed, watch)
+    assert {question.measure for question in asked} == {"context"}
+    assert again["learning"] == result["learning"]
+    assert again["context"] != result["context"]
+    assert again["folder"] != result["folder"]
+
+
+def test_models_that_read_different_texts_are_no_comparison(tmp_path):
+    models = {"one": [], "other": ["packing.seq_len=16", "decode.max_tokens=8"]}
+    recipe = comparison_of(tmp_path, models, ["repetition=null", "task=null"])
+    with pytest.raises(DataError, match="different texts"):
+        compared(recipe)
+
+
+class Oracle:
+    """Fills every hole with its truth, and remembers what it was shown."""
+
+    sides = SIDES
+
+    def __init__(self) -> None:
+        self.seen: list = []
+
+    def fill(self, holes, side):
+        self.seen.append((side, holes))
+        return [Filled(hole.truth, 1) for hole in holes]
+
+
+def test_the_second_of_two_holes_is_filled_given_the_first(finished):
+    recipe, _ = finished
+    comparison = Comparison(recipe, LocalStore(Path(recipe.storage.root)), Console("json"), serially)
+    [entrant] = [e for e in comparison.entrants() if (e.model, e.data) == ("absorbing", "text")]
+    oracle = Oracle()
+    found = two_holes(entrant, oracle, rows=4, length=3)
+    assert found["exact"]["value"] == found["token"]["value"] == 1
+    (side, firsts), (_, seconds) = oracle.seen
+    assert side == "both"
+    for first, second in zip(firsts, seconds, strict=True):
+        at = len(first.before) + len(first.truth)
+        given = np.concatenate([first.before, first.truth, first.after])
+        assert np.array_equal(second.before[:at], given[:at])  # the first hole's answer is there
+        start = len(second.before)
+        assert (given[start : start + 3] == 0).sum() == 3  # while it was asked, the second was masked: id 0
+        assert np.array_equal(np.delete(given, np.s_[start : start + 3]), np.concatenate([second.before, second.after]))

@@ -1,0 +1,87 @@
+"""What the evaluate stage's driver holds, and what each of its tasks gets and opens."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from dllm_core.checkpoints.bundle import ModelBundle, read_bundle
+from dllm_core.checkpoints.run_dir import RunDir
+from dllm_core.data.loader import split_rows
+from dllm_core.data.manifest import CorpusManifest, read_manifest
+from dllm_core.evaluation.estimators import HeldoutRows
+from dllm_core.seeding import Ints
+from workflows.fan_out import FanOut
+from workflows.recipe import Recipe
+
+OnProgress = Callable[[str, int, int], None]
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+Items = TypeVar("Items", Ints, list[Any])
+
+
+@dataclass(frozen=True)
+class EvaluateJob:
+    """What a task needs."""
+
+    recipe: Recipe
+    run: RunDir
+
+    @property
+    def device(self) -> str:
+        """Where this task computes."""
+        return "cuda" if self.recipe.placement.evaluate.gpus_per_worker and torch.cuda.is_available() else "cpu"
+
+    def opened(self) -> tuple[ModelBundle, CorpusManifest]:
+        """The bundle that is measured and the corpus that it learned from."""
+        torch.set_num_threads(1)
+        bundle = read_bundle(self.run)
+        return bundle, read_manifest(self.run.store, bundle.manifest.lineage.corpus)
+
+    def heldout(self, manifest: CorpusManifest, rows: Ints) -> HeldoutRows:
+        """Held-out rows by their numbers."""
+        return HeldoutRows.of(split_rows(self.run.store, manifest, manifest.heldout, rows), rows)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A stage that runs. rows: the held-out rows that are scored, evenly spaced, at most `evaluate.rows`."""
+
+    job: EvaluateJob
+    bundle: ModelBundle
+    manifest: CorpusManifest
+    rows: Ints
+    fan_out: FanOut
+    on_progress: OnProgress
+
+    @classmethod
+    def of(cls, recipe: Recipe, run: RunDir, fan_out: FanOut, on_progress: OnProgress) -> "Evaluation":
+        """Opens the bundle. Raises CheckpointError where there is none."""
+        bundle = read_bundle(run)
+        manifest = read_manifest(run.store, bundle.manifest.lineage.corpus)
+        rows = evenly(np.arange(manifest.heldout.rows), recipe.evaluate.rows)
+        return cls(EvaluateJob(recipe, run), bundle, manifest, rows, fan_out, on_progress)
+
+    def each(self, what: str, function: Callable[[EvaluateJob, Item], Result], items: Sequence[Item]) -> list[Result]:
+        """A function of the job and an item, as tasks; results in the order of items."""
+        placement = self.job.recipe.placement.evaluate
+
+        def tell(done: int, result: Result) -> None:
+            self.on_progress(what, done, len(items))
+
+        self.on_progress(what, 0, len(items))
+        task = partial(function, self.job)
+        return self.fan_out(task, items, workers=placement.workers, gpus=placement.gpus_per_worker, on_done=tell)
+
+    def batches(self, items: Items) -> list[Items]:
+        """In order, `evaluate.batch_rows` a batch."""
+        size = self.job.recipe.evaluate.batch_rows
+        return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+def evenly(rows: Ints, at_most: int) -> Ints:
+    """Some of the rows, evenly spaced, the first and the last among them."""
+    return rows[np.linspace(0, len(rows) - 1, min(at_most, len(rows))).astype(np.int64)]
