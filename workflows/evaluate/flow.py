@@ -35,7 +35,7 @@ def evaluate(recipe: Recipe, run: RunDir, fan_out: FanOut, on_progress: OnProgre
     """The figures of `evaluation.json`: None where a model has no likelihood, or `decoding` no decoder."""
     stage = Evaluation.of(recipe, run, fan_out, on_progress)
     likelihood, has_prompts = _likelihood(stage)
-    return {
+    figures = {
         **asdict(likelihood),
         "gain": likelihood.gain,
         "conventions": {
@@ -47,6 +47,8 @@ def evaluate(recipe: Recipe, run: RunDir, fan_out: FanOut, on_progress: OnProgre
         "decoding": _decoding(stage),
         **measure_all(stage),
     }
+    plain: dict[str, Any] = json.loads(json.dumps(figures))  # as it is read again: lists, no tuples
+    return plain
 
 
 def _likelihood(stage: Evaluation) -> tuple[Likelihood, bool]:
