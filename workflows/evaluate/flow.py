@@ -3,6 +3,7 @@
 dllm evaluate RUN evaluate.draws=32 evaluate.infill.rows=256
 """
 
+import json
 from dataclasses import asdict
 from functools import partial
 from typing import Any
