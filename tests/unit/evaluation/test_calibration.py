@@ -82,6 +82,7 @@ def test_who_boasts_or_doubts_is_told_by_how_much(boast):
     assert found.brier.value > 1 - (LAWS**2).sum(1).mean(), "the Brier score is proper"
 
 
+@pytest.mark.long
 def test_error_bars_and_the_error_by_chance_are_what_repeating_shows():
     boaster, oracle = ByPlace(2.5), ByPlace()
     repeats = [rows_of(150, seed) for seed in range(300)]
