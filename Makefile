@@ -33,8 +33,10 @@ $(STAMP): pyproject.toml constraints.txt
 quickstart: $(STAMP)
 	$(BIN)/dllm run workflows/recipes/quickstart.yaml
 
+# What starts clusters and servers has the machine to itself; all else runs in two processes, which share it.
 test: $(STAMP)
-	$(BIN)/pytest -m "not long"
+	$(BIN)/pytest -m "not long" -n 2 --dist loadfile tests/unit tests/architecture
+	$(BIN)/pytest -m "not long" --durations=15 --durations-min=5 --ignore=tests/unit --ignore=tests/architecture
 
 test-long: $(STAMP)
 	$(BIN)/pytest -m long

@@ -34,6 +34,11 @@ class Purpose(IntEnum):
     EVALUATE_REPLACE = 7
     MASKED_LM = 8
     EVALUATE_STRATUM = 9
+    UNMASK = 10
+    PREFERENCE = 11
+    PREFERENCE_STRATUM = 12
+    MASK_EMBEDDING = 14
+    EDIT = 15
 
 
 def philox(counter: tuple[Words, Words, Words, Words], key: tuple[int, int]) -> tuple[Words, ...]:

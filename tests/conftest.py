@@ -1,11 +1,13 @@
 """What many tests start from: a small corpus on disk, made by the real preprocessing without a cluster."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from rados_gateway import Gateway, missing_programs, rados_gateway
 
 from dllm_core.checkpoints.bundle import Lineage, write_bundle
@@ -19,6 +21,10 @@ from workflows.fan_out import serially
 from workflows.preprocess.flow import Preprocessing, plan_corpus
 from workflows.recipe import Recipe
 from workflows.train.job import denoiser_config
+
+# How fast examples are drawn says how busy the machine is, nothing about the project.
+settings.register_profile("dllm", suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("dllm")
 
 COLOURS = ("RED", "GREEN", "BLUE", "WHITE", "BLACK")
 SHAPES = ("CIRCLE", "SQUARE", "ARROW", "STAR", "HEART", "DIAMOND")
@@ -124,6 +130,21 @@ def make_small_bundle(corpus: SmallCorpus, root: Path) -> RunDir:
         ),
     )
     return run
+
+
+def runs_by_kind(
+    tmp_path_factory: pytest.TempPathFactory, sections: Mapping[str, dict[str, Any]]
+) -> Callable[[str], tuple[SmallCorpus, RunDir]]:
+    """The corpus and the run of a kind, made when it is first asked for. sections: of the recipe, by kind."""
+    known: dict[str, tuple[SmallCorpus, RunDir]] = {}
+
+    def of(kind: str) -> tuple[SmallCorpus, RunDir]:
+        if kind not in known:
+            corpus = make_small_corpus(tmp_path_factory.mktemp(kind), **sections[kind])
+            known[kind] = corpus, make_small_bundle(corpus, corpus.store.root)
+        return known[kind]
+
+    return of
 
 
 @pytest.fixture(scope="session")

@@ -111,6 +111,7 @@ def generate(
     target: TargetArg,
     overrides: OverridesArg = None,
     prompt: Annotated[str, typer.Option(help="text before the canvas")] = "",
+    prompt_ids: Annotated[str | None, typer.Option(help="the same as token ids: 17,3,99")] = None,
     suffix: Annotated[str | None, typer.Option(help="text behind it: the hole between is filled")] = None,
     seed: Annotated[int, typer.Option(min=0, help="the same seed gives the same text")] = 0,
     output: OutputOption = "text",
@@ -121,8 +122,11 @@ def generate(
         from workflows.generate.flow import generate as decode
         from workflows.target import find_run
 
+        given = prompt if prompt_ids is None else _ids("--prompt-ids", prompt_ids)
+        if prompt and prompt_ids is not None:
+            raise ConfigError("--prompt-ids", "is another form of --prompt", prompt_ids, "give one of them")
         recipe, found = find_run(target, overrides or [])
-        return decode(recipe, found, prompt, suffix, seed, console)
+        return decode(recipe, found, given, suffix, seed, console)
 
     _verb(body, output)
 
@@ -180,6 +184,44 @@ def task(
         recipe = _shown(written["recipe"])
         console.print(f"{rows:,} problems; train on them: [bold]dllm run {escape(recipe)}[/bold]")
         return written
+
+    _verb(body, output)
+
+
+@app.command("import")
+def import_(
+    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="config.json, safetensors and tokenizer.json")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="of the run")],
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[name=value]...", help="mask_id=N|new, eos_id=N, dtype=float32, and of the recipe"),
+    ] = None,
+    output: OutputOption = "text",
+) -> None:
+    """Make a run of a public checkpoint: LLaDA, LLaDA-MoE, LLaDA2, Dream, Qwen2, Qwen3 or Llama."""
+
+    def body(console: Console) -> dict[str, Any]:
+        from workflows.transfer.flow import import_checkpoint
+
+        made = import_checkpoint(folder, name, words or [], console)
+        console.print(f"Try it: [bold]dllm generate {escape(_shown(made['run']))} --prompt TEXT[/bold]")
+        return made
+
+    _verb(body, output)
+
+
+@app.command()
+def export(
+    target: Annotated[str, typer.Argument(metavar="RUN", help="a folder below runs/")],
+    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="a new one, to write to")],
+    output: OutputOption = "text",
+) -> None:
+    """Write a run's bundle as a public checkpoint: as it was imported, else as LLaDA if that can hold it."""
+
+    def body(console: Console) -> dict[str, Any]:
+        from workflows.transfer.flow import export_checkpoint
+
+        return export_checkpoint(target, folder, console)
 
     _verb(body, output)
 
@@ -282,6 +324,13 @@ def _failed(console: Console, error: DllmError) -> int:
     with contextlib.suppress(OSError):  # there may be nobody to tell
         console.result({"error": {"place": error.place, "message": str(error)}, "exit_code": code})
     return code
+
+
+def _ids(place: str, text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise ConfigError(place, "must be numbers with commas between them", text) from None
 
 
 def _one_line(error: Any) -> str:

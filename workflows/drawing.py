@@ -15,7 +15,7 @@ INK, ACCENT, SOFT = "#1f2430", "#2a6fdb", "#9db7e0"
 STYLE = """
 body{font:16px/1.55 system-ui,sans-serif;color:#1f2430;max-width:60rem;margin:2.5rem auto;padding:0 1.2rem}
 h1{font-size:1.6rem;margin-bottom:.2rem}h2{font-size:1.15rem;margin:2.2rem 0 .6rem}p.sub{color:#667;margin-top:0}
-svg{width:100%;height:auto}table{border-collapse:collapse;width:100%;font-size:.92rem}
+svg{width:100%;height:auto;margin-top:.8rem}table{border-collapse:collapse;width:100%;font-size:.92rem}
 td,th{padding:.3rem .7rem .3rem 0;text-align:left;border-bottom:1px solid #e6e8ee;vertical-align:top}
 .figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(15rem,1fr));gap:1rem;margin:1.4rem 0}
 .figures div{background:#f4f6fa;border-radius:.5rem;padding:.8rem 1rem}.figures b{display:block;font-size:1.45rem}

@@ -6,12 +6,14 @@ A private cluster is gone when the block ends, whatever ended it. A cluster that
 import contextlib
 import logging
 import os
+import socket
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import psutil
 
-from dllm_core.errors import ConfigError
+from dllm_core.errors import ConfigError, DataError
 from workflows.interrupts import end_on_sigterm
 
 _OBJECT_STORE_BYTES = 256 << 20  # references and small results only: shards never pass through it
@@ -27,6 +29,7 @@ _LOCAL = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 
+_ANSWERS_WITHIN_S = 4
 _NO_GPU = "set gpus_per_worker and gpus_per_replica to 0, or RAY_ADDRESS to a cluster that has them"
 
 
@@ -42,18 +45,7 @@ def ray_cluster(cpus: float, gpus: float = 0) -> Iterator[None]:
 
     before = {child.pid for child in psutil.Process().children(recursive=True)}
     try:
-        if os.environ.get("RAY_ADDRESS"):
-            ray.init(log_to_driver=False, logging_level=logging.ERROR)
-        else:
-            ray.init(
-                address="local",
-                num_cpus=max(os.cpu_count() or 1, round(cpus + 0.5)),
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                object_store_memory=_OBJECT_STORE_BYTES,
-                _node_ip_address="127.0.0.1",
-            )
+        _connect(cpus)
         logging.getLogger("ray").setLevel(logging.ERROR)
         found = ray.cluster_resources().get("GPU", 0)
         if not os.environ.get("RAY_ADDRESS") and found < gpus:
@@ -63,6 +55,40 @@ def ray_cluster(cpus: float, gpus: float = 0) -> Iterator[None]:
         yield
     finally:
         _shut_down(before)
+
+
+def _connect(cpus: float) -> None:
+    import ray
+
+    address = os.environ.get("RAY_ADDRESS", "")
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    try:
+        if address:
+            _check_answers(address)
+            ray.init(**quiet)
+        else:
+            ray.init(
+                address="local",
+                num_cpus=max(os.cpu_count() or 1, round(cpus + 0.5)),
+                include_dashboard=False,
+                object_store_memory=_OBJECT_STORE_BYTES,
+                _node_ip_address="127.0.0.1",
+                **quiet,
+            )
+    except Exception as error:  # Ray raises plain ones where a node does not come up in time
+        said = " ".join(str(error).split())
+        if address:
+            problem, remedy = f"no Ray cluster answers ({said})", "check it, or unset it"
+            raise DataError("RAY_ADDRESS", problem, address, remedy) from error
+        remedy = "run it again: a busy machine may need longer than Ray waits"
+        raise DataError("ray", f"no cluster could be started here ({said})", remedy=remedy) from error
+
+
+def _check_answers(address: str) -> None:
+    """Somebody listens at host:port. Ray itself would try for two minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host, int(port)), timeout=_ANSWERS_WITHIN_S).close()
 
 
 def _shut_down(before: set[int]) -> None:

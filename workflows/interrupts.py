@@ -3,9 +3,12 @@
 Standard library only: it stands before anything slow is imported.
 """
 
+import contextlib
 import os
 import signal
 import sys
+import threading
+from collections.abc import Iterator
 from types import FrameType
 
 
@@ -23,6 +26,28 @@ def end_on_sigterm() -> None:
         raise Interrupted
 
     signal.signal(signal.SIGTERM, raise_interrupted)
+
+
+@contextlib.contextmanager
+def first_sigterm_asks() -> Iterator[threading.Event]:
+    """Within the block the first SIGTERM only sets the event; a second one ends it as any other would.
+
+    Outside the main thread, which alone gets signals, the event is never set.
+    """
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        asked.set()
+        end_on_sigterm()
+
+    before = signal.signal(signal.SIGTERM, ask)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def exit_code_of(signalled: KeyboardInterrupt) -> int:

@@ -20,6 +20,9 @@ class TrainPlacement(Frozen):
     cpus_per_worker: float = Field(1, gt=0)
     gpus_per_worker: float = Field(0, ge=0)
     max_failures: int = Field(3, ge=0)
+    stall_seconds: float = Field(
+        1800, gt=0, description="a worker that makes no step for so long is ended, with stacks"
+    )
 
 
 class EvaluatePlacement(Frozen):

@@ -1,7 +1,8 @@
 """ModelBundle: all a replica needs and nothing a trainer needs, in one folder.
 
 `model.safetensors` (EMA weights), `config.json`, `tokenizer.json`, and `bundle.json` with the noise process, decoding
-defaults, lineage and the sha256 of the other three; it is written last.
+defaults, lineage and the sha256 of the others; it is written last. An imported one has `foreign.json` too: how to write
+it as it came.
 """
 
 import hashlib
@@ -10,51 +11,28 @@ import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from dllm_core.checkpoints.bundle_manifest import (
+    FOLDER,
+    MANIFEST_NAME,
+    TOKENIZER_NAME,
+    BundleManifest,
+    Lineage,
+    read_manifest,
+)
 from dllm_core.checkpoints.run_dir import RunDir
 from dllm_core.checkpoints.store import FileEntry, verified_file
-from dllm_core.config.base import Frozen
-from dllm_core.config.fingerprint import seal, unseal
-from dllm_core.data.tokenizer import Tokenizer, TokenizerConfig
-from dllm_core.errors import CheckpointError, ConfigError
+from dllm_core.config.fingerprint import seal
+from dllm_core.data.tokenizer import Tokenizer
 from dllm_core.model.config import DenoiserConfig
 from dllm_core.model.denoiser import Denoiser
+from dllm_core.model.foreign import LAYOUT_NAME, ForeignLayout
 from dllm_core.model.pretrained import CONFIG_NAME, WEIGHTS_NAME, read_denoiser
 from dllm_core.noise.interpolating import InterpolatingProcess
 from dllm_core.noise.process import AnyNoise
 from dllm_core.objective.config import AnyObjective, DiffusionConfig
 from dllm_core.storage.store import LocalStore, file_sha256
-
-FOLDER = "bundle"
-MANIFEST_NAME = "bundle.json"
-TOKENIZER_NAME = "tokenizer.json"
-
-
-class Lineage(Frozen):
-    """From shard to answer: what the weights were made from."""
-
-    run: str
-    recipe_sha256: str
-    corpus: str
-    manifest_sha256: str
-    checkpoint: str
-    checkpoint_sha256: str
-    step: int
-
-
-class BundleManifest(Frozen):
-    """`bundle.json`. `decode` is the recipe's decode section, as plain data."""
-
-    format: Literal[1] = 1
-    process: AnyNoise
-    objective: AnyObjective = DiffusionConfig()
-    block_length: int | None = None
-    steps: int | None = None
-    tokenizer: TokenizerConfig
-    decode: dict[str, Any]
-    lineage: Lineage
-    files: dict[str, FileEntry]
 
 
 @dataclass(frozen=True)
@@ -71,6 +49,12 @@ class ModelBundle:
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that the weights were trained with."""
         return Tokenizer.from_file(self.folder / TOKENIZER_NAME, self.manifest.tokenizer)
+
+    def layout(self) -> ForeignLayout | None:
+        """How the folder was laid out that the weights were imported from; None if they never were."""
+        if LAYOUT_NAME not in self.manifest.files:
+            return None
+        return ForeignLayout.model_validate_json((self.folder / LAYOUT_NAME).read_bytes())
 
     @property
     def config(self) -> DenoiserConfig:
@@ -96,12 +80,16 @@ def write_bundle(
     objective: AnyObjective | None = None,
     block_length: int | None = None,
     steps: int | None = None,
+    layout: ForeignLayout | None = None,
 ) -> None:
-    """Write the run's bundle, its manifest last. objective: None for plain diffusion."""
+    """Write the run's bundle, its manifest last. objective: None for plain diffusion; layout: of imported weights."""
+    texts = {CONFIG_NAME: config.model_dump_json(indent=2), TOKENIZER_NAME: tokenizer.json_text}
+    if layout is not None:
+        texts[LAYOUT_NAME] = layout.model_dump_json()
     with tempfile.TemporaryDirectory() as scratch:
-        parts = {name: Path(scratch, name) for name in (CONFIG_NAME, TOKENIZER_NAME)}
-        parts[CONFIG_NAME].write_text(config.model_dump_json(indent=2), encoding="utf-8")
-        parts[TOKENIZER_NAME].write_text(tokenizer.json_text, encoding="utf-8")
+        parts = {name: Path(scratch, name) for name in texts}
+        for name, text in texts.items():
+            parts[name].write_bytes(text.encode("utf-8"))
         parts[WEIGHTS_NAME] = weights
         entries = {}
         for name, path in parts.items():
@@ -122,15 +110,8 @@ def write_bundle(
 
 def read_bundle(run: RunDir) -> ModelBundle:
     """The run's bundle after every sha256 was checked; from S3 it is copied into the local cache first."""
-    key = run.key(f"{FOLDER}/{MANIFEST_NAME}")
+    manifest, raw = read_manifest(run)
     place = f"{run.url}/{FOLDER}"
-    if not run.store.exists(key):
-        raise CheckpointError(place, "there is no bundle", remedy="finish the run first: `dllm run`")
-    raw = run.store.read(key)
-    try:
-        manifest = BundleManifest.checked(unseal(raw))
-    except (ValueError, ConfigError) as error:
-        raise CheckpointError(f"{place}/{MANIFEST_NAME}", f"is not a bundle's manifest ({error})") from error
     files = {
         name: verified_file(run.store, run.key(f"{FOLDER}/{name}"), entry, f"{place}/{name}")
         for name, entry in manifest.files.items()

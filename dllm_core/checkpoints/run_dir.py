@@ -93,7 +93,8 @@ class JsonLines:
             self._path, self._mirrored = run.store.path(self._key), False
             self._path.parent.mkdir(parents=True, exist_ok=True)
         else:
-            self._path, self._mirrored = Path(tempfile.mkdtemp(prefix="dllm-log-"), "log.jsonl"), True
+            self._scratch = tempfile.TemporaryDirectory(prefix="dllm-log-")  # goes with this object
+            self._path, self._mirrored = Path(self._scratch.name, "log.jsonl"), True
             if run.store.exists(self._key):
                 self._path.write_bytes(run.store.read(self._key))
 

@@ -3,21 +3,24 @@
 Nothing is pickled and nothing is cut by rank, so any world size, ZeRO stage or backend resumes from any checkpoint.
 """
 
+import contextlib
+import math
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from dllm_core.checkpoints.run_dir import RunDir
 from dllm_core.config.base import Frozen
-from dllm_core.config.fingerprint import seal, unseal
+from dllm_core.config.fingerprint import fingerprint, seal, unseal
 from dllm_core.errors import CheckpointError, ConfigError, DataError
 from dllm_core.storage.store import LocalStore, Store, fetch_intact, file_sha256
 
 _FOLDER = "checkpoints"
 _MANIFEST = "manifest.json"
 _COMMITTED = re.compile(rf"step-(\d{{8,}})/{re.escape(_MANIFEST)}")
+_ANY = re.compile(r"step-(\d{8,})/.*")
 
 
 class FileEntry(Frozen):
@@ -42,10 +45,12 @@ class TrainPosition(Frozen):
 
 
 class CheckpointManifest(Frozen):
-    """What a committed checkpoint holds."""
+    """What a committed checkpoint holds. heldout: nats a token by its weights; corpus: digest of the rows."""
 
     position: TrainPosition
     files: dict[str, FileEntry]
+    heldout: float | None = None
+    corpus: str | None = None
 
 
 @dataclass(frozen=True)
@@ -58,67 +63,120 @@ class Checkpoint:
 
 
 class CheckpointStore:
-    """Saves, finds and prunes the checkpoints of one run. Only rank 0 writes."""
+    """Saves, finds and prunes the checkpoints of one run. Only rank 0 writes.
 
-    def __init__(self, run: RunDir) -> None:
-        self._run = run
+    corpus: digest of the rows that are trained on, to be written into what is saved.
+    """
+
+    def __init__(self, run: RunDir, corpus: str | None = None) -> None:
+        self._run, self._corpus = run, corpus
+
+    @property
+    def identity(self) -> str:
+        """Of the run that they belong to, wherever it is looked at from: 12 hex digits."""
+        return fingerprint(self._run.url)
 
     def folder(self, step: int) -> str:
         """Key prefix of a step's checkpoint."""
         return self._run.key(f"{_FOLDER}/step-{step:08d}")
 
-    def save(self, position: TrainPosition, files: Mapping[str, Path]) -> None:
-        """Store the files, then the manifest that makes them a checkpoint. A kill in between leaves no checkpoint."""
-        folder = self.folder(position.step)
-        entries = {}
-        for name, path in files.items():
-            entries[name] = FileEntry(bytes=path.stat().st_size, sha256=file_sha256(path))
-            self._run.store.put_file(f"{folder}/{name}", path)
-        manifest = CheckpointManifest(position=position, files=entries)
-        self._run.store.put(f"{folder}/{_MANIFEST}", seal(manifest))
+    def save(self, position: TrainPosition, files: Mapping[str, Path], heldout: float | None = None) -> None:
+        """Store the files, then the manifest that makes them a checkpoint. A kill in between leaves no checkpoint.
+
+        Where that fails, what was stored of it is removed: it would take the room of the next one.
+        """
+        folder, entries = self.folder(position.step), {}
+        try:
+            for name, path in files.items():
+                entries[name] = FileEntry(bytes=path.stat().st_size, sha256=file_sha256(path))
+                self._run.store.put_file(f"{folder}/{name}", path)
+            manifest = CheckpointManifest(position=position, files=entries, heldout=heldout, corpus=self._corpus)
+            self._run.store.put(f"{folder}/{_MANIFEST}", seal(manifest))
+        except (DataError, OSError):
+            with contextlib.suppress(DataError, OSError):
+                self._delete(position.step)
+            raise
 
     def committed(self) -> list[int]:
         """Steps that have a manifest, oldest first."""
+        return self._steps(_COMMITTED)
+
+    def _steps(self, pattern: re.Pattern[str]) -> list[int]:
+        """Of all objects whose key below `checkpoints/` is such a one, each once."""
         top = self._run.key(_FOLDER)
         names = [item.key.removeprefix(f"{top}/") for item in self._run.store.list(top)]
-        return sorted(int(found[1]) for name in names if (found := _COMMITTED.fullmatch(name)))
+        return sorted({int(found[1]) for name in names if (found := pattern.fullmatch(name))})
 
     def newest(self, on_damage: Callable[[CheckpointError], None]) -> Checkpoint | None:
         """The newest checkpoint whose every byte is as promised; damaged ones are reported and passed over."""
-        for step in reversed(self.committed()):
+        return next(self.intact(on_damage), None)
+
+    def intact(self, on_damage: Callable[[CheckpointError], None]) -> Iterator[Checkpoint]:
+        """Checkpoints whose every byte is as promised, the newest first; damaged ones are reported and passed over."""
+        return self._intact(self.committed()[::-1], on_damage)
+
+    def best(self, on_damage: Callable[[CheckpointError], None]) -> Iterator[Checkpoint]:
+        """The same in the order of their held-out scores, the least nats first; those without one last."""
+        return self._intact(self._ranked(), on_damage)
+
+    def _intact(self, steps: list[int], on_damage: Callable[[CheckpointError], None]) -> Iterator[Checkpoint]:
+        for step in steps:
             try:
-                return self.at(step)
+                yield self.at(step)
             except CheckpointError as error:
                 on_damage(error)
-        return None
 
-    def prune(self, keep: int) -> None:
-        """Delete all but the newest `keep`: the manifest first, so that a half-deleted one does not count."""
-        for step in self.committed()[:-keep]:
-            self._run.store.delete(f"{self.folder(step)}/{_MANIFEST}")
-            self._delete(step)
+    def _ranked(self) -> list[int]:
+        """Committed steps, the best held-out score first; of equal ones and of those without, the newest."""
+
+        def score(step: int) -> float:
+            try:
+                nats = self.manifest(step).heldout
+            except CheckpointError:
+                return math.inf
+            return math.inf if nats is None else nats
+
+        return sorted(self.committed()[::-1], key=score)
+
+    def prune(self, keep: int, keep_every: int | None = None, keep_best: int = 0) -> None:
+        """Delete all but the newest `keep`, those at multiples of `keep_every` steps and the `keep_best` best ones.
+
+        What a kill left of others before the newest goes too.
+        """
+        best = set(self._ranked()[:keep_best]) if keep_best else set()
+        committed = self.committed()
+        kept = {step for step in committed if step in best or (keep_every and step % keep_every == 0)}
+        kept.update(committed[-keep:])
+        for step in self._steps(_ANY):
+            if step not in kept and step < max(committed, default=0):
+                self._delete(step)
 
     def _delete(self, step: int) -> None:
+        """The manifest goes first, so that a half-deleted one does not count."""
         folder = self.folder(step)
-        for item in list(self._run.store.list(folder)):
-            self._run.store.delete(item.key)
+        keys = [item.key for item in self._run.store.list(folder)]
+        for key in sorted(keys, key=lambda key: not key.endswith(f"/{_MANIFEST}")):
+            self._run.store.delete(key)
         if isinstance(self._run.store, LocalStore):
             shutil.rmtree(self._run.store.path(folder), ignore_errors=True)
 
     def at(self, step: int) -> Checkpoint:
         """The checkpoint of a step. Raises CheckpointError where a byte is not as promised."""
-        folder = self.folder(step)
+        manifest, folder = self.manifest(step), self.folder(step)
         place = f"{self._run.store.url}/{folder}"
-        try:
-            raw = self._run.store.read(f"{folder}/{_MANIFEST}")
-            manifest = CheckpointManifest.checked(unseal(raw))
-        except (DataError, ConfigError, ValueError) as error:
-            raise CheckpointError(f"{place}/{_MANIFEST}", f"cannot be read ({error})") from error
         files = {
             name: verified_file(self._run.store, f"{folder}/{name}", entry, f"{place}/{name}")
             for name, entry in manifest.files.items()
         }
         return Checkpoint(f"step-{step:08d}", manifest, files)
+
+    def manifest(self, step: int) -> CheckpointManifest:
+        """What the checkpoint of a step says of itself; its files are not looked at. Raises CheckpointError."""
+        key = f"{self.folder(step)}/{_MANIFEST}"
+        try:
+            return CheckpointManifest.checked(unseal(self._run.store.read(key)))
+        except (DataError, ConfigError, ValueError) as error:
+            raise CheckpointError(f"{self._run.store.url}/{key}", f"cannot be read ({error})") from error
 
 
 def verified_file(store: Store, key: str, entry: FileEntry, place: str) -> Path:

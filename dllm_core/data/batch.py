@@ -1,6 +1,7 @@
 """Batch: what a denoiser is trained on, in torch-free arrays."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,3 +24,12 @@ class Batch:
     counters: NDArray[np.int64]
     segment_ids: NDArray[np.int32] | None = None
     is_real: NDArray[np.bool_] | None = None
+
+    def parts(self, rows: int | None) -> list["Batch"]:
+        """Its rows in their order, `rows` in each batch and what is left in the last; None: all in one."""
+        if rows is None or rows >= len(self.x0):
+            return [self]
+        arrays: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        here = {name: array for name, array in arrays.items() if array is not None}
+        starts = range(0, len(self.x0), rows)
+        return [Batch(**{name: array[first : first + rows] for name, array in here.items()}) for first in starts]

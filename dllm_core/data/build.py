@@ -15,16 +15,16 @@ from numpy.typing import NDArray
 
 from dllm_core.config.base import Frozen
 from dllm_core.config.fingerprint import seal, unseal
-from dllm_core.data.corpus import AnyCorpus, ChatRecord, HubSource, PairRecord
+from dllm_core.data.corpus import AnyCorpus, ChatRecord, HubSource, PairRecord, PreferenceRecord
 from dllm_core.data.dedup import Signatures, duplicates, signatures
 from dllm_core.data.encoding import encode_documents
 from dllm_core.data.filters import first_reason
 from dllm_core.data.manifest import Accounting
-from dllm_core.data.noising import CorpusNoise, pack_bits, unpack_bits
-from dllm_core.data.packing import AnyPacking, IsolatedPacking, Rows, pack
+from dllm_core.data.noising import CorpusNoise, pack_bits, token_flags
+from dllm_core.data.packing import AnyPacking, Rows, pack
 from dllm_core.data.quarantine import Removed, removed_lines
 from dllm_core.data.readers import read_unit
-from dllm_core.data.records import BadRecord, Document
+from dllm_core.data.records import BadRecord, Document, is_blank
 from dllm_core.data.shard import ShardInfo, id_type, map_shard, put_shard, to_arrow
 from dllm_core.data.tokenizer import Tokenizer
 from dllm_core.data.units import Unit
@@ -92,10 +92,12 @@ def sample_texts(job: CorpusJob, units: Sequence[Unit], limit_bytes: int) -> lis
     for unit in units:
         of_unit = 0
         for record, reason in _sifted(job, unit):
-            if reason is not None or is_heldout(record.text, job.corpus.heldout_fraction):  # type: ignore[union-attr]
+            if reason is not None:
                 continue
             assert isinstance(record, Document)
-            pieces = [part.text for part in record.parts] or [record.text]
+            if is_heldout(record.subject, job.corpus.heldout_fraction):
+                continue
+            pieces = record.pieces
             texts += pieces
             of_unit += sum(len(piece.encode()) for piece in pieces)
             if of_unit >= share:
@@ -111,7 +113,7 @@ def _sifted(job: CorpusJob, unit: Unit) -> Iterator[tuple[Document | BadRecord, 
     for record in read_unit(job.corpus, job.stores, unit):
         if isinstance(record, BadRecord):
             yield record, record.reason
-        elif not record.text or record.text.isspace():  # `strip` would copy the text
+        elif is_blank(record.text):
             yield record, "empty"
         else:
             yield record, first_reason(job.corpus.filters, record.text)
@@ -237,7 +239,9 @@ def _sort(job: CorpusJob, unit: Unit) -> _Sorted:
             kind = "exact" if decisions["is_exact"][ordinal] else "near"
             found.removed.append(Removed.of(record, "duplicates", kind))
             continue
-        found.documents["heldout" if is_heldout(record.text, job.corpus.heldout_fraction) else "train"].append(record)
+        found.documents["heldout" if is_heldout(record.subject, job.corpus.heldout_fraction) else "train"].append(
+            record
+        )
     return found
 
 
@@ -287,15 +291,14 @@ def _noise_columns(
     job: CorpusJob, noise: CorpusNoise, tokens: ShardInfo, sample_ids: NDArray[np.int64], epoch: int
 ) -> dict[str, NDArray[Any]]:
     """The noise of a token shard. Where masks fall depends on no token: then none is read."""
-    records = [getattr(source, "record", None) for source in job.corpus.all_sources]
-    has_prompts = any(isinstance(record, ChatRecord | PairRecord) for record in records)
-    has_own_blocks = noise.block_length is not None and isinstance(job.packing, IsolatedPacking)
+    with_prompts = ChatRecord | PairRecord | PreferenceRecord
+    has_prompts = any(isinstance(record, with_prompts) for record in job.corpus.records)
+    has_own_blocks = noise.block_length is not None and job.packing.isolates
     if not (noise.process.replaces or has_prompts or has_own_blocks):
         return noise.mask_columns(epoch, sample_ids, job.packing.seq_len)
     views = map_shard(job.output, job.prefix, tokens)
     x0 = views["ids"]  # as stored: int64 would be four times the bytes to move
-    flags = {name: unpack_bits(views[name], x0.shape[1]) for name in ("is_learned", "starts") if name in views}
-    return noise.columns(x0, *noise.corrupt(epoch, sample_ids, x0, **flags))
+    return noise.columns(x0, *noise.corrupt(epoch, sample_ids, x0, **token_flags(views, x0.shape[1])))
 
 
 def shards_of(receipt: UnitReceipt | FileReceipt) -> list[ShardInfo]:

@@ -34,7 +34,20 @@ class PairRecord(Frozen):
     answer_field: str = "answer"
 
 
-AnyRecord = Annotated[TextRecord | ChatRecord | PairRecord, Field(discriminator="type")]
+class PreferenceRecord(Frozen):
+    """A prompt and two answers of which one was preferred: texts.
+
+    conversations: the prompt is a list of `{role, content}`, an answer such a list or what the assistant says.
+    """
+
+    type: Literal["preference"] = "preference"
+    prompt_field: str = "prompt"
+    chosen_field: str = "chosen"
+    rejected_field: str = "rejected"
+    conversations: bool = False
+
+
+AnyRecord = Annotated[TextRecord | ChatRecord | PairRecord | PreferenceRecord, Field(discriminator="type")]
 
 
 class SourceBase(Frozen):
@@ -103,6 +116,11 @@ class CorpusBase(Frozen):
         """The sources in their order; a plain corpus is its own only one."""
         assert isinstance(self, SourceBase)
         return (self,)
+
+    @property
+    def records(self) -> tuple[TextRecord | ChatRecord | PairRecord | PreferenceRecord | None, ...]:
+        """The record section of each source, None of plain text."""
+        return tuple(getattr(source, "record", None) for source in self.all_sources)
 
 
 class TextCorpus(TextSource, CorpusBase):

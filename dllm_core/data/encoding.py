@@ -10,16 +10,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dllm_core.data.packing import Ids, TokenRun
-from dllm_core.data.records import Document
+from dllm_core.data.records import Document, Part
 from dllm_core.data.tokenizer import Tokenizer
 
 
 def encode_documents(tokenizer: Tokenizer, documents: Sequence[Document]) -> TokenRun:
-    """Token run of documents, in order. The end token of each is added when it is packed."""
+    """Token run of documents, in order; a preference is two of the run. End tokens are added when it is packed."""
     if not any(document.parts for document in documents):
         ids, offsets = tokenizer.encode_flat([document.text for document in documents])
         return TokenRun(ids, offsets)
-    spelled = [_spelled(tokenizer, document) for document in documents]
+    spelled = [_spelled(tokenizer, parts, d.text) for d in documents for parts in d.runs]
     texts = [piece for pieces in spelled for piece, _ in pieces if isinstance(piece, str)]
     ids, offsets = tokenizer.encode_flat(texts)
     run_ids: list[Ids] = []
@@ -44,12 +44,12 @@ def encode_documents(tokenizer: Tokenizer, documents: Sequence[Document]) -> Tok
     )
 
 
-def _spelled(tokenizer: Tokenizer, document: Document) -> list[tuple[str | int, bool]]:
-    """(text or marker id, whether it is learned)."""
-    if not document.parts:
-        return [(document.text, True)]
+def _spelled(tokenizer: Tokenizer, parts: Sequence[Part], text: str) -> list[tuple[str | int, bool]]:
+    """(text or marker id, whether it is learned); of no parts all of the text."""
+    if not parts:
+        return [(text, True)]
     pieces: list[tuple[str | int, bool]] = []
-    for part in document.parts:
+    for part in parts:
         if part.role is None:
             pieces.append((part.text, part.is_learned))
         else:

@@ -3,7 +3,9 @@
 Rank r of W reads rows [r B/W, (r+1) B/W) of every batch: world size changes who reads a row, never which.
 """
 
+import copy
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -11,8 +13,9 @@ from numpy.typing import NDArray
 
 from dllm_core.data.batch import Batch
 from dllm_core.data.manifest import CorpusManifest, Split, corpus_prefix, first_rows
-from dllm_core.data.noising import CorpusNoise, unpack_bits
+from dllm_core.data.noising import CorpusNoise, token_flags
 from dllm_core.data.order import SampleOrder
+from dllm_core.data.packing import PairsPacking
 from dllm_core.data.shard import ShardInfo, map_shard
 from dllm_core.seeding import Floats, Ints
 from dllm_core.storage.store import Store
@@ -57,18 +60,27 @@ class TokenRows:
         self.x0: Ints = read["ids"].astype(np.int64) if len(rows) else np.empty((0, seq_len), np.int64)
         counts = read["num_tokens"] if len(rows) else np.empty(0, np.int32)
         self.is_real: Bools = np.arange(seq_len) < counts[:, None]
-        self.has_prompt = "is_learned" in read
-        self.is_learned: Bools = self.is_real
-        if self.has_prompt:
-            self.is_learned = self.is_real & unpack_bits(read["is_learned"], seq_len)
-        self.starts = unpack_bits(read["starts"], seq_len) if "starts" in read else None
+        flags = token_flags(read, seq_len)
+        self.has_prompt = "is_learned" in flags
+        self.is_learned: Bools = self.is_real & flags["is_learned"] if self.has_prompt else self.is_real
+        self.starts = flags.get("starts")
         self.segment_ids: NDArray[np.int32] | None = None
         if self.starts is not None:
             self.segment_ids = np.cumsum(self.starts, axis=1, dtype=np.int32)
 
 
 def split_rows(store: Store, manifest: CorpusManifest, split: Split, rows: Ints) -> TokenRows:
-    """Rows [N] of a split."""
+    """Rows [N] of a split, as they are scored: of pairs the rejected answers, with their prompts, are filler."""
+    tokens = all_rows(store, manifest, split, rows)
+    if isinstance(manifest.packing, PairsPacking):
+        assert tokens.segment_ids is not None
+        tokens.is_real &= tokens.segment_ids == tokens.segment_ids[:, :1]
+        tokens.is_learned &= tokens.is_real
+    return tokens
+
+
+def all_rows(store: Store, manifest: CorpusManifest, split: Split, rows: Ints) -> TokenRows:
+    """Rows [N] of a split as they are stored."""
     return TokenRows(reader(store, manifest, split), manifest.seq_len, rows)
 
 
@@ -98,6 +110,12 @@ class Loader:
     def open(cls, store: Store, manifest: CorpusManifest, mask_id: int) -> "Loader":
         """The loader of a finished corpus."""
         return cls(store, manifest, corpus_noise(manifest, mask_id))
+
+    def in_blocks(self, block_length: int | None) -> "Loader":
+        """The same rows in the same order, their noise computed for such blocks (None: whole rows), not read."""
+        other = copy.copy(self)
+        other._noise, other._written = replace(self._noise, block_length=block_length), []
+        return other
 
     def batch(self, counter: int, rows: int, rank: int = 0, world_size: int = 1) -> Batch:
         """Rank's share of the global batch of `rows` rows that starts at sample `counter`."""
@@ -166,3 +184,8 @@ def corpus_noise(manifest: CorpusManifest, mask_id: int) -> CorpusNoise:
     order = SampleOrder(manifest.seed, manifest.train.rows)
     process = manifest.process.bind(mask_id, manifest.vocab_size)
     return CorpusNoise(process, order, manifest.t_min, manifest.block_length, manifest.steps)
+
+
+def evenly(rows: Ints, at_most: int) -> Ints:
+    """Some of the rows, evenly spaced, the first and the last among them."""
+    return rows[np.linspace(0, len(rows) - 1, min(at_most, len(rows))).astype(np.int64)]

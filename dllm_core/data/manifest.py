@@ -11,7 +11,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from dllm_core.config.base import Frozen
-from dllm_core.config.fingerprint import seal, unseal
+from dllm_core.config.fingerprint import fingerprint, seal, unseal
 from dllm_core.data.packing import AnyPacking
 from dllm_core.data.shard import ShardInfo
 from dllm_core.data.tokenizer import Tokenizer, TokenizerConfig
@@ -22,6 +22,7 @@ from dllm_core.storage.store import Store, sha256
 FORMAT: Literal[1] = 1
 NAME = "manifest.json"
 Counts = dict[str, int]
+_OF_ROWS = {"tokenizer_sha256", "vocab_size", "packing", "seed", "process", "t_min", "block_length", "steps"}
 
 
 class Accounting(Frozen):
@@ -100,6 +101,12 @@ class CorpusManifest(Frozen):
     train: Split
     heldout: Split
     noise_epochs: tuple[tuple[ShardInfo, ...], ...]
+
+    @property
+    def rows_digest(self) -> str:
+        """What the training rows and their noise are: `rows-` and 12 hex digits. Written noise changes none."""
+        identity = self.model_dump(mode="json", include=_OF_ROWS)
+        return f"rows-{fingerprint([identity, [[shard.rows, shard.sha256] for shard in self.train.shards]])}"
 
     @property
     def seq_len(self) -> int:

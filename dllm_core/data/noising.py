@@ -121,6 +121,11 @@ def pack_bits(flags: Bools) -> NDArray[np.uint8]:
     return np.packbits(flags, axis=1)
 
 
+def token_flags(columns: dict[str, NDArray[Any]], seq_len: int) -> dict[str, Bools]:
+    """Those of `is_learned` and `starts` that rows of tokens are stored with, as `corrupt` takes them: bool [N L]."""
+    return {name: unpack_bits(columns[name], seq_len) for name in ("is_learned", "starts") if name in columns}
+
+
 def unpack_bits(bits: NDArray[np.uint8], seq_len: int) -> Bools:
     """The inverse of `pack_bits`: bool [N L]."""
     return np.unpackbits(bits, axis=1, count=seq_len).astype(bool)

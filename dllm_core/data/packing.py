@@ -1,12 +1,12 @@
 """Section `packing` and what it does: token runs -> rows of fixed length. Pure.
 
 wrap: one document after the other, cut where a row is full. isolated: whole documents, best fit; a row says where each
-begins, so that attention stays inside it. padded: one document a row, for fine-tuning.
+begins, so that attention stays inside it. padded: one document a row, for fine-tuning. pairs: a preference a row.
 """
 
 from bisect import bisect_left, insort
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,8 +19,9 @@ Bools = NDArray[np.bool_]
 
 
 class PackingBase(Frozen):
-    """What every kind has."""
+    """What every kind has. isolates: whether rows say where documents begin."""
 
+    isolates: ClassVar[bool] = False
     seq_len: int = Field(64, ge=8, le=1 << 20)
 
 
@@ -33,6 +34,7 @@ class WrapPacking(PackingBase):
 class IsolatedPacking(PackingBase):
     """Documents whole, best fit decreasing; one longer than a row is cut into rows. arXiv:2404.10830."""
 
+    isolates: ClassVar[bool] = True
     type: Literal["isolated"] = "isolated"
 
 
@@ -43,12 +45,24 @@ class PaddedPacking(PackingBase):
     learn_padding: bool = Field(False, description="end tokens behind the answer are learned (LLaDA, section 2.3)")
 
 
+class PairsPacking(PackingBase):
+    """One preference a row: prompt and chosen answer, then, isolated, prompt and rejected answer, then filler.
+
+    A record whose two documents together are longer than a row is left out and counted as `packing.too_long`.
+    """
+
+    isolates: ClassVar[bool] = True
+    type: Literal["pairs"] = "pairs"
+
+
 def _wrap_unless_said(section: Any) -> Any:
     return {"type": "wrap", **section} if isinstance(section, dict) else section
 
 
 AnyPacking = Annotated[
-    WrapPacking | IsolatedPacking | PaddedPacking, Field(discriminator="type"), BeforeValidator(_wrap_unless_said)
+    WrapPacking | IsolatedPacking | PaddedPacking | PairsPacking,
+    Field(discriminator="type"),
+    BeforeValidator(_wrap_unless_said),
 ]
 
 
@@ -71,7 +85,7 @@ class Rows:
     """Packed rows. ids [N L]; num_tokens int32 [N]: real tokens, the rest of a row is end tokens as filler.
 
     starts bool [N L]: where a document (and the filler) begins, None where rows are not isolated. is_learned
-    bool [N L]: None where every real token is. left_out: documents that fit no row.
+    bool [N L]: None where every real token is. left_out: documents that fit no row, by number; of pairs, records.
     """
 
     ids: Ids
@@ -88,6 +102,8 @@ def pack(config: PackingBase, run: TokenRun, eos_id: int) -> Rows:
         return _wrap(run, config.seq_len, eos_id)
     if isinstance(config, IsolatedPacking):
         return _place(run, *_best_fit(np.diff(run.offsets), config.seq_len), config.seq_len, eos_id)
+    if isinstance(config, PairsPacking):
+        return _pairs(run, config.seq_len, eos_id)
     assert isinstance(config, PaddedPacking)
     return _pad(run, config, eos_id)
 
@@ -185,3 +201,14 @@ def _pad(run: TokenRun, config: PaddedPacking, eos_id: int) -> Rows:
             learned |= np.arange(config.seq_len) >= num_tokens[:, None]
         num_tokens = np.full_like(num_tokens, config.seq_len)
     return Rows(packed.ids, num_tokens, None, learned, np.flatnonzero(lengths > config.seq_len))
+
+
+def _pairs(run: TokenRun, seq_len: int, eos_id: int) -> Rows:
+    """Documents 2k and 2k + 1 are those of record k."""
+    lengths = np.diff(run.offsets).reshape(-1, 2)
+    fits = lengths.sum(1) <= seq_len
+    kept = np.flatnonzero(fits)
+    documents = (2 * kept[:, None] + [0, 1]).ravel()
+    pieces = np.stack([documents, np.zeros_like(documents), lengths[kept].ravel()], axis=1)
+    packed = _place(run, pieces, np.repeat(np.arange(len(kept)), 2), seq_len, eos_id)
+    return replace(packed, left_out=np.flatnonzero(~fits))

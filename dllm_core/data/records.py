@@ -1,6 +1,7 @@
 """Records: what a unit yields. A document, or a bad record that keeps its bytes, its place and the reason.
 
-A conversation becomes parts: what is only read (system, user), and what is learned (the assistant's turns).
+A conversation becomes parts: what is only read (system, user), and what is learned (the assistant's turns). A
+preference becomes two: the prompt with the answer that was preferred, and with the other one.
 """
 
 import json
@@ -8,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dllm_core.data.corpus import ChatRecord, PairRecord, TextRecord
+from dllm_core.data.corpus import PairRecord, PreferenceRecord, TextRecord
 
 _BYTE_ORDER_MARK = "\ufeff"
 ROLES = ("system", "user", "assistant")
@@ -25,12 +26,33 @@ class Part:
 
 @dataclass(frozen=True)
 class Document:
-    """A clean text and where it came from. parts: of a conversation or a pair; empty: all of the text is learned."""
+    """A clean text and where it came from. parts: of a conversation or a pair; empty: all of the text is learned.
+
+    rejected: of a preference, whose parts are the prompt and the chosen answer, the same prompt and the other answer.
+    """
 
     text: str
     key: str
     offset: int
     parts: tuple[Part, ...] = ()
+    rejected: tuple[Part, ...] = ()
+
+    @property
+    def runs(self) -> tuple[tuple[Part, ...], ...]:
+        """Its token runs as parts: one, or the two of a preference."""
+        return (self.parts, self.rejected) if self.rejected else (self.parts,)
+
+    @property
+    def subject(self) -> str:
+        """The text whose hash decides its side: of a preference the prompt, so that one prompt is on one side alone."""
+        prompt = "\n".join(part.text for part in self.rejected if not part.is_learned)
+        return self.text if is_blank(prompt) else prompt
+
+    @property
+    def pieces(self) -> list[str]:
+        """All of its text in pieces that are encoded by themselves, each once."""
+        answer = [part for part in self.rejected if part.is_learned]
+        return [part.text for part in (*self.parts, *answer)] or [self.text]
 
 
 @dataclass(frozen=True)
@@ -41,6 +63,11 @@ class BadRecord:
     offset: int
     reason: str
     raw: bytes
+
+
+def is_blank(text: str) -> bool:
+    """Whether there is nothing but white space; `strip` would copy the text to tell."""
+    return not text or text.isspace()
 
 
 def decoded(key: str, offset: int, raw: bytes) -> Document | BadRecord:
@@ -55,7 +82,7 @@ def decoded(key: str, offset: int, raw: bytes) -> Document | BadRecord:
 def from_json(record: Any, key: str, offset: int, raw: bytes) -> Document | BadRecord:
     """One line of JSON. An empty line is an empty document, as it is in plain text."""
     line = decoded(key, offset, raw)
-    if isinstance(line, BadRecord) or not line.text.strip():
+    if isinstance(line, BadRecord) or is_blank(line.text):
         return line
     try:
         values = json.loads(line.text)
@@ -74,8 +101,10 @@ def from_fields(record: Any, values: Any, key: str, offset: int, raw: bytes) -> 
         if isinstance(record, PairRecord):
             prompt, answer = _text_in(values, record.prompt_field), _text_in(values, record.answer_field)
             parts: tuple[Part, ...] = (Part(None, prompt, is_learned=False), Part(None, answer, is_learned=True))
+        elif isinstance(record, PreferenceRecord):
+            return _preference(values, record, key, offset)
         else:
-            parts = _chat(values, record)
+            parts = _conversation(values, record.field)
     except _NotADocumentError as error:
         return BadRecord(key, offset, str(error), raw)
     return Document("\n".join(part.text for part in parts), key, offset, parts)
@@ -86,7 +115,7 @@ class _NotADocumentError(Exception):
 
 
 def _first_field(record: Any) -> str:
-    return record.prompt_field if isinstance(record, PairRecord) else str(record.field)
+    return record.prompt_field if isinstance(record, PairRecord | PreferenceRecord) else str(record.field)
 
 
 def _text_in(values: Mapping[str, Any], field: str) -> str:
@@ -100,21 +129,46 @@ def _text_in(values: Mapping[str, Any], field: str) -> str:
     return text
 
 
-def _chat(values: Mapping[str, Any], record: ChatRecord) -> tuple[Part, ...]:
-    if record.field not in values:
-        raise _NotADocumentError(f"no field {record.field!r}")
-    messages = values[record.field]
+def _conversation(values: Mapping[str, Any], field: str) -> tuple[Part, ...]:
+    """Messages of which the assistant's are learned; one at least."""
+    parts = _messages(values, field)
+    if not any(part.is_learned for part in parts):
+        raise _NotADocumentError(f"{field!r} holds no message of the assistant")
+    return parts
+
+
+def _messages(values: Mapping[str, Any], field: str) -> tuple[Part, ...]:
+    if field not in values:
+        raise _NotADocumentError(f"no field {field!r}")
+    messages = values[field]
     if not isinstance(messages, list) or not messages:
-        raise _NotADocumentError(f"{record.field!r} is no list of messages")
+        raise _NotADocumentError(f"{field!r} is no list of messages")
     parts = []
     for message in messages:
         if not isinstance(message, Mapping) or message.get("role") not in ROLES:
-            raise _NotADocumentError(f"{record.field!r} holds a message without a role of {', '.join(ROLES)}")
+            raise _NotADocumentError(f"{field!r} holds a message without a role of {', '.join(ROLES)}")
         role = message["role"]
         parts.append(Part(role, _text_in(message, "content"), is_learned=role == "assistant"))
-    if not any(part.is_learned for part in parts):
-        raise _NotADocumentError(f"{record.field!r} holds no message of the assistant")
     return tuple(parts)
+
+
+def _preference(values: Mapping[str, Any], record: PreferenceRecord, key: str, offset: int) -> Document:
+    if record.conversations:
+        read = _messages(values, record.prompt_field)
+        prompt = tuple(Part(part.role, part.text, is_learned=False) for part in read)
+    else:
+        prompt = (Part(None, _text_in(values, record.prompt_field), is_learned=False),)
+    chosen, rejected = (_answer(values, record, field) for field in (record.chosen_field, record.rejected_field))
+    if chosen == rejected:
+        raise _NotADocumentError(f"{record.chosen_field!r} and {record.rejected_field!r} are the same")
+    text = "\n".join(part.text for part in (*prompt, *chosen, *rejected))
+    return Document(text, key, offset, (*prompt, *chosen), (*prompt, *rejected))
+
+
+def _answer(values: Mapping[str, Any], record: PreferenceRecord, field: str) -> tuple[Part, ...]:
+    if record.conversations and isinstance(values.get(field), list):
+        return _conversation(values, field)
+    return (Part("assistant" if record.conversations else None, _text_in(values, field), is_learned=True),)
 
 
 def _is_unicode(text: str) -> bool:

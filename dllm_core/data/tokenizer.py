@@ -21,6 +21,8 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from dllm_core.config.base import FieldProblem, Frozen
 from dllm_core.errors import ConfigError, DataError
+from dllm_core.model.special_ids import with_token
+from dllm_core.storage.store import open_store
 
 _PROBES = (
     *("", " ", "\n", "\r\n\r\n \t\t x", "  leading and trailing  ", "word", "Word's don't WE'LL 're", "a1b22c333 4444"),
@@ -119,6 +121,20 @@ class Tokenizer:
             return cls(path.read_text(encoding="utf-8"), config, str(path))
         except (OSError, UnicodeDecodeError) as error:
             raise DataError("tokenizer.path", f"cannot be read ({error})", str(path)) from error
+
+    @classmethod
+    def given(cls, config: TokenizerConfig) -> "Tokenizer":
+        """The tokenizer that `tokenizer.path` names, a file or an object on S3, with the markers that it lacks."""
+        path = str(config.path)
+        try:
+            if path.startswith("s3://"):
+                root, _, name = path.rpartition("/")
+                text = open_store("tokenizer.path", root).read(name).decode("utf-8")
+            else:
+                text = Path(path).read_text(encoding="utf-8")
+        except (DataError, OSError, UnicodeDecodeError) as error:
+            raise DataError("tokenizer.path", f"cannot be read ({error})", path) from error
+        return cls(with_markers(text, config, path), config, path)
 
     @classmethod
     def train(cls, texts: Iterable[str], config: TokenizerConfig) -> "Tokenizer":
@@ -235,6 +251,22 @@ class Tokenizer:
         if token in self.special_ids:
             return str(self._core.id_to_token(token))
         return str(self._core.decode([token], skip_special_tokens=False))
+
+
+def with_markers(json_text: str, config: TokenizerConfig, place: str) -> str:
+    """A tokenizer.json with those markers of turns that it lacks as special tokens, their ids behind its last."""
+    if config.chat is None:
+        return json_text
+    try:
+        core = tokenizers.Tokenizer.from_str(json_text)
+    except Exception as error:
+        raise DataError(place, f"not a tokenizer.json ({error})") from error
+    last = max(core.get_vocab(with_added_tokens=True).values())
+    for marker in config.chat.model_dump().values():
+        if core.token_to_id(marker) is None:
+            last += 1
+            json_text = with_token(json_text, marker, last, place)
+    return json_text
 
 
 @lru_cache(maxsize=4)

@@ -17,10 +17,9 @@ from dllm_core.data.build import (
     signature_receipt_key,
     unit_receipt_key,
 )
-from dllm_core.data.loader import corpus_noise
+from dllm_core.data.loader import corpus_noise, evenly
 from dllm_core.data.manifest import CorpusManifest, first_rows
-from dllm_core.data.noising import unpack_bits
-from dllm_core.data.packing import IsolatedPacking
+from dllm_core.data.noising import token_flags
 from dllm_core.data.shard import ShardInfo, id_type, map_shard
 from dllm_core.errors import DataError
 
@@ -87,7 +86,7 @@ def _tokens(job: CorpusJob, manifest: CorpusManifest, shard: ShardInfo) -> str |
     ids, counts = views["ids"], views["num_tokens"]
     if ids.shape != (shard.rows, manifest.seq_len) or ids.dtype != id_type(manifest.vocab_size):
         return f"ids are {ids.dtype} {list(ids.shape)}, not [{shard.rows} {manifest.seq_len}]"
-    if isinstance(manifest.packing, IsolatedPacking) != ("starts" in views):
+    if manifest.packing.isolates != ("starts" in views):
         return "document boundaries are not as the packing asks"
     if len(ids) and int(ids.max()) >= manifest.vocab_size:
         return f"holds the id {int(ids.max())}, the vocabulary ends at {manifest.vocab_size}"
@@ -108,10 +107,9 @@ def _noise(job: CorpusJob, manifest: CorpusManifest, mask_id: int, check: ShardC
         tokens = map_shard(job.output, job.prefix, check.tokens)
     except DataError:
         return None  # the check of the tokens says so; this file is what the manifest promises
-    rows = np.unique(np.linspace(0, check.tokens.rows - 1, min(_SAMPLE_ROWS, check.tokens.rows)).astype(np.int64))
-    x0 = tokens["ids"][rows].astype(np.int64)
-    names = [name for name in ("is_learned", "starts") if name in tokens]
-    flags = {name: unpack_bits(tokens[name][rows], manifest.seq_len) for name in names}
+    rows = evenly(np.arange(check.tokens.rows), _SAMPLE_ROWS)
+    some = {name: column[rows] for name, column in tokens.items()}
+    x0, flags = some["ids"].astype(np.int64), token_flags(some, manifest.seq_len)
     noise = corpus_noise(manifest, mask_id)
     xt, t = noise.corrupt(check.epoch, check.first_row + rows, x0, **flags)
     computed = noise.columns(x0, xt, t)

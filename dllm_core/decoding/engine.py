@@ -1,25 +1,31 @@
 """Engine: continuous batching of decoding rows, for every objective that decodes.
 
 A tick is: admit waiting rows -> one denoiser call -> each row's verdict.
-Rows enter and leave between ticks only. The batch is bounded by token positions, not by requests.
+Rows enter and leave between ticks only. A tick is bounded by the positions that it takes through the denoiser, not by
+requests: rows that do not fit wait for the next one, which they come first in. No row's tokens depend on that.
 """
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from dllm_core.checkpoints.bundle import ModelBundle
 from dllm_core.decoding.config import NO_SUFFIX, decoding_pattern, is_ancestral, no_decoder
-from dllm_core.decoding.state import DecodeRequest, DecodeState, FinishReason
-from dllm_core.decoding.step import padded_length, propose
+from dllm_core.decoding.forward import padded_length, passes_of
+from dllm_core.decoding.request import Request
+from dllm_core.decoding.state import Bools, DecodeState, FinishReason
+from dllm_core.decoding.step import propose
+from dllm_core.decoding.text import Decodes, TextStream
 from dllm_core.errors import RequestError
 from dllm_core.model.cache import KeyValueStore
 from dllm_core.model.denoiser import Denoiser
 from dllm_core.model.pattern import FULL, AttentionPattern
+from dllm_core.noise.absorbing import AbsorbingProcess
 from dllm_core.noise.process import NoiseProcess
-from dllm_core.seeding import Floats, Ints, Purpose, uniforms64
+from dllm_core.seeding import Floats, Ints, Purpose, uniforms, uniforms64
 
 
 @dataclass(frozen=True)
@@ -37,15 +43,20 @@ class RowUpdate:
 
 @dataclass(frozen=True)
 class Answer:
-    """A finished row. tokens: without the end token; num_calls: denoiser calls (NFE).
+    """A finished row. tokens: what stands between prompt and suffix, without the end token.
 
-    num_committed counts the end token, which a call had to commit like any other, and nothing behind it.
+    finish_reason: `stop` at an end token or stop string, `length`, or `error`: the denoiser's output was no number.
+    num_calls: denoiser calls (NFE); num_positions: what went through the denoiser in them. num_committed: tokens that
+    calls made; it counts the end token, which a call had to commit like any other, and nothing behind it. text: where
+    stop strings were asked for, what stands before the first.
     """
 
     tokens: list[int]
     finish_reason: FinishReason
     num_calls: int
     num_committed: int
+    num_positions: int = field(default=0, compare=False)  # a cost like seconds: caches change it, and no token
+    text: str | None = None
 
     @property
     def tokens_per_call(self) -> float:
@@ -58,6 +69,40 @@ class Engine:
 
     def __init__(
         self,
+        bundle: ModelBundle,
+        device: str = "cpu",
+        max_batch_tokens: int = 4096,
+        *,
+        denoiser: Denoiser | None = None,
+        keeps_keys: bool = True,
+    ) -> None:
+        """Over a bundle's denoiser and noise process. Raises ConfigError where there is no decoder for it.
+
+        denoiser: the bundle's own where it is open already, else it is read onto `device`.
+        """
+        said = bundle.manifest
+        problem = no_decoder(said.objective, said.process, bundle.config.model)
+        if problem is not None:
+            raise problem
+        self._set(
+            denoiser or bundle.denoiser(device),
+            bundle.process,
+            max_batch_tokens,
+            pattern=decoding_pattern(said.objective, said.block_length),
+            is_ancestral=is_ancestral(said.objective, said.process),
+            keeps_keys=keeps_keys,
+            tokenizer=bundle.tokenizer(),
+        )
+
+    @classmethod
+    def over(cls, denoiser: Denoiser, process: NoiseProcess, max_batch_tokens: int = 4096, **options: Any) -> "Engine":
+        """An engine over a denoiser that no bundle holds. options: those of `_set`."""
+        engine = cls.__new__(cls)
+        engine._set(denoiser, process, max_batch_tokens, **options)
+        return engine
+
+    def _set(
+        self,
         denoiser: Denoiser,
         process: NoiseProcess,
         max_batch_tokens: int = 4096,
@@ -66,41 +111,30 @@ class Engine:
         pattern: AttentionPattern = FULL,
         is_ancestral: bool = False,
         keeps_keys: bool = True,
+        tokenizer: Decodes | None = None,
     ) -> None:
-        """pattern: whom a position sees, as the denoiser was trained: `full`, `block_causal` or `causal`.
+        """max_batch_tokens: positions of a tick; max_rows: rows in the batch, each with room for its keys and values.
 
+        pattern: whom a position sees, as the denoiser was trained: `full`, `block_causal` or `causal`.
         is_ancestral: run the noise backwards over the whole canvas, as noise that replaces tokens asks; under `full`.
-        keeps_keys: keep keys and values of what is settled, wherever something settles; changes speed, no token.
+        keeps_keys: keep keys and values of what is settled, wherever something settles: that changes speed, no token;
+        without it, a `decode.cache` that a request asks for is left out. tokenizer: what stop strings are found by.
         """
         self._denoiser, self._process, self._pattern = denoiser, process, pattern
-        self._is_ancestral = is_ancestral
+        self._is_ancestral, self._tokenizer = is_ancestral, tokenizer
         self._max_batch_tokens, self._max_rows = max_batch_tokens, max_rows
-        self._store: KeyValueStore | None = None
-        if keeps_keys and pattern.kind != "full":
-            weight = denoiser.embed.weight
-            self._store = KeyValueStore(denoiser.config.model, device=weight.device, dtype=weight.dtype)
+        self._keeps_keys = keeps_keys and (pattern.kind == "full" or denoiser.config.model.can_keep(pattern))
+        self._store: KeyValueStore | None = None  # made when a row wants it
         self._waiting: deque[tuple[int, DecodeState]] = deque()
         self._active: dict[int, DecodeState] = {}
-        self._next_row = 0
+        self._streams: dict[int, TextStream] = {}  # of rows with stop strings
+        self._served: dict[int, int] = {}  # the tick that each active row last took part in
+        self._next_row = self._tick = 0
 
-    @classmethod
-    def of(
-        cls, bundle: ModelBundle, device: str = "cpu", max_batch_tokens: int = 4096, *, keeps_keys: bool = True
-    ) -> "Engine":
-        """An engine over a bundle's denoiser and noise process. Raises ConfigError where there is no decoder for it."""
-        said = bundle.manifest
-        problem = no_decoder(said.objective, said.process, bundle.config.model)
-        if problem is not None:
-            raise problem
-        pattern = decoding_pattern(said.objective, said.block_length)
-        return cls(
-            bundle.denoiser(device),
-            bundle.process,
-            max_batch_tokens,
-            pattern=pattern,
-            is_ancestral=is_ancestral(said.objective, said.process),
-            keeps_keys=keeps_keys,
-        )
+    @property
+    def denoiser(self) -> Denoiser:
+        """What is called."""
+        return self._denoiser
 
     @property
     def num_active(self) -> int:
@@ -122,24 +156,67 @@ class Engine:
         """Positions that a row may have."""
         return min(self._denoiser.config.context_length, self._max_batch_tokens)
 
-    def add(self, request: DecodeRequest) -> int:
+    def add(self, request: Request) -> int:
         """Queue a row; its id. Raises RequestError if it can never be decoded."""
         config = self._denoiser.config
         request.check(config.vocab_size, self.context_length)
-        self._check_order(request)
-        canvas: Ints = np.full(request.config.max_tokens, config.mask_id, np.int64)
-        if self._is_ancestral:
-            # The second word of call 0, whose first word its draws take.
-            positions = len(request.prompt) + np.arange(len(canvas))
-            canvas = self._process.prior(canvas, uniforms64(request.seed, Purpose.DECODE, 0, positions, 2)[:, 1])
+        self._check_kind(request)
+        region, is_open = self._region(request)
+        state = DecodeState.start(
+            request,
+            region,
+            self._pattern,
+            is_open=is_open,
+            is_ancestral=self._is_ancestral,
+            is_shifted=config.model.shifted and self._pattern.kind != "causal",
+            mask_id=config.mask_id,
+        )
         row, self._next_row = self._next_row, self._next_row + 1
-        self._waiting.append((row, DecodeState.start(request, canvas, self._pattern, self._is_ancestral)))
+        if request.stop:
+            assert self._tokenizer is not None
+            self._streams[row] = TextStream(self._tokenizer, request.stop)
+        self._waiting.append((row, state))
         return row
+
+    def _region(self, request: Request) -> tuple[Ints, Bools]:
+        """What stands between prompt and suffix at first, and what of it is open [n]."""
+        mask_id, begin = self._denoiser.config.mask_id, len(request.prompt)
+        given = request.region(open_id=-1)
+        if request.middle is None:
+            given = np.full(self._canvas_length(request), -1)
+        # The second word of call 0, whose first word its draws take.
+        positions = begin + np.arange(len(given))
+        v = uniforms64(request.seed, Purpose.DECODE, 0, positions, 2)[:, 1] if self._is_ancestral else None
+        if request.strength is None:
+            masks = np.full(len(given), mask_id)
+            return np.where(given < 0, masks if v is None else self._process.prior(masks, v), given), given < 0
+        u = uniforms(request.seed, Purpose.EDIT, 0, positions, 1)[:, 0]
+        t = np.full(len(given), request.strength, np.float32)
+        noised: Ints = self._process.corrupt(given[None], t[None], u[None], None if v is None else v[None])[0]
+        if self._is_ancestral:
+            return noised, np.ones(len(given), dtype=bool)
+        is_open = noised == mask_id
+        is_open[u.argmax()] = True  # something is to change
+        return np.where(is_open, mask_id, noised), is_open
+
+    def _canvas_length(self, request: Request) -> int:
+        """Open positions: `max_tokens`, or what a growing canvas begins with; of a model of blocks up to the last one's
+        end, which it was trained to see.
+        """
+        config = request.config
+        if self._pattern.block_length is not None:
+            stop = len(request.prompt) + config.max_tokens
+            stop = min(-(-stop // self._pattern.block_length) * self._pattern.block_length, self.context_length)
+            return stop - len(request.prompt)
+        if not config.grows_by or request.suffix or self._is_ancestral or self._pattern.kind != "full":
+            return config.max_tokens
+        return min(config.grows_by, config.max_tokens)
 
     def cancel(self, row: int) -> None:
         """Forget a row; its place is free at the next tick. A finished or unknown row is no error."""
         if row in self._active:
             self._leave(row)
+        self._streams.pop(row, None)
         self._waiting = deque(item for item in self._waiting if item[0] != row)
 
     def step(self) -> list[RowUpdate]:
@@ -147,19 +224,52 @@ class Engine:
         self._admit()
         if not self._active:
             return []
-        config = self._denoiser.config
-        states = list(self._active.values())
+        self._tick += 1
+        config, due = self._denoiser.config, self._due()
+        states = [self._active[row] for row in due]
         proposals = propose(self._denoiser, self._process, states, config.eos_id, config.pad_id, self._store)
         updates = []
-        for (row, state), proposal in zip(list(self._active.items()), proposals, strict=True):
-            committed = state.commit(proposal.positions, proposal.tokens, proposal.confidence, config.eos_id)
-            sure = proposal.confidence[np.isin(proposal.positions, committed)]
-            updates.append(RowUpdate(row, state, committed, sure))
+        for row, state, proposal in zip(due, states, proposals, strict=True):
+            self._served[row] = self._tick
+            if proposal is None:
+                state.fail()
+                updates.append(RowUpdate(row, state, np.zeros(0, np.int64), np.zeros(0, np.float32)))
+            else:
+                verdict = (proposal.positions, proposal.tokens, proposal.score)
+                committed = state.commit(*verdict, config.eos_id, self._survival)
+                sure = proposal.confidence[np.isin(proposal.positions, committed)]
+                updates.append(RowUpdate(row, state, committed, sure))
+                if row in self._streams:
+                    self._stop_at_string(row, state)
             if state.finish_reason is not None:
                 self._leave(row)
         return updates
 
-    def generate(self, requests: Sequence[DecodeRequest]) -> list[Answer]:
+    def _due(self) -> list[int]:
+        """The rows of this tick: those that have waited longest first, while their positions stay in the budget."""
+        due: list[int] = []
+        taken = 0
+        for row in sorted(self._active, key=lambda row: (self._served.get(row, 0), row)):
+            taken += (width := self._width(self._active[row]))
+            if due and taken > self._max_batch_tokens:
+                break
+            self._active[row].num_positions += width
+            due.append(row)
+        return sorted(due)
+
+    def _width(self, state: DecodeState) -> int:
+        """Positions that the row's next call takes through the denoiser."""
+        return sum(one.width for one in passes_of(state, self._store))
+
+    def _stop_at_string(self, row: int, state: DecodeState) -> None:
+        """End the row where a stop string stands in what is committed and can no longer change."""
+        stream = self._streams[row]
+        stream.push(state.answer(self.eos_id), last=state.finish_reason is not None)
+        if stream.stopped:
+            state.finish_reason = "stop"
+        state.text = stream.text
+
+    def generate(self, requests: Sequence[Request]) -> list[Answer]:
         """Decode requests to their end, in the order given."""
         if self._active or self._waiting:
             raise RequestError("generate", "the engine is busy", remedy="use add and step")
@@ -171,31 +281,49 @@ class Engine:
                     answers[rows[update.row]] = answer_of(update.state, self.eos_id)
         return [answers[i] for i in range(len(requests))]
 
+    def _survival(self, t: float) -> float:
+        """alpha(t) of masks; of other noise nobody asks."""
+        assert isinstance(self._process, AbsorbingProcess)
+        return float(self._process.schedule.alpha(np.float64(t)))
+
     def _admit(self) -> None:
-        """First come, first served, while the padded batch stays within its budget."""
-        taken = sum(padded_length(len(state.canvas)) for state in self._active.values())
+        """First come, first served, while the next tick has room for all."""
+        taken = sum(self._width(state) for state in self._active.values()) if self._waiting else 0
         while self._waiting and len(self._active) < self._max_rows:
             row, state = self._waiting[0]
-            taken += padded_length(len(state.canvas))
+            taken += padded_length(state.read_stop) * state.num_passes
             if self._active and taken > self._max_batch_tokens:
                 return
             self._active[row] = state
             self._waiting.popleft()
-            if self._store is not None:
-                state.slot = self._store.take(len(state.canvas))
+            if self._keeps_keys and (self._pattern.kind != "full" or state.request.config.cache != "none"):
+                if self._store is None:
+                    weight = self._denoiser.embed.weight
+                    self._store = KeyValueStore(self._denoiser.config.model, device=weight.device, dtype=weight.dtype)
+                capacity = max(len(state.canvas), state.request.length)
+                state.slots = tuple(self._store.take(capacity) for _ in range(state.num_passes))
 
     def _leave(self, row: int) -> None:
         state = self._active.pop(row)
-        if self._store is not None and state.slot is not None:
-            self._store.release(state.slot)
+        self._served.pop(row, None)
+        self._streams.pop(row, None)
+        if self._store is not None:
+            for slot in state.slots:
+                self._store.release(slot, is_spoilt=state.finish_reason == "error")
 
-    def _check_order(self, request: DecodeRequest) -> None:
-        """Refuse what a model that reads left to right was not trained for."""
-        if self._pattern.kind == "full":
+    def _check_kind(self, request: Request) -> None:
+        """Refuse what this kind of model has no meaning for."""
+        kind = self._pattern.kind
+        if request.stop and self._tokenizer is None:
+            raise RequestError("stop", "needs a tokenizer, which this engine has not", list(request.stop))
+        if request.config.guidance and (kind == "causal" or self._is_ancestral):
+            what = "reads from left to right" if kind == "causal" else "has tokens for noise"
+            raise RequestError("guidance", f"needs masks, and the model {what}", request.config.guidance, "leave it 0")
+        if kind == "full":
             return
-        if request.suffix:
+        if request.reads_behind_holes or request.strength is not None:
             remedy = "leave it out, or take a model with objective.type=diffusion"
-            raise RequestError("suffix", NO_SUFFIX, remedy=remedy)
+            raise RequestError("suffix" if request.suffix else "middle", NO_SUFFIX, remedy=remedy)
         trained, asked = self._pattern.block_length, request.config.block_length
         if trained is not None and asked != trained:
             raise RequestError("block_length", f"must be {trained}, in which the model was trained", asked)
@@ -208,5 +336,7 @@ def answer_of(state: DecodeState, eos_id: int) -> Answer:
         tokens=state.answer(eos_id),
         finish_reason=state.finish_reason,
         num_calls=state.num_calls,
-        num_committed=len(state.answer_with_end()),
+        num_committed=state.num_committed,
+        num_positions=state.num_positions,
+        text=state.text,
     )

@@ -8,22 +8,27 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from dllm_core.decoding.forward import forwards
 from dllm_core.decoding.state import DecodeState
 from dllm_core.model.cache import KeyValueStore
 from dllm_core.model.denoiser import Denoiser
 from dllm_core.noise.process import NoiseProcess
 from dllm_core.seeding import Floats, Ints
 
-_PAD_TO = 16  # few lengths, so few forwards; and no matrix product has fewer rows than `Denoiser` asks for
+_LOWEST = -1e4  # of log p: stands for -inf where p is 0
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """For one row: positions int64 [n] of the open ones in its block, their tokens [n] and confidence [n]."""
+    """For one row: positions int64 [n] of the open ones in its block, their tokens [n] and confidence [n].
+
+    score [n]: what its policy ranks them by.
+    """
 
     positions: Ints
     tokens: Ints
     confidence: Floats
+    score: Floats
 
 
 @torch.inference_mode()
@@ -34,77 +39,39 @@ def propose(
     eos_id: int,
     pad_id: int,
     store: KeyValueStore | None = None,
-) -> list[Proposal]:
-    """One forward for each padded length among the rows, so that a row's own length alone decides its padding.
+) -> list[Proposal | None]:
+    """What one call says of each row; None where that is no number.
 
-    A row padded to its longest neighbour would be summed in another order, and exact ties of confidence, which a
-    canvas of masks is full of, would fall another way: an answer would depend on its neighbours in its last bit.
-
-    store: where every row keeps what is settled. Then a forward reads what stands behind that, which is what counts as
-    a row's length, and what it settles is kept in turn.
+    store: where rows that have slots keep keys and values. What such a row computes is kept in turn.
     """
-    proposals: dict[int, Proposal] = {}
-    kept = [0 if store is None or row.slot is None else int(store.lengths[row.slot]) for row in rows]
-    widths = [_width(row, n) for row, n in zip(rows, kept, strict=True)]
-    for width in sorted(set(widths)):
-        at = [i for i, own in enumerate(widths) if own == width]
-        chosen, begins = [rows[i] for i in at], [kept[i] for i in at]
-        logits = _logits(denoiser, chosen, begins, width, store)
-        proposals.update(zip(at, _choose(logits, process, chosen, eos_id, pad_id), strict=True))
+    proposals: dict[int, Proposal | None] = {}
+    for at, logits in forwards(denoiser, rows, store):
+        proposals.update(zip(at, _choose(logits, process, [rows[i] for i in at], eos_id, pad_id), strict=True))
     return [proposals[i] for i in range(len(rows))]
-
-
-def padded_length(length: int) -> int:
-    """The positions that a row of this length takes in a forward."""
-    return -(-length // _PAD_TO) * _PAD_TO
-
-
-def _width(row: DecodeState, kept: int) -> int:
-    """Positions that a row takes in a forward; a single one behind what is kept needs no padding."""
-    length = row.read_stop - kept
-    return 1 if kept and length == 1 else padded_length(length)
-
-
-def _logits(
-    denoiser: Denoiser, rows: Sequence[DecodeState], kept: Sequence[int], width: int, store: KeyValueStore | None
-) -> Tensor:
-    """One forward: fp32 [n V] at the open positions of each row's current block, row after row."""
-    mask_id, pad_id = denoiser.config.mask_id, denoiser.config.pad_id
-    ids = np.full((len(rows), width), pad_id, dtype=np.int64)
-    is_real = np.zeros((len(rows), width), dtype=bool)
-    read = np.zeros((len(rows), width), dtype=bool)
-    for i, (row, begin) in enumerate(zip(rows, kept, strict=True)):
-        new = row.input_ids(mask_id)[begin:]
-        ids[i, : len(new)] = new
-        is_real[i, : len(new)] = True
-        read[i, row.open_in_block() - begin] = True
-    given = [torch.from_numpy(part).to(denoiser.device) for part in (ids, is_real, read)]
-    cache = None if store is None else store.rows([row.slot for row in rows if row.slot is not None])
-    when = {}
-    if denoiser.config.model.time_conditioning:
-        when["t"] = torch.tensor([row.times[1] for row in rows], device=denoiser.device)
-    logits: Tensor = denoiser(*given, pattern=rows[0].pattern, cache=cache, **when).float()
-    if cache is not None:
-        cache.commit([row.settled_stop - begin for row, begin in zip(rows, kept, strict=True)])
-    return logits
 
 
 def _choose(
     logits: Tensor, process: NoiseProcess, rows: Sequence[DecodeState], eos_id: int, pad_id: int
-) -> list[Proposal]:
+) -> list[Proposal | None]:
     """The tokens of logits [n V] at the open positions of the rows' current blocks."""
     device = logits.device
     positions = [row.open_in_block() for row in rows]
     of_row = torch.from_numpy(np.repeat(np.arange(len(rows)), [len(part) for part in positions])).to(device)
-    logits[:, pad_id] = -torch.inf  # no answer holds padding; the process itself rules the mask out
-    holes = torch.tensor([bool(row.request.suffix) for row in rows], device=device)
-    logits[:, eos_id] = torch.where(holes[of_row], -torch.inf, logits[:, eos_id])
+    if pad_id != eos_id:  # some tokenizers pad with the end token, which an answer must be able to hold
+        logits[:, pad_id] = -torch.inf  # no answer holds padding; the process itself rules the mask out
+    may_end = np.concatenate([at >= row.request.open_end for row, at in zip(rows, positions, strict=True)])
+    logits[:, eos_id] = logits[:, eos_id].where(torch.from_numpy(may_end).to(device), -torch.inf)
     log_probs: Tensor = process.x0_log_probs(logits)
-    tokens = log_probs.argmax(-1)
+    highest, tokens = log_probs.max(-1)  # not a number where any of the logits is none
     hot = np.array([row.request.config.temperature > 0 for row in rows])
     is_hot = torch.from_numpy(hot).to(device)[of_row]
     if rows[0].is_ancestral:
-        probs = _reverse_step(log_probs, process, rows, of_row, is_hot)
+        law = functional.one_hot(tokens, log_probs.shape[-1]).double()
+        if hot.any():
+            ranked, order = _ranked(log_probs, rows, of_row)
+            drawn = torch.zeros_like(ranked).scatter_(-1, order, ranked / ranked.sum(-1, keepdim=True))
+            law = torch.where(is_hot[:, None], drawn, law)
+        probs = _reverse_step(law, process, rows, of_row)
         draws = np.concatenate([row.fine_uniforms(at) for row, at in zip(rows, positions, strict=True)])
         tokens = _inverted(probs, torch.from_numpy(draws).to(device))
         log_probs = probs.log()
@@ -114,42 +81,58 @@ def _choose(
         drawn = order.gather(-1, _inverted(ranked, torch.from_numpy(draws).to(device))[:, None])[:, 0]
         tokens = torch.where(is_hot, drawn, tokens)
     confidence = log_probs.gather(-1, tokens[:, None])[:, 0].exp()
-    packed = torch.stack([tokens.double(), confidence.double()]).cpu().numpy()  # one transfer; ids are exact
+    score = _scores(log_probs, confidence, rows, of_row)
+    score = score.where(highest.isfinite(), torch.nan)
+    packed = torch.stack([tokens.double(), confidence.double(), score.double()]).cpu().numpy()  # one transfer
     splits = np.cumsum([len(part) for part in positions])[:-1]
     return [
-        Proposal(at, part[0].astype(np.int64), part[1].astype(np.float32))
+        None if np.isnan(part[2]).any() else Proposal(at, part[0].astype(np.int64), *part[1:].astype(np.float32))
         for at, part in zip(positions, np.split(packed, splits, axis=1), strict=True)
     ]
 
 
-def _reverse_step(
-    log_probs: Tensor, process: NoiseProcess, rows: Sequence[DecodeState], of_row: Tensor, is_hot: Tensor
-) -> Tensor:
+def _scores(log_probs: Tensor, confidence: Tensor, rows: Sequence[DecodeState], of_row: Tensor) -> Tensor:
+    """What each row's policy ranks positions by [n]."""
+    score, kinds = confidence, [row.request.config.policy.ranks_by for row in rows]
+    for kind in {*kinds} - {"confidence"}:
+        if kind == "margin":
+            best = log_probs.topk(2, dim=-1).values.exp()
+            own = best[:, 0] - best[:, 1]
+        else:
+            own = (log_probs.exp() * log_probs.clamp_min(_LOWEST)).sum(-1)  # 0 log 0 = 0
+        is_kind = torch.tensor([row_kind == kind for row_kind in kinds], device=score.device)[of_row]
+        score = torch.where(is_kind, own.to(score.dtype), score)
+    return score
+
+
+def _reverse_step(law: Tensor, process: NoiseProcess, rows: Sequence[DecodeState], of_row: Tensor) -> Tensor:
     """The law of each open position a step of the reverse process on, fp64 [n V]: `posterior` of the denoiser's law.
 
-    Temperature and top_p shape that law, and temperature 0 takes its likeliest token; the noise is drawn all the same.
+    Temperature and top_p have shaped that law, and temperature 0 has taken its likeliest token; the noise is drawn all
+    the same.
     """
-    ranked, order = _ranked(log_probs, rows, of_row)
-    drawn = torch.zeros_like(ranked).scatter_(-1, order, ranked / ranked.sum(-1, keepdim=True))
-    surest = functional.one_hot(log_probs.argmax(-1), log_probs.shape[-1]).double()
-    xt = torch.from_numpy(np.concatenate([row.canvas[row.open_in_block()] for row in rows])).to(log_probs.device)
-    times = torch.tensor([row.times for row in rows], device=log_probs.device, dtype=torch.float64)[of_row]
-    law: Tensor = process.posterior(torch.where(is_hot[:, None], drawn, surest), xt, times[:, 0], times[:, 1])
-    return law
+    xt = torch.from_numpy(np.concatenate([row.canvas[row.open_in_block()] for row in rows])).to(law.device)
+    times = torch.tensor([row.times for row in rows], device=law.device, dtype=torch.float64)[of_row]
+    probs: Tensor = process.posterior(law, xt, times[:, 0], times[:, 1])
+    return probs
 
 
 def _ranked(log_probs: Tensor, rows: Sequence[DecodeState], of_row: Tensor) -> tuple[Tensor, Tensor]:
-    """Probabilities at each row's temperature, falling, 0 beyond its top_p, and their ids; fp64 and int64 [n V].
+    """Probabilities at each row's temperature, falling, 0 beyond its top_k and then its top_p, and their ids.
 
-    In fp64: a float32 tail is cut off. They do not sum to 1 below a top_p of 1.
+    fp64 and int64 [n V]. A float32 tail is cut off. They do not sum to 1 where something is left out.
     """
     device = log_probs.device
     temperature = torch.tensor([row.request.config.temperature or 1.0 for row in rows], device=device)[of_row]
     top_p = torch.tensor([row.request.config.top_p for row in rows], device=device, dtype=torch.float64)[of_row]
+    size = log_probs.shape[-1]
+    top_k = torch.tensor([row.request.config.top_k or size for row in rows], device=device)[of_row]
     probs = (log_probs.double() / temperature[:, None]).softmax(-1)
     ranked, order = probs.sort(dim=-1, descending=True, stable=True)
+    ranked = ranked.masked_fill(torch.arange(size, device=device) >= top_k[:, None], 0.0)
     before = ranked.cumsum(-1) - ranked
-    return ranked.masked_fill(before >= top_p[:, None], 0.0), order  # the token that crosses top_p stays
+    crossed = before >= top_p[:, None] * ranked.sum(-1, keepdim=True)
+    return ranked.masked_fill(crossed, 0.0), order  # the token that crosses top_p stays
 
 
 def _inverted(weights: Tensor, draws: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from itertools import groupby
 import numpy as np
 import torch
 
-from dllm_core.decoding.step import padded_length
+from dllm_core.decoding.forward import padded_length
 from dllm_core.evaluation.estimators import Estimator, ExactCount, HeldoutRows, ask, before
 from dllm_core.evaluation.likelihood import RowScores, rounds, score_rows, side_by_side
 from dllm_core.model.denoiser import Denoiser

@@ -24,8 +24,10 @@ from dllm_core.checkpoints.bundle import ModelBundle
 from dllm_core.data.loader import TokenRows
 from dllm_core.data.noising import Bools, block_numbers
 from dllm_core.model.pattern import CAUSAL, AttentionPattern, training_pattern
+from dllm_core.model.visibility import document_starts
 from dllm_core.noise.absorbing import AbsorbingProcess
 from dllm_core.noise.discrete import snapped, terminal_nats
+from dllm_core.noise.exact_count import exact_counts
 from dllm_core.noise.interpolating import InterpolatingProcess
 from dllm_core.objective.autoregressive import shifted
 from dllm_core.objective.config import AnyObjective, AutoregressiveConfig, MaskedLMConfig
@@ -57,11 +59,8 @@ class HeldoutRows:
         """What has one time, or one number of masks, by its number in its row [N L]: the row, or each block."""
         if block_length is None:
             return np.zeros(self.x0.shape, np.int64)
-        starts = np.zeros(self.x0.shape, bool)
-        starts[:, 0] = True
-        if self.segment_ids is not None:
-            starts[:, 1:] = self.segment_ids[:, 1:] != self.segment_ids[:, :-1]
-        return block_numbers(starts, block_length)
+        labels = np.zeros(self.x0.shape, np.int32) if self.segment_ids is None else self.segment_ids
+        return block_numbers(document_starts(torch.from_numpy(labels)).numpy(), block_length)
 
 
 @dataclass(frozen=True)
@@ -103,11 +102,7 @@ class ExactNLL:
 
 
 class ExactCount:
-    """Masks exactly k of n counted tokens, k even over 1 to n; (n/k) times their nats. LLaDA, arXiv:2502.09992, eq. 6.
-
-    The same mean as the bound's integral over t, because that of t^(k-1) (1-t)^(n-k) over all masks of k is 1/k each,
-    under every schedule; less spread, since no t close to 0 is weighed by 1/t. block_length: n and k of each block.
-    """
+    """(n/k) times the nats of k of n counted tokens (`exact_counts`). block_length: n and k of each block."""
 
     name, is_exact = "exact-count", False
 
@@ -117,18 +112,9 @@ class ExactCount:
     def nats(self, denoiser: DenoiserLike, rows: HeldoutRows, draw: Draw) -> Doubles:
         """One number of masks a row or block."""
         units = rows.units(self._block_length)
-        per_row = int(units.max(initial=0)) + 1
-        shares = draw.shares(rows.ids, per_row).ravel()
-        unit = (units + per_row * np.arange(len(units))[:, None])[rows.counted]
-        total = np.bincount(unit, minlength=shares.size)
-        wanted = 1 + np.floor(total * shares).astype(np.int64)  # share < 1: at most n
-        u = uniforms64(draw.seed, Purpose.EVALUATE, draw.number, rows.ids, rows.x0.shape[1])[rows.counted]
-        order = np.lexsort((u, unit))
-        rank = np.empty_like(order)
-        rank[order] = np.arange(len(order)) - (np.cumsum(total) - total)[unit[order]]
-        is_masked = np.zeros_like(rows.counted)
-        is_masked[rows.counted] = rank < wanted[unit]
-        weight = (total / wanted)[unit][is_masked[rows.counted]]
+        shares = draw.shares(rows.ids, int(units.max(initial=0)) + 1)
+        u = uniforms64(draw.seed, Purpose.EVALUATE, draw.number, rows.ids, rows.x0.shape[1])
+        is_masked, weight = exact_counts(rows.counted, units, shares, u)
         xt = np.where(is_masked, self._mask_id, rows.x0)
         logits = ask(denoiser, rows, xt, is_masked, training_pattern(self._block_length), self._device)
         return _by_row(rows, is_masked, weight * _plain(logits, rows, is_masked, self._mask_id))

@@ -8,7 +8,7 @@ import numpy as np
 
 from dllm_core.decoding.config import DecodeConfig
 from dllm_core.decoding.engine import Engine
-from dllm_core.decoding.state import DecodeRequest
+from dllm_core.decoding.request import Request
 from dllm_core.seeding import Ints
 
 
@@ -34,8 +34,7 @@ def measure_decoding(engine: Engine, rows: Ints, config: DecodeConfig, *, contex
     quarter = rows.shape[1] // 4
     config = config.model_copy(update={"max_tokens": min(config.max_tokens, context - quarter)})
     requests = [
-        DecodeRequest(prompt=tuple(int(i) for i in row[:quarter]), config=config, seed=seed + i)
-        for i, row in enumerate(rows)
+        Request(prompt=tuple(int(i) for i in row[:quarter]), config=config, seed=seed + i) for i, row in enumerate(rows)
     ]
     answers = engine.generate(requests)
     return DecodeCost(

@@ -15,12 +15,14 @@ from numpy.typing import NDArray
 
 from dllm_core.decoding.config import DecodeConfig
 from dllm_core.decoding.engine import Engine
-from dllm_core.decoding.state import DecodeRequest
+from dllm_core.decoding.request import Request
 from dllm_core.decoding.unmask import LowConfidencePolicy
 from dllm_core.evaluation.config import Side
 from dllm_core.evaluation.estimate import Estimate, Proportion, measure_seed, proportion, ratio
 from dllm_core.evaluation.estimators import HeldoutRows
 from dllm_core.evaluation.writers import CausalWriter, Writer
+from dllm_core.noise.process import AnyNoise
+from dllm_core.objective.config import AnyObjective, AutoregressiveConfig, BlockDiffusionConfig
 from dllm_core.objective.loss import DenoiserLike
 from dllm_core.seeding import Ints, Purpose, uniforms64
 
@@ -98,13 +100,20 @@ class Filler(Protocol):
 class EngineFiller:
     """Masked diffusion by the engine, as it is served.
 
-    config: None for one parallel call in which every position takes its likeliest token.
+    config: None for one parallel call in which every position takes its likeliest token. sides: a side is hidden by
+    masks, which a denoiser of replaced tokens alone has never seen: it can be shown both sides only.
     """
 
-    sides = SIDES
-
-    def __init__(self, engine: Engine, config: DecodeConfig | None, mask_id: int, *, seed: int) -> None:
-        self._engine, self._config, self._mask_id, self._seed = engine, config, mask_id, seed
+    def __init__(
+        self,
+        engine: Engine,
+        config: DecodeConfig | None,
+        mask_id: int,
+        *,
+        seed: int,
+        sides: tuple[Side, ...] = SIDES,
+    ) -> None:
+        self._engine, self._config, self._mask_id, self._seed, self.sides = engine, config, mask_id, seed, sides
 
     def fill(self, holes: Sequence[Hole], side: Side) -> list[Filled]:
         """A hole always has something behind it, masks at least, so the engine fills it whole."""
@@ -112,7 +121,7 @@ class EngineFiller:
         for hole in holes:
             before, after = (tuple(part.tolist()) for part in hole.shown(side, self._mask_id))
             config = self._config_of(len(hole.truth))
-            requests.append(DecodeRequest(prompt=before, config=config, suffix=after, seed=self._seed + hole.row_id))
+            requests.append(Request(prompt=before, config=config, suffix=after, seed=self._seed + hole.row_id))
         return [Filled(np.array(a.tokens, np.int64), a.num_calls) for a in self._engine.generate(requests)]
 
     def _config_of(self, length: int) -> DecodeConfig:
@@ -192,6 +201,13 @@ class HoleScores:
             calls=np.concatenate([self.calls, other.calls]),
             row_ids=np.concatenate([self.row_ids, other.row_ids]),
         )
+
+
+def sides_seen(objective: AnyObjective, process: AnyNoise) -> tuple[Side, ...]:
+    """From which sides a model may be asked for a hole: what is hidden must be hidden by what it knows."""
+    if isinstance(objective, AutoregressiveConfig | BlockDiffusionConfig):
+        return ("left",)
+    return ("both",) if process.type == "uniform" else SIDES
 
 
 def score_holes(filler: Filler, holes: Sequence[Hole], length: int, side: Side) -> HoleScores:

@@ -11,9 +11,8 @@ from dllm_core.decoding.config import DecodeConfig, no_decoder
 from dllm_core.decoding.engine import Engine
 from dllm_core.errors import ConfigError
 from dllm_core.evaluation.calibration import CalibrationScores, score_calibration
-from dllm_core.evaluation.config import Side
 from dllm_core.evaluation.estimators import HeldoutRows
-from dllm_core.evaluation.infill import CausalFiller, EngineFiller, Filler, LeftFiller
+from dllm_core.evaluation.infill import CausalFiller, EngineFiller, Filler, LeftFiller, sides_seen
 from dllm_core.evaluation.writers import EngineWriter, Writer
 from dllm_core.model.pattern import CAUSAL, training_pattern
 from dllm_core.noise.absorbing import AbsorbingProcess
@@ -31,13 +30,7 @@ def writer_of(
     bundle: ModelBundle, decode: DecodeConfig, device: str = "cpu", *, max_batch_tokens: int = 4096
 ) -> Writer:
     """The bundle as it is served. Raises `why_not_written`."""
-    return EngineWriter(Engine.of(bundle, device, max_batch_tokens), decode)
-
-
-def sides_seen(bundle: ModelBundle) -> tuple[Side, ...]:
-    """From which sides its filler sees a hole."""
-    is_left = isinstance(bundle.manifest.objective, AutoregressiveConfig | BlockDiffusionConfig)
-    return LeftFiller.sides if is_left else EngineFiller.sides
+    return EngineWriter(Engine(bundle, device, max_batch_tokens), decode)
 
 
 def filler_of(
@@ -47,14 +40,21 @@ def filler_of(
 
     Autoregression takes the likeliest token each time. Raises `why_not_written`.
     """
-    objective, config = bundle.manifest.objective, bundle.config
+    return filler_over(Engine(bundle, device, max_batch_tokens), bundle, decode, seed=seed)
+
+
+def filler_over(
+    engine: Engine, bundle: ModelBundle, decode: DecodeConfig, *, seed: int, in_one_call: bool = False
+) -> Filler:
+    """`filler_of` for an engine that is there. in_one_call: every position of a hole at once, where masks allow it."""
+    denoiser, objective, config = engine.denoiser, bundle.manifest.objective, bundle.config
     if isinstance(objective, AutoregressiveConfig):
         never = {config.eos_id, config.pad_id}
-        return CausalFiller(bundle.denoiser(device), config.mask_id, torch.device(device), never=never)
-    engine = Engine.of(bundle, device, max_batch_tokens)
+        return CausalFiller(denoiser, config.mask_id, denoiser.device, never=never)
     if isinstance(objective, BlockDiffusionConfig):
         return LeftFiller(EngineWriter(engine, decode), seed)
-    return EngineFiller(engine, decode, config.mask_id, seed=seed)
+    sides = sides_seen(objective, bundle.manifest.process)
+    return EngineFiller(engine, None if in_one_call else decode, config.mask_id, seed=seed, sides=sides)
 
 
 def why_no_confidence(bundle: ModelBundle) -> ConfigError | None:

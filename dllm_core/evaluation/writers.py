@@ -13,8 +13,8 @@ from torch import Tensor
 
 from dllm_core.decoding.config import DecodeConfig
 from dllm_core.decoding.engine import Engine
-from dllm_core.decoding.state import DecodeRequest
-from dllm_core.decoding.step import padded_length
+from dllm_core.decoding.forward import padded_length
+from dllm_core.decoding.request import Request
 from dllm_core.model.pattern import CAUSAL
 from dllm_core.objective.loss import DenoiserLike
 from dllm_core.seeding import Floats, Purpose, uniforms
@@ -47,7 +47,7 @@ class EngineWriter:
     def write(self, prompts: Sequence[Tokens], max_tokens: int | Sequence[int], *, seed: int) -> list[Written]:
         """As `Writer.write`. Raises RequestError for a prompt that leaves too little room in the context."""
         requests = [
-            DecodeRequest(tuple(prompt), self._config.model_copy(update={"max_tokens": room}), seed=seed + i)
+            Request(tuple(prompt), self._config.model_copy(update={"max_tokens": room}), seed=seed + i)
             for i, (prompt, room) in enumerate(zip(prompts, _rooms(prompts, max_tokens), strict=True))
         ]
         return [Written(a.tokens, a.num_committed, a.num_calls) for a in self._engine.generate(requests)]

@@ -2,7 +2,8 @@
 
 Exact under `causal`, and under `block_causal` where whole blocks are kept: there nothing sees what stands behind it (or
 its block), so a kept key is the one that a whole forward would compute. Under `full` attention every key changes with
-every token, and there is nothing to keep.
+every token: there a forward over a part of a row writes over that part's keys and takes the others as they were, which
+is exact where no token has changed since they were computed, and an approximation else.
 """
 
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ _MIN_QUERIES = 4  # a CPU's product of one or two rows takes other kernels, whic
 
 
 class KeyValueStore:
-    """Slots [layers, 2, rows, heads, capacity, head_dim]: one a row, taken and released; rows and capacity grow.
+    """Slots [layers, 2, rows, kv_heads, capacity, head_dim]: one a row, taken and released; rows and capacity grow.
 
     A layer's keys stand turned to their positions (RoPE), its values as they are.
     """
@@ -34,7 +35,7 @@ class KeyValueStore:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        shape = (model.layers, 2, rows, model.heads, padded(capacity), model.head_dim)
+        shape = (model.layers, 2, rows, model.num_kv_heads, padded(capacity), model.head_dim)
         # Zeros: what no query sees has weight 0, but 0 times a stray NaN is NaN.
         self.slots = torch.zeros(shape, device=device, dtype=dtype)
         self.lengths: Ints = np.zeros(rows, np.int64)
@@ -64,25 +65,28 @@ class KeyValueStore:
             self._free = [*range(rows, grown)][::-1] + self._free
         return self._free.pop()
 
-    def release(self, slot: int) -> None:
-        """Forget a row."""
+    def release(self, slot: int, *, is_spoilt: bool = False) -> None:
+        """Forget a row. is_spoilt: what was kept may be no number, and must not meet the weight 0 of an unseen key."""
+        if is_spoilt:
+            self.slots[:, :, slot] = 0
         self.lengths[slot] = self.written[slot] = 0
         self._free.append(slot)
 
-    def rows(self, slots: Sequence[int]) -> "KeyValues":
-        """The rows of one forward, in this order."""
-        return KeyValues(self, np.array(slots, np.int64))
+    def rows(self, slots: Sequence[int], begins: Sequence[int] | None = None) -> "KeyValues":
+        """The rows of one forward, in this order. begins: under `full`, where its positions stand in each row."""
+        return KeyValues(self, np.array(slots, np.int64), None if begins is None else np.array(begins, np.int64))
 
 
 class KeyValues:
     """The rows of a forward in a store. lengths int64 [B]: positions that are kept of each.
 
     A forward reads what is kept and changes nothing of it: its own keys and values lie behind, where the next forward
-    overwrites them, unless `commit` keeps them.
+    overwrites them, unless `commit` keeps them. Under `full` its positions begin where that is said, their keys and
+    values take the place of those that stood there, and all are kept.
     """
 
-    def __init__(self, store: KeyValueStore, slots: Ints) -> None:
-        self._store, self._slots = store, slots
+    def __init__(self, store: KeyValueStore, slots: Ints, begins: Ints | None = None) -> None:
+        self._store, self._slots, self._begins = store, slots, begins
 
     @property
     def lengths(self) -> Ints:
@@ -102,26 +106,34 @@ class KeyValues:
         self._store.written[self._slots] = 0
 
     def open(self, pattern: AttentionPattern, width: int, is_real: Tensor | None = None) -> "NewPositions":
-        """Room behind what is kept for a forward's `width` new positions, of which is_real bool [B width] says which
-        are; padding stands at the end.
+        """Room for a forward's `width` positions, of which is_real bool [B width] says which are; padding stands at the
+        end. It is behind what is kept, and under `full` where these rows begin.
 
-        Raises ValueError for a pattern without settled keys, for padding elsewhere and for more than the slots hold.
+        Raises ValueError for a pattern without kept keys, rows that do not say where they begin or do so behind what is
+        kept, padding elsewhere and more than the slots hold.
         """
         store, device = self._store, self._store.slots.device
-        if pattern.kind not in ("causal", "block_causal"):
-            raise ValueError(f"cache: under {pattern.kind} attention no key is settled before all tokens are")
+        if pattern.kind not in ("causal", "block_causal", "full"):
+            raise ValueError(f"cache: under {pattern.kind} attention no key is kept")
+        if (pattern.kind == "full") != (self._begins is not None):
+            raise ValueError("cache: under full attention, and nowhere else, rows say where positions begin")
+        if self._begins is not None and (self._begins > self.lengths).any():
+            raise ValueError(f"cache: {self._begins.tolist()} lie behind the {self.lengths.tolist()} kept positions")
         counts = np.full(len(self._slots), width)
         if is_real is not None:
             real = is_real.cpu().numpy()
             counts = real.sum(1)
             if (real != (np.arange(width) < counts[:, None])).any():
                 raise ValueError("cache: padding of new positions must stand at the end")
-        lengths = self.lengths
-        totals = lengths + counts
+        begins = self.lengths if self._begins is None else self._begins
+        totals = np.maximum(self.lengths, begins + counts)
         longest = padded(int(totals.max(initial=1)))
         if longest > store.capacity:
             raise ValueError(f"cache: {int(totals.max())} positions exceed the capacity of {store.capacity}")
-        store.written[self._slots] = counts
+        if self._begins is None:
+            store.written[self._slots] = counts
+        else:
+            store.lengths[self._slots] = totals
         row, column = np.nonzero(np.arange(width) < counts[:, None])
         first = int(self._slots[0]) if len(self._slots) else 0
         is_run = bool((self._slots == first + np.arange(len(self._slots))).all())
@@ -129,16 +141,17 @@ class KeyValues:
         def moved(array: Ints) -> Tensor:
             return torch.from_numpy(array).to(device)
 
-        offsets = moved(lengths[:, None] + np.arange(max(width, _MIN_QUERIES)))
+        offsets = moved(begins[:, None] + np.arange(max(width, _MIN_QUERIES)))
         keys, block = torch.arange(longest, device=device), pattern.block_length or 1
-        sees = keys // block <= offsets[:, :, None] // block
-        sees &= keys < moved(np.maximum(totals, 1))[:, None, None]  # padding of an empty row sees something too
+        sees = (keys < moved(np.maximum(totals, 1))[:, None, None]).repeat(1, offsets.shape[1], 1)  # an empty row's too
+        if pattern.kind != "full":
+            sees &= keys // block <= offsets[:, :, None] // block
         return NewPositions(
             slots=store.slots[..., :longest, :],
             rows=slice(first, first + len(self._slots)) if is_run else moved(self._slots),
             offsets=offsets[:, :width].clamp(max=longest - 1),  # padding may stand behind the last slot
             attention=torch.zeros(sees.shape, device=device).masked_fill_(~sees, -torch.inf)[:, None],
-            at=(moved(self._slots[row]), moved(lengths[row] + column)),
+            at=(moved(self._slots[row]), moved(begins[row] + column)),
             of=(moved(row), moved(column)),
         )
 

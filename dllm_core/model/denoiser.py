@@ -3,25 +3,33 @@
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from dllm_core.model.attention import Attention, rope_tables
 from dllm_core.model.cache import KeyValues, LayerKeyValues
 from dllm_core.model.conditioning import TimeConditioning, modulated
 from dllm_core.model.config import DenoiserConfig, ModelConfig
+from dllm_core.model.experts import MixtureOfExperts
 from dllm_core.model.layers import MIN_ROWS, Linear, RMSNorm, SwiGLU, pad_rows
 from dllm_core.model.pattern import FULL, AttentionPattern
-from dllm_core.model.visibility import visible_keys
+from dllm_core.model.visibility import predecessors, visible_keys
+
+_LONGEST_TABLE = 8192  # positions that are prepared for unasked: contexts of 131,072 would take 134 MB
 
 
 class Block(nn.Module):
     """x + attention(norm(x)), then x + ffn(norm(x))."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, number: int) -> None:
         super().__init__()
         self.norm1 = RMSNorm(config.dim, config.norm_eps)
         self.attention = Attention(config)
         self.norm2 = RMSNorm(config.dim, config.norm_eps)
-        self.ffn = SwiGLU(config.dim, config.ffn_dim, scale=(2 * config.layers) ** -0.5)
+        self.ffn: SwiGLU | MixtureOfExperts
+        if config.experts is not None and config.has_experts(number):
+            self.ffn = MixtureOfExperts(config, config.experts)
+        else:
+            self.ffn = SwiGLU(config.dim, config.ffn_dim, scale=(2 * config.layers) ** -0.5)
 
     def forward(
         self,
@@ -49,7 +57,10 @@ class Denoiser(nn.Module):
     """x_theta(xt) or, with `model.time_conditioning`, x_theta(xt, t).
 
     For absorbing noise the masks themselves tell t (MDLM, section 3.3); where noise is made of tokens, t helps.
+    checkpoints_blocks: keep each block's input for the backward alone, and compute the rest again: memory for time.
     """
+
+    checkpoints_blocks = False
 
     def __init__(self, config: DenoiserConfig) -> None:
         super().__init__()
@@ -57,7 +68,7 @@ class Denoiser(nn.Module):
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, model.dim)
         nn.init.normal_(self.embed.weight, std=model.dim**-0.5 if model.tie_embeddings else 1.0)
-        self.blocks = nn.ModuleList(Block(model) for _ in range(model.layers))
+        self.blocks = nn.ModuleList(Block(model, number) for number in range(model.layers))
         self.norm = RMSNorm(model.dim, model.norm_eps)
         self.head = Linear(model.dim, config.vocab_size)
         if model.tie_embeddings:
@@ -84,11 +95,13 @@ class Denoiser(nn.Module):
         no real position sees. read: bool [B L]; then the head runs at those positions only and the result is
         [read.sum() V] in row-major order, else [B L V]. segment_ids: int [B L]; a position sees its own segment only.
         positions: int [L] or [B L], by default 0 to L - 1. They need not restart: RoPE tells distances alone. t: [B]
-        or [B L] in [0, 1], with `time_conditioning` only; the clean half is at t = 0.
+        or [B L] in [0, 1], with `time_conditioning` only; the clean half is at t = 0. Logits at i are of token i, also
+        where `model.shifted` has the position before tell it; under `causal`, of what the caller takes them to be.
 
         With a cache, whose rows are the batch's, the L tokens stand behind what is kept of each row: they see that too,
         positions count on from it, padding stands at their end, and the result is what a whole forward gives at them.
-        `cache.commit` then keeps of them what is settled. Under `causal` and `block_causal`, without gradients.
+        `cache.commit` then keeps of them what is settled. Under `full` they stand where the cache says, and see kept
+        keys of all other positions; shifted, the first of them tells itself. Without gradients.
 
         Raises ValueError for a t that is missing or of no use, a [xt ; x0] of odd length, and what has no cache.
         """
@@ -107,7 +120,14 @@ class Denoiser(nn.Module):
         x = self._embedded(input_ids)
         *of_blocks, of_norm = self._modulations(t, length, pattern, x.dtype)
         for block, modulation in zip(self.blocks, of_blocks, strict=True):
-            x = block(x, cos, sin, attention, is_causal, modulation)
+            given = (x, cos, sin, attention, is_causal, modulation)
+            if self.checkpoints_blocks and torch.is_grad_enabled():
+                x = checkpoint(block, *given, use_reentrant=False, preserve_rng_state=False)  # nothing draws
+            else:
+                x = block(*given)
+        if self.config.model.shifted and pattern.kind != "causal":
+            teller = predecessors(pattern, length, x.device, is_real, segment_ids)
+            x = x.take_along_dim(teller[..., None], dim=1)
         return self._logits(x[:, :length], read, of_norm)
 
     def _continued(
@@ -124,6 +144,8 @@ class Denoiser(nn.Module):
         """Logits at the new positions input_ids [B n], behind what the cache keeps."""
         if segment_ids is not None or torch.is_grad_enabled():
             raise ValueError("cache: is for inference, torch.no_grad() or inference_mode(), on rows of one document")
+        if self.config.model.shifted and pattern.kind == "block_causal":
+            raise ValueError("cache: a block's first token is told by the position before it, which no cache keeps")
         rows, width = input_ids.shape
         new = cache.open(pattern, width, is_real)
         if positions is None:
@@ -138,6 +160,8 @@ class Denoiser(nn.Module):
         *of_blocks, of_norm = self._modulations(t, width, pattern, x.dtype)
         for number, (block, modulation) in enumerate(zip(self.blocks, of_blocks, strict=True)):
             x = block(x, cos, sin, new.attention, False, modulation, new.layer(number))
+        if self.config.model.shifted and pattern.kind == "full":
+            x = torch.cat([x[:, :1], x[:, :-1]], dim=1)
         if read is None:
             return self._logits(x, None, of_norm)[:rows]
         return self._logits(x[:rows], read, None if of_norm is None else of_norm[:rows])
@@ -145,7 +169,8 @@ class Denoiser(nn.Module):
     def _embedded(self, input_ids: Tensor) -> Tensor:
         """[B L] -> [B L D], of about unit size."""
         model = self.config.model
-        embedded: Tensor = self.embed(input_ids) * (model.dim**0.5 if model.tie_embeddings else 1.0)
+        is_scaled = model.tie_embeddings and model.scale_embeddings
+        embedded: Tensor = self.embed(input_ids) * (model.dim**0.5 if is_scaled else 1.0)
         return embedded
 
     def _modulations(
@@ -182,13 +207,13 @@ class Denoiser(nn.Module):
         model = self.config.model
         if positions is None:
             if self._tables is None or self._tables[0].shape[0] < length or self._tables[0].device != device:
-                longest = max(length, self.config.context_length)
+                longest = max(length, min(self.config.context_length, _LONGEST_TABLE))
                 with torch.inference_mode(False):  # else a model that was evaluated first could not be trained
                     every = torch.arange(longest, device=device)
-                    self._tables = rope_tables(every, model.head_dim, model.rope_theta)
+                    self._tables = rope_tables(every, model.rope_dim, model.rope_theta)
             cos, sin = (table[:length] for table in self._tables)
         else:
-            cos, sin = rope_tables(positions, model.head_dim, model.rope_theta)
+            cos, sin = rope_tables(positions, model.rope_dim, model.rope_theta)
             if positions.ndim == 2:
                 cos, sin = cos[:, None], sin[:, None]
         return (cos, sin) if halves == 1 else (torch.cat([cos, cos], dim=-2), torch.cat([sin, sin], dim=-2))

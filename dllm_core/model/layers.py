@@ -1,4 +1,4 @@
-"""RMSNorm, SwiGLU and a bias-free Linear that initialises itself, so that ZeRO-3 can partition it when made."""
+"""RMSNorm, SwiGLU and a Linear that initialises itself, so that ZeRO-3 can partition it when made."""
 
 import torch
 from torch import Tensor, nn
@@ -16,15 +16,17 @@ def pad_rows(x: Tensor) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """y = x W^T, W ~ N(0, scale^2 / fan_in)."""
+    """y = x W^T, W ~ N(0, scale^2 / fan_in); with a bias y = x W^T + b, b = 0 at first."""
 
-    def __init__(self, fan_in: int, fan_out: int, scale: float = 1.0) -> None:
+    def __init__(self, fan_in: int, fan_out: int, scale: float = 1.0, *, bias: bool = False) -> None:
         self.init_std = scale * fan_in**-0.5
-        super().__init__(fan_in, fan_out, bias=False)
+        super().__init__(fan_in, fan_out, bias=bias)
 
     def reset_parameters(self) -> None:
         """Called by nn.Linear's own constructor."""
         nn.init.normal_(self.weight, std=self.init_std)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
 
 class RMSNorm(nn.Module):

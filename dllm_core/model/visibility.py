@@ -40,6 +40,37 @@ def visible_keys(
     return torch.cat([noised, clean], dim=-2)
 
 
+def predecessors(
+    pattern: AttentionPattern,
+    length: int,
+    device: torch.device,
+    is_real: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+) -> Tensor:
+    """The position whose output tells a token where logits are shifted: int64 [B or 1, L], into a row or [xt ; x0].
+
+    The one before it; a document's first token has none and tells itself. In [xt ; x0] a block's first token is told
+    by its clean predecessor, which is what stands before the block when it is decoded.
+    """
+    labels = [label for label in (is_real, segment_ids) if label is not None]
+    offset = _offsets(labels, length, device)
+    index = torch.arange(length, device=device)
+    teller = torch.where(offset == 0, index, index - 1)
+    if pattern.has_clean_half:
+        begins_block = (offset % (pattern.block_length or 1) == 0) & (offset > 0)
+        teller = torch.where(begins_block, teller + length, teller)
+    return teller
+
+
+def document_starts(*labels: Tensor) -> Tensor:
+    """Where a document begins, bool [B L]: at a row's first token, and wherever one of the labels [B L] changes."""
+    begins = torch.zeros_like(labels[0], dtype=torch.bool)
+    begins[:, :1] = True
+    for label in labels:
+        begins[:, 1:] |= label[:, 1:] != label[:, :-1]
+    return begins
+
+
 def _all_equal(labels: list[Tensor]) -> Tensor:
     """Where a pair agrees in every label [B L]: bool [B L L]."""
     equal = [label[:, :, None] == label[:, None, :] for label in labels]
@@ -51,7 +82,5 @@ def _offsets(labels: list[Tensor], length: int, device: torch.device) -> Tensor:
     index = torch.arange(length, device=device)[None]
     if not labels:
         return index
-    begins = torch.zeros_like(labels[0], dtype=torch.bool)
-    for label in labels:
-        begins[:, 1:] |= label[:, 1:] != label[:, :-1]
+    begins = document_starts(*labels)
     return index - torch.where(begins, index, 0).cummax(dim=1).values

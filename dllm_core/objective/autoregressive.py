@@ -5,6 +5,7 @@ from torch import Tensor
 
 from dllm_core.data.batch import Batch
 from dllm_core.model.pattern import CAUSAL
+from dllm_core.model.visibility import document_starts
 from dllm_core.objective.config import AutoregressiveConfig
 from dllm_core.objective.loss import DenoiserLike, LossSum, Rows
 from dllm_core.objective.vocabulary import nll
@@ -16,7 +17,7 @@ class Autoregressive:
     So the first token of a row, and of an isolated document, is asked too: as many tokens count as in diffusion.
     """
 
-    pattern = CAUSAL
+    pattern, passes = CAUSAL, 1
 
     def __init__(self, config: AutoregressiveConfig, mask_id: int, device: torch.device) -> None:
         self._config, self._mask_id, self._device = config, mask_id, device
@@ -30,11 +31,13 @@ class Autoregressive:
         nats, divisor = rows.normalized(cost, rows.counted, self._config.normalize)
         return LossSum(nats, cost.detach().sum(), int(batch.loss_mask.sum()), divisor)
 
+    def divisor(self, batch: Batch) -> float:
+        """Every counted token is asked."""
+        rows = Rows.of(batch, self._device)
+        return rows.divisor(rows.counted, self._config.normalize)
+
 
 def shifted(x0: Tensor, segment_ids: Tensor | None, mask_id: int) -> Tensor:
     """The token before each position [B L], the mask where there is none in its segment."""
-    before = torch.full_like(x0, mask_id)
-    before[:, 1:] = x0[:, :-1]
-    if segment_ids is not None:
-        before[:, 1:].masked_fill_(segment_ids[:, 1:] != segment_ids[:, :-1], mask_id)
-    return before
+    starts = document_starts(torch.zeros_like(x0) if segment_ids is None else segment_ids)
+    return x0.roll(1, dims=1).masked_fill_(starts, mask_id)

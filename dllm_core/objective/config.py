@@ -9,12 +9,20 @@ from dllm_core.config.base import FieldProblem, Frozen
 Normalize = Literal["tokens", "noised", "answer"]
 
 
+class WarmupStage(Frozen):
+    """So many steps in blocks of so many tokens; blocks as long as a row are diffusion over whole rows."""
+
+    block_length: int = Field(ge=1)
+    steps: int = Field(ge=1, le=1 << 40)
+
+
 class DiffusionOptions(Frozen):
     """What both diffusion objectives have. The defaults give the NELBO itself, which every process has.
 
     weight: the NELBO's; none (plain cross-entropy); or by how much clean context stands near a mask (CART).
     normalize: what the sum is divided by: counted tokens; noised ones; or each row by its own counted tokens, then
     by rows, so that a short answer weighs as much as a long one.
+    block_warmup: stages before the objective itself; a model that was autoregressive begins with blocks of one token.
     """
 
     weight: Literal["nelbo", "none", "context"] = "nelbo"
@@ -22,6 +30,12 @@ class DiffusionOptions(Frozen):
     context_rate: float = Field(0.3, gt=0, lt=1, description="`context`: how fast a neighbour's help fades")
     normalize: Normalize = "tokens"
     complementary: bool = Field(False, description="learn from a mask and its complement in one step")
+    block_warmup: tuple[WarmupStage, ...] = Field((), description="other blocks in the first steps")
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a fingerprint holds: a field that came later is left out where it says nothing."""
+        return self.model_dump(mode="json", exclude=set() if self.block_warmup else {"block_warmup"})
 
     @model_validator(mode="after")
     def _clipped_is_the_nelbos(self) -> Self:
@@ -71,12 +85,32 @@ class MaskedLMConfig(Frozen):
         return self
 
 
+class PreferenceConfig(Frozen):
+    """Of two answers the preferred one becomes likelier than under the weights that training starts from.
+
+    VRPO of LLaDA 1.5, arXiv:2505.19223: DPO on bounds, of a masked diffusion over whole rows or, with
+    `noise.block_length`, in blocks.
+    """
+
+    type: Literal["preference"] = "preference"
+    beta: float = Field(0.1, gt=0, description="how much a nat of margin counts; a small one drifts further")
+    draws: int = Field(4, ge=1, le=1024, description="times of each pair in a step, one mask each")
+    sft_weight: float = Field(0.0, ge=0, description="nats a token of the chosen answer that are added to the loss")
+
+
 def _diffusion_unless_said(section: Any) -> Any:
     return {"type": "diffusion", **section} if isinstance(section, dict) else section
 
 
 AnyObjective = Annotated[
-    DiffusionConfig | BlockDiffusionConfig | AutoregressiveConfig | MaskedLMConfig,
+    DiffusionConfig | BlockDiffusionConfig | AutoregressiveConfig | MaskedLMConfig | PreferenceConfig,
     Field(discriminator="type"),
     BeforeValidator(_diffusion_unless_said),
 ]
+
+
+def model_kind(objective: AnyObjective, block_length: int | None) -> AnyObjective:
+    """What a model is to who scores, decodes or serves it: tuned by preference, the diffusion that it was before."""
+    if isinstance(objective, PreferenceConfig):
+        return DiffusionConfig() if block_length is None else BlockDiffusionConfig()
+    return objective

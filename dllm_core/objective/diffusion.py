@@ -13,7 +13,7 @@ from dllm_core.noise.interpolating import InterpolatingProcess
 from dllm_core.noise.law import Law
 from dllm_core.objective.config import DiffusionOptions
 from dllm_core.objective.context import context_weights
-from dllm_core.objective.loss import DenoiserLike, LossSum, Rows
+from dllm_core.objective.loss import DenoiserLike, LossSum, Rows, by_level
 from dllm_core.objective.vocabulary import LogitsLaw, nll
 
 
@@ -51,25 +51,39 @@ class Diffusion:
         self._config, self._process, self._device = config, process, device
         self._steps, self._t_min, self._time_conditioning = steps, t_min, time_conditioning
         self.pattern = training_pattern(block_length)
+        self.passes = 2 if config.complementary else 1
 
     def loss(self, denoiser: DenoiserLike, batch: Batch) -> LossSum:
         """Sums over a batch; with `complementary` the mean of what a mask and its complement cost."""
         rows = Rows.of(batch, self._device)
-        shown = [self._drawn(rows)]
-        if self._config.complementary:
-            shown.append(self._complement(rows))
-        parts = [self._part(denoiser, rows, noised) for noised in shown]
-        nats, bound, divisor = (sum(values) / len(parts) for values in zip(*parts, strict=True))
-        return LossSum(nats, bound, int(batch.loss_mask.sum()), divisor)
+        parts = [self._part(denoiser, rows, noised) for noised in self._shown(rows)]
+        nats, bound, divisor, levels = (sum(values) / len(parts) for values in zip(*parts, strict=True))
+        return LossSum(nats, bound, int(batch.loss_mask.sum()), divisor, levels)
 
-    def _part(self, denoiser: DenoiserLike, rows: Rows, noised: _Noised) -> tuple[Tensor, Tensor, float]:
-        read = rows.counted if self._process.replaces else rows.counted & (noised.xt == self._process.mask_id)
+    def divisor(self, batch: Batch) -> float:
+        """Noise and counted tokens alone decide it."""
+        rows = Rows.of(batch, self._device)
+        shown = self._shown(rows)
+        return sum(rows.divisor(self._read(rows, noised), self._config.normalize) for noised in shown) / len(shown)
+
+    def _shown(self, rows: Rows) -> list[_Noised]:
+        """What the denoiser is shown, in one pass each."""
+        return [self._drawn(rows), *([self._complement(rows)] if self._config.complementary else [])]
+
+    def _read(self, rows: Rows, noised: _Noised) -> Tensor:
+        """Where it is asked, bool [B L]."""
+        return rows.counted if self._process.replaces else rows.counted & (noised.xt == self._process.mask_id)
+
+    def _part(self, denoiser: DenoiserLike, rows: Rows, noised: _Noised) -> tuple[Tensor, Tensor, float, Tensor]:
+        read = self._read(rows, noised)
         given = torch.cat([noised.xt, rows.x0], dim=1) if self.pattern.has_clean_half else noised.xt
         when = {"t": noised.t} if self._time_conditioning else {}
         logits = denoiser(given, read=read, pattern=self.pattern, **rows.attention, **when)
         cost, bound = self._costs(logits, rows, noised, read)
         nats, divisor = rows.normalized(cost, read, self._config.normalize)
-        return nats, bound.detach().sum(), divisor
+        bound, counted = bound.detach(), noised.t[rows.counted]
+        levels = torch.cat([by_level(noised.t[read], bound), by_level(counted, torch.ones_like(counted))])
+        return nats, bound.sum(), divisor, levels
 
     def _costs(self, logits: Tensor, rows: Rows, noised: _Noised, read: Tensor) -> tuple[Tensor, Tensor]:
         """What is minimised and what bounds the likelihood, each fp32 [n], at the n positions of `read`."""

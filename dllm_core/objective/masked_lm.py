@@ -18,7 +18,7 @@ class MaskedLM:
     The choice is a pure function of (seed, sample counter), drawn here: a corpus's written noise says nothing of it.
     """
 
-    pattern = FULL
+    pattern, passes = FULL, 1
 
     def __init__(
         self, config: MaskedLMConfig, mask_id: int, vocab_size: int, device: torch.device, *, seed: int
@@ -34,6 +34,10 @@ class MaskedLM:
         logits = denoiser(torch.from_numpy(noised).to(self._device), read=read, pattern=self.pattern, **rows.attention)
         nats, divisor = rows.normalized(nll(logits, rows.x0[read], self._mask_id), read, "noised")
         return LossSum(nats, torch.tensor(torch.nan), int(batch.loss_mask.sum()), divisor)
+
+    def divisor(self, batch: Batch) -> float:
+        """The number of chosen tokens."""
+        return float(self.corrupt(batch.x0, batch.counters, batch.loss_mask)[1].sum())
 
     def corrupt(self, x0: Ints, counters: Ints, may_choose: NDArray[np.bool_]) -> tuple[Ints, NDArray[np.bool_]]:
         """(noised ids, which are asked), each [B L], for the samples with these counters [B]."""

@@ -1,10 +1,11 @@
 """What objectives ask of logits [n V], in one pass forward and one back, some rows at a time.
 
 An operation over all of [n V] moves it through memory; here each works on rows that a processor's cache still holds,
-and nothing of that size is kept but the logits. As single operations, cross-entropy took 3 times and the divergence
+and nothing of that size is kept but the logits. As single operations, cross-entropy took 5 times and the divergence
 of replaced tokens 10 times as long at [1024 8192].
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,8 @@ from torch import Tensor
 
 from dllm_core.noise.law import Reading
 
-_CPU_ELEMENTS, _GPU_ELEMENTS = 1 << 18, 1 << 25  # 1 MiB a thread and array; few launches
+_LOG2_E = 1 / math.log(2)  # a CPU's `exp2` takes 0.4 of the time of its `exp`
+_CPU_ELEMENTS, _GPU_ELEMENTS = 1 << 19, 1 << 25  # 2 MiB a thread and array; few launches
 # exp(shift) p is summed by products of 1 + it, which must stay below float32's 3e38: two factors do for every shift
 # below e^43, four and eight for smaller ones.
 _LARGEST_SHIFT = 43.0
@@ -48,8 +50,39 @@ class LogitsLaw:
 
 
 def _read(logits: Tensor, mask_id: int, ids: Tensor, shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    if not (torch.is_grad_enabled() and logits.requires_grad):
+        return _read_alike(logits, mask_id, ids, shift)
     found: tuple[Tensor, Tensor] = _Read.apply(logits, mask_id, ids, shift)  # type: ignore[no-untyped-call]
     return found
+
+
+def _read_alike(logits: Tensor, mask_id: int, ids: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`_Read` without a gradient, where a row's bits must not depend on its neighbours.
+
+    The last bit of a CPU's `exp2` depends on where in an array a number stands; softmax goes row by row.
+    """
+    odds, folds = _odds(shift, len(ids))
+    log_probs = torch.empty(ids.shape, device=logits.device)
+    others = torch.zeros(len(ids), device=logits.device)
+    for at, shown, probs, _ in _some_rows(logits, mask_id, arrays=2):
+        if odds is None:
+            torch.log_softmax(shown, -1, out=probs)
+            torch.gather(probs, 1, ids[at], out=log_probs[at])
+            continue
+        torch.softmax(shown, -1, out=probs)
+        # The largest logit and its probability tell the normalizer without another exp; p >= 1/V keeps its digits.
+        log_sum = shown.amax(-1, keepdim=True) - probs.amax(-1, keepdim=True).log()
+        log_probs[at] = shown.gather(1, ids[at]) - log_sum
+        others[at] = _sum_log1p(probs.scatter_(1, ids[at, :1], 0.0).mul_(odds[at]), folds)
+    return log_probs, others
+
+
+def _odds(shift: Tensor | None, rows: int) -> tuple[Tensor | None, int]:
+    """exp(shift) [n 1] and how often its products may be folded; (None, 0) where there is nothing to sum."""
+    if shift is None or not rows:
+        return None, 0
+    shift = shift.clamp(max=_LARGEST_SHIFT)
+    return shift.exp().float()[:, None], next(n for least, n in _FOLDS if shift.max() <= least)
 
 
 class _Read(torch.autograd.Function):
@@ -57,37 +90,31 @@ class _Read(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, mask_id: int, ids: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor]:
-        odds, folds = None, 0
-        if shift is not None and len(ids):
-            shift = shift.clamp(max=_LARGEST_SHIFT)
-            odds = shift.exp().float()[:, None]
-            folds = next(n for least, n in _FOLDS if shift.max() <= least)
-        ctx.save_for_backward(logits, ids, odds)
-        ctx.mask_id, ctx.is_callers = mask_id, logits.is_leaf
+        odds, folds = _odds(shift, len(ids))
         log_probs = torch.empty(ids.shape, device=logits.device)
         others = torch.zeros(len(ids), device=logits.device)
-        for at, shown, probs, _ in _some_rows(logits, mask_id, arrays=2):
-            if odds is None:
-                torch.log_softmax(shown, -1, out=probs)
-                torch.gather(probs, 1, ids[at], out=log_probs[at])
-                continue
-            torch.softmax(shown, -1, out=probs)
-            # The largest logit and its probability tell the normalizer without another exp; p >= 1/V keeps its digits.
-            log_sum = shown.amax(-1, keepdim=True) - probs.amax(-1, keepdim=True).log()
-            log_probs[at] = shown.gather(1, ids[at]) - log_sum
-            others[at] = _sum_log1p(probs.scatter_(1, ids[at, :1], 0.0).mul_(odds[at]), folds)
-        return log_probs, others
+        largest, log_sum = torch.empty(2, len(ids), 1, device=logits.device)
+        for at, shown, *_ in _some_rows(logits, mask_id, arrays=1):
+            torch.amax(shown, -1, keepdim=True, out=largest[at])
+            log_probs[at] = shown.sub_(largest[at]).gather(1, ids[at])
+            total = shown.mul_(_LOG2_E).exp2_().sum(-1, keepdim=True)
+            torch.log(total, out=log_sum[at])
+            if odds is not None:
+                others[at] = _sum_log1p(shown.scatter_(1, ids[at, :1], 0.0).mul_(odds[at] / total), folds)
+        ctx.save_for_backward(logits, ids, odds, largest, log_sum)
+        ctx.mask_id, ctx.is_callers = mask_id, logits.is_leaf
+        return log_probs.sub_(log_sum), others
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        logits, ids, odds = ctx.saved_tensors
+        logits, ids, odds, largest, log_sum = ctx.saved_tensors
         of_ids, of_others = gradients[0].float(), gradients[1].float()[:, None]
         # The pages of a new array cost more than the gradient itself, so it takes the place of the logits, unless they
         # are a caller's own. Autograd knows: it refuses whatever would read them once more.
         found = torch.empty_like(logits) if ctx.is_callers else logits.detach()
-        for at, probs, gained, total in _some_rows(logits, ctx.mask_id, arrays=2 if odds is None else 3):
+        for at, probs, gained, total in _some_rows(logits, ctx.mask_id, arrays=1 if odds is None else 3):
             own = of_ids[at]
-            torch.softmax(probs, -1, out=probs)
+            torch.add(log_sum[at] * -_LOG2_E, probs.sub_(largest[at]), alpha=_LOG2_E, out=probs).exp2_()
             down = own.sum(1, keepdim=True)
             if odds is None:
                 probs.mul_(-down)
@@ -101,7 +128,7 @@ class _Read(torch.autograd.Function):
 
 
 def _some_rows(logits: Tensor, mask_id: int, arrays: int) -> Any:
-    """(rows, their logits in fp32 with the mask's at -inf, two scratch arrays of that shape), overwritten each time."""
+    """(rows, their logits in fp32 with the mask's at -inf, two more of that shape or None); overwritten each time."""
     elements = _CPU_ELEMENTS * torch.get_num_threads() if logits.device.type == "cpu" else _GPU_ELEMENTS
     rows = max(1, elements // max(1, logits.shape[1]))
     scratch = [torch.empty(min(rows, len(logits)), logits.shape[1], device=logits.device) for _ in range(arrays)]
@@ -110,7 +137,7 @@ def _some_rows(logits: Tensor, mask_id: int, arrays: int) -> Any:
         shown, *others = (array[: at.stop - start] for array in scratch)
         shown.copy_(logits[at])
         shown[:, mask_id] = -torch.inf
-        yield (at, shown, *others, None)[:4]
+        yield at, shown, *others, *[None] * (3 - arrays)
 
 
 def _sum_log1p(a: Tensor, folds: int) -> Tensor:

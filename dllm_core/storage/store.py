@@ -96,6 +96,17 @@ class Store(Protocol):
         """Fail now, in one line, if objects of `need_bytes` could not be written."""
 
 
+def _stat_file(path: str, key: str) -> StoredObject | None:
+    """Without pathlib, which took four fifths of the time of listing a folder of 50,000 files."""
+    try:
+        stat = os.stat(path)
+    except OSError as error:
+        if error.errno in {errno.ENOENT, errno.ENOTDIR, errno.ELOOP}:
+            return None
+        raise DataError(path, f"cannot be looked at ({error.strerror})") from error
+    return StoredObject(key, stat.st_size, str(stat.st_mtime_ns)) if S_ISREG(stat.st_mode) else None
+
+
 @dataclass(frozen=True)
 class LocalStore:
     """A folder. Writes are temp file + fsync + rename, so a kill leaves no partial object under a key."""
@@ -125,27 +136,20 @@ class LocalStore:
 
     def list(self, prefix: str = "") -> Iterator[StoredObject]:
         """All files below a folder, sorted by key; temporary ones are not objects."""
-        top = self.path(prefix)
+        top, root = self._file(prefix).rstrip("/") or "/", str(self.root).rstrip("/")
         found = []
         for folder, _, names in os.walk(top, onerror=_raise_walk_error):
             for name in names:
                 if not _is_temporary(name):
-                    item = self.stat(Path(folder, name).relative_to(self.root).as_posix())
+                    path = f"{folder.rstrip('/')}/{name}"
+                    item = _stat_file(path, path[len(root) + 1 :])
                     found += [item] if item is not None else []
         return iter(sorted(found, key=lambda item: item.key))
 
     def stat(self, key: str) -> StoredObject | None:
         """Size and modification time of a file; None for a folder, a broken link and a file that just went."""
         path = self.path(key)
-        try:
-            stat = path.stat()
-        except OSError as error:
-            if error.errno in {errno.ENOENT, errno.ENOTDIR, errno.ELOOP}:
-                return None
-            raise DataError(str(path), f"cannot be looked at ({error.strerror})") from error
-        if not S_ISREG(stat.st_mode):
-            return None
-        return StoredObject(path.relative_to(self.root).as_posix(), stat.st_size, str(stat.st_mtime_ns))
+        return _stat_file(str(path), path.relative_to(self.root).as_posix())
 
     def exists(self, key: str) -> bool:
         """Whether the file is there."""

@@ -1,15 +1,20 @@
 """Backend: who holds the weights, the gradients and the optimizer. The loop sees nothing else of the machine.
 
-Optimizer state crosses this border as whole fp32 tensors by parameter name, so a checkpoint fits every backend.
+Weights and optimizer state cross this border as whole fp32 tensors by parameter name, so a checkpoint fits every
+backend; between checkpoints each rank sees its own share alone.
 """
 
+import os
+import shutil
 from contextlib import AbstractContextManager
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from dllm_core.errors import ConfigError
 from dllm_core.model.denoiser import Denoiser
+from dllm_core.model.pretrained import weights_of
 from dllm_core.objective.loss import DenoiserLike
 from dllm_core.training.config import TrainConfig
 
@@ -28,8 +33,8 @@ class Backend(Protocol):
     def autocast(self) -> AbstractContextManager[object]:
         """The precision that a forward runs in."""
 
-    def backward(self, loss: Tensor) -> None:
-        """Add this rank's gradients; over ranks they are averaged."""
+    def backward(self, loss: Tensor, *, is_last: bool = True) -> None:
+        """Add this rank's gradients; over ranks they are averaged. is_last: `step` comes next."""
 
     def step(self, learning_rate: float) -> float:
         """Clip, update, clear; the global gradient norm before clipping.
@@ -40,22 +45,71 @@ class Backend(Protocol):
     def sum_over_ranks(self, values: list[float]) -> list[float]:
         """Element-wise sum in fp64, the same on every rank. Collective."""
 
+    def shard(self) -> dict[str, Tensor]:
+        """A rank's share of the trained weights by name, fp32, as they are now: a view, in the backend's form.
+
+        All shares together hold each weight once, so an average of shards costs nothing but its own memory.
+        """
+
+    def gather(self, shard: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Whole tensors on rank 0, nothing elsewhere, from such shares of all ranks. Collective."""
+
+    def scatter(self, whole: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A rank's share of whole tensors that every rank was given: undoes `gather`."""
+
     def optimizer_state(self) -> dict[str, Tensor]:
-        """`<moment>.<parameter>` for Adam's two moments, whole, fp32, on the CPU. Collective."""
+        """`<moment>.<parameter>` for Adam's two moments, whole, fp32, on rank 0's CPU, else nothing. Collective."""
 
     def load_optimizer_state(self, state: dict[str, Tensor], step: int) -> None:
         """Take such a state, as after `step` updates. Collective."""
 
 
-def new_optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW; matrices decay, norms' weights do not."""
-    decaying = [p for p in module.parameters() if p.ndim >= 2]
-    others = [p for p in module.parameters() if p.ndim < 2]
+def new_optimizer(module: nn.Module, config: TrainConfig, device: torch.device) -> torch.optim.AdamW:
+    """AdamW; matrices decay, norms' weights do not. device: where it works, which may be the CPU for a GPU's weights.
+
+    On a GPU torch's own fused kernel, which comes with torch; nothing is compiled. On a CPU the plain one.
+    """
+    trained = [p for p in module.parameters() if p.requires_grad]
+    decaying = [p for p in trained if p.ndim >= 2]
+    others = [p for p in trained if p.ndim < 2]
     groups = [
         {"params": decaying, "weight_decay": config.weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas)
+    groups = [group for group in groups if group["params"]]  # adapters are matrices alone; DeepSpeed wants no empty one
+    fused = True if device.type == "cuda" else None
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=fused)
+
+
+def trained_weights(module: Denoiser) -> dict[str, Tensor]:
+    """What training changes, by name, and so what a checkpoint holds: all there is, or what is not frozen."""
+    parameters = dict(module.named_parameters())
+    if all(p.requires_grad for p in parameters.values()):
+        return weights_of(module)
+    return {name: p.detach() for name, p in parameters.items() if p.requires_grad}
+
+
+def new_state(optimizer: torch.optim.Optimizer, p: Tensor, step: int, moments: dict[str, Tensor]) -> None:
+    """Give a parameter Adam's state; a fused kernel wants the step beside it, the plain one on the CPU."""
+    device = p.device if optimizer.defaults["fused"] else torch.device("cpu")
+    optimizer.state[p] = {"step": torch.tensor(float(step), device=device), **moments}
+
+
+def prepare(module: Denoiser, config: TrainConfig) -> None:
+    """Set what changes a forward's speed and memory, not its result. Twice is as good as once.
+
+    Blocks are compiled one by one: equal code for all, and rows that `read` cuts to ever new lengths stay outside.
+    """
+    module.checkpoints_blocks = config.activation_checkpointing
+    if not config.compile:
+        return
+    compiler = os.environ.get("CXX", "g++")
+    if module.device.type == "cpu" and shutil.which(compiler) is None:
+        problem = f"needs a C++ compiler on a CPU, and there is no {compiler}"
+        raise ConfigError("train.compile", problem, True, "install one and name it in CXX, or leave it out")
+    for block in module.blocks:
+        if block._compiled_call_impl is None:
+            block.compile()
 
 
 def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
@@ -72,14 +126,18 @@ def _cpu_has_bf16() -> bool:
 
 
 class LocalBackend:
-    """One process, plain PyTorch: the reference that the DeepSpeed backend is tested and measured against."""
+    """One process, plain PyTorch: the reference that the DeepSpeed backend is tested and measured against.
+
+    It holds all there is, so `zero_stage` and `offload` say nothing to it.
+    """
 
     rank, world_size = 0, 1
 
     def __init__(self, module: Denoiser, config: TrainConfig) -> None:
         self.module, self.device = module, module.device
         self.denoiser: DenoiserLike = module
-        self._config, self._optimizer = config, new_optimizer(module, config)
+        prepare(module, config)
+        self._config, self._optimizer = config, new_optimizer(module, config, self.device)
         self._precision = resolve_precision(config.precision, self.device)
 
     def autocast(self) -> AbstractContextManager[object]:
@@ -87,7 +145,7 @@ class LocalBackend:
         enabled = self._precision is not torch.float32
         return torch.autocast(self.device.type, dtype=self._precision, enabled=enabled)
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, *, is_last: bool = True) -> None:
         """loss.backward()."""
         torch.autograd.backward(loss)
 
@@ -105,6 +163,18 @@ class LocalBackend:
         """One rank: the values themselves."""
         return values
 
+    def shard(self) -> dict[str, Tensor]:
+        """All weights that train."""
+        return trained_weights(self.module)
+
+    def gather(self, shard: dict[str, Tensor]) -> dict[str, Tensor]:
+        """It is whole."""
+        return shard
+
+    def scatter(self, whole: dict[str, Tensor]) -> dict[str, Tensor]:
+        """All, on the module's device."""
+        return {name: tensor.to(self.device) for name, tensor in whole.items()}
+
     def optimizer_state(self) -> dict[str, Tensor]:
         """From torch's own state; zeros before the first step."""
         return moments_of(self.module, self._optimizer)
@@ -119,12 +189,13 @@ def moments_of(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str,
     return {
         f"{moment}.{name}": optimizer.state[p].get(moment, torch.zeros_like(p)).detach().float().cpu().clone()
         for name, p in module.named_parameters()
+        if p.requires_grad
         for moment in MOMENTS
     }
 
 
 def set_moments(module: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Tensor], step: int) -> None:
     """Set Adam's moments of an unpartitioned optimizer."""
-    for name, p in module.named_parameters():
+    for name, p in ((name, p) for name, p in module.named_parameters() if p.requires_grad):
         moments = {moment: state[f"{moment}.{name}"].to(p.device, torch.float32).clone() for moment in MOMENTS}
-        optimizer.state[p] = {"step": torch.tensor(float(step)), **moments}
+        new_state(optimizer, p, step, moments)

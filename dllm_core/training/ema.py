@@ -7,7 +7,8 @@ from torch import Tensor
 class WeightAverage:
     """ema <- d ema + (1 - d) weights, with d = min(decay, (1 + step) / (10 + step)) so that early steps do not weigh.
 
-    Rank 0 alone holds one: it is written down and served, never trained on.
+    Each rank holds that of its own share of the weights (`Backend.shard`): it is written down and served, never
+    trained on.
     """
 
     def __init__(self, weights: dict[str, Tensor], decay: float) -> None:
@@ -19,4 +20,5 @@ class WeightAverage:
         """Take in the weights after optimizer step `step` (counted from 0)."""
         decay = min(self._decay, (1 + step) / (10 + step))
         new = [weights[name].detach().float() for name in self.weights]
-        torch._foreach_lerp_(list(self.weights.values()), new, 1 - decay)
+        if new:  # a rank whose share is nothing
+            torch._foreach_lerp_(list(self.weights.values()), new, 1 - decay)

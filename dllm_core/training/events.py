@@ -5,11 +5,23 @@ from typing import Any, Protocol
 
 
 @dataclass(frozen=True)
+class Score:
+    """Of held-out rows, by the weights as they stood at `step` (not their average): nats a token."""
+
+    step: int
+    nats: float
+    standard_error: float
+
+
+@dataclass(frozen=True)
 class StepRecord:
     """One line of `metrics.jsonl`: means over the steps since the last one.
 
     loss: what is minimised. bound: the negative log-likelihood or its bound, nats a token; None where the objective
     has none. grad_norm: before clipping. tokens_per_s and mfu: over all workers. tokens: seen so far.
+    data_wait, save_wait: shares of the time in which rank 0 waited for its batch and for a checkpoint. eta_s: seconds
+    to the end of the budget at this speed. heldout: the newest `Score`, if there is one. by_level: the bound's rate at
+    t in [0, 0.1), [0.1, 0.2), ..., whose mean is the bound where t is even; None where there is no t or was none there.
     """
 
     step: int
@@ -22,17 +34,33 @@ class StepRecord:
     mfu: float
     seconds: float
     epoch: float
+    data_wait: float
+    save_wait: float
+    eta_s: float
+    heldout: Score | None = None
+    by_level: tuple[float | None, ...] | None = None
 
     def as_json(self) -> dict[str, Any]:
         """Plain data, short floats."""
-        return {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in asdict(self).items()}
+        return {name: _short(value) for name, value in asdict(self).items()}
+
+
+def _short(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {name: _short(part) for name, part in value.items()}
+    return [_short(part) for part in value] if isinstance(value, list | tuple) else value
 
 
 class TrainEvents(Protocol):
     """A listener. Called on rank 0 only; an exception in it ends the run, so it must not raise for a tracker."""
 
-    def started(self, step: int, seconds: float) -> None:
-        """Training begins, or goes on, at `step` after `seconds` of earlier training."""
+    def started(self, step: int, seconds: float, micro_rows: int | None) -> None:
+        """Training begins, or goes on, at `step` after `seconds` of earlier training.
+
+        micro_rows: rows of one forward on one worker, also where `auto` measured them; None: all that a worker has.
+        """
 
     def stepped(self, record: StepRecord) -> None:
         """`log_every` steps are done."""
@@ -40,5 +68,8 @@ class TrainEvents(Protocol):
     def saved(self, step: int) -> None:
         """A checkpoint is committed."""
 
-    def skipped(self, step: int) -> None:
-        """A step was skipped on all ranks: its loss was not a number."""
+    def not_saved(self, step: int, reason: str) -> None:
+        """A checkpoint could not be written. Training goes on; the one before stands."""
+
+    def skipped(self, step: int, counters: range) -> None:
+        """A step was skipped on all ranks: its loss or gradient was not a number. counters: its samples."""

@@ -4,23 +4,26 @@ Every rank takes the same decisions from one small all-reduce a step, so no rank
 """
 
 import math
-import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from dllm_core.checkpoints.store import Checkpoint, CheckpointStore, TrainPosition
 from dllm_core.data.loader import Batches
-from dllm_core.errors import DivergedError
-from dllm_core.model.pretrained import WEIGHTS_NAME, weights_of
-from dllm_core.objective.loss import Objective
+from dllm_core.errors import DataError, DivergedError
+from dllm_core.model.pretrained import WEIGHTS_NAME
+from dllm_core.objective.loss import LEVELS, Objective
 from dllm_core.training.backend import Backend
 from dllm_core.training.config import TrainConfig
 from dllm_core.training.ema import WeightAverage
-from dllm_core.training.events import StepRecord, TrainEvents
+from dllm_core.training.events import TrainEvents
+from dllm_core.training.heldout import HeldoutScorer, score
+from dllm_core.training.micro_batch import accumulated
+from dllm_core.training.saving import CheckpointWriter
+from dllm_core.training.window import StepSums, Window
 
 EMA_NAME = "ema.safetensors"
 OPTIMIZER_NAME = "optimizer.safetensors"
@@ -28,7 +31,11 @@ _MAX_SKIPPED = 10
 
 
 class Trainer:
-    """One rank's training run over a backend. `peak_flops`: of all workers together, for the MFU."""
+    """One rank's training run over a backend. `peak_flops`: of all workers together, for the MFU.
+
+    should_stop: whether this rank was told to end early; if one was, all save and return after the step.
+    heldout: this rank's share of the held-out rows. beat: called when a step is done, for who watches over the rank.
+    """
 
     def __init__(
         self,
@@ -41,89 +48,123 @@ class Trainer:
         *,
         samples_per_epoch: int,
         peak_flops: float = math.inf,
+        heldout: HeldoutScorer | None = None,
+        should_stop: Callable[[], bool] = lambda: False,
+        beat: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._config, self._backend, self._objective, self._loader = config, backend, objective, loader
-        self._checkpoints, self._events, self._clock = checkpoints, events, clock
-        self._samples_per_epoch, self._peak_flops = samples_per_epoch, peak_flops
+        self._micro_rows = config.micro_rows if isinstance(config.micro_rows, int) else None
+        self._events, self._heldout = events, heldout
+        self._should_stop, self._beat, self._clock = should_stop, beat, clock
+        self._writer: CheckpointWriter | None = None
+        if backend.rank == 0:
+            self._writer = CheckpointWriter(
+                checkpoints,
+                keep=config.keep_checkpoints,
+                keep_every=config.keep_every,
+                keep_best=config.average_checkpoints if config.average_from == "best" else 0,
+            )
         self._position = TrainPosition()
-        self._skipped_in_a_row = 0
+        self._durable: int | None = None  # step of the newest checkpoint that is committed
+        self._skipped: list[range] = []
         self._average: WeightAverage | None = None
+        self.is_stopped = False
         model = backend.module.config
-        self._flops_per_token = model.model.flops_per_token(model.vocab_size, model.context_length, objective.pattern)
+        of_pass = model.model.flops_per_token(model.vocab_size, model.context_length, objective.pattern)
+        self._window = Window(
+            config, samples_per_epoch=samples_per_epoch, mfu_per_rate=objective.passes * of_pass / peak_flops
+        )
 
     @property
     def position(self) -> TrainPosition:
         """Where training stands."""
         return self._position
 
+    @property
+    def skipped(self) -> list[range]:
+        """Sample counters of the steps that were skipped since the last one that was taken."""
+        return list(self._skipped)
+
     def resume(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint whose weights are already in the backend's module. Collective."""
         self._position = checkpoint.manifest.position
+        self._durable = self._position.step
         updates = self._position.step - self._position.skipped_steps
         self._backend.load_optimizer_state(load_file(checkpoint.files[OPTIMIZER_NAME]), updates)
-        if self._backend.rank == 0:
-            averaged = {name: t.to(self._backend.device) for name, t in load_file(checkpoint.files[EMA_NAME]).items()}
-            self._average = WeightAverage(averaged, self._config.ema_decay)
+        averaged = self._backend.scatter(load_file(checkpoint.files[EMA_NAME]))
+        self._average = WeightAverage(averaged, self._config.ema_decay)
 
     def run(self) -> TrainPosition:
-        """Train to the end of the step or time budget; the last checkpoint is committed when this returns."""
-        leader = self._backend.rank == 0
-        if leader:
-            self._average = self._average or WeightAverage(weights_of(self._backend.module), self._config.ema_decay)
-            self._events.started(self._position.step, self._position.seconds)
-        begun = self._clock() - self._position.seconds
-        window = _Window(self._position)
-        saved_at = self._position.step if self._position.step else -1
-        while True:
-            progress = self._step(window, begun)
-            if leader and (self._position.step % self._config.log_every == 0 or progress >= 1) and window.steps:
-                self._events.stepped(self._record(window))
-            if self._position.step % self._config.log_every == 0:
-                window = _Window(self._position)
-            if progress >= 1 or self._position.step % self._config.checkpoint_every == 0:
-                if saved_at != self._position.step:
-                    self._save()
-                saved_at = self._position.step
-            if progress >= 1:
-                # No rank leaves, and takes its connections down, while another still writes.
-                self._backend.sum_over_ranks([0.0])
-                return self._position
+        """Train to the end of the step or time budget; the last checkpoint is committed when this returns.
+
+        It returns early, `is_stopped`, where a rank was told to stop. Raises DivergedError on every rank, and DataError
+        if the last checkpoint cannot be written.
+        """
+        self._average = self._average or WeightAverage(self._backend.shard(), self._config.ema_decay)
+        if self._backend.rank == 0:
+            self._events.started(self._position.step, self._position.seconds, self._micro_rows)
+        self._window.open(self._position)
+        try:
+            self._train()
+        finally:
+            if self._writer is not None:
+                self._writer.close()
+        # No rank leaves, and takes its connections down, while another still writes.
+        self._backend.sum_over_ranks([0.0])
+        return self._position
+
+    def _train(self) -> None:
+        config, begun = self._config, self._clock() - self._position.seconds
+        is_over = False
+        while not is_over:
+            before = self._position.step
+            is_over = self._step(begun)
+            step = self._position.step
+            if step > before and config.heldout_every is not None and step % config.heldout_every == 0:
+                self._score_heldout()
+            if (step % config.log_every == 0 or is_over) and self._window.num_steps and self._backend.rank == 0:
+                self._events.stepped(self._window.record(self._position))
+            if step % config.log_every == 0:
+                self._window.open(self._position)
+            if step > before and step % config.checkpoint_every == 0 and not is_over:
+                self._save()
+            self._tell_of_save(wait=False)
+            self._beat()
+        self._save_last()
 
     def _progress(self, seconds: float) -> float:
         by_time = 0.0 if self._config.seconds is None else seconds / self._config.seconds
         return max(by_time, self._position.step / self._config.steps)
 
-    def _step(self, window: "_Window", begun: float) -> float:
-        """One step, or nothing if the budget is used up; the progress that rank 0's clock tells, 1 at the end."""
+    def _step(self, begun: float) -> bool:
+        """One step, or nothing if the budget is used up by rank 0's clock; whether training is over."""
         config, backend = self._config, self._backend
         position = self._position
+        asked = self._clock()
         batch = self._loader.batch(position.samples_seen, config.batch_rows, backend.rank, backend.world_size)
-        with backend.autocast():
-            loss = self._objective.loss(backend.denoiser, batch)
+        self._window.data_wait += self._clock() - asked
+        loss = accumulated(backend, self._objective, batch, self._micro_rows)
         nats, bound = float(loss.nats.detach()), float(loss.bound_nats)
-        bad = not math.isfinite(nats)
-        mine = [0.0, 0.0, 1.0] if bad else [nats, bound, 0.0]
-        mine += [float(loss.num_tokens), loss.divisor]
+        is_bad = not math.isfinite(nats)
+        levels = [0.0] * (2 * LEVELS) if loss.levels is None or is_bad else loss.levels.flatten().tolist()
         clock = self._progress(self._clock() - begun) if backend.rank == 0 else 0.0
-        nats, bound, num_bad, tokens, divisor, progress = backend.sum_over_ranks([*mine, clock])
+        mine = [0.0, 0.0, 1.0] if is_bad else [nats, bound, 0.0]
+        mine += [float(loss.num_tokens), loss.divisor, clock, float(self._should_stop()), *levels]
+        nats, bound, num_bad, tokens, divisor, progress, stops, *levels = backend.sum_over_ranks(mine)
         if progress >= 1:
-            return progress
+            return True
         learning_rate = config.learning_rate_at(position.step, progress)
-        norm = math.nan
-        if not num_bad:
-            # The backend averages gradients over ranks; nats must be summed over ranks and divided once.
-            # The divisor is 0 where chance noised nothing: then nats is 0 too.
-            backend.backward(loss.nats * (backend.world_size / max(divisor, 1.0)))
-            norm = backend.step(learning_rate)
+        # The backend averages gradients over ranks; nats must be summed over ranks and divided once. The divisor is 0
+        # where chance noised nothing: then nats is 0 too. A bad loss spoils all gradients: one rule skips a step.
+        backend.backward(loss.nats * (math.nan if num_bad else backend.world_size / max(divisor, 1.0)))
+        norm = backend.step(learning_rate)
         is_taken = math.isfinite(norm)  # a finite loss may still have a gradient that is not
         if is_taken:
-            window.add(norm, nats, divisor, bound, tokens, learning_rate)
-            self._skipped_in_a_row = 0
+            self._window.add(StepSums(norm, nats, divisor, bound, tokens, learning_rate, levels))
+            self._skipped.clear()
             if self._average is not None:
-                self._average.update(weights_of(backend.module), position.step)
-        else:
-            self._skip()
+                self._average.update(backend.shard(), position.step)
         self._position = TrainPosition(
             step=position.step + 1,
             samples_seen=position.samples_seen + config.batch_rows,
@@ -131,70 +172,70 @@ class Trainer:
             seconds=self._clock() - begun,
             skipped_steps=position.skipped_steps + int(not is_taken),
         )
-        return max(progress, self._position.step / config.steps)
+        if not is_taken:
+            self._skip(position)
+        is_done = max(progress, self._position.step / config.steps) >= 1
+        self.is_stopped = stops > 0 and not is_done
+        return is_done or stops > 0
 
-    def _skip(self) -> None:
-        self._skipped_in_a_row += 1
+    def _skip(self, before: TrainPosition) -> None:
+        counters = range(before.samples_seen, self._position.samples_seen)
+        self._skipped.append(counters)
         if self._backend.rank == 0:
-            self._events.skipped(self._position.step)
-        if self._skipped_in_a_row >= _MAX_SKIPPED:
-            times = f"{_MAX_SKIPPED} times in a row, at step {self._position.step}"
+            self._events.skipped(before.step, counters)
+        if len(self._skipped) >= _MAX_SKIPPED:
+            times = f"{_MAX_SKIPPED} times in a row, at step {before.step}"
             problem = f"the loss or its gradient was not a number {times}"
             raise DivergedError("train", problem, remedy="lower train.learning_rate")
 
-    def _record(self, window: "_Window") -> StepRecord:
-        span = max(self._position.seconds - window.begun, 1e-9)
-        rate = window.tokens / span
-        return StepRecord(
-            step=self._position.step,
-            loss=window.nats / max(window.divisor, 1.0),
-            bound=window.bound / max(window.tokens, 1.0) if math.isfinite(window.bound) else None,
-            grad_norm=window.grad_norm / window.steps,
-            learning_rate=window.learning_rate,
-            tokens=self._position.tokens_seen,
-            tokens_per_s=rate,
-            mfu=rate * self._flops_per_token / self._peak_flops,
-            seconds=self._position.seconds,
-            epoch=self._position.samples_seen / self._samples_per_epoch,
-        )
+    def _score_heldout(self) -> None:
+        if self._heldout is not None:
+            self._window.heldout = score(self._heldout, self._backend, self._position.step)
+
+    def _newest_score(self) -> float | None:
+        """Of the weights as they are now, if they were scored; the same on every rank."""
+        heldout = self._window.heldout
+        return None if heldout is None or heldout.step != self._position.step else heldout.nats
 
     def _save(self) -> None:
-        """Commit a checkpoint. The gathering is collective, the writing is rank 0's."""
-        moments = self._backend.optimizer_state()
-        if self._average is None:
-            return
+        """Start to write a checkpoint. The gathering is collective, the rest rank 0's."""
+        if self._config.average_from == "best" and self._newest_score() is None:
+            self._score_heldout()
+        begun = self._clock()
+        assert self._average is not None
         parts = {
-            WEIGHTS_NAME: weights_of(self._backend.module),
-            EMA_NAME: self._average.weights,
-            OPTIMIZER_NAME: moments,
+            WEIGHTS_NAME: self._backend.gather(self._backend.shard()),
+            EMA_NAME: self._backend.gather(self._average.weights),
+            OPTIMIZER_NAME: self._backend.optimizer_state(),
         }
-        with tempfile.TemporaryDirectory(prefix="dllm-checkpoint-") as scratch:
-            files = {name: Path(scratch, name) for name in parts}
-            for name, tensors in parts.items():
-                save_file({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, files[name])
-            self._checkpoints.save(self._position, files)
-        self._checkpoints.prune(self._config.keep_checkpoints)
-        self._events.saved(self._position.step)
+        self._tell_of_save(wait=True)
+        if self._writer is not None:
+            self._writer.submit(self._position, parts, self._newest_score())
+        self._window.save_wait += self._clock() - begun
 
+    def _tell_of_save(self, *, wait: bool) -> None:
+        """Announce how the save that was started has ended, if it has."""
+        if self._writer is None or self._writer.step is None:
+            return
+        step = self._writer.step
+        try:
+            has_ended = self._writer.ended(wait=wait)
+        except (DataError, OSError, SafetensorError) as error:  # a full disk may have room again at the next one
+            self._events.not_saved(step, str(error))
+            return
+        if has_ended:
+            self._durable = step
+            self._events.saved(step)
 
-class _Window:
-    """Sums since the last record."""
-
-    def __init__(self, position: TrainPosition) -> None:
-        self.begun = position.seconds
-        self.steps = 0
-        self.nats = self.divisor = self.bound = self.tokens = self.grad_norm = self.learning_rate = 0.0
-
-    def add(
-        self, grad_norm: float, nats: float, divisor: float, bound: float, tokens: float, learning_rate: float
-    ) -> None:
-        self.steps += 1
-        self.grad_norm += grad_norm
-        self.nats += nats
-        self.divisor += divisor
-        self.bound += bound
-        self.tokens += tokens
-        self.learning_rate = learning_rate
+    def _save_last(self) -> None:
+        """Nothing is left to do after this one, so it must succeed: what it fails with is raised."""
+        self._tell_of_save(wait=True)
+        is_missing = self._writer is not None and self._durable != self._position.step
+        if any(self._backend.sum_over_ranks([float(is_missing)])):
+            self._save()
+            if self._writer is not None:
+                self._writer.ended(wait=True)
+                self._events.saved(self._position.step)
 
 
 def measure_peak_flops(dtype: torch.dtype, device: torch.device, seconds: float = 0.15) -> float:

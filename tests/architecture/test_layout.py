@@ -56,6 +56,7 @@ def test_a_file_says_what_it_is_and_has_one_room(path):
         ("tokenizers", {"dllm_core/data/tokenizer.py"}),
         ("fastokens", {"dllm_core/data/tokenizer.py"}),
         ("rensa", {"dllm_core/data/dedup.py"}),
+        ("peft", {"dllm_core/training/lora.py"}),
         ("lm_eval", {"workflows/evaluate/harness.py"}),
     ],
 )

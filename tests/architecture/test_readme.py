@@ -16,10 +16,11 @@ from lm_eval._cli import HarnessCLI
 from lm_eval.api.registry import model_registry
 from typer.testing import CliRunner
 
+from dllm_core.config.overrides import parse_yaml
 from workflows.cli import app
 from workflows.compare.recipe import load_comparison
 from workflows.evaluate.harness import HarnessConfig
-from workflows.recipe import load_recipe
+from workflows.recipe import Recipe, load_recipe
 from workflows.serve.protocol import parse_request
 from workflows.task.flow import write_task
 
@@ -32,6 +33,8 @@ COMMANDS = [
     for line in block.splitlines()
     if line.strip() and not line.startswith("#")
 ]
+
+WRITTEN = dict(re.findall(r"```yaml\n# (\S+)\n(.*?)```", README, re.DOTALL))
 
 
 def words_of(command: str) -> list[str]:
@@ -63,6 +66,10 @@ def test_a_command_of_the_readme_means_something(command, tmp_path):
             if (verb, target) == ("task", kind) or target == f"{out}/recipe.yaml":
                 root, target = tmp_path, f"{out}/recipe.yaml"
                 write_task(kind, str(root / out), 20, 0, [])
+        if target in WRITTEN:  # not resolved: there is no run here to start from
+            assert verb in {"run", "train"}
+            assert Recipe.checked({"name": "written", **parse_yaml(WRITTEN[target], target)}).start is not None
+            return
         if target in {"plan", "verify", "repair", "inspect"}:
             target, *rest = rest
         options = [word for word in rest if word.startswith("--")]
@@ -70,6 +77,12 @@ def test_a_command_of_the_readme_means_something(command, tmp_path):
         assert told.exit_code == 0
         assert all(option in told.stdout for option in options)
         overrides = [word for word in rest if re.match(r"[a-z_]+(\.[a-z_]+)*=", word)]
+        if verb == "import":
+            own = [word for word in overrides if "." not in word.partition("=")[0]]
+            assert {word.partition("=")[0] for word in own} <= {"mask_id", "eos_id", "dtype"}
+            assert load_recipe(QUICKSTART, [word for word in overrides if word not in own]).name
+            assert re.fullmatch("[a-z]+", rest[0])
+            return
         if verb == "compare":
             assert load_comparison(root / target, overrides).models
             return
@@ -81,7 +94,10 @@ def test_a_command_of_the_readme_means_something(command, tmp_path):
 
 def test_the_readme_has_a_command_for_every_verb():
     verbs = {words_of(command)[1] for command in COMMANDS if words_of(command)[0] == "dllm"}
-    assert verbs == {"run", "show", "preprocess", "train", "evaluate", "generate", "serve", "task", "compare"}
+    assert verbs == {
+        *("run", "show", "preprocess", "train", "evaluate", "generate", "serve", "task", "compare"),
+        *("import", "export"),
+    }
 
 
 def test_the_typo_of_the_readme_gets_the_answer_of_the_readme():

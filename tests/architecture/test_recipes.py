@@ -32,8 +32,8 @@ def test_a_shipped_model_is_of_the_size_that_a_small_machine_trains(path):
 def test_names_that_scripts_outside_rely_on():
     recipe = load_recipe(RECIPES[0]).model_dump()
     assert list(recipe) == [
-        *("name", "seed", "storage", "corpus", "tokenizer", "packing", "noise", "model", "objective", "train"),
-        *("evaluate", "decode", "serve", "placement"),
+        *("name", "seed", "storage", "corpus", "tokenizer", "packing", "noise", "model", "objective", "start", "train"),
+        *("evaluate", "decode", "serve", "tracking", "placement"),
     ]
     for dotted in (
         *("storage.root", "corpus.path", "noise.process.type", "noise.epochs", "packing.seq_len", "train.steps"),

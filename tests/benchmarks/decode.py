@@ -9,19 +9,16 @@ cost what trained ones would at that rate. No end token is ever likely: its logi
 """
 
 import argparse
-import json
-import os
-import platform
-import subprocess
 import sys
 import time
 
 import numpy as np
 import torch
+from figures import tell
 
 from dllm_core.decoding.config import DecodeConfig
 from dllm_core.decoding.engine import Engine
-from dllm_core.decoding.state import DecodeRequest
+from dllm_core.decoding.request import Request
 from dllm_core.decoding.unmask import LowConfidencePolicy
 from dllm_core.model.config import DenoiserConfig, ModelConfig
 from dllm_core.model.denoiser import Denoiser
@@ -60,8 +57,8 @@ def main() -> None:
     calls: dict[str, int] = {}
 
     def measure(kind: str, batch: int, keeps_keys: bool) -> None:
-        requests = [DecodeRequest(prompt, config) for prompt in prompts[:batch]]
-        engine = Engine(denoiser, AbsorbingProcess(mask_id=0), pattern=PATTERNS[kind], keeps_keys=keeps_keys)
+        requests = [Request(prompt, config) for prompt in prompts[:batch]]
+        engine = Engine.over(denoiser, AbsorbingProcess(mask_id=0), pattern=PATTERNS[kind], keeps_keys=keeps_keys)
         begun = time.perf_counter()
         answers = engine.generate(requests)
         seconds = time.perf_counter() - begun
@@ -76,25 +73,18 @@ def main() -> None:
                 for keeps_keys in (True, False):
                     measure(kind, batch, keeps_keys)
     names = [f"{kind}_{{}}_batch_{batch}" for kind in PATTERNS for batch in (1, 8)]
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    print(
-        json.dumps(
-            {
-                "benchmark": "decode",
-                "tokens": options.tokens,
-                "prompt": options.prompt,
-                "threads": options.threads,
-                **{f"tokens_per_s_{name}": round(value, 1) for name, value in best.items()},
-                **{
-                    f"ratio_{name.format('kept')}": round(best[name.format("kept")] / best[name.format("computed")], 2)
-                    for name in names
-                },
-                **{f"calls_{kind}": number for kind, number in calls.items()},
-                "machine": f"{platform.machine()} {os.cpu_count()} cores",
-                "commit": commit.stdout.strip(),
-            }
-        )
-    )
+    figures = {
+        "tokens": options.tokens,
+        "prompt": options.prompt,
+        "threads": options.threads,
+        **{f"tokens_per_s_{name}": round(value, 1) for name, value in best.items()},
+        **{
+            f"ratio_{name.format('kept')}": round(best[name.format("kept")] / best[name.format("computed")], 2)
+            for name in names
+        },
+        **{f"calls_{kind}": number for kind, number in calls.items()},
+    }
+    tell("decode", **figures)
 
 
 if __name__ == "__main__":

@@ -10,16 +10,13 @@ neighbour's burst lengthens.
 """
 
 import argparse
-import json
-import os
-import platform
-import subprocess
 import sys
 import time
 from typing import Any
 
 import numpy as np
 import torch
+from figures import tell
 
 from dllm_core.evaluation.estimators import HeldoutRows, estimator_of
 from dllm_core.evaluation.likelihood import score_rows
@@ -95,19 +92,12 @@ def main() -> None:
             whole += between - begun
             drawn += len(rows.ids) * scores.draws
         rates[name], shares[name] = round(drawn / whole, 1), round(bare / whole, 3)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    print(
-        json.dumps(
-            {
-                "benchmark": "likelihood",
-                **{name: getattr(options, name.replace("-", "_")) for name in (*sizes, "threads")},
-                "rows_times_draws_per_s": rates,
-                "of_forward": shares,
-                "machine": f"{platform.machine()} {os.cpu_count()} cores",
-                "commit": commit.stdout.strip(),
-            }
-        )
-    )
+    figures = {
+        **{name: getattr(options, name.replace("-", "_")) for name in (*sizes, "threads")},
+        "rows_times_draws_per_s": rates,
+        "of_forward": shares,
+    }
+    tell("likelihood", **figures)
 
 
 if __name__ == "__main__":

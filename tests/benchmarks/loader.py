@@ -8,10 +8,7 @@ last. The corpus is the standard library's sources.
 """
 
 import argparse
-import json
 import os
-import platform
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,6 +21,7 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import torch
+from figures import tell
 
 from dllm_core.data.loader import Loader, corpus_noise
 from dllm_core.data.manifest import corpus_prefix, read_tokenizer
@@ -96,20 +94,13 @@ def main() -> None:
             "computed": rate(partial(batch, computed), tokens, options.seconds),
             "datasets": rate(rows_of, tokens, options.seconds),
         }
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-        print(
-            json.dumps(
-                {
-                    "benchmark": "loader",
-                    "seq_len": options.seq_len,
-                    "rows": options.rows,
-                    **{f"mtokens_per_s_{name}": round(value, 1) for name, value in figures.items()},
-                    "ratio": round(figures["written"] / figures["datasets"], 2),
-                    "machine": f"{platform.machine()} {os.cpu_count()} cores",
-                    "commit": commit.stdout.strip(),
-                }
-            )
-        )
+        told = {
+            "seq_len": options.seq_len,
+            "rows": options.rows,
+            **{f"mtokens_per_s_{name}": round(value, 1) for name, value in figures.items()},
+            "ratio": round(figures["written"] / figures["datasets"], 2),
+        }
+        tell("loader", **told)
 
 
 if __name__ == "__main__":

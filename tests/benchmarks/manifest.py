@@ -8,14 +8,12 @@ validation of the same content, and their ratio.
 
 import argparse
 import json
-import os
-import platform
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+from figures import tell
 from pydantic import TypeAdapter
 
 from dllm_core.data.manifest import Accounting, CorpusManifest, Split, read_manifest, write_manifest
@@ -81,21 +79,14 @@ def main() -> None:
         assert read_manifest(store, manifest.fingerprint) == manifest
         load = seconds_of(lambda: read_manifest(store, manifest.fingerprint))
     plain = seconds_of(lambda: rival.validate_python(json.loads(document)))
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    print(
-        json.dumps(
-            {
-                "benchmark": "manifest",
-                "shards": count,
-                "write_s": round(write, 2),
-                "load_s": round(load, 2),
-                "plain_json_s": round(plain, 2),
-                "ratio": round(plain / load, 2),
-                "machine": f"{platform.machine()} {os.cpu_count()} cores",
-                "commit": commit.stdout.strip(),
-            }
-        )
-    )
+    figures = {
+        "shards": count,
+        "write_s": round(write, 2),
+        "load_s": round(load, 2),
+        "plain_json_s": round(plain, 2),
+        "ratio": round(plain / load, 2),
+    }
+    tell("manifest", **figures)
 
 
 if __name__ == "__main__":

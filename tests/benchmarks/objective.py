@@ -12,10 +12,6 @@ lengthens.
 """
 
 import argparse
-import json
-import os
-import platform
-import subprocess
 import sys
 import time
 from contextlib import AbstractContextManager
@@ -23,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from figures import tell
 
 from dllm_core.data.batch import Batch
 from dllm_core.data.noising import CorpusNoise
@@ -132,18 +129,11 @@ def main() -> None:
         objective = new_objective(section, config, process, CPU, seed=0, block_length=block_length)
         batch = new_batch(noise, block_length, options.rows, options.seq_len, options.vocab)
         found[name] = measured(Case(objective, batch, denoiser, options.precision), options.rounds)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    print(
-        json.dumps(
-            {
-                "benchmark": "objective",
-                **{name: getattr(options, name) for name in ("rows", "seq_len", "vocab", "dim", "layers", "precision")},
-                **{part: {name: of[part] for name, of in found.items()} for part in found[options.only[0]]},
-                "machine": f"{platform.machine()} {os.cpu_count()} cores",
-                "commit": commit.stdout.strip(),
-            }
-        )
-    )
+    figures = {
+        **{name: getattr(options, name) for name in ("rows", "seq_len", "vocab", "dim", "layers", "precision")},
+        **{part: {name: of[part] for name, of in found.items()} for part in found[options.only[0]]},
+    }
+    tell("objective", **figures)
 
 
 if __name__ == "__main__":

@@ -9,11 +9,8 @@ The corpus is the sources of all installed Python packages.
 """
 
 import argparse
-import json
 import os
-import platform
 import resource
-import subprocess
 import sys
 import sysconfig
 import tempfile
@@ -24,6 +21,8 @@ from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 os.environ.update(TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
+
+from figures import tell
 
 from dllm_core.data.build import CorpusJob, noise_shard, tokenize_unit
 from dllm_core.data.corpus import TextCorpus
@@ -123,26 +122,18 @@ def main() -> None:
             ones.append(timed(lambda ours=ours: one_after_the_other(new_job(), ours, noise, units)))
             twos.append(by_two())
         (raw, tokens), (one, made), two = (sorted(times)[options.passes // 2] for times in (raws, ones, twos))
-        print(
-            json.dumps(
-                {
-                    "benchmark": "preprocess",
-                    "engine": engine,
-                    "vocab": tokenizer.vocab_size,
-                    "seq_len": options.seq_len,
-                    "bytes": sum(unit.num_bytes for unit in units),
-                    "mtokens_per_s_one_core": round(made / one / 1e6, 2),
-                    "tokenizer_alone": round(tokens / raw / 1e6, 2),
-                    "ratio": round((made / one) / (tokens / raw), 3),
-                    "two_processes_against_one": round(one / two, 2),
-                    "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
-                    "machine": f"{platform.machine()} {os.cpu_count()} cores",
-                    "commit": subprocess.run(
-                        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-                    ).stdout.strip(),
-                }
-            )
-        )
+        figures = {
+            "engine": engine,
+            "vocab": tokenizer.vocab_size,
+            "seq_len": options.seq_len,
+            "bytes": sum(unit.num_bytes for unit in units),
+            "mtokens_per_s_one_core": round(made / one / 1e6, 2),
+            "tokenizer_alone": round(tokens / raw / 1e6, 2),
+            "ratio": round((made / one) / (tokens / raw), 3),
+            "two_processes_against_one": round(one / two, 2),
+            "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        }
+        tell("preprocess", **figures)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,9 @@ from typing import Any
 
 import psutil
 
+from dllm_core.checkpoints.run_dir import RunDir
+from dllm_core.checkpoints.store import CheckpointStore
+
 SERIAL = [sys.executable, str(Path(__file__))]
 DLLM = [sys.executable, "-m", "workflows"]
 MARK = "DLLM_TEST_MARK"
@@ -98,6 +101,12 @@ def hashes(folder: Path) -> dict[str, str]:
         for path in sorted(folder.rglob("*"))
         if path.is_file() and not is_temporary(path)
     }
+
+
+def checkpoint_bits(run: RunDir, step: int) -> dict[str, str]:
+    """sha256 of each file of tensors in a checkpoint that is as its manifest says."""
+    checkpoint = CheckpointStore(run).at(step)
+    return {name: entry.sha256 for name, entry in checkpoint.manifest.files.items()}
 
 
 def temporaries(folder: Path) -> list[Path]:

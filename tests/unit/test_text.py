@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from workflows.text import TextStream
+from dllm_core.decoding.text import TextStream
 
 
 class Bytes:

@@ -16,14 +16,15 @@ from rich.markup import escape
 from dllm_core.checkpoints.run_dir import RunDir
 from dllm_core.config.fingerprint import fingerprint
 from dllm_core.data.manifest import CorpusManifest
+from dllm_core.data.units import SourceFiles
 from dllm_core.errors import DataError
 from dllm_core.evaluation.tasks.corpus import PROBLEMS_NAME, problem_lines
 from dllm_core.storage.store import Store, open_store
 from workflows.compare.generation import generate
 from workflows.compare.measures import Question, answer
-from workflows.compare.recipe import TASK, TEXT, CompareRecipe, small
+from workflows.compare.recipe import TASK, TEXT, CompareRecipe, TaskConfig, small
 from workflows.compare.report import report_page, table_lines
-from workflows.compare.training import Entrant, train_entrant, trained
+from workflows.compare.training import Entrant, losses, train_entrant, trained
 from workflows.console import Console
 from workflows.env import ray_cluster
 from workflows.fan_out import FanOut, fan_out
@@ -49,6 +50,8 @@ class Comparison:
     def __init__(self, recipe: CompareRecipe, store: Store, console: Console, fan_out: FanOut) -> None:
         self._recipe, self._store, self._console, self._fan_out = recipe, store, console, fan_out
         self._manifests: dict[str, CorpusManifest] = {}
+        self._tasks: dict[int, dict[str, Any]] = {}
+        self._listed: dict[str, tuple[SourceFiles, ...]] = {}
 
     def run(self) -> dict[str, Any]:
         """All of it, in order."""
@@ -108,15 +111,19 @@ class Comparison:
 
     def _task_recipe(self, model: str) -> Recipe:
         """The task's problems as a corpus of pairs instead of the text."""
-        section = self._recipe.task
+        section, seed = self._recipe.task, self._recipe.recipe_of(model).seed
         assert section is not None
-        seed = self._recipe.recipe_of(model).seed
+        if seed not in self._tasks:
+            self._tasks[seed] = self._task_sections(section, seed)
+        return self._recipe.recipe_of(model, [*section.overrides, "train.keep_checkpoints=1"], self._tasks[seed])
+
+    def _task_sections(self, section: TaskConfig, seed: int) -> dict[str, Any]:
+        """Of a recipe, over the problems that this writes down."""
         problems = section.problem.problems("train", section.rows, seed=seed)
         key = f"tasks/{section.problem.type}-{fingerprint([section.problem, section.rows, seed])}/{PROBLEMS_NAME}"
         if not self._store.exists(key):
             self._store.put(key, problem_lines(problems).encode())
-        sections = task_sections(f"{self._store.url}/{key}", problems)
-        return self._recipe.recipe_of(model, [*section.overrides, "train.keep_checkpoints=1"], sections)
+        return task_sections(f"{self._store.url}/{key}", problems)
 
     def _entrant(self, model: str, data: str, recipe: Recipe, on_progress: Callable[..., None]) -> Entrant:
         manifest = self._corpus(recipe, on_progress)
@@ -124,7 +131,9 @@ class Comparison:
         return Entrant(model, data, recipe, run, manifest.fingerprint)
 
     def _corpus(self, recipe: Recipe, on_progress: Callable[..., None]) -> CorpusManifest:
-        plan = plan_corpus(recipe, self._store)
+        sources = fingerprint(recipe.corpus)
+        plan = plan_corpus(recipe, self._store, self._listed.get(sources))
+        self._listed[sources] = plan.listed
         if plan.fingerprint not in self._manifests:
             found = plan.existing()
             self._manifests[plan.fingerprint] = found or Preprocessing(plan, self._fan_out, on_progress).run()
@@ -235,7 +244,7 @@ class Comparison:
         manifest = self._manifests[entrant.corpus]
         parameters = entrant.recipe.model.num_parameters(manifest.vocab_size)
         own = {"model": entrant.model, "data": entrant.data, "run": entrant.run.name, "parameters": parameters}
-        return {**own, "corpus_tokens": manifest.train.tokens, **(trained(entrant) or {})}
+        return {**own, "corpus_tokens": manifest.train.tokens, **(trained(entrant) or {}), "losses": losses(entrant)}
 
 
 def _has_likelihood(recipe: Recipe) -> bool:

@@ -15,7 +15,7 @@ import torch
 from dllm_core.checkpoints.bundle import read_bundle
 from dllm_core.data.loader import split_rows
 from dllm_core.data.manifest import read_manifest
-from dllm_core.decoding.config import DecodeConfig, is_ancestral
+from dllm_core.decoding.config import is_ancestral
 from dllm_core.decoding.unmask import ThresholdPolicy
 from dllm_core.evaluation.samples import Samples, measure_samples
 from dllm_core.evaluation.scorers import NGramModel
@@ -70,10 +70,9 @@ def _curve(
 ) -> list[dict[str, Any]] | None:
     """A point for each setting of what trades quality for speed; autoregression has none and is one point."""
     section = question.recipe.generation
-    served = DecodeConfig.model_validate(speaker.bundle.manifest.decode)
     points = []
     for name, changed in _settings(section, speaker).items():
-        writer = speaker.writer(served.model_copy(update={"temperature": section.temperature, **changed}))
+        writer = speaker.writer(speaker.served.model_copy(update={"temperature": section.temperature, **changed}))
         if writer is None:
             return None
         points.append({"setting": name, **_written(writer, prompts, room, judge)})

@@ -4,7 +4,8 @@
 `answers` (the task). `generation.py` is apart: its speeds are measured one after the other in one process.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -14,18 +15,18 @@ from safetensors.torch import load_file
 
 from dllm_core.checkpoints.bundle import read_bundle
 from dllm_core.checkpoints.store import CheckpointStore
-from dllm_core.data.loader import TokenRows, split_rows
+from dllm_core.data.loader import TokenRows, evenly, split_rows
 from dllm_core.data.manifest import CorpusManifest, read_manifest
-from dllm_core.decoding.config import DecodeConfig
 from dllm_core.evaluation.config import Side
 from dllm_core.evaluation.estimate import measure_seed, proportion
 from dllm_core.evaluation.estimators import HeldoutRows, estimator_of_bundle
 from dllm_core.evaluation.infill import Filler, Hole, cut_holes, score_holes, summarize_holes
 from dllm_core.evaluation.likelihood import score_rows, side_by_side, summarize
 from dllm_core.evaluation.tasks.measure import answer_problems, rooms_for, summarize_answers
+from dllm_core.model.config import DenoiserConfig
 from dllm_core.model.denoiser import Denoiser
 from dllm_core.model.pretrained import assign_weights
-from dllm_core.objective.config import AutoregressiveConfig, BlockDiffusionConfig
+from dllm_core.objective.config import AutoregressiveConfig, BlockDiffusionConfig, MaskedLMConfig
 from dllm_core.seeding import Ints, Purpose, uniforms, uniforms64
 from dllm_core.training.loop import EMA_NAME
 from workflows.compare.recipe import CompareRecipe
@@ -66,24 +67,24 @@ def answer(question: Question) -> Any:
 
 def heldout_rows(entrant: Entrant, manifest: CorpusManifest, count: int) -> tuple[Ints, TokenRows]:
     """At most `count` held-out rows, evenly spaced, and their ids: the same rows for every model."""
-    rows = np.linspace(0, manifest.heldout.rows - 1, min(count, manifest.heldout.rows)).astype(np.int64)
+    rows = evenly(np.arange(manifest.heldout.rows), count)
     return rows, split_rows(entrant.run.store, manifest, manifest.heldout, rows)
 
 
 def _learning(question: Question, device: torch.device) -> list[dict[str, Any]] | None:
     """A point for each checkpoint that the run kept."""
     [entrant] = question.entrants
+    likelihood_of = _likelihood(question, entrant, device)
+    if likelihood_of is None:
+        return None
     checkpoints = CheckpointStore(entrant.run)
     denoiser = read_bundle(entrant.run).denoiser(str(device))
     points = []
     for step in checkpoints.committed():
         found = checkpoints.at(step)
         assign_weights(denoiser, load_file(found.files[EMA_NAME], device=str(device)), found.name)
-        likelihood = _likelihood(question, entrant, denoiser, device)
-        if likelihood is None:
-            return None
-        position = found.manifest.position
-        points.append({"step": step, "tokens": position.tokens_seen, "likelihood": likelihood})
+        tokens = found.manifest.position.tokens_seen
+        points.append({"step": step, "tokens": tokens, "likelihood": likelihood_of(denoiser)})
     return points
 
 
@@ -91,31 +92,36 @@ def _repetition(question: Question, device: torch.device) -> list[dict[str, Any]
     """The bundle of each run over the small share of the text."""
     points = []
     for entrant in question.entrants:
-        likelihood = _likelihood(question, entrant, read_bundle(entrant.run).denoiser(str(device)), device)
-        if likelihood is None:
+        likelihood_of = _likelihood(question, entrant, device)
+        if likelihood_of is None:
             return None
-        manifest = read_manifest(entrant.run.store, entrant.corpus)
-        points.append({"data": entrant.data, "corpus_tokens": manifest.train.tokens, "likelihood": likelihood})
+        tokens = read_manifest(entrant.run.store, entrant.corpus).train.tokens
+        likelihood = likelihood_of(read_bundle(entrant.run).denoiser(str(device)))
+        points.append({"data": entrant.data, "corpus_tokens": tokens, "likelihood": likelihood})
     return points
 
 
 def _likelihood(
-    question: Question, entrant: Entrant, denoiser: Denoiser, device: torch.device
-) -> dict[str, Any] | None:
+    question: Question, entrant: Entrant, device: torch.device
+) -> Callable[[Denoiser], dict[str, Any]] | None:
+    """What scores denoisers on the run's held-out rows, which are read once; None where there is no likelihood."""
     bundle, section = read_bundle(entrant.run), question.recipe.learning
     estimator = estimator_of_bundle(bundle, str(device))
     if estimator is None:
         return None
-    manifest = read_manifest(entrant.run.store, entrant.corpus)
-    ids, tokens = heldout_rows(entrant, manifest, section.rows)
-    parts = []
-    for start in range(0, len(ids), _BATCH_ROWS):
-        rows = ids[start : start + _BATCH_ROWS]
-        part = HeldoutRows.of(split_rows(entrant.run.store, manifest, manifest.heldout, rows), rows)
-        parts.append(score_rows(denoiser, estimator, part, seed=entrant.recipe.seed, draws=section.draws))
-    counts = np.bincount(tokens.x0[tokens.is_learned], minlength=manifest.vocab_size)
-    found = summarize(side_by_side(parts), counts, bundle.tokenizer().byte_lengths(), estimator.name)
-    return asdict(found)
+    manifest, store = read_manifest(entrant.run.store, entrant.corpus), entrant.run.store
+    ids = evenly(np.arange(manifest.heldout.rows), section.rows)
+    batches = [ids[start : start + _BATCH_ROWS] for start in range(0, len(ids), _BATCH_ROWS)]
+    parts = [HeldoutRows.of(split_rows(store, manifest, manifest.heldout, rows), rows) for rows in batches]
+    counted = np.concatenate([part.x0[part.counted] for part in parts])
+    counts = np.bincount(counted, minlength=manifest.vocab_size)
+    byte_lengths, seed = bundle.tokenizer().byte_lengths(), entrant.recipe.seed
+
+    def score(denoiser: Denoiser) -> dict[str, Any]:
+        scores = [score_rows(denoiser, estimator, part, seed=seed, draws=section.draws) for part in parts]
+        return asdict(summarize(side_by_side(scores), counts, byte_lengths, estimator.name))
+
+    return score
 
 
 def _speaker(entrant: Entrant, device: torch.device) -> Speaker:
@@ -129,19 +135,18 @@ def _context(question: Question, device: torch.device) -> dict[str, Any] | None:
     filler = speaker.filler(None)
     if filler is None:
         return None
-    holes = _holes(entrant, section.rows, section.length)
+    holes = _holes(entrant, speaker.bundle.config, section.rows, section.length)
     found = {side: summarize_holes(score_holes(filler, holes, section.length, side)) for side in filler.sides}
     return {side: asdict(infilling) for side, infilling in found.items() if infilling is not None}
 
 
-def _holes(entrant: Entrant, count: int, length: int, part: slice = slice(None)) -> list[Hole]:
+def _holes(entrant: Entrant, config: DenoiserConfig, count: int, length: int, part: slice = slice(None)) -> list[Hole]:
     """Holes in the columns `part` of held-out rows."""
     manifest = read_manifest(entrant.run.store, entrant.corpus)
     ids, tokens = heldout_rows(entrant, manifest, count)
-    bundle = read_bundle(entrant.run)
     segment_ids = None if tokens.segment_ids is None else tokens.segment_ids[:, part]
     rows = HeldoutRows(tokens.x0[:, part], tokens.is_learned[:, part], ids, tokens.is_real[:, part], segment_ids)
-    never = (bundle.config.mask_id, bundle.config.eos_id, bundle.config.pad_id)
+    never = (config.mask_id, config.eos_id, config.pad_id)
     return cut_holes(rows, length, seed=entrant.recipe.seed, never=never)
 
 
@@ -149,17 +154,18 @@ def _flexibility(question: Question, device: torch.device) -> dict[str, Any]:
     """Holes of several lengths, two in a row at once, and text to be mended; as it is served, but for the editing."""
     [entrant] = question.entrants
     speaker, section = _speaker(entrant, device), question.recipe.flexibility
-    served = DecodeConfig.model_validate(speaker.bundle.manifest.decode).model_copy(update={"temperature": 0.0})
+    served = speaker.served.model_copy(update={"temperature": 0.0})
     filler = speaker.filler(served)
     result: dict[str, Any] = {"holes": [], "two_holes": None, "editing": _editing(question, entrant, speaker)}
     if filler is None:
         return result
-    side = _widest(filler)
+    side, config = _widest(filler), speaker.bundle.config
     for length in section.lengths:
-        found = summarize_holes(score_holes(filler, _holes(entrant, section.rows, length), length, side))
+        found = summarize_holes(score_holes(filler, _holes(entrant, config, section.rows, length), length, side))
         if found is not None:
             result["holes"].append(asdict(found))
-    result["two_holes"] = two_holes(entrant, filler, section.rows, section.lengths[len(section.lengths) // 2])
+    if "left" in filler.sides:  # while the first is filled the second must be hidden, or not be seen
+        result["two_holes"] = two_holes(entrant, filler, section.rows, section.lengths[len(section.lengths) // 2])
     return result
 
 
@@ -168,9 +174,9 @@ def two_holes(entrant: Entrant, filler: Filler, rows: int, length: int) -> dict[
 
     By the chain rule that is one way to fill both; what stands between them is a constraint on both.
     """
-    half = entrant.recipe.packing.seq_len // 2
+    config, half = read_bundle(entrant.run).config, entrant.recipe.packing.seq_len // 2
     halves = [
-        {hole.row_id: hole for hole in _holes(entrant, rows, length, part)}
+        {hole.row_id: hole for hole in _holes(entrant, config, rows, length, part)}
         for part in (slice(None, half), slice(half, None))
     ]
     shared = sorted(halves[0].keys() & halves[1].keys())
@@ -178,7 +184,6 @@ def two_holes(entrant: Entrant, filler: Filler, rows: int, length: int) -> dict[
         return None
     side = _widest(filler)
     firsts, seconds = ([part[row] for row in shared] for part in halves)
-    config = read_bundle(entrant.run).config
     masked = np.full(length, config.mask_id, np.int64)
     opened = [
         replace(a, after=np.concatenate([a.after, b.before, masked, b.after]))
@@ -230,7 +235,7 @@ def _editing(question: Question, entrant: Entrant, speaker: Speaker) -> dict[str
     shown = np.where(is_broken, (x0 + shift) % vocabulary, x0)
     shown = np.where(is_broken & (shown == speaker.mask_id), (shown + 1) % vocabulary, shown)
     is_broken &= shown != x0
-    given = _restored(speaker, shown, tokens.is_real, section.broken)
+    given = restored(speaker, shown, tokens.is_real, section.broken)
     kept = tokens.is_learned & ~is_broken
     return {
         "broken": section.broken,
@@ -241,24 +246,28 @@ def _editing(question: Question, entrant: Entrant, speaker: Speaker) -> dict[str
     }
 
 
-def _restored(speaker: Speaker, shown: Ints, is_real: Any, share: float) -> Ints:
-    """The likeliest clean token at every position [N L], by one call a row; t is where so large a share is noise."""
+def restored(speaker: Speaker, shown: Ints, is_real: Any, broken: float) -> Ints:
+    """The likeliest clean token at every position [N L], by one call a row, where a share `broken` is replaced.
+
+    A denoiser of replaced tokens tells each token's law given all *others* (`noise/interpolating.py`): what stands in
+    its place is evidence of its own, q(shown | x0), 1 - broken for the token itself. t is where so much is noise.
+    """
     process, has_time = speaker.bundle.process, speaker.bundle.config.model.time_conditioning
-    if not process.replaces and not _is_masked_lm(speaker):
+    if not process.replaces and not isinstance(speaker.objective, MaskedLMConfig):
         return shown
     given = np.empty_like(shown)
     for start in range(0, len(shown), _BATCH_ROWS):
         at = slice(start, start + _BATCH_ROWS)
         ids, real = (torch.from_numpy(part[at]).to(speaker.device) for part in (shown, is_real))
-        when = {"t": torch.full((len(ids),), share, device=speaker.device)} if has_time else {}
+        when = {"t": torch.full((len(ids),), broken, device=speaker.device)} if has_time else {}
         logits = speaker.denoiser(ids, real, **when).float()
+        if process.replaces:
+            others = logits.shape[-1] - 2  # neither the mask nor the token itself
+            evidence = math.log((1 - broken) * others / broken)
+            logits.scatter_add_(-1, ids[..., None], torch.full_like(logits[..., :1], evidence))
         logits[..., speaker.mask_id] = -torch.inf
         given[at] = logits.argmax(-1).cpu().numpy()
     return given
-
-
-def _is_masked_lm(speaker: Speaker) -> bool:
-    return speaker.objective.type == "masked_lm"
 
 
 def _task(question: Question, device: torch.device) -> dict[str, Any] | None:
@@ -267,7 +276,7 @@ def _task(question: Question, device: torch.device) -> dict[str, Any] | None:
     section = question.recipe.task
     assert section is not None
     speaker = _speaker(entrant, device)
-    served = DecodeConfig.model_validate(speaker.bundle.manifest.decode).model_copy(update={"temperature": 0.0})
+    served = speaker.served.model_copy(update={"temperature": 0.0})
     writer = speaker.writer(served)
     if writer is None:
         return None

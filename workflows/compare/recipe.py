@@ -20,7 +20,7 @@ from dllm_core.config.overrides import apply_overrides, read_recipe
 from dllm_core.errors import ConfigError
 from dllm_core.evaluation.tasks.section import AnyTask
 from dllm_core.storage.store import check_name
-from workflows.recipe import Recipe, StorageConfig, anchored
+from workflows.recipe import Recipe, StorageConfig, resolved
 
 TEXT, TASK = "text", "task"
 _NOT_SHARED = ("name", "storage", "placement")
@@ -134,7 +134,7 @@ class CompareRecipe(Frozen):
         values = {"name": f"{self.name}-{model}", "storage": self.storage.model_dump()}
         try:
             values |= apply_overrides(shared, [*self.models[model], *overrides])
-            return anchored(Recipe.checked(values))
+            return resolved(values)
         except ConfigError as error:
             owners = (("task.overrides", overrides), (f"models.{model}", self.models[model]))
             owner = next((name for name, own in owners if any(_touches(item, error.place) for item in own)), "recipe")

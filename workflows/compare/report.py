@@ -1,15 +1,15 @@
 """A comparison as one Markdown table for each axis, and as a page with plots."""
 
 import html
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from workflows.drawing import INK, axes, figures, grid, page, svg, table
+from workflows.evaluate.show import shown, shown_nats
 
-_COLOURS = ("#2a6fdb", "#c2410c", "#15803d", "#7c3aed", "#b45309", "#0e7490", "#be185d", "#4d7c0f")
+_COLOURS = ("#2a6fdb", "#c2410c", "#15803d", "#7c3aed", "#eab308", "#0e7490", "#be185d", "#4d7c0f")
 _NONE = "–"
 AUTOREGRESSION = "a token a call"
 Rows = list[list[str]]
@@ -110,7 +110,7 @@ def _generation_table(result: dict[str, Any]) -> tuple[str, list[str], Rows]:
 def _quality(quality: dict[str, Any] | None) -> list[str]:
     if quality is None:
         return [_NONE, _NONE]
-    return [_figure(part["value"], part["standard_error"]) for part in (quality["nats"], quality["entropy"])]
+    return [shown(quality[name], 3) for name in ("nats", "entropy")]
 
 
 def _rival(result: dict[str, Any]) -> float | None:
@@ -148,17 +148,12 @@ def _task_table(result: dict[str, Any]) -> tuple[str, list[str], Rows]:
     return f"Task: {task['problem']['type']}, {task['problems']} problems that training never saw", head, rows
 
 
-def _figure(value: float, error: float | None) -> str:
-    return f"{value:.3f} ± {error:.3f}" if error is not None and math.isfinite(error) else f"{value:.3f}"
-
-
 def _nats(point: dict[str, Any]) -> str:
-    return _figure(point["likelihood"]["nelbo"], point["likelihood"]["standard_error"])
+    return shown_nats(point["likelihood"])
 
 
 def _share(part: dict[str, Any]) -> str:
-    error = "" if part["standard_error"] is None else f" ± {100 * part['standard_error']:.1f}"
-    return f"{100 * part['value']:.1f}{error} %"
+    return f"{shown(part, 1, 0.01)} %"
 
 
 def _cards(result: dict[str, Any]) -> list[tuple[str, str]]:
@@ -175,20 +170,34 @@ def _colours(result: dict[str, Any]) -> dict[str, str]:
 
 def _learning_plot(result: dict[str, Any]) -> str:
     colours, repeated = _colours(result), result.get("repetition") or {}
-    figure, found = axes(1, 2 if repeated else 1, 3.8)
+    figure, found = axes(1, 3 if repeated else 2, 3.8)
+    for run in (run for run in result["runs"] if run["data"] == "text"):
+        x, y = ([point[name] for point in run["losses"]] for name in ("tokens", "loss"))
+        found[0].plot(np.array(x) / 1e6, y, lw=1.2, label=run["model"], color=colours[run["model"]])
+    found[0].set(xlabel="tokens, millions", ylabel="training loss, each its own")
+    figure.legend(frameon=False, fontsize=8, ncols=len(colours), loc="outside upper left")
+    learned = [
+        point["loss"]
+        for run in result["runs"]
+        if run["data"] == "text"
+        for point in run["losses"][len(run["losses"]) // 10 :]
+    ]
+    found[0].set_ylim(top=1.05 * max(learned))  # the first steps would leave no room for the others
     for model, points in result["learning"].items():
         if points:
-            _line(found[0], [p["tokens"] / 1e6 for p in points], points, model, colours[model])
-    found[0].set(xlabel="tokens, millions", ylabel="held-out nats/token")
-    found[0].legend(frameon=False, fontsize=8)
+            _line(found[1], [p["tokens"] / 1e6 for p in points], points, model, colours[model])
+    found[1].set(xlabel="tokens, millions", ylabel="held-out nats/token")
     for model, points in repeated.items():
-        _line(found[1], [int(p["data"].removeprefix("small-")) for p in points], points, model, colours[model])
+        _line(found[2], [int(p["data"].removeprefix("small-")) for p in points], points, model, colours[model])
     if repeated:
-        found[1].set(xlabel="epochs of the same small data", xscale="log")
+        found[2].set(xlabel="epochs of the same small data", xscale="log", yscale="log")
         epochs = [int(p["data"].removeprefix("small-")) for p in next(iter(repeated.values()))]
-        found[1].set_xticks(epochs, [str(n) for n in epochs])
-        found[1].minorticks_off()
-    return svg(figure, "held-out likelihood over tokens and over epochs of the same data")
+        found[2].set_xticks(epochs, [str(n) for n in epochs])
+        found[2].minorticks_off()
+        values = [p["likelihood"]["nelbo"] for points in repeated.values() if points for p in points]
+        ticks = [tick for tick in (1, 1.5, 2, 3, 4, 5, 6, 8, 10, 15, 20, 30) if min(values) < tick < max(values)]
+        found[2].set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    return svg(figure, "training loss and held-out likelihood over tokens, and over epochs of the same data")
 
 
 def _line(axis: Any, x: Sequence[float], points: Sequence[dict[str, Any]], label: str, colour: str) -> None:

@@ -3,13 +3,13 @@
 import torch
 
 from dllm_core.checkpoints.bundle import ModelBundle
-from dllm_core.decoding.config import DecodeConfig, no_decoder
+from dllm_core.decoding.config import DecodeConfig
 from dllm_core.decoding.engine import Engine
-from dllm_core.evaluation.config import Side
-from dllm_core.evaluation.infill import SIDES, CausalFiller, EngineFiller, Filler, LeftFiller
+from dllm_core.evaluation.infill import Filler
+from dllm_core.evaluation.models import filler_over, why_not_written
 from dllm_core.evaluation.writers import EngineWriter, Writer
 from dllm_core.noise.absorbing import AbsorbingProcess
-from dllm_core.objective.config import AutoregressiveConfig, BlockDiffusionConfig, MaskedLMConfig
+from dllm_core.objective.config import MaskedLMConfig
 
 _BATCH_TOKENS = 4096
 
@@ -25,16 +25,14 @@ class Speaker:
         self.engine: Engine | None = None
         if isinstance(said.objective, MaskedLMConfig):
             # Mask-predict (Ghazvininejad et al., arXiv:1904.09324): the masks of a canvas are filled like any others.
-            self.engine = Engine(self.denoiser, AbsorbingProcess(mask_id=self.mask_id), _BATCH_TOKENS)
-        elif no_decoder(said.objective, said.process, bundle.config.model) is None:
-            self.engine = Engine.of(bundle, str(device), _BATCH_TOKENS)
+            self.engine = Engine.over(self.denoiser, AbsorbingProcess(mask_id=self.mask_id), _BATCH_TOKENS)
+        elif why_not_written(bundle) is None:
+            self.engine = Engine(bundle, max_batch_tokens=_BATCH_TOKENS, denoiser=self.denoiser)
 
     @property
-    def sides(self) -> tuple[Side, ...]:
-        """From which sides a hole can be seen."""
-        if self.engine is None:
-            return ()
-        return ("left",) if isinstance(self.objective, AutoregressiveConfig | BlockDiffusionConfig) else SIDES
+    def served(self) -> DecodeConfig:
+        """How the bundle decodes unless it is told otherwise."""
+        return DecodeConfig.model_validate(self.bundle.manifest.decode)
 
     def writer(self, config: DecodeConfig) -> Writer | None:
         """Goes on from prompts."""
@@ -44,10 +42,5 @@ class Speaker:
         """Fills holes; config None: every position in one call, where the model allows it."""
         if self.engine is None:
             return None
-        never = (self.bundle.config.eos_id, self.bundle.config.pad_id)
-        if isinstance(self.objective, AutoregressiveConfig):
-            return CausalFiller(self.denoiser, self.mask_id, self.device, never=never)
-        if isinstance(self.objective, BlockDiffusionConfig):
-            served = config or DecodeConfig.model_validate(self.bundle.manifest.decode)
-            return LeftFiller(EngineWriter(self.engine, served), self._seed)
-        return EngineFiller(self.engine, config, self.mask_id, seed=self._seed)
+        how = config or self.served
+        return filler_over(self.engine, self.bundle, how, seed=self._seed, in_one_call=config is None)

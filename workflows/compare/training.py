@@ -7,19 +7,20 @@ goes on from its newest checkpoint.
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from dllm_core.checkpoints.run_dir import JsonLines, RunDir
+from dllm_core.data.loader import evenly
+from dllm_core.data.manifest import read_manifest
 from dllm_core.errors import CheckpointError
 from dllm_core.training.backend import LocalBackend
-from dllm_core.training.events import StepRecord
-from workflows.fan_out import keep_to_one_core
 from workflows.pipeline.bundle import make_bundle
 from workflows.pipeline.receipts import Receipts
 from workflows.recipe import Recipe
-from workflows.train.session import METRICS, Silence, open_session
+from workflows.train.session import METRICS, MetricsLog, open_session, train_to_end
 
-_STAGE = "train"
+_STAGE, _POINTS = "train", 50
 
 
 @dataclass(frozen=True)
@@ -38,25 +39,8 @@ class Entrant:
         return self.recipe.train.steps * self.recipe.train.batch_rows * self.recipe.packing.seq_len
 
 
-class _Metrics(Silence):
-    """Keeps `metrics.jsonl`, as every training does."""
-
-    def __init__(self, run: RunDir, resumed_at: int) -> None:
-        self._log = JsonLines(run, METRICS)
-        self._log.keep(lambda record: record["step"] <= resumed_at)
-
-    def stepped(self, record: StepRecord) -> None:
-        """A line."""
-        self._log.append(record.as_json())
-
-    def saved(self, step: int) -> None:
-        """Lines are durable whenever a checkpoint is."""
-        self._log.sync()
-
-
 def device_of(gpus: float) -> torch.device:
     """A task's device; on the CPU it has one core."""
-    keep_to_one_core()
     if gpus and torch.cuda.is_available():
         return torch.device("cuda")
     torch.set_num_threads(1)
@@ -69,6 +53,13 @@ def trained(entrant: Entrant) -> dict[str, Any] | None:
     return result if result is not None and entrant.run.store.exists(entrant.run.key("bundle/bundle.json")) else None
 
 
+def losses(entrant: Entrant) -> list[dict[str, float]]:
+    """What was minimised, along the training: some 50 points of the run's log, the last among them."""
+    records = JsonLines(entrant.run, METRICS).read()
+    wanted = evenly(np.arange(len(records)), _POINTS).tolist()
+    return [{name: records[at][name] for name in ("tokens", "loss")} for at in wanted]
+
+
 def train_entrant(gpus: float, entrant: Entrant) -> dict[str, Any]:
     """Train to the end and write the bundle; what the last step reported. A finished run is left as it is."""
     found = trained(entrant)
@@ -78,15 +69,17 @@ def train_entrant(gpus: float, entrant: Entrant) -> dict[str, Any]:
     with run.locked():
         run.store.put(run.key("recipe.yaml"), recipe.to_yaml().encode())
         device, damaged = device_of(gpus), list[CheckpointError]()
-        position = open_session(
+        manifest = read_manifest(run.store, entrant.corpus)
+        trainer = open_session(
             recipe,
             run,
-            entrant.corpus,
+            manifest,
             device,
             backend_of=lambda module: LocalBackend(module, recipe.train),
-            events_of=lambda step: _Metrics(run, step),
+            events_of=lambda step: MetricsLog(run, step),
             on_damage=damaged.append,
-        ).run()
+        )
+        position = train_to_end(trainer, run, manifest)
         make_bundle(recipe, run, entrant.corpus)
         records = JsonLines(run, METRICS).read()
         result = {**(records[-1] if records else {}), "step": position.step, "tokens": position.tokens_seen}

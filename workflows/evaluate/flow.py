@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from dllm_core.checkpoints.run_dir import RunDir
-from dllm_core.data.loader import split_rows
+from dllm_core.data.loader import evenly, split_rows
 from dllm_core.decoding.engine import Engine
 from dllm_core.errors import DataError
 from dllm_core.evaluation.estimators import estimator_of_bundle
@@ -26,7 +26,7 @@ from dllm_core.evaluation.likelihood import (
     without_likelihood,
 )
 from dllm_core.seeding import Ints
-from workflows.evaluate.job import EvaluateJob, Evaluation, OnProgress, evenly
+from workflows.evaluate.job import EvaluateJob, Evaluation, OnProgress
 from workflows.evaluate.measures import measure_all
 from workflows.fan_out import FanOut
 from workflows.recipe import Recipe
@@ -97,5 +97,5 @@ def _score(job: EvaluateJob, rows: Ints, *, first: int, draws: int) -> RowScores
 def _decode(job: EvaluateJob, rows: Ints) -> DecodeCost:
     bundle, manifest = job.opened()
     x0 = split_rows(job.run.store, manifest, manifest.heldout, rows).x0
-    engine = Engine.of(bundle, job.device, job.recipe.serve.max_batch_tokens)
+    engine = Engine(bundle, job.device, job.recipe.serve.max_batch_tokens)
     return measure_decoding(engine, x0, job.recipe.decode, context=manifest.seq_len, seed=job.recipe.seed)

@@ -17,18 +17,19 @@ from typing import Any
 import torch
 from pydantic import Field
 
-from dllm_core.checkpoints.bundle import FOLDER, read_bundle
+from dllm_core.checkpoints.bundle import read_bundle
+from dllm_core.checkpoints.bundle_manifest import FOLDER
 from dllm_core.checkpoints.run_dir import RunDir
 from dllm_core.config.base import Frozen
 from dllm_core.config.overrides import apply_overrides
-from dllm_core.decoding.config import DecodeConfig, decoding_pattern, is_ancestral, no_decoder
+from dllm_core.decoding.config import DecodeConfig, no_decoder
 from dllm_core.decoding.engine import Engine
-from dllm_core.decoding.state import DecodeRequest
+from dllm_core.decoding.request import Request
+from dllm_core.decoding.text import TextStream
 from dllm_core.errors import ConfigError, RequestError
 from dllm_core.evaluation.answers import AnswerScore, AnswerScorer, Question
 from dllm_core.evaluation.estimators import estimator_of_bundle
 from dllm_core.objective.config import AutoregressiveConfig
-from workflows.text import TextStream
 
 try:
     from lm_eval.__main__ import cli_evaluate as cli_evaluate
@@ -152,7 +153,7 @@ class DllmModel(LM):  # type: ignore[misc]
         args = defaultdict(list)
         for request, one in zip(requests, wanted, strict=True):
             args[one].append(request.args)
-        texts: dict[tuple[DecodeRequest, Stops], str] = {}
+        texts: dict[tuple[Request, Stops], str] = {}
         with tqdm(total=len(requests), desc="generate_until", disable=disable_tqdm) as bar:
             for one, text in self._decoded(sorted(args, key=lambda one: -one[0].length)):
                 texts[one] = text
@@ -226,26 +227,21 @@ class DllmModel(LM):  # type: ignore[misc]
             for question, canvas in canvases.items()
         }
 
-    def _canvas(self, question: Question) -> DecodeRequest | None:
+    def _canvas(self, question: Question) -> Request | None:
         """An open canvas of the answer's length behind as much of the context as fits; None: it does not fit itself."""
         length = len(question.answer)
         room = self._engine.context_length - length
         if not length or room < 0:
             return None
         config = self._decode.model_copy(update={"max_tokens": length, "temperature": 0.0})
-        return DecodeRequest(question.context[max(0, len(question.context) - room) :], config)
+        return Request(question.context[max(0, len(question.context) - room) :], config)
 
     @cached_property
     def _engine(self) -> Engine:
-        if self._no_decoder is not None:
-            raise self._no_decoder
         budget = max(self._config.max_batch_tokens, self._context_length)  # below it a row would be cut
-        said = self._bundle.manifest
-        pattern = decoding_pattern(said.objective, said.block_length)
-        backwards = is_ancestral(said.objective, said.process)
-        return Engine(self._denoiser, self._bundle.process, budget, pattern=pattern, is_ancestral=backwards)
+        return Engine(self._bundle, max_batch_tokens=budget, denoiser=self._denoiser)
 
-    def _decoding(self, context: str, arguments: dict[str, Any], number: int) -> tuple[DecodeRequest, Stops]:
+    def _decoding(self, context: str, arguments: dict[str, Any], number: int) -> tuple[Request, Stops]:
         """A request to the engine; requests of equal content have one seed each if they sample."""
         told = normalize_gen_kwargs(arguments, self._decode.max_tokens)
         for name, value in told.items():
@@ -266,11 +262,9 @@ class DllmModel(LM):  # type: ignore[misc]
         config = DecodeConfig.checked({**self._decode.model_dump(), **changed}, "generation_kwargs")
         seed = Question(tuple(prompt), ()).digest(self._config.seed, number if config.temperature > 0 else 0)
         stops = tuple(dict.fromkeys(stop for stop in told["until"] if stop))
-        return DecodeRequest(tuple(prompt), config, seed=seed), stops
+        return Request(tuple(prompt), config, seed=seed), stops
 
-    def _decoded(
-        self, wanted: Sequence[tuple[DecodeRequest, Stops]]
-    ) -> Iterator[tuple[tuple[DecodeRequest, Stops], str]]:
+    def _decoded(self, wanted: Sequence[tuple[Request, Stops]]) -> Iterator[tuple[tuple[Request, Stops], str]]:
         """Texts as they end: a row leaves the batch once a stop string in it is settled."""
         engine = self._engine
         rows = {engine.add(one[0]): (one, TextStream(self._tokenizer, one[1])) for one in wanted}

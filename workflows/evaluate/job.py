@@ -10,7 +10,7 @@ import torch
 
 from dllm_core.checkpoints.bundle import ModelBundle, read_bundle
 from dllm_core.checkpoints.run_dir import RunDir
-from dllm_core.data.loader import split_rows
+from dllm_core.data.loader import evenly, split_rows
 from dllm_core.data.manifest import CorpusManifest, read_manifest
 from dllm_core.evaluation.estimators import HeldoutRows
 from dllm_core.seeding import Ints
@@ -80,8 +80,3 @@ class Evaluation:
         """In order, `evaluate.batch_rows` a batch."""
         size = self.job.recipe.evaluate.batch_rows
         return [items[start : start + size] for start in range(0, len(items), size)]
-
-
-def evenly(rows: Ints, at_most: int) -> Ints:
-    """Some of the rows, evenly spaced, the first and the last among them."""
-    return rows[np.linspace(0, len(rows) - 1, min(at_most, len(rows))).astype(np.int64)]

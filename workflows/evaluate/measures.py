@@ -14,18 +14,17 @@ import numpy as np
 
 from dllm_core.checkpoints.bundle import ModelBundle, read_bundle
 from dllm_core.checkpoints.run_dir import RunDir
-from dllm_core.data.loader import split_rows
+from dllm_core.data.loader import evenly, split_rows
 from dllm_core.data.manifest import CorpusManifest
 from dllm_core.data.packing import PaddedPacking
-from dllm_core.decoding.config import DecodeConfig, is_ancestral
+from dllm_core.decoding.config import DecodeConfig
 from dllm_core.errors import ConfigError
 from dllm_core.evaluation.calibration import CalibrationScores, summarize_calibration
 from dllm_core.evaluation.config import NGramScorerConfig
-from dllm_core.evaluation.infill import HoleScores, score_infill, summarize_holes, token_gain
+from dllm_core.evaluation.infill import HoleScores, score_infill, sides_seen, summarize_holes, token_gain
 from dllm_core.evaluation.models import (
     filler_of,
     score_confidence,
-    sides_seen,
     why_no_confidence,
     why_not_written,
     writer_of,
@@ -37,7 +36,7 @@ from dllm_core.evaluation.tasks.problem import Problem
 from dllm_core.evaluation.tasks.section import AnyTask
 from dllm_core.evaluation.writers import Tokens
 from dllm_core.seeding import Ints
-from workflows.evaluate.job import EvaluateJob, Evaluation, evenly
+from workflows.evaluate.job import EvaluateJob, Evaluation
 
 Figures = dict[str, Any]
 _EXAMPLES = 4
@@ -91,9 +90,9 @@ def _score_confidence(job: EvaluateJob, rows: Ints) -> list[CalibrationScores]:
 
 
 def _infill(stage: Evaluation) -> Figures:
-    recipe, section = stage.job.recipe, stage.job.recipe.evaluate.infill
+    recipe, section, said = stage.job.recipe, stage.job.recipe.evaluate.infill, stage.bundle.manifest
     _unless(why_not_written(stage.bundle))
-    rows, seen = evenly(stage.rows, section.rows), sides_seen(stage.bundle)
+    rows, seen = evenly(stage.rows, section.rows), sides_seen(said.objective, said.process)
     found = stage.each("filling holes", _fill, stage.batches(rows))
     joined = [reduce(HoleScores.joined, parts) for parts in zip(*found, strict=True)]
     scores = {(one.length, one.side): one for one in joined if len(one.hits)}
@@ -238,6 +237,4 @@ def _answer(job: EvaluateJob, asked: Sequence[tuple[int, Problem, int]], *, task
 
 def _settings(stage: Evaluation, decode: DecodeConfig) -> Figures:
     """How text came about."""
-    recipe = stage.job.recipe
-    told = decode.told(recipe.decoding_pattern, is_ancestral(recipe.objective, recipe.noise.process))
-    return {**told, "temperature": decode.temperature, "top_p": decode.top_p}
+    return {**stage.job.recipe.decode_told, "temperature": decode.temperature, "top_p": decode.top_p}

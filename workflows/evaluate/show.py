@@ -47,6 +47,11 @@ def shown(estimate: Figures, digits: int = 2, unit: float = 1.0) -> str:
     return told if error is None else f"{told} ± {error / unit:.{digits}f}"
 
 
+def shown_nats(likelihood: Figures) -> str:
+    """The nats a token of a likelihood, `value ± standard error`."""
+    return shown({"value": likelihood["nelbo"], "standard_error": likelihood["standard_error"]}, 3)
+
+
 def _percent(estimate: Figures) -> str:
     """A share with its error, or with its 95 % interval where all rows agree and show no spread."""
     if "low" in estimate and not estimate["standard_error"]:

@@ -13,6 +13,7 @@ from rich.text import Text
 from dllm_core.checkpoints.bundle import read_bundle
 from dllm_core.checkpoints.run_dir import RunDir
 from dllm_core.decoding.engine import Engine
+from dllm_core.errors import DataError
 from workflows.console import Console
 from workflows.generate.unfold import Frame, request_for, unfold
 from workflows.recipe import Recipe
@@ -21,31 +22,44 @@ _FRAME_S = 0.08  # slow enough to see; only on a terminal
 
 
 def generate(
-    recipe: Recipe, run: RunDir, prompt: str, suffix: str | None, seed: int, console: Console
+    recipe: Recipe,
+    run: RunDir,
+    prompt: str | list[int],
+    suffix: str | None,
+    seed: int,
+    console: Console,
 ) -> dict[str, Any]:
-    """Decode one request; its text, cost and finish reason."""
+    """Decode one request, its prompt as text or ids; its text and ids, cost, finish reason and what each call did."""
     recipe.check_decodable()
     import torch
 
     torch.set_num_threads(1)
     bundle = read_bundle(run)
     tokenizer = bundle.tokenizer()
-    engine = Engine.of(bundle, "cuda" if torch.cuda.is_available() else "cpu")
-    request = request_for(tokenizer, prompt, suffix, recipe.decode, engine.context_length, seed)
+    engine = Engine(bundle, "cuda" if torch.cuda.is_available() else "cpu")
+    head = tuple(prompt) if isinstance(prompt, list) else tuple(tokenizer.encode(prompt))
+    tail = tuple(tokenizer.encode(suffix or ""))
+    request = request_for(head, tail, recipe.decode, engine.context_length, seed)
     last: Frame | None = None
+    calls = []
     begun = time.monotonic()
     if console.output == "text" and console.rich.is_terminal:
         with Live(console=RichConsole(), refresh_per_second=30, transient=True) as live:  # one that wraps
             for last in unfold(engine, tokenizer, request):
                 live.update(canvas_text(last))
+                calls.append(last.commits)
                 time.sleep(_FRAME_S)
     else:
-        for last in unfold(engine, tokenizer, request):  # noqa: B007 (the last one is wanted)
-            pass
+        for last in unfold(engine, tokenizer, request):
+            calls.append(last.commits)
     assert last is not None
     assert last.answer is not None
     answer = last.answer
+    if answer.finish_reason == "error":
+        raise DataError(run.url, "the denoiser's output is no number", remedy="see whether its weights are")
     text = tokenizer.decode(answer.tokens)
+    if isinstance(prompt, list):
+        prompt = tokenizer.decode(prompt)
     if console.output == "text":
         console.rich.print(Text(prompt, style="dim") + Text(text, style="bold") + Text(suffix or "", style="dim"))
         console.print(
@@ -57,6 +71,8 @@ def generate(
         "prompt": prompt,
         "suffix": suffix,
         "text": text,
+        "prompt_ids": list(head),
+        "token_ids": answer.tokens,
         "finish_reason": answer.finish_reason,
         "seed": seed,
         "num_tokens": answer.num_committed,
@@ -64,6 +80,10 @@ def generate(
         "tokens_per_call": round(answer.tokens_per_call, 4),
         "seconds": round(time.monotonic() - begun, 3),
         "policy": recipe.decode_told["policy"],
+        "calls": [
+            [{"position": at, "token": token, "confidence": round(sure, 6)} for at, token, sure in commits]
+            for commits in calls[1:]
+        ],
     }
 
 

@@ -6,14 +6,16 @@ from dataclasses import dataclass
 from dllm_core.data.tokenizer import Tokenizer
 from dllm_core.decoding.config import DecodeConfig
 from dllm_core.decoding.engine import Answer, Engine, answer_of
-from dllm_core.decoding.state import DecodeRequest, DecodeState
+from dllm_core.decoding.request import Request
+from dllm_core.decoding.state import DecodeState
 from dllm_core.errors import RequestError
 
 
 @dataclass(frozen=True)
 class Frame:
     """After call `num_calls` (0: before the first). committed_at [L]: the call that filled a position, 0 for given
-    and open ones; texts [L]: the tokens' texts, empty where open or behind the end.
+    and open ones; texts [L]: the tokens' texts, empty where open or behind the end. commits: position, token and
+    confidence of what this call made final.
     """
 
     num_calls: int
@@ -23,22 +25,20 @@ class Frame:
     first: int
     stop: int
     answer: Answer | None
+    commits: list[tuple[int, int, float]]
 
 
-def request_for(
-    tokenizer: Tokenizer, prompt: str, suffix: str | None, config: DecodeConfig, context: int, seed: int
-) -> DecodeRequest:
-    """A request from text. A canvas that does not fit beside prompt and suffix is shortened to what does."""
-    head, tail = tuple(tokenizer.encode(prompt)), tuple(tokenizer.encode(suffix or ""))
+def request_for(head: tuple[int, ...], tail: tuple[int, ...], config: DecodeConfig, context: int, seed: int) -> Request:
+    """A request of prompt and suffix ids. A canvas that does not fit beside them is shortened to what does."""
     room = context - len(head) - len(tail)
     if room < 1:
         problem = f"{len(head) + len(tail)} tokens leave no room in the context of {context}"
         raise RequestError("prompt", problem, remedy="shorten it")
     config = config.model_copy(update={"max_tokens": min(config.max_tokens, room)})
-    return DecodeRequest(prompt=head, suffix=tail, config=config, seed=seed)
+    return Request(prompt=head, suffix=tail, config=config, seed=seed)
 
 
-def unfold(engine: Engine, tokenizer: Tokenizer, request: DecodeRequest) -> Iterator[Frame]:
+def unfold(engine: Engine, tokenizer: Tokenizer, request: Request) -> Iterator[Frame]:
     """Frames from the empty canvas to the answer; the last one holds it."""
     engine.add(request)
     begun = False
@@ -58,10 +58,14 @@ def unfold(engine: Engine, tokenizer: Tokenizer, request: DecodeRequest) -> Iter
             first=len(request.prompt),
             stop=state.canvas_stop,
             answer=answer,
+            commits=[
+                (int(at), int(state.canvas[at]), float(sure))
+                for at, sure in zip(updates[0].committed, updates[0].confidence, strict=True)
+            ],
         )
 
 
-def _blank(tokenizer: Tokenizer, request: DecodeRequest, state: DecodeState) -> Frame:
+def _blank(tokenizer: Tokenizer, request: Request, state: DecodeState) -> Frame:
     head, stop, length = len(request.prompt), state.canvas_stop, len(state.canvas)
     inside = [head <= i < stop for i in range(length)]
     return Frame(
@@ -72,4 +76,5 @@ def _blank(tokenizer: Tokenizer, request: DecodeRequest, state: DecodeState) -> 
         first=head,
         stop=stop,
         answer=None,
+        commits=[],
     )

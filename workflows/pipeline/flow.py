@@ -14,6 +14,7 @@ from typing import Any
 from rich.markup import escape
 
 from dllm_core.checkpoints.bundle import read_bundle
+from dllm_core.checkpoints.bundle_manifest import FOLDER
 from dllm_core.checkpoints.run_dir import RunDir
 from dllm_core.config.fingerprint import fingerprint
 from dllm_core.data.manifest import CorpusManifest, read_manifest, read_tokenizer
@@ -21,20 +22,23 @@ from dllm_core.decoding.config import NO_SUFFIX
 from dllm_core.errors import ConfigError
 from dllm_core.evaluation.config import AutoregressiveScorerConfig
 from dllm_core.evaluation.scorers import check_scorer
+from dllm_core.model.foreign import LAYOUT_NAME
+from dllm_core.objective.config import PreferenceConfig
 from workflows.console import Console
 from workflows.env import ray_cluster
 from workflows.evaluate.flow import evaluate
-from workflows.evaluate.show import lines, shown
+from workflows.evaluate.show import lines, shown_nats
 from workflows.fan_out import fan_out
 from workflows.pipeline.bundle import bundle_inputs, make_bundle
 from workflows.pipeline.demo import demonstrate
 from workflows.pipeline.receipts import Events, Receipts
 from workflows.pipeline.report import about_policy, write_report
 from workflows.preprocess.flow import Preprocessing, summary
+from workflows.recipe import Recipe
 from workflows.serve.app import check_port
 from workflows.serve.flow import cpus_needed
 from workflows.target import Target
-from workflows.train.flow import checkpoint_bytes, final_step, train
+from workflows.train.flow import checkpoint_bytes, final_step, step_line, train
 
 
 class Pipeline:
@@ -101,9 +105,12 @@ class Pipeline:
     def train(self) -> dict[str, Any]:
         """Shards -> checkpoints."""
         recipe, run, name = self.target.recipe, self.target.run, "train"
+        if recipe.start is None and run.store.exists(run.key(f"{FOLDER}/{LAYOUT_NAME}")):
+            remedy = f"a recipe with start.run={run.url} trains on from them"
+            raise ConfigError(run.name, "its weights were imported, and stay as they are", remedy=remedy)
         result = self._trained()
         if result is not None:
-            self._console.skipped(name, _about_training(result))
+            self._console.skipped(name, _about_training(result, recipe))
             return result
         last: dict[str, Any] = {}
         self._keep_recipe()
@@ -119,17 +126,14 @@ class Pipeline:
                     progress = message["step"] / recipe.train.steps
                     if recipe.train.seconds is not None:
                         progress = max(progress, message["seconds"] / recipe.train.seconds)
-                    loss = f"step {message['step']}  loss {message['loss']:.2f}"
-                    if message["bound"] is not None:
-                        loss += f"  bound {message['bound']:.2f}"
-                    bar.update(f"{loss}  {message['tokens_per_s'] / 1000:.1f}k tokens/s", min(progress, 1), 1)
+                    bar.update(step_line(message), min(progress, 1), 1)
                 else:
                     self._events.add(name, kind, **message)
 
             train(recipe, run, self.target.corpus, take)
         result = {**last, "step": final_step(run), "workers": recipe.placement.train.workers}
         self._receipts.write(name, run.name, result)
-        self._console.done(name, _about_training(result), self._took)
+        self._console.done(name, _about_training(result, recipe), self._took)
         self._events.add(name, "done", step=result["step"])
         return result
 
@@ -308,10 +312,11 @@ def _about_corpus(manifest: CorpusManifest) -> str:
     )
 
 
-def _about_training(result: dict[str, Any]) -> str:
+def _about_training(result: dict[str, Any], recipe: Recipe) -> str:
     if "loss" not in result:
         return f"step {result['step']}"
-    return f"step {result['step']:,}, {result['tokens']:,} tokens, loss {result['loss']:.2f} nats/token"
+    unit = "a pair" if isinstance(recipe.objective, PreferenceConfig) else "nats/token"
+    return f"step {result['step']:,}, {result['tokens']:,} tokens, loss {result['loss']:.2f} {unit}"
 
 
 def _about_evaluation(result: dict[str, Any]) -> str:
@@ -320,7 +325,7 @@ def _about_evaluation(result: dict[str, Any]) -> str:
         text = f"a masked language model has no likelihood; {entropy}"
     else:
         name = "negative log-likelihood" if result["estimator"] == "exact" else "NELBO"
-        figure = f"{shown({'value': result['nelbo'], 'standard_error': result['standard_error']}, 3)} nats/token"
+        figure = f"{shown_nats(result)} nats/token"
         text = f"held-out {name} {figure}, {entropy}: [bold]{_gain(result['gain'])}[/bold]"
     decoding = result["decoding"]
     if decoding is not None:

@@ -11,7 +11,7 @@ from dllm_core.data.loader import Loader
 from dllm_core.data.manifest import read_manifest
 from dllm_core.decoding.engine import Engine
 from workflows.drawing import ACCENT, INK, SOFT, axes, cell, figures, noise_figure, noised_cell, page, svg, table
-from workflows.evaluate.show import sections, shown
+from workflows.evaluate.show import sections, shown_nats
 from workflows.generate.unfold import Frame, request_for, unfold
 from workflows.recipe import Recipe
 
@@ -43,7 +43,7 @@ def _figures(records: list[dict[str, Any]], evaluation: dict[str, Any]) -> str:
     if evaluation["nelbo"] is None:
         cards.insert(0, ("none", "likelihood: a masked language model bounds none"))
     else:
-        told = shown({"value": evaluation["nelbo"], "standard_error": evaluation["standard_error"]}, 3)
+        told = shown_nats(evaluation)
         cards.insert(0, (told, f"held-out {_name_of(evaluation)}, nats/token"))
         cards.append((f"{evaluation['gain']:.2f}", "nats/token learned"))
     if evaluation["bits_per_byte"] is not None:
@@ -130,13 +130,14 @@ def _decoded(recipe: Recipe, bundle: ModelBundle, answers: list[dict[str, Any]])
 def _frames(recipe: Recipe, bundle: ModelBundle) -> list[Frame]:
     """The first example (or an empty prompt) decoded here: the same tokens as the endpoint's, for the same seed."""
     tokenizer = bundle.tokenizer()
-    engine = Engine.of(bundle)
+    engine = Engine(bundle)
     examples = recipe.serve.examples
     prompt, suffix, config = "", None, recipe.decode
     if examples:
         prompt, suffix = examples[0].prompt, examples[0].suffix
         config = config.model_copy(update={"max_tokens": examples[0].max_tokens or config.max_tokens})
-    request = request_for(tokenizer, prompt, suffix, config, engine.context_length, recipe.seed)
+    head, tail = tuple(tokenizer.encode(prompt)), tuple(tokenizer.encode(suffix or ""))
+    request = request_for(head, tail, config, engine.context_length, recipe.seed)
     return list(unfold(engine, tokenizer, request))
 
 

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -44,7 +43,6 @@ from dllm_core.data.manifest import (
     read_manifest,
     write_manifest,
 )
-from dllm_core.data.packing import IsolatedPacking
 from dllm_core.data.shard import ShardInfo, id_type
 from dllm_core.data.sources import find_files
 from dllm_core.data.tokenizer import Tokenizer
@@ -88,7 +86,7 @@ class CorpusPlan:
         ids = np.dtype(id_type(self.recipe.tokenizer.vocab_size)).itemsize * seq_len
         times = 1
         if noise.block_length is not None:
-            times = seq_len if isinstance(packing, IsolatedPacking) else -(-seq_len // noise.block_length)
+            times = seq_len if packing.isolates else -(-seq_len // noise.block_length)
         of_noise = 4 * times + (ids if noise.process.replaces else -(-seq_len // 8))
         return rows * (ids + 4 + noise.epochs * of_noise)
 
@@ -119,12 +117,13 @@ class CorpusPlan:
         return manifest if len(manifest.noise_epochs) >= self.recipe.noise.epochs else None
 
 
-def plan_corpus(recipe: Recipe, store: Store) -> CorpusPlan:
-    """List the sources and name the corpus. Fast; every mistake about paths is found here."""
-    if recipe.tokenizer.path is not None:
-        Tokenizer.from_file(Path(recipe.tokenizer.path), recipe.tokenizer)  # a bad one is refused before work starts
-    listed = find_files(recipe.corpus, store)
-    return CorpusPlan(recipe, store, listed, recipe.corpus_fingerprint([f for files in listed for f in files.files]))
+def plan_corpus(recipe: Recipe, store: Store, listed: tuple[SourceFiles, ...] | None = None) -> CorpusPlan:
+    """List the sources, unless they are `listed`, and name the corpus. Every mistake about paths is found here."""
+    listed = listed or find_files(recipe.corpus, store)
+    found = recipe.corpus_fingerprint([f for files in listed for f in files.files])
+    if recipe.tokenizer.path is not None and not store.exists(f"{corpus_prefix(found)}/tokenizer.json"):
+        Tokenizer.given(recipe.tokenizer)  # a bad one is refused before work starts
+    return CorpusPlan(recipe, store, listed, found)
 
 
 @dataclass
@@ -180,8 +179,7 @@ class Preprocessing:
         if job.output.exists(key):
             return Tokenizer(job.output.read(key).decode(), config, key)
         if config.path is not None:
-            text = _read_text("tokenizer.path", config.path)
-            tokenizer = Tokenizer(text, config, config.path)
+            tokenizer = Tokenizer.given(config)
         else:
             self.on_progress("training the tokenizer", 0, 0)
             train = partial(_train_tokenizer, job, units)
@@ -291,14 +289,6 @@ def _draw_noise(job: CorpusJob, manifest: CorpusManifest, mask_id: int, task: _N
 
 def _train_tokenizer(job: CorpusJob, units: list[Unit], config: Any) -> Tokenizer:
     return Tokenizer.train(sample_texts(job, units, config.train_bytes), config)
-
-
-def _read_text(place: str, path: str) -> str:
-    try:
-        with open(path, encoding="utf-8") as file:
-            return file.read()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(place, f"cannot be read ({error})", path) from error
 
 
 def summary(manifest: CorpusManifest, ran: int) -> dict[str, Any]:

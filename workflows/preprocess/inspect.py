@@ -12,7 +12,7 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
-from dllm_core.data.loader import Loader, split_rows
+from dllm_core.data.loader import Loader, all_rows
 from dllm_core.data.manifest import CorpusManifest, corpus_prefix, read_manifest, read_tokenizer
 from dllm_core.data.tokenizer import Tokenizer
 from dllm_core.seeding import Ints
@@ -65,7 +65,7 @@ def _report(
     corpus: CorpusPlan, manifest: CorpusManifest, tokenizer: Tokenizer, batch: Any, rows: list[dict[str, Any]]
 ) -> bytes:
     count = manifest.accounting
-    sample = split_rows(
+    sample = all_rows(
         corpus.store, manifest, manifest.train, np.arange(min(_SAMPLE_ROWS, manifest.train.rows), dtype=np.int64)
     )
     waste = 1 - manifest.train.tokens / (manifest.train.rows * manifest.seq_len)

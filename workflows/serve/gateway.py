@@ -24,8 +24,9 @@ from starlette.exceptions import HTTPException
 from dllm_core.checkpoints.bundle import read_bundle
 from dllm_core.checkpoints.run_dir import RunDir
 from dllm_core.decoding.config import DecodeConfig
-from dllm_core.decoding.state import DecodeRequest
-from dllm_core.errors import RequestError
+from dllm_core.decoding.request import Request as DecodeRequest
+from dllm_core.decoding.text import TextStream
+from dllm_core.errors import DllmError, RequestError
 from workflows.serve.metrics import GatewayMetrics
 from workflows.serve.protocol import (
     MAX_BODY_BYTES,
@@ -37,7 +38,6 @@ from workflows.serve.protocol import (
     parse_request,
 )
 from workflows.serve.replica import Progress
-from workflows.text import TextStream
 
 _TRIES = 4
 _PING_EVERY_S = 15.0
@@ -139,7 +139,7 @@ def _explained(error: Exception) -> ApiError:
     cause = getattr(error, "cause", None) or error
     if isinstance(cause, ApiError):
         return cause
-    if isinstance(cause, RequestError):
+    if isinstance(cause, DllmError):
         return ApiError.of(cause)
     if isinstance(cause, BackPressureError):
         return _busy()

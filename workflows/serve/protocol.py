@@ -13,7 +13,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dllm_core.decoding.config import DecodeConfig
-from dllm_core.errors import ConfigError, RequestError
+from dllm_core.errors import ConfigError, DllmError, RequestError
 from dllm_core.seeding import Purpose, words
 
 MAX_BODY_BYTES = 1 << 20
@@ -32,6 +32,9 @@ class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
 
 
+_OPTIONS = {"threshold": ("threshold", "editing"), "factor": ("factor",), "eta": ("remasking",)}
+
+
 class StreamOptions(_Part):
     """How a stream ends."""
 
@@ -41,8 +44,15 @@ class StreamOptions(_Part):
 class DiffusionOptions(_Part):
     """What is ours: how the canvas is filled. None means: as the run's recipe says."""
 
-    unmask: Literal["threshold", "low_confidence"] | None = None
+    unmask: (
+        Literal["threshold", "factor", "low_confidence", "margin", "entropy", "random"]
+        | Literal["ancestral", "remasking", "editing"]
+        | None
+    ) = None
     threshold: float | None = None
+    factor: float | None = None
+    eta: float | None = None
+    cache: Literal["none", "prefix", "dual"] | None = None
     block_length: int | None = None
     steps_per_block: int | None = None
     steps: int | None = None
@@ -103,14 +113,17 @@ class CompletionRequest(_Part):
             if getattr(self, name) is not None:
                 values[name] = getattr(self, name)
         ours = self.diffusion
-        if ours.unmask == "low_confidence":
-            values["policy"] = {"type": "low_confidence"}
-        elif ours.unmask == "threshold" and values["policy"]["type"] != "threshold":
-            values["policy"] = {"type": "threshold"}
-        if ours.threshold is not None:
-            if values["policy"]["type"] != "threshold":
-                raise RequestError("diffusion.threshold", "is for unmask=threshold", ours.threshold)
-            values["policy"] = {"type": "threshold", "threshold": ours.threshold}
+        if ours.unmask is not None and values["policy"]["type"] != ours.unmask:
+            values["policy"] = {"type": ours.unmask}
+        for name, kinds in _OPTIONS.items():
+            value = getattr(ours, name)
+            if value is not None:
+                if values["policy"]["type"] not in kinds:
+                    raise RequestError(f"diffusion.{name}", f"is for unmask={' or '.join(kinds)}", value)
+                values["policy"] = {**values["policy"], name: value}
+        if ours.cache is not None:
+            values["cache"] = ours.cache
+            values["refresh_every"] = values["refresh_every"] if ours.cache != "none" else None
         if ours.block_length is not None:
             values["block_length"] = ours.block_length
             values["steps_per_block"] = min(values["steps_per_block"], ours.block_length)
@@ -198,8 +211,10 @@ class ApiError(Exception):
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
     @classmethod
-    def of(cls, error: RequestError) -> "ApiError":
-        """400 with the parameter at fault, under the name that it has in a request."""
+    def of(cls, error: DllmError) -> "ApiError":
+        """400 with the parameter at fault, under the name that it has in a request; 500 if it is not the request's."""
+        if not isinstance(error, RequestError):
+            return cls(500, str(error), kind="server_error")
         if error.place in DiffusionOptions.model_fields:  # the engine knows no HTTP
             error = RequestError(f"diffusion.{error.place}", error.problem, error.value, error.remedy)
         code = "context_length_exceeded" if "exceed the context" in error.problem else None

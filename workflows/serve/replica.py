@@ -17,8 +17,9 @@ from ray.serve.exceptions import BackPressureError
 from dllm_core.checkpoints.bundle import read_bundle
 from dllm_core.checkpoints.run_dir import RunDir
 from dllm_core.decoding.engine import Engine, RowUpdate
-from dllm_core.decoding.state import DecodeRequest, FinishReason
-from dllm_core.errors import RequestError
+from dllm_core.decoding.request import Request
+from dllm_core.decoding.state import FinishReason
+from dllm_core.errors import DllmError, RequestError
 
 _HUNG_AFTER_S = 60.0
 
@@ -39,14 +40,14 @@ class DecodingLoop:
     def __init__(self, engine: Engine, max_waiting: int) -> None:
         self._engine, self._max_waiting = engine, max_waiting
         self._rows: dict[int, asyncio.Queue[Progress | Exception]] = {}
-        self._wanted: list[tuple[DecodeRequest, asyncio.Queue[Progress | Exception], asyncio.Future[int]]] = []
+        self._wanted: list[tuple[Request, asyncio.Queue[Progress | Exception], asyncio.Future[int]]] = []
         self._dropped: list[int] = []
         self._wake = asyncio.Event()
         self._tick_began: float | None = None
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="decode")
         self._task = asyncio.get_running_loop().create_task(self._run())
 
-    async def stream(self, request: DecodeRequest) -> AsyncIterator[Progress]:
+    async def stream(self, request: Request) -> AsyncIterator[Progress]:
         """Progress after each call that gave the row new answer tokens, and at its end. Leaving early frees the row.
 
         Raises BackPressureError if `max_waiting` rows wait already.
@@ -139,14 +140,17 @@ class DecodingLoop:
         if inbox is None:
             return
         state = update.state
-        inbox.put_nowait(
-            Progress(
-                tokens=state.answer(self._engine.eos_id),
-                num_calls=state.num_calls,
-                num_committed=len(state.answer_with_end()),
-                finish_reason=state.finish_reason,
+        if state.finish_reason == "error":
+            inbox.put_nowait(DllmError("model", "its output for this request is no number"))
+        else:
+            inbox.put_nowait(
+                Progress(
+                    tokens=state.answer(self._engine.eos_id),
+                    num_calls=state.num_calls,
+                    num_committed=state.num_committed,
+                    finish_reason=state.finish_reason,
+                )
             )
-        )
         if state.finish_reason is not None:
             del self._rows[update.row]
 
@@ -159,7 +163,7 @@ class DecodeReplica:
 
         torch.set_num_threads(threads)
         bundle = read_bundle(RunDir.at(run_url))
-        self._engine = Engine.of(bundle, "cuda" if use_gpu else "cpu", max_batch_tokens)
+        self._engine = Engine(bundle, "cuda" if use_gpu else "cpu", max_batch_tokens)
         self._max_waiting = max_waiting
         self._loop: DecodingLoop | None = None
 
@@ -168,7 +172,7 @@ class DecodeReplica:
             self._loop = DecodingLoop(self._engine, self._max_waiting)
         return self._loop
 
-    async def generate(self, request: DecodeRequest) -> Progress:
+    async def generate(self, request: Request) -> Progress:
         """Decode one row to its end."""
         last: Progress | None = None
         async for progress in self._decoding().stream(request):
@@ -176,7 +180,7 @@ class DecodeReplica:
         assert last is not None
         return last
 
-    async def stream(self, request: DecodeRequest) -> AsyncIterator[Progress]:
+    async def stream(self, request: Request) -> AsyncIterator[Progress]:
         """Decode one row, telling its progress."""
         async for progress in self._decoding().stream(request):
             yield progress

@@ -6,6 +6,7 @@ A worker that dies is restarted by Ray Train; a driver that dies is run again. B
 """
 
 import contextlib
+import math
 import threading
 import time
 import warnings
@@ -14,11 +15,17 @@ from typing import Any
 
 from dllm_core.checkpoints.run_dir import RunDir
 from dllm_core.checkpoints.store import CheckpointStore
-from dllm_core.errors import DataError, DllmError
+from dllm_core.data.manifest import read_manifest
+from dllm_core.errors import CheckpointError, DataError, DllmError, PreemptedError
+from dllm_core.objective.config import PreferenceConfig
+from workflows.interrupts import first_sigterm_asks
 from workflows.recipe import Recipe
+from workflows.start import check_start
+from workflows.train.job import WorkerJob, check_rows
 
 OnMessage = Callable[[dict[str, Any]], None]
 _POLL_S = 0.25
+_SAVE_WITHIN_S = 24  # clouds take a machine back 30 s after they say so
 _RAY_FOLDER = ".ray-train"
 
 
@@ -29,13 +36,32 @@ def final_step(run: RunDir) -> int | None:
 
 
 def checkpoint_bytes(recipe: Recipe) -> int:
-    """What the kept checkpoints and the one in the making take: weights, EMA and two moments, fp32."""
+    """What the kept checkpoints and the one in the making take: trained weights, EMA and two moments, fp32."""
     parameters = recipe.model.num_parameters(recipe.tokenizer.vocab_size)
-    return 16 * parameters * (recipe.train.keep_checkpoints + 1)
+    if recipe.start is not None and recipe.start.lora is not None:
+        parameters = recipe.start.lora.num_parameters(recipe.model)
+    best = recipe.train.average_checkpoints if recipe.train.average_from == "best" else 0
+    return 16 * parameters * (recipe.train.keep_checkpoints + best + 1)
+
+
+def step_line(record: dict[str, Any]) -> str:
+    """One line of a record of `metrics.jsonl` for people."""
+    parts = [f"step {record['step']:,}", f"loss {record['loss']:.3f}"]
+    if record["heldout"] is not None:
+        parts.append(f"held-out {record['heldout']['nats']:.3f} ± {record['heldout']['standard_error']:.3f}")
+    parts += [f"norm {record['grad_norm']:.2f}", f"lr {record['learning_rate']:.1e}"]
+    parts += [f"{record['tokens_per_s'] / 1000:.1f}k tok/s", f"MFU {100 * record['mfu']:.0f} %"]
+    minutes, seconds = divmod(round(record["eta_s"]), 60)
+    left = f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"
+    return "  ".join([*parts, f"data {100 * record['data_wait']:.1f} %", f"{left} left"])
 
 
 def train(recipe: Recipe, run: RunDir, corpus: str, on_message: OnMessage) -> None:
-    """Train to the end of the budget on the connected cluster. `on_message` runs in this thread."""
+    """Train to the end of the budget on the connected cluster. `on_message` runs in this thread.
+
+    SIGTERM makes all ranks save and end. Raises PreemptedError then, also where they did not manage to in time.
+    """
+    _check_checkpoint(recipe, run, corpus)
     import ray
 
     from workflows.train.announcements import open_mailbox
@@ -45,14 +71,42 @@ def train(recipe: Recipe, run: RunDir, corpus: str, on_message: OnMessage) -> No
     # In a thread of its own, because Ray Train takes SIGINT over in the main one and then needs > 5 s to end.
     fitting = threading.Thread(target=lambda: outcome.append(_outcome_of(recipe, run, corpus, mailbox)), daemon=True)
     fitting.start()
-    while fitting.is_alive():
-        fitting.join(timeout=_POLL_S)
-        with contextlib.suppress(ray.exceptions.RayError):  # a mailbox that died costs a screen, not a run
-            for message in ray.get(mailbox.take.remote()):
-                on_message(message)
+    deadline, is_finished = math.inf, False
+    with first_sigterm_asks() as is_asked:
+        while fitting.is_alive() and time.monotonic() < deadline:
+            fitting.join(timeout=_POLL_S)
+            with contextlib.suppress(ray.exceptions.RayError):  # a mailbox that died costs a screen, not a run
+                if is_asked.is_set() and deadline == math.inf:
+                    deadline = time.monotonic() + _SAVE_WITHIN_S
+                    mailbox.stop.remote()
+                for message in ray.get(mailbox.take.remote()):
+                    is_finished = is_finished or message["kind"] == "finished"
+                    on_message(message)
+    if is_asked.is_set():
+        raise PreemptedError("train", f"was told to stop, {_standing(run)}", remedy="run it again to go on")
     error = outcome[0]
     if error is not None:
         raise _explained(error)
+    if not is_finished:  # a group of workers that ends without a word must not pass for a finished training
+        raise DataError("train", f"the workers ended early, {_standing(run)}", remedy="run it again to go on")
+
+
+def _check_checkpoint(recipe: Recipe, run: RunDir, corpus: str) -> None:
+    """Refuse now what each worker would refuse, as often as workers are restarted."""
+    step, start = final_step(run), recipe.start
+    is_read_again = start is not None and (start.lora is not None or isinstance(recipe.objective, PreferenceConfig))
+    if start is not None and (step is None or is_read_again):
+        check_start(start)
+    if step is None:
+        return
+    manifest, accepted = read_manifest(run.store, corpus), recipe.train.accept_corpus
+    with contextlib.suppress(CheckpointError):  # a damaged one is passed over by who reads it whole
+        check_rows(CheckpointStore(run).manifest(step), manifest, accepted)
+
+
+def _standing(run: RunDir) -> str:
+    step = final_step(run)
+    return "before a checkpoint was written" if step is None else f"the newest checkpoint is that of step {step:,}"
 
 
 def _outcome_of(recipe: Recipe, run: RunDir, corpus: str, mailbox: Any) -> BaseException | None:
@@ -67,8 +121,6 @@ def _fit(recipe: Recipe, run: RunDir, corpus: str, mailbox: Any) -> None:
     warnings.filterwarnings("ignore", module="ray")
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
-
-    from workflows.train.job import WorkerJob
 
     placement = recipe.placement.train
     resources: dict[str, float] = {"CPU": placement.cpus_per_worker}

@@ -4,8 +4,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from dllm_core.checkpoints.run_dir import RunDir
+from dllm_core.checkpoints.store import CheckpointManifest
 from dllm_core.data.manifest import CorpusManifest
 from dllm_core.data.tokenizer import Tokenizer
+from dllm_core.errors import DataError
 from dllm_core.model.config import DenoiserConfig
 from workflows.recipe import Recipe
 
@@ -21,12 +23,26 @@ class WorkerJob:
 
 
 def denoiser_config(recipe: Recipe, manifest: CorpusManifest, tokenizer: Tokenizer) -> DenoiserConfig:
-    """The model that a recipe, a corpus and its tokenizer make together."""
+    """The model that a recipe, a corpus and its tokenizer make together.
+
+    One that starts from another has that one's rows, of which some may be no tokens.
+    """
+    rows = manifest.vocab_size if recipe.start is None else recipe.tokenizer.vocab_size
     return DenoiserConfig(
         model=recipe.model,
-        vocab_size=manifest.vocab_size,
+        vocab_size=rows,
         context_length=manifest.seq_len,
         mask_id=tokenizer.mask_id,
         eos_id=tokenizer.eos_id,
         pad_id=tokenizer.pad_id,
     )
+
+
+def check_rows(checkpoint: CheckpointManifest, manifest: CorpusManifest, accepted: str | None) -> None:
+    """Refuse to go on with other rows than a checkpoint was trained on, unless these were named."""
+    before, now = checkpoint.corpus, manifest.rows_digest
+    if before not in (None, now) and accepted != now:
+        where = f"step {checkpoint.position.step:,} was trained on {before}"
+        problem = f"its rows are {now} and the checkpoint of {where}: the corpus was made anew"
+        remedy = f"train.accept_corpus={now} goes on with them"
+        raise DataError(f"corpus {manifest.fingerprint}", problem, remedy=remedy)

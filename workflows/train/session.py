@@ -3,81 +3,185 @@
 Everything here may be killed at any moment; a session that starts anew resumes by itself.
 """
 
+import math
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from dllm_core.checkpoints.run_dir import RunDir
-from dllm_core.checkpoints.store import CheckpointStore
-from dllm_core.data.loader import Loader, Prefetcher
-from dllm_core.data.manifest import read_manifest, read_tokenizer
-from dllm_core.errors import CheckpointError
+from dllm_core.checkpoints.bundle import ModelBundle
+from dllm_core.checkpoints.run_dir import JsonLines, RunDir
+from dllm_core.checkpoints.store import Checkpoint, CheckpointStore, TrainPosition
+from dllm_core.data.loader import Batches, Loader, Prefetcher, evenly, split_rows
+from dllm_core.data.manifest import CorpusManifest, read_tokenizer
+from dllm_core.data.order import SampleOrder
+from dllm_core.errors import CheckpointError, DivergedError
+from dllm_core.evaluation.estimators import Draw, Estimator, HeldoutRows, estimator_of
 from dllm_core.model.denoiser import Denoiser
+from dllm_core.model.foreign import LAYOUT_NAME
 from dllm_core.model.pretrained import WEIGHTS_NAME, assign_weights
 from dllm_core.objective.build import new_objective
+from dllm_core.objective.config import DiffusionOptions, PreferenceConfig
+from dllm_core.objective.loss import DenoiserLike
+from dllm_core.objective.warmup import StagedBatches
+from dllm_core.seeding import Doubles
 from dllm_core.training.backend import Backend, resolve_precision
 from dllm_core.training.events import StepRecord, TrainEvents
+from dllm_core.training.heldout import HeldoutScorer
 from dllm_core.training.loop import Trainer, measure_peak_flops
+from dllm_core.training.lora import adapt, assign_adapters
+from dllm_core.training.mask_noise import MaskNoise
+from dllm_core.training.micro_batch import chosen_micro_rows
+from dllm_core.training.started import open_start, started_denoiser, started_weights
 from workflows.recipe import Recipe
-from workflows.train.job import denoiser_config
+from workflows.train.job import check_rows, denoiser_config
 
-METRICS = "metrics.jsonl"
+METRICS, DIVERGED = "metrics.jsonl", "diverged.json"
+_BATCH_ROWS = 32
 
 
 def open_session(
     recipe: Recipe,
     run: RunDir,
-    corpus: str,
+    manifest: CorpusManifest,
     device: torch.device,
     *,
     backend_of: Callable[[Denoiser], Backend],
     events_of: Callable[[int], TrainEvents],
     on_damage: Callable[[CheckpointError], None],
+    should_stop: Callable[[], bool] = lambda: False,
+    beat: Callable[[], None] = lambda: None,
 ) -> Trainer:
-    """A trainer that stands where the run's newest intact checkpoint does. events_of is given that step."""
-    manifest = read_manifest(run.store, corpus)
+    """A trainer that stands where the run's newest intact checkpoint does. events_of is given that step.
+
+    should_stop, beat: as `Trainer` takes them.
+    """
     tokenizer = read_tokenizer(run.store, manifest)
     mask_id, config = tokenizer.mask_id, denoiser_config(recipe, manifest, tokenizer)
     torch.manual_seed(recipe.seed)
     with device:
         module = Denoiser(config)
-    checkpoints = CheckpointStore(run)
+    checkpoints = CheckpointStore(run, manifest.rows_digest)
     newest = checkpoints.newest(on_damage)
     if newest is not None:
-        weights = load_file(newest.files[WEIGHTS_NAME], device=str(device))
-        assign_weights(module, weights, newest.name)
+        check_rows(newest.manifest, manifest, recipe.train.accept_corpus)
+    bundle, reference = _load(recipe, module, newest), None
+    if isinstance(recipe.objective, PreferenceConfig):  # after a resume too: a checkpoint's weights were tuned
+        assert recipe.start is not None
+        reference = started_denoiser(bundle or open_start(recipe.start), config, device)
+    process = manifest.process.bind(mask_id, manifest.vocab_size)
+    noise = {"block_length": manifest.block_length, "steps": manifest.steps}
+    batch_rows = recipe.train.batch_rows
+    objective = new_objective(
+        recipe.objective,
+        config,
+        process,
+        device,
+        seed=recipe.seed,
+        t_min=manifest.t_min,
+        batch_rows=batch_rows,
+        reference=reference,
+        **noise,
+    )
+    if recipe.start is not None and recipe.start.mask_noise is not None:
+        objective = MaskNoise(objective, module, recipe.start.mask_noise, seed=recipe.seed, batch_rows=batch_rows)
+    has_time = config.model.time_conditioning
+    estimator = estimator_of(recipe.model_kind, process, device, time_conditioning=has_time, **noise)
+    loader = _batches(recipe, run, manifest, mask_id)
+    micro_rows = chosen_micro_rows(recipe.train, module, objective, loader)
     backend = backend_of(module)
+    if backend.rank == 0 and bundle is not None and newest is None and LAYOUT_NAME in bundle.manifest.files:
+        run.store.put_file(run.key(LAYOUT_NAME), bundle.folder / LAYOUT_NAME)
     peak = measure_peak_flops(resolve_precision(recipe.train.precision, device), device)
-    [peak] = backend.sum_over_ranks([peak])
+    [peak, rows] = backend.sum_over_ranks([peak, (micro_rows or 0) if backend.rank == 0 else 0])  # rank 0 decides
     trainer = Trainer(
-        recipe.train,
+        recipe.train.model_copy(update={"micro_rows": int(rows) or None}),
         backend,
-        new_objective(
-            recipe.objective,
-            config,
-            manifest.process.bind(mask_id, manifest.vocab_size),
-            device,
-            seed=recipe.seed,
-            block_length=manifest.block_length,
-            steps=manifest.steps,
-            t_min=manifest.t_min,
-        ),
-        Prefetcher(Loader.open(run.store, manifest, mask_id)),
+        objective,
+        Prefetcher(loader),
         checkpoints,
         events_of(newest.manifest.position.step if newest else 0),
         samples_per_epoch=manifest.train.rows,
         peak_flops=peak,
+        heldout=heldout_scorer(recipe, run, manifest, estimator, backend),
+        should_stop=should_stop,
+        beat=beat,
     )
     if newest is not None:
         trainer.resume(newest)
     return trainer
 
 
+def _load(recipe: Recipe, module: Denoiser, newest: Checkpoint | None) -> ModelBundle | None:
+    """Give the module the weights of the checkpoint, else of the start, whose bundle is returned where it was read.
+
+    Adapters are a checkpoint's alone; what they stand beside is the start's each time.
+    """
+    start, device, bundle = recipe.start, module.device, None
+    lora = None if start is None else start.lora
+    if start is not None and (newest is None or lora is not None):
+        bundle = open_start(start)
+        assign_weights(module, started_weights(bundle, module.config, device), start.run)
+    if lora is not None:
+        torch.manual_seed(recipe.seed)  # every rank draws the same adapters
+        adapt(module, lora)
+    if newest is not None:
+        assign = assign_weights if lora is None else assign_adapters
+        assign(module, load_file(newest.files[WEIGHTS_NAME], device=str(device)), newest.name)
+    return bundle
+
+
+def _batches(recipe: Recipe, run: RunDir, manifest: CorpusManifest, mask_id: int) -> Batches:
+    """The corpus's batches; in a warm-up, with its blocks' noise."""
+    loader = Loader.open(run.store, manifest, mask_id)
+    if isinstance(recipe.objective, DiffusionOptions) and recipe.objective.block_warmup:
+        return StagedBatches.of(recipe.objective, loader, manifest.seq_len)
+    return loader
+
+
+def train_to_end(trainer: Trainer, run: RunDir, manifest: CorpusManifest) -> TrainPosition:
+    """`trainer.run()`; where it diverges, the samples of the steps that were no numbers are written down first."""
+    try:
+        return trainer.run()
+    except DivergedError as error:
+        order, steps = SampleOrder(manifest.seed, manifest.train.rows), []
+        for counters in trainer.skipped:
+            epochs, ids = order.samples(np.arange(counters.start, counters.stop))
+            steps.append({"counters": [counters.start, counters.stop], "epochs": epochs.tolist(), "rows": ids.tolist()})
+        run.write_json(DIVERGED, {"corpus": manifest.fingerprint, "steps": steps})
+        problem = f"{error.problem}; their rows are in {run.url}/{DIVERGED}"
+        raise DivergedError(error.place, problem, remedy=error.remedy) from error
+
+
+def heldout_scorer(
+    recipe: Recipe, run: RunDir, manifest: CorpusManifest, estimator: Estimator | None, backend: Backend
+) -> HeldoutScorer | None:
+    """A rank's share of `train.heldout_rows`, evenly spaced and as many on every rank, each scored by one draw.
+
+    The draws are the same each time, so that two scores differ by the weights alone. None without a likelihood.
+    """
+    wanted = min(recipe.train.heldout_rows, manifest.heldout.rows) // backend.world_size * backend.world_size
+    if estimator is None or recipe.train.heldout_every is None or wanted < 2:
+        return None
+    ids = evenly(np.arange(manifest.heldout.rows), wanted)[backend.rank :: backend.world_size]
+    parts = [
+        HeldoutRows.of(split_rows(run.store, manifest, manifest.heldout, rows), rows)
+        for rows in np.array_split(ids, math.ceil(len(ids) / _BATCH_ROWS))
+    ]
+    draw = Draw(recipe.seed, 0)
+
+    def score(denoiser: DenoiserLike) -> tuple[Doubles, Doubles]:
+        nats = [estimator.nats(denoiser, rows, draw) for rows in parts]
+        return np.concatenate(nats), np.concatenate([rows.counted.sum(1).astype(np.float64) for rows in parts])
+
+    return score
+
+
 class Silence:
     """Events that nobody hears."""
 
-    def started(self, step: int, seconds: float) -> None:
+    def started(self, step: int, seconds: float, micro_rows: int | None) -> None:
         """Nothing."""
 
     def stepped(self, record: StepRecord) -> None:
@@ -86,5 +190,24 @@ class Silence:
     def saved(self, step: int) -> None:
         """Nothing."""
 
-    def skipped(self, step: int) -> None:
+    def not_saved(self, step: int, reason: str) -> None:
         """Nothing."""
+
+    def skipped(self, step: int, counters: range) -> None:
+        """Nothing."""
+
+
+class MetricsLog(Silence):
+    """Keeps `metrics.jsonl`, as every training does; after a restart, without the steps that are taken again."""
+
+    def __init__(self, run: RunDir, resumed_at: int) -> None:
+        self._log = JsonLines(run, METRICS)
+        self._log.keep(lambda record: record["step"] <= resumed_at)
+
+    def stepped(self, record: StepRecord) -> None:
+        """A line."""
+        self._log.append(record.as_json())
+
+    def saved(self, step: int) -> None:
+        """Lines are durable whenever a checkpoint is."""
+        self._log.sync()

@@ -28,12 +28,13 @@ def checkpoints(run) -> CheckpointStore:
     return CheckpointStore(run)
 
 
-def save(checkpoints: CheckpointStore, scratch: Path, *steps: int) -> None:
+def save(checkpoints: CheckpointStore, scratch: Path, *steps: int, heldout: dict[int, float] | None = None) -> None:
     for step in steps:
         files = {name: scratch / name for name in NAMES}
         for name, path in files.items():
             path.write_bytes(content(name, step))
-        checkpoints.save(TrainPosition(step=step, samples_seen=8 * step, seconds=step / 3), files)
+        position = TrainPosition(step=step, samples_seen=8 * step, seconds=step / 3)
+        checkpoints.save(position, files, (heldout or {}).get(step))
 
 
 def newest_step(checkpoints: CheckpointStore) -> int | None:
@@ -112,6 +113,22 @@ def test_a_checkpoint_without_a_manifest_does_not_exist(run, checkpoints, tmp_pa
     assert newest_step(checkpoints) == 5
 
 
+def test_what_a_kill_left_of_older_checkpoints_goes_with_the_next_one(run, checkpoints, tmp_path):
+    save(checkpoints, tmp_path, 5, 6, 7, 9)
+    for step in (6, 9):
+        run.store.delete(f"{checkpoints.folder(step)}/manifest.json")
+    checkpoints.prune(keep=2)
+    folders = sorted(path.name for path in run.store.path(run.key("checkpoints")).iterdir())
+    assert folders == ["step-00000005", "step-00000007", "step-00000009"]  # 9 may be one that is being written
+    save(checkpoints, tmp_path, 10)
+    checkpoints.prune(keep=2)
+    assert checkpoints.committed() == [7, 10]
+    assert [path.name for path in sorted(run.store.path(run.key("checkpoints")).iterdir())] == [
+        "step-00000007",
+        "step-00000010",
+    ]
+
+
 class KilledError(BaseException):
     """Stands for the end of the process: nothing may catch it."""
 
@@ -161,6 +178,28 @@ def test_pruning_keeps_the_newest_and_nothing_of_the_others(run, checkpoints, tm
     assert newest_step(checkpoints) == 30
     folders = sorted(path.name for path in run.store.path(run.key("checkpoints")).iterdir())
     assert folders == [f"step-{step:08d}" for step in steps[-keep:]]
+
+
+@given(
+    scores=st.dictionaries(st.integers(1, 40), st.one_of(st.none(), st.sampled_from([1.0, 2.0, 3.0])), min_size=1),
+    keep=st.integers(1, 4),
+    best=st.integers(0, 4),
+    every=st.one_of(st.none(), st.integers(1, 5)),
+)
+@settings(max_examples=25, deadline=None)
+def test_pruning_keeps_the_best_the_newest_and_the_multiples_and_nothing_else(
+    tmp_path_factory, scores, keep, best, every
+):
+    scratch = tmp_path_factory.mktemp("best")
+    checkpoints = CheckpointStore(RunDir(LocalStore(scratch / "root"), "small"))
+    steps = sorted(scores)
+    save(checkpoints, scratch, *steps, heldout=scores)
+    checkpoints.prune(keep, every, best)
+    ranked = sorted(steps, key=lambda step: (scores[step] is None, scores[step] or 0, -step))
+    kept = {*steps[-keep:], *ranked[:best], *(step for step in steps if every and step % every == 0)}
+    assert checkpoints.committed() == sorted(kept)
+    found = checkpoints.best(lambda error: pytest.fail(str(error)))
+    assert [checkpoint.manifest.position.step for checkpoint in found] == [step for step in ranked if step in kept]
 
 
 def test_checkpoints_of_another_run_are_not_seen_and_not_pruned(run, checkpoints, tmp_path):

@@ -5,16 +5,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import small_text
 
+from dllm_core.checkpoints.bundle import read_bundle
 from dllm_core.config.overrides import apply_overrides
 from dllm_core.errors import DataError
 from dllm_core.evaluation.infill import SIDES, Filled
 from dllm_core.storage.store import LocalStore
 from workflows.compare.flow import Comparison
-from workflows.compare.measures import two_holes
+from workflows.compare.measures import restored, two_holes
 from workflows.compare.recipe import CompareRecipe
 from workflows.compare.report import table_lines
+from workflows.compare.speakers import Speaker
+from workflows.compare.training import Entrant
 from workflows.console import Console
 from workflows.fan_out import serially
 
@@ -70,6 +74,13 @@ def finished(tmp_path_factory):
     return recipe, compared(recipe)
 
 
+def entrant_of(recipe: CompareRecipe, model: str) -> Entrant:
+    """The run of a model on the whole text."""
+    comparison = Comparison(recipe, LocalStore(Path(recipe.storage.root)), Console("json"), serially)
+    [entrant] = [e for e in comparison.entrants() if (e.model, e.data) == (model, "text")]
+    return entrant
+
+
 def test_every_model_is_measured_on_every_axis(finished):
     _, result = finished
     for axis in ("learning", "context", "flexibility", "task"):
@@ -99,11 +110,22 @@ def test_all_models_have_the_same_size_and_the_same_tokens(finished):
         assert len({run["step"] for run in runs}) == 1
 
 
-def test_what_reads_left_to_right_is_asked_from_the_left_alone(finished):
+def test_losses_are_those_of_the_log_to_its_end(finished):
+    recipe, result = finished
+    for run in result["runs"]:
+        tokens = [point["tokens"] for point in run["losses"]]
+        assert tokens == sorted(set(tokens))
+        assert run["losses"][-1] == {"tokens": run["tokens"], "loss": run["loss"]}
+        log = LocalStore(Path(recipe.storage.root)).path(f"runs/{run['run']}/metrics.jsonl").read_text()
+        assert len(run["losses"]) == min(50, len(log.splitlines()))
+
+
+def test_a_hole_is_asked_for_from_the_sides_that_a_model_can_be_shown(finished):
+    """A side is hidden by masks, which a model of replaced tokens alone has never seen."""
     _, result = finished
+    expected = {"autoregressive": {"left"}, "block_diffusion": {"left"}, "uniform": {"both"}}
     for model, sides in result["context"].items():
-        expected = {"left"} if model in {"autoregressive", "block_diffusion"} else set(SIDES)
-        assert set(sides) == expected, model
+        assert set(sides) == expected.get(model, set(SIDES)), model
         for side in sides.values():
             assert sum(part["accuracy"]["rows"] > 0 for part in side["by_distance"]) == (
                 2 if side["side"] == "both" else 3
@@ -116,7 +138,25 @@ def test_masked_diffusion_keeps_all_text_and_mends_none(finished):
     assert (editing["kept"]["value"], editing["mended"]["value"]) == (1, 0)
     assert editing["right_after"] == editing["right_before"]
     assert result["flexibility"]["autoregressive"]["editing"] is None
-    assert result["flexibility"]["uniform"]["editing"]["kept"]["value"] < 1  # untrained: it breaks what was right
+
+
+@pytest.mark.parametrize("model", ["uniform", "hybrid"])
+@pytest.mark.parametrize("broken", [0.1, 0.9, 0.99])
+def test_text_is_mended_by_the_law_of_a_token_given_all_that_is_shown(finished, model, broken):
+    """Bayes by enumeration: the law that the denoiser tells is given the others alone."""
+    recipe, _ = finished
+    speaker = Speaker(read_bundle(entrant_of(recipe, model).run), torch.device("cpu"), 0)
+    vocabulary, mask_id = speaker.bundle.config.vocab_size, speaker.mask_id
+    text = np.array([i for i in range(vocabulary) if i != mask_id])
+    shown = np.random.default_rng(0).choice(text, (3, 32))
+    with torch.inference_mode():
+        logits = speaker.denoiser(torch.from_numpy(shown)).double().numpy()
+        given = restored(speaker, shown, np.ones(shown.shape, bool), broken)
+    prior = np.exp(logits[..., text])
+    of_shown = np.where(np.eye(len(text), dtype=bool), 1 - broken, broken / (len(text) - 1))
+    joint = prior * of_shown[np.searchsorted(text, shown)]
+    assert np.array_equal(given, text[joint.argmax(-1)])
+    assert not np.array_equal(given, text[prior.argmax(-1)])  # what is shown counts
 
 
 def test_the_tables_have_a_line_for_each_model_and_no_figure_that_is_none(finished):
@@ -178,10 +218,7 @@ class Oracle:
 
 
 def test_the_second_of_two_holes_is_filled_given_the_first(finished):
-    recipe, _ = finished
-    comparison = Comparison(recipe, LocalStore(Path(recipe.storage.root)), Console("json"), serially)
-    [entrant] = [e for e in comparison.entrants() if (e.model, e.data) == ("absorbing", "text")]
-    oracle = Oracle()
+    entrant, oracle = entrant_of(finished[0], "absorbing"), Oracle()
     found = two_holes(entrant, oracle, rows=4, length=3)
     assert found["exact"]["value"] == found["token"]["value"] == 1
     (side, firsts), (_, seconds) = oracle.seen

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dllm_core.data.packing import IsolatedPacking, PaddedPacking, TokenRun, WrapPacking, pack
+from dllm_core.data.packing import IsolatedPacking, PaddedPacking, PairsPacking, TokenRun, WrapPacking, pack
 
 EOS = 0
 documents = st.lists(st.lists(st.integers(1, 99), max_size=40), max_size=12)
@@ -71,8 +71,24 @@ def test_padded_rows_hold_one_document_each_and_count_what_was_left_out(docs, se
     assert rows.num_tokens.tolist() == [seq_len if learn else len(doc) for doc in kept]
 
 
-@pytest.mark.parametrize("kind", [WrapPacking, IsolatedPacking, PaddedPacking])
-@given(docs=documents)
+@settings(max_examples=200)
+@given(docs=documents, seq_len=st.integers(8, 40))
+def test_a_pair_is_in_one_row_behind_one_another_or_left_out(docs, seq_len):
+    docs = docs[: len(docs) // 2 * 2]
+    rows = pack(PairsPacking(seq_len=seq_len), run_of(docs, learned=True), EOS)
+    pairs = [([*a, EOS], [*b, EOS]) for a, b in zip(docs[::2], docs[1::2], strict=True)]
+    kept = [(a, b) for a, b in pairs if len(a) + len(b) <= seq_len]
+    assert rows.left_out.tolist() == [i for i, (a, b) in enumerate(pairs) if len(a) + len(b) > seq_len]
+    assert len(rows.ids) == len(kept)
+    for ids, count, starts, (a, b) in zip(rows.ids, rows.num_tokens, rows.starts, kept, strict=True):
+        assert ids.tolist() == [*a, *b] + [EOS] * (seq_len - len(a) - len(b))
+        assert count == len(a) + len(b)
+        begins = {0, len(a), len(a) + len(b)} - {seq_len}
+        assert set(np.flatnonzero(starts).tolist()) == begins
+
+
+@pytest.mark.parametrize("kind", [WrapPacking, IsolatedPacking, PaddedPacking, PairsPacking])
+@given(docs=documents.filter(lambda docs: len(docs) % 2 == 0))
 def test_what_is_learned_goes_with_its_token(kind, docs):
     rows = pack(kind(seq_len=16), run_of(docs, learned=True), EOS)
     real = np.arange(16) < rows.num_tokens[:, None]

@@ -8,9 +8,9 @@ from conftest import small_text
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dllm_core.data.corpus import ChatRecord, PairRecord, TextRecord
+from dllm_core.data.corpus import ChatRecord, PairRecord, PreferenceRecord, TextRecord
 from dllm_core.data.encoding import encode_documents
-from dllm_core.data.records import BadRecord, Document, from_json
+from dllm_core.data.records import BadRecord, Document, from_json, is_blank
 from dllm_core.data.tokenizer import ChatTemplate, Tokenizer, TokenizerConfig
 from dllm_core.errors import ConfigError
 
@@ -67,6 +67,68 @@ def test_plain_documents_take_the_bulk_path_and_are_learned_whole(tokenizer):
     run = encode_documents(tokenizer, documents)
     assert run.is_learned is None
     assert np.diff(run.offsets).tolist() == [len(tokenizer.encode(text)) for text in ("RED", "", "BLUE 2")]
+
+
+@given(st.text(max_size=6) | st.text(" \t\n\r\x1c\u00a0\u2003\u3000", max_size=6))
+def test_blank_is_what_strip_leaves_nothing_of(text):
+    assert is_blank(text) == (not text.strip())
+
+
+@pytest.mark.parametrize("raw", [b"", b" \t\r", "\u3000".encode()])
+def test_a_blank_line_of_json_is_a_blank_document(raw):
+    document = from_json(TextRecord(), "file", 7, raw)
+    assert isinstance(document, Document)
+    assert is_blank(document.text)
+
+
+@given(prompt=texts, answers=st.lists(texts, min_size=2, max_size=2, unique=True))
+def test_a_preference_is_two_pairs_of_one_prompt(tokenizer, prompt, answers):
+    chosen, rejected = answers
+    document = parsed(PreferenceRecord(), {"prompt": prompt, "chosen": chosen, "rejected": rejected})
+    run = encode_documents(tokenizer, [document])
+    pairs = [parsed(PairRecord(), {"prompt": prompt, "answer": answer}) for answer in answers]
+    apart = encode_documents(tokenizer, pairs)
+    assert run.num_documents == 2
+    assert all(np.array_equal(getattr(run, name), getattr(apart, name)) for name in ("ids", "offsets", "is_learned"))
+    assert document.text == f"{prompt}\n{chosen}\n{rejected}"
+    assert document.pieces == [prompt, chosen, rejected]
+
+
+@given(turns=messages, answers=st.lists(texts, min_size=2, max_size=2, unique=True), as_lists=st.booleans())
+def test_a_preferences_prompt_may_be_a_conversation_of_which_nothing_is_learned(tokenizer, turns, answers, as_lists):
+    said = [[{"role": "assistant", "content": answer}] for answer in answers]
+    chosen, rejected = said if as_lists else answers
+    values = {"prompt": turns, "chosen": chosen, "rejected": rejected}
+    run = encode_documents(tokenizer, [parsed(PreferenceRecord(conversations=True), values)])
+    for k, answer in enumerate(said):
+        alone = encode_documents(tokenizer, [parsed(ChatRecord(), {"messages": [*turns, *answer]})])
+        own = slice(int(run.offsets[k]), int(run.offsets[k + 1]))
+        assert run.ids[own].tolist() == alone.ids.tolist()
+        learned = len(tokenizer.encode(answers[k])) + 1  # and the end of the turn
+        assert run.is_learned[own].tolist() == [False] * (len(alone.ids) - learned) + [True] * learned
+
+
+BAD_PREFERENCES = [
+    ({}, "no field 'prompt'"),
+    ({"prompt": "a", "chosen": "b"}, "no field 'rejected'"),
+    ({"prompt": "a", "chosen": "b", "rejected": 3}, "'rejected' is not a string"),
+    ({"prompt": "a", "chosen": "b", "rejected": "b"}, "'chosen' and 'rejected' are the same"),
+    ({"prompt": [{"role": "user", "content": "x"}], "chosen": "b", "rejected": "c"}, "'prompt' is not a string"),
+]
+
+
+@pytest.mark.parametrize(("values", "reason"), BAD_PREFERENCES, ids=[reason for _, reason in BAD_PREFERENCES])
+def test_what_is_no_preference_is_kept_with_its_reason(values, reason):
+    record = parsed(PreferenceRecord(), values)
+    assert isinstance(record, BadRecord)
+    assert reason in record.reason
+
+
+def test_an_answer_of_no_assistant_is_none():
+    turns = [{"role": "user", "content": "x"}]
+    record = parsed(PreferenceRecord(conversations=True), {"prompt": turns, "chosen": turns, "rejected": "y"})
+    assert isinstance(record, BadRecord)
+    assert "'chosen' holds no message of the assistant" in record.reason
 
 
 BAD_CHATS = [

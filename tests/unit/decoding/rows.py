@@ -5,8 +5,16 @@ from hypothesis import strategies as st
 
 from dllm_core.decoding.config import DecodeConfig
 from dllm_core.decoding.engine import Engine
-from dllm_core.decoding.state import DecodeRequest
-from dllm_core.decoding.unmask import LowConfidencePolicy, ThresholdPolicy
+from dllm_core.decoding.request import Request
+from dllm_core.decoding.revise import AncestralPolicy, EditingPolicy, RemaskingPolicy
+from dllm_core.decoding.unmask import (
+    EntropyPolicy,
+    FactorPolicy,
+    LowConfidencePolicy,
+    MarginPolicy,
+    RandomPolicy,
+    ThresholdPolicy,
+)
 from dllm_core.model.config import DenoiserConfig, ModelConfig
 from dllm_core.model.denoiser import Denoiser
 from dllm_core.noise.absorbing import AbsorbingProcess
@@ -15,7 +23,21 @@ VOCABULARY, CONTEXT, MASK, EOS, PAD = 23, 48, 0, 1, 2
 PROCESS = AbsorbingProcess(mask_id=MASK)
 
 tokens = st.lists(st.integers(3, VOCABULARY - 1), max_size=9).map(tuple)
-policies = st.one_of(st.floats(0.05, 1).map(lambda x: ThresholdPolicy(threshold=x)), st.just(LowConfidencePolicy()))
+ranked = st.sampled_from([LowConfidencePolicy, MarginPolicy, EntropyPolicy])
+policies = st.one_of(
+    st.floats(0.05, 1).map(lambda x: ThresholdPolicy(threshold=x)),
+    st.builds(lambda kind, heat: kind(position_temperature=heat), ranked, st.sampled_from([0.0, 0.0, 0.3])),
+    st.builds(FactorPolicy, factor=st.floats(0.1, 4), takes_last=st.booleans()),
+    st.just(RandomPolicy()),
+)
+revising = st.one_of(
+    st.just(AncestralPolicy()),
+    st.builds(RemaskingPolicy, eta=st.floats(0, 1), strategy=st.sampled_from(["cap", "rescale"])),
+    st.builds(
+        EditingPolicy, threshold=st.floats(0.05, 1), edit_threshold=st.floats(0.05, 1), max_edits=st.integers(0, 3)
+    ),
+)
+caches = st.sampled_from(["none", "prefix", "dual"])
 
 
 def new_denoiser(*, is_tied: bool = True, time_conditioning: bool = False) -> Denoiser:
@@ -40,7 +62,7 @@ def new_denoiser(*, is_tied: bool = True, time_conditioning: bool = False) -> De
 
 
 def new_engine(denoiser: Denoiser, max_batch_tokens: int = 300, **options: object) -> Engine:
-    return Engine(denoiser, PROCESS, max_batch_tokens, **options)
+    return Engine.over(denoiser, PROCESS, max_batch_tokens, **options)
 
 
 @st.composite
@@ -49,14 +71,23 @@ def requests(
     block_length: int | None = None,
     prompts: st.SearchStrategy = tokens,
     suffixes: st.SearchStrategy = tokens,
-) -> DecodeRequest:
+    policies: st.SearchStrategy = policies,
+    guidance: bool = True,
+) -> Request:
     block = block_length or draw(st.integers(1, 12))
+    cache = draw(caches)
     config = DecodeConfig(
         policy=draw(policies),
+        quota=draw(st.sampled_from(["even", "by_time"])),
+        cache=cache,
+        guidance=draw(st.sampled_from([0.0, 0.0, 0.5, 2.0])) if guidance else 0.0,
+        grow_by=draw(st.none() | st.integers(1, 9)),
+        refresh_every=None if cache == "none" else draw(st.none() | st.integers(1, 4)),
+        top_k=draw(st.none() | st.integers(1, 5)),
         block_length=block,
         steps_per_block=draw(st.integers(1, block)),
         max_tokens=draw(st.integers(1, 24)),
         temperature=draw(st.sampled_from([0.0, 0.7, 1.5])),
         top_p=draw(st.sampled_from([1.0, 0.8])),
     )
-    return DecodeRequest(prompt=draw(prompts), suffix=draw(suffixes), config=config, seed=draw(st.integers(0, 2**40)))
+    return Request(prompt=draw(prompts), suffix=draw(suffixes), config=config, seed=draw(st.integers(0, 2**40)))

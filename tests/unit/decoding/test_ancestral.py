@@ -15,7 +15,7 @@ from rows import EOS, MASK, PAD, VOCABULARY, new_denoiser, requests
 
 from dllm_core.decoding.config import DecodeConfig
 from dllm_core.decoding.engine import Engine
-from dllm_core.decoding.state import DecodeRequest
+from dllm_core.decoding.request import Request
 from dllm_core.noise.hybrid import HybridProcess
 from dllm_core.noise.interpolating import InterpolatingProcess
 from dllm_core.noise.schedule import CosineSchedule
@@ -51,7 +51,7 @@ class Oracle:
 
     device = torch.device("cpu")
     config = SimpleNamespace(
-        model=SimpleNamespace(time_conditioning=True),
+        model=SimpleNamespace(time_conditioning=True, shifted=False),
         vocab_size=V,
         context_length=LENGTH,
         mask_id=MASK,
@@ -125,8 +125,8 @@ def counts(
 ) -> np.ndarray:
     """How often each text is answered."""
     config = DecodeConfig(temperature=1, steps=steps, max_tokens=LENGTH - len(prompt) - len(suffix))
-    engine = Engine(oracle, process, max_batch_tokens=1 << 20, max_rows=rows, is_ancestral=True)
-    answers = engine.generate([DecodeRequest(prompt, config, suffix, seed) for seed in range(rows)])
+    engine = Engine.over(oracle, process, max_batch_tokens=1 << 20, max_rows=rows, is_ancestral=True)
+    answers = engine.generate([Request(prompt, config, suffix, seed) for seed in range(rows)])
     assert {answer.num_calls for answer in answers} == {steps}
     texts = np.array([(*prompt, *answer.tokens, *suffix) for answer in answers])
     found = (texts[:, None] == TEXTS).all(2)
@@ -181,9 +181,9 @@ def test_ancestral_decoding_of_an_exact_oracle_returns_the_law(name, steps, prom
 
 def test_the_first_step_draws_apart_from_the_canvas_that_it_starts_from():
     process, oracle, _, _ = setting("uniform", (), ())
-    engine = Engine(oracle, process, max_batch_tokens=1 << 20, max_rows=2000, is_ancestral=True)
+    engine = Engine.over(oracle, process, max_batch_tokens=1 << 20, max_rows=2000, is_ancestral=True)
     for seed in range(2000):
-        engine.add(DecodeRequest((), DecodeConfig(temperature=1, steps=1, max_tokens=LENGTH), (), seed))
+        engine.add(Request((), DecodeConfig(temperature=1, steps=1, max_tokens=LENGTH), (), seed))
     noise = [state.canvas[0] for _, state in engine._waiting]
     words = [update.state.canvas[0] for update in engine.step()]
     found = np.histogram2d(noise, words, bins=[[1, 2, 3, 4, 5], [3, 4, 5]])[0]
@@ -204,24 +204,24 @@ some_steps = st.integers(1, 9)
 
 
 @st.composite
-def stepped(draw: st.DrawFn) -> DecodeRequest:
-    request = draw(requests())
+def stepped(draw: st.DrawFn) -> Request:
+    request = draw(requests(guidance=False))
     config = request.config.model_copy(update={"steps": draw(some_steps)})
-    return DecodeRequest(request.prompt, config, request.suffix, request.seed)
+    return Request(request.prompt, config, request.suffix, request.seed)
 
 
 @settings(max_examples=40, deadline=None)
 @given(batch=st.lists(stepped(), min_size=2, max_size=7), process=st.sampled_from(NOISES))
 def test_a_row_gets_the_same_tokens_alone_and_in_a_batch(denoiser, batch, process):
     """Rows at different times among them."""
-    together = Engine(denoiser, process, 300, is_ancestral=True).generate(batch)
-    assert together == [Engine(denoiser, process, 300, is_ancestral=True).generate([one])[0] for one in batch]
+    together = Engine.over(denoiser, process, 300, is_ancestral=True).generate(batch)
+    assert together == [Engine.over(denoiser, process, 300, is_ancestral=True).generate([one])[0] for one in batch]
 
 
 @settings(max_examples=40, deadline=None)
 @given(request=stepped(), process=st.sampled_from(NOISES))
 def test_what_is_given_is_never_noised_and_nothing_is_told_before_the_last_step(denoiser, request, process):
-    one = Engine(denoiser, process, is_ancestral=True)
+    one = Engine.over(denoiser, process, is_ancestral=True)
     one.add(request)
     for call in range(1, request.config.steps + 1):
         [update] = one.step()
@@ -244,8 +244,8 @@ def test_what_is_given_is_never_noised_and_nothing_is_told_before_the_last_step(
 @pytest.mark.parametrize("process", NOISES, ids=["uniform", "hybrid"])
 def test_at_temperature_0_the_last_step_takes_the_likeliest_token_of_a_canvas_of_noise(denoiser, process):
     config = DecodeConfig(steps=1, max_tokens=12)
-    request = DecodeRequest((5, 6), config, seed=3)
-    one = Engine(denoiser, process, is_ancestral=True)
+    request = Request((5, 6), config, seed=3)
+    one = Engine.over(denoiser, process, is_ancestral=True)
     one.add(request)
     canvas = one._waiting[0][1].canvas.copy()
     assert MASK not in canvas[2:] or isinstance(process, HybridProcess)

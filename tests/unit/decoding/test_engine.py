@@ -1,6 +1,7 @@
 """Laws of decoding, over random requests to a random denoiser: what holds for any weights holds for trained ones."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,11 +10,14 @@ from hypothesis import strategies as st
 from rows import EOS, MASK, PAD, PROCESS, VOCABULARY, new_denoiser, new_engine, requests
 
 from dllm_core.decoding.config import DecodeConfig
-from dllm_core.decoding.state import DecodeRequest, DecodeState
+from dllm_core.decoding.request import Request
+from dllm_core.decoding.state import DecodeState
 from dllm_core.decoding.step import propose
 from dllm_core.decoding.unmask import LowConfidencePolicy, ThresholdPolicy
 from dllm_core.errors import RequestError
+from dllm_core.model.config import DenoiserConfig
 from dllm_core.model.denoiser import Denoiser
+from dllm_core.model.pattern import AttentionPattern
 
 
 @pytest.fixture(scope="module")
@@ -21,10 +25,10 @@ def denoiser() -> Denoiser:
     return new_denoiser()
 
 
-def request_of(max_tokens: int, steps: int) -> DecodeRequest:
+def request_of(max_tokens: int, steps: int) -> Request:
     policy = LowConfidencePolicy()
     config = DecodeConfig(policy=policy, block_length=max_tokens, steps_per_block=steps, max_tokens=max_tokens)
-    return DecodeRequest(prompt=(), config=config)
+    return Request(prompt=(), config=config)
 
 
 @settings(max_examples=60, deadline=None)
@@ -44,7 +48,7 @@ def test_a_decode_fills_all_keeps_what_was_given_and_ends_in_its_budget(denoiser
         assert np.isin(state.canvas[state.is_open], MASK).all()
     assert state is not None
     assert not state.is_open.any()
-    assert all((later >= earlier).all() for earlier, later in itertools.pairwise(finals))
+    assert all((later[: len(earlier)] >= earlier).all() for earlier, later in itertools.pairwise(finals))
     blocks = -(-request.config.max_tokens // request.config.block_length)
     assert state.num_calls <= blocks * request.config.steps_per_block
     answer = state.answer(EOS)
@@ -92,7 +96,7 @@ def test_one_token_a_step_is_greedy_order_of_confidence_and_a_zero_threshold_is_
     slow = DecodeConfig(policy=LowConfidencePolicy(), block_length=8, steps_per_block=8, max_tokens=16)
     fast = slow.model_copy(update={"policy": ThresholdPolicy(threshold=1e-6)})
     answers = [
-        new_engine(denoiser).generate([DecodeRequest(prompt=(5, 6), suffix=(7,), config=config)])[0]
+        new_engine(denoiser).generate([Request(prompt=(5, 6), suffix=(7,), config=config)])[0]
         for config in (slow, fast)
     ]
     assert [answer.num_calls for answer in answers] == [16, 2]
@@ -100,10 +104,10 @@ def test_one_token_a_step_is_greedy_order_of_confidence_and_a_zero_threshold_is_
 
 def test_a_cancelled_row_leaves_its_neighbours_as_they_were(denoiser):
     config = DecodeConfig(max_tokens=16, block_length=4, steps_per_block=4)
-    wanted = DecodeRequest(prompt=(9, 8), config=config)
+    wanted = Request(prompt=(9, 8), config=config)
     expected = new_engine(denoiser).generate([wanted])[0]
     shared = new_engine(denoiser)
-    victim = shared.add(DecodeRequest(prompt=(4,), config=config))
+    victim = shared.add(Request(prompt=(4,), config=config))
     kept = shared.add(wanted)
     shared.step()
     shared.cancel(victim)
@@ -119,7 +123,31 @@ def test_a_cancelled_row_leaves_its_neighbours_as_they_were(denoiser):
 def test_what_cannot_be_decoded_is_refused_before_it_takes_a_place(denoiser):
     one = new_engine(denoiser)
     with pytest.raises(RequestError, match="exceed the context of 48"):
-        one.add(DecodeRequest(prompt=(5,) * 40, config=DecodeConfig(max_tokens=9)))
+        one.add(Request(prompt=(5,) * 40, config=DecodeConfig(max_tokens=9)))
     with pytest.raises(RequestError, match="token ids"):
-        one.add(DecodeRequest(prompt=(VOCABULARY,), config=DecodeConfig(max_tokens=4)))
+        one.add(Request(prompt=(VOCABULARY,), config=DecodeConfig(max_tokens=4)))
     assert one.num_waiting == 0
+
+
+def changed(denoiser: Denoiser, **update: object) -> Denoiser:
+    """The same weights under another config."""
+    other = Denoiser(DenoiserConfig.checked({**denoiser.config.model_dump(), **update})).eval()
+    other.load_state_dict(denoiser.state_dict())
+    return other
+
+
+def test_an_end_token_that_is_the_padding_too_ends_answers_all_the_same(denoiser):
+    config = DecodeConfig(temperature=1.5, max_tokens=24)
+    batch = [Request(prompt=(3, 4), config=config, seed=seed) for seed in range(12)]
+    answers = new_engine(changed(denoiser, pad_id=EOS), 2000).generate(batch)
+    assert any(answer.finish_reason == "stop" for answer in answers)
+
+
+def test_shifted_logits_are_decoded_in_blocks_too_where_no_key_is_kept(denoiser):
+    shifted = changed(denoiser, model={**denoiser.config.model.model_dump(), "shifted": True})
+    batch = [request_of(12, 3), request_of(8, 4)]
+    batch = [replace(one, config=one.config.model_copy(update={"block_length": 4})) for one in batch]
+    engine = new_engine(shifted, pattern=AttentionPattern("block_causal", 4))
+    together = engine.generate(batch)
+    assert [engine.generate([one])[0].tokens for one in batch] == [answer.tokens for answer in together]
+    assert together != new_engine(denoiser, pattern=AttentionPattern("block_causal", 4)).generate(batch)

@@ -13,7 +13,8 @@ from dllm_core.checkpoints.bundle import ModelBundle, read_bundle
 from dllm_core.checkpoints.run_dir import RunDir
 from dllm_core.decoding.config import DecodeConfig
 from dllm_core.decoding.engine import Engine
-from dllm_core.decoding.state import DecodeRequest, DecodeState
+from dllm_core.decoding.request import Request
+from dllm_core.decoding.state import DecodeState
 from dllm_core.decoding.step import propose
 from dllm_core.decoding.unmask import LowConfidencePolicy
 from dllm_core.errors import ConfigError, RequestError
@@ -43,17 +44,17 @@ def pattern_of(block_length: int | None) -> AttentionPattern:
 
 
 @st.composite
-def batches(draw: st.DrawFn) -> tuple[AttentionPattern, list[DecodeRequest]]:
+def batches(draw: st.DrawFn) -> tuple[AttentionPattern, list[Request]]:
     block_length = draw(left_to_right)
-    one = requests(block_length, prompts, st.just(()))
+    one = requests(block_length, prompts, st.just(()), guidance=block_length is not None)
     return pattern_of(block_length), draw(st.lists(one, min_size=1, max_size=7))
 
 
-def greedy(max_tokens: int, block_length: int, prompt: tuple[int, ...] = ()) -> DecodeRequest:
+def greedy(max_tokens: int, block_length: int, prompt: tuple[int, ...] = ()) -> Request:
     config = DecodeConfig(
         policy=LowConfidencePolicy(), block_length=block_length, steps_per_block=block_length, max_tokens=max_tokens
     )
-    return DecodeRequest(prompt, config)
+    return Request(prompt, config)
 
 
 @settings(max_examples=60, deadline=None)
@@ -98,7 +99,7 @@ def test_rows_that_come_and_go_leave_their_neighbours_as_they_were(denoiser, bat
     assert answers.keys() | set(cancelled.values()) == rows.keys()
 
 
-def next_token(denoiser: Denoiser, request: DecodeRequest, tokens: list[int]) -> int:
+def next_token(denoiser: Denoiser, request: Request, tokens: list[int]) -> int:
     """Autoregression as its definition says it: a whole forward, one token."""
     given = torch.tensor([[MASK, *request.prompt, *tokens]])
     with torch.no_grad():
@@ -107,15 +108,16 @@ def next_token(denoiser: Denoiser, request: DecodeRequest, tokens: list[int]) ->
     if not request.config.temperature:
         return int(logits.argmax())
     probs = (logits / request.config.temperature).softmax(0).numpy()
-    order = np.argsort(-probs, kind="stable")
-    nucleus = order[np.cumsum(probs[order]) - probs[order] < request.config.top_p]
+    order = np.argsort(-probs, kind="stable")[: request.config.top_k]
+    before = np.cumsum(probs[order]) - probs[order]
+    nucleus = order[before < request.config.top_p * probs[order].sum()]
     at = np.cumsum(probs[nucleus])
     u = uniforms(request.seed, Purpose.DECODE, len(tokens), [len(request.prompt) + len(tokens)], 1)[0, 0]
     return int(nucleus[np.searchsorted(at, u * at[-1], side="right")])
 
 
 @settings(max_examples=60, deadline=None)
-@given(request=requests(None, prompts, st.just(())), keeps_keys=st.booleans())
+@given(request=requests(None, prompts, st.just(()), guidance=False), keeps_keys=st.booleans())
 def test_autoregression_is_a_token_a_call_from_what_stands_before_it(denoiser, request, keeps_keys):
     [answer] = new_engine(denoiser, pattern=CAUSAL, keeps_keys=keeps_keys).generate([request])
     tokens: list[int] = []
@@ -131,12 +133,14 @@ def test_autoregression_is_a_token_a_call_from_what_stands_before_it(denoiser, r
 @given(block_length=st.integers(1, 9), data=st.data(), keeps_keys=st.booleans())
 def test_a_block_is_decoded_from_the_laws_it_was_trained_with(denoiser, block_length, data, keeps_keys):
     """At every call: the confidence is the probability that the training pass over [xt ; x0] gives."""
-    request = data.draw(requests(block_length, prompts, st.just(())))
+    request = data.draw(requests(block_length, prompts, st.just(()), guidance=False))
     engine = new_engine(denoiser, pattern=pattern_of(block_length), keeps_keys=keeps_keys)
     engine.add(request)
     head, told = len(request.prompt), []
     training = AttentionPattern("block_diffusion", block_length)
-    canvas = np.array([*request.prompt, *[MASK] * request.config.max_tokens])
+    stop = head + request.config.max_tokens
+    whole = min(-(-stop // block_length) * block_length, CONTEXT)  # the last block is seen whole, as in training
+    canvas = np.array([*request.prompt, *[MASK] * (whole - head)])
     while updates := engine.step():
         [update] = updates
         state = update.state
@@ -188,7 +192,7 @@ def test_a_finished_block_is_kept_by_the_call_that_opens_the_next(denoiser):
     """Blocks of 16, one call each: the prompt's with the first canvas block, then [block b ; masks of block b + 1]."""
     config = DecodeConfig(policy=LowConfidencePolicy(), block_length=16, steps_per_block=2, max_tokens=25)
     with Watched(denoiser) as watched:
-        [answer] = new_engine(denoiser, pattern=pattern_of(16)).generate([DecodeRequest((5,) * 23, config)])
+        [answer] = new_engine(denoiser, pattern=pattern_of(16)).generate([Request((5,) * 23, config)])
     assert answer.finish_reason == "length"
     assert answer.num_calls == 4
     # [0, 32): 23 given; again its own block alone; [16, 48): one block to keep, one to open; again the open one.
@@ -228,9 +232,9 @@ def test_a_bundle_is_decoded_as_its_objective_says(bundle):
         (changed(bundle, objective=AutoregressiveConfig()), CAUSAL),
         (changed(bundle, objective=AutoregressiveConfig(), process=UniformNoise()), CAUSAL),
     ):
-        expected = Engine(denoiser, bundle.process, pattern=pattern).generate([request])
+        expected = Engine.over(denoiser, bundle.process, pattern=pattern).generate([request])
         for keeps_keys in (True, False):
-            assert Engine.of(other, keeps_keys=keeps_keys).generate([request]) == expected
+            assert Engine(other, keeps_keys=keeps_keys).generate([request]) == expected
         answers.add(tuple(expected[0].tokens))
     assert len(answers) == 3  # or nothing would tell the patterns apart
 
@@ -244,7 +248,7 @@ def test_a_bundle_without_a_decoder_is_refused_in_one_line(bundle):
         ),
     ):
         with pytest.raises(ConfigError, match=line.format("there is no decoder for such a model yet")):
-            Engine.of(changed(bundle, **values))
+            Engine(changed(bundle, **values))
 
 
 @settings(max_examples=40, deadline=None)

@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 import pytest
-from conftest import SmallCorpus, make_small_bundle, make_small_corpus
+from conftest import runs_by_kind
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -44,15 +44,7 @@ EVERY_KIND = pytest.mark.parametrize("kind", KINDS)
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """The corpus and the run of a kind, made once."""
-    known: dict[str, tuple[SmallCorpus, RunDir]] = {}
-
-    def of(kind: str) -> tuple[SmallCorpus, RunDir]:
-        if kind not in known:
-            corpus = make_small_corpus(tmp_path_factory.mktemp(kind), **KINDS[kind][0])
-            known[kind] = corpus, make_small_bundle(corpus, corpus.store.root)
-        return known[kind]
-
-    return of
+    return runs_by_kind(tmp_path_factory, {kind: told[0] for kind, told in KINDS.items()})
 
 
 def evaluated(recipe: Recipe, run: RunDir, **section: object) -> dict:
@@ -124,7 +116,7 @@ def test_what_has_no_decoder_is_refused_in_one_line_before_anything_starts(made,
     for verb in (
         lambda: generate(recipe, run, "RED", None, 0, Console("json")),
         lambda: serve_forever(recipe, run, Console("json")),
-        lambda: Engine.of(bundle),
+        lambda: Engine(bundle),
     ):
         with pytest.raises(ConfigError, match=f"^{refusal}there is no decoder for such a model yet") as refused:
             verb()

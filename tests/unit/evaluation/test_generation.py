@@ -9,7 +9,7 @@ import torch
 
 from dllm_core.decoding.config import DecodeConfig
 from dllm_core.decoding.engine import Engine
-from dllm_core.decoding.state import DecodeRequest
+from dllm_core.decoding.request import Request
 from dllm_core.decoding.unmask import LowConfidencePolicy, ThresholdPolicy
 from dllm_core.evaluation.generation import DecodeCost, measure_decoding
 from dllm_core.model.config import DenoiserConfig, ModelConfig
@@ -29,7 +29,7 @@ def engine(eos_id: int, *, sharpness: float) -> Engine:
     denoiser = Denoiser(config).eval()
     with torch.no_grad():
         denoiser.norm.weight.mul_(sharpness)
-    return Engine(denoiser, AbsorbingProcess(mask_id=MASK), max_batch_tokens=100)
+    return Engine.over(denoiser, AbsorbingProcess(mask_id=MASK), max_batch_tokens=100)
 
 
 ROWS = np.random.default_rng(0).integers(1, 9, (5, 16))
@@ -54,7 +54,7 @@ def test_counts_are_the_sums_over_completions_of_each_rows_first_quarter(policy,
     config = DecodeConfig(policy=policy, block_length=4, steps_per_block=4, max_tokens=9, temperature=temperature)
     cost = measure_decoding(engine(9, sharpness=1), ROWS, config, context=CONTEXT, seed=3)
     answers = [
-        engine(9, sharpness=1).generate([DecodeRequest(prompt=tuple(row[:4].tolist()), config=config, seed=3 + i)])[0]
+        engine(9, sharpness=1).generate([Request(prompt=tuple(row[:4].tolist()), config=config, seed=3 + i)])[0]
         for i, row in enumerate(ROWS)
     ]
     assert cost.prompts == 5

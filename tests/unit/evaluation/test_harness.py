@@ -14,7 +14,7 @@ import datasets
 import lm_eval
 import numpy as np
 import pytest
-from conftest import make_small_bundle, make_small_corpus
+from conftest import runs_by_kind
 from lm_eval.api.model import CachingLM
 from lm_eval.tasks import TaskManager
 
@@ -22,7 +22,7 @@ from dllm_core.checkpoints.bundle import FOLDER, read_bundle
 from dllm_core.checkpoints.run_dir import RunDir
 from dllm_core.data.tokenizer import Tokenizer
 from dllm_core.decoding.engine import Engine
-from dllm_core.decoding.state import DecodeRequest
+from dllm_core.decoding.request import Request
 from dllm_core.errors import CheckpointError, ConfigError, RequestError
 from dllm_core.evaluation.answers import AnswerScorer, Question
 from dllm_core.evaluation.estimators import estimator_of_bundle
@@ -39,16 +39,14 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture(scope="module")
 def runs(small_bundle: RunDir, tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunDir]:
     """A bundle of random weights of each kind."""
-    made = {"masks": small_bundle}
-    for kind in ("autoregressive", "masked_lm"):
-        corpus = make_small_corpus(tmp_path_factory.mktemp(kind), objective={"type": kind})
-        made[kind] = make_small_bundle(corpus, corpus.store.root)
-    corpus = make_small_corpus(
-        tmp_path_factory.mktemp("blocks"), noise={"block_length": 4, "epochs": 1}, objective={"type": "block_diffusion"}
-    )
-    made["blocks"] = make_small_bundle(corpus, corpus.store.root)
-    corpus = make_small_corpus(tmp_path_factory.mktemp("timed"), model={"time_conditioning": True})
-    return {**made, "timed": make_small_bundle(corpus, corpus.store.root)}
+    sections: dict[str, dict[str, object]] = {
+        "autoregressive": {"objective": {"type": "autoregressive"}},
+        "masked_lm": {"objective": {"type": "masked_lm"}},
+        "blocks": {"noise": {"block_length": 4, "epochs": 1}, "objective": {"type": "block_diffusion"}},
+        "timed": {"model": {"time_conditioning": True}},
+    }
+    of = runs_by_kind(tmp_path_factory, sections)
+    return {"masks": small_bundle, **{kind: of(kind)[1] for kind in sections}}
 
 
 def model_of(run: RunDir, **model_args: object) -> DllmModel:
@@ -209,11 +207,11 @@ def test_a_continuation_is_encoded_as_the_text_that_it_ends(runs):
 @pytest.mark.parametrize("kind", ["masks", "blocks", "autoregressive"])
 def test_is_greedy_means_that_decoding_gives_exactly_this(runs, kind):
     model, bundle = model_of(runs[kind]), read_bundle(runs[kind])
-    tokenizer, engine, requests = bundle.tokenizer(), Engine.of(bundle), []
+    tokenizer, engine, requests = bundle.tokenizer(), Engine(bundle), []
     for n, start in itertools.product((1, 2, 3), range(0, 60, 2)):
         context = f"RED CIRCLE {start}"
         prompt = tuple(tokenizer.encode(context))
-        [answer] = engine.generate([DecodeRequest(prompt, model._decode.model_copy(update={"max_tokens": n}))])
+        [answer] = engine.generate([Request(prompt, model._decode.model_copy(update={"max_tokens": n}))])
         text = tokenizer.decode(answer.tokens)
         if len(answer.tokens) == n and model._question(context, text) == Question(prompt, tuple(answer.tokens)):
             requests.append(asking(context, text))
@@ -256,7 +254,7 @@ def test_a_text_is_what_the_engine_gives_alone_and_in_any_company(runs, kind):
     texts = model.generate_until(requests)
     for request, text in zip(requests, texts, strict=True):
         config = model._decode.model_copy(update={"max_tokens": request.args[1]["max_gen_toks"]})
-        [answer] = Engine.of(bundle).generate([DecodeRequest(tuple(tokenizer.encode(request.args[0])), config)])
+        [answer] = Engine(bundle).generate([Request(tuple(tokenizer.encode(request.args[0])), config)])
         assert text == tokenizer.decode(answer.tokens)
     assert len(set(texts)) > 5
     assert model_of(runs[kind], max_batch_tokens=32).generate_until(requests[::-1]) == texts[::-1]

@@ -152,7 +152,7 @@ SLOW = DecodeConfig(policy=LowConfidencePolicy(), block_length=4, steps_per_bloc
 
 
 def engine_filler(denoiser, config=None) -> EngineFiller:
-    return EngineFiller(Engine(denoiser, AbsorbingProcess(mask_id=MASK), 400), config, MASK, seed=0)
+    return EngineFiller(Engine.over(denoiser, AbsorbingProcess(mask_id=MASK), 400), config, MASK, seed=0)
 
 
 @pytest.mark.parametrize("length", [1, 3, 6])

@@ -111,7 +111,7 @@ def test_answers_of_one_who_adds_are_right_and_of_one_who_errs_are_not():
     config = DecodeConfig(policy=LowConfidencePolicy(), block_length=4, steps_per_block=2, max_tokens=1)
 
     def measured(wrong_from):
-        engine = Engine(Calculator(tokenizer, wrong_from=wrong_from), AbsorbingProcess(mask_id=tokenizer.mask_id))
+        engine = Engine.over(Calculator(tokenizer, wrong_from=wrong_from), AbsorbingProcess(mask_id=tokenizer.mask_id))
         return answer_problems(EngineWriter(engine, config), tokenizer, task, problems, rooms=rooms, seed=5)
 
     right = summarize_answers(measured(99))
@@ -140,7 +140,7 @@ def test_an_answer_with_a_special_token_inside_is_wrong():
             return logits
 
     task = AdditionTask(digits=1, test_share=0.5)
-    engine = Engine(Marked(tokenizer), AbsorbingProcess(mask_id=tokenizer.mask_id))
+    engine = Engine.over(Marked(tokenizer), AbsorbingProcess(mask_id=tokenizer.mask_id))
     writer = EngineWriter(engine, DecodeConfig())
     problems = task.problems("test", 10, seed=0)
     answered = answer_problems(writer, tokenizer, task, problems, rooms=[3] * 10, seed=0)

@@ -9,7 +9,7 @@ import torch
 
 from dllm_core.decoding.config import DecodeConfig
 from dllm_core.decoding.engine import Engine
-from dllm_core.decoding.state import DecodeRequest
+from dllm_core.decoding.request import Request
 from dllm_core.errors import RequestError
 from dllm_core.evaluation.scorers import AutoregressiveScorer
 from dllm_core.evaluation.writers import CausalWriter, EngineWriter, Written
@@ -84,7 +84,7 @@ def test_an_answer_is_the_same_alone_and_in_any_batch(denoiser, kind):
     decode = DecodeConfig(block_length=4, steps_per_block=2, temperature=1.0)
     writers = {
         "causal": causal(denoiser, temperature=1.0, batch_rows=4),
-        "engine": EngineWriter(Engine(denoiser, AbsorbingProcess(mask_id=MASK)), decode),
+        "engine": EngineWriter(Engine.over(denoiser, AbsorbingProcess(mask_id=MASK)), decode),
     }
     rooms = [9 - i % 3 for i in range(len(PROMPTS))]
     for max_tokens, own in ((9, [9] * len(PROMPTS)), (rooms, rooms)):
@@ -97,11 +97,11 @@ def test_an_answer_is_the_same_alone_and_in_any_batch(denoiser, kind):
 
 def test_the_engine_writes_what_it_serves_and_refuses_what_does_not_fit(denoiser):
     decode = DecodeConfig(max_tokens=30, block_length=4, steps_per_block=2, temperature=1.0)
-    engine = Engine(denoiser, AbsorbingProcess(mask_id=MASK))
+    engine = Engine.over(denoiser, AbsorbingProcess(mask_id=MASK))
     written = EngineWriter(engine, decode).write(PROMPTS, 8, seed=6)
     served = decode.model_copy(update={"max_tokens": 8})
     for i, (prompt, one) in enumerate(zip(PROMPTS, written, strict=True)):
-        [answer] = engine.generate([DecodeRequest(prompt=prompt, config=served, seed=6 + i)])
+        [answer] = engine.generate([Request(prompt=prompt, config=served, seed=6 + i)])
         assert one == Written(answer.tokens, answer.num_committed, answer.num_calls)
     with pytest.raises(RequestError, match="context of 32"):
         EngineWriter(engine, decode).write(PROMPTS, 20, seed=6)

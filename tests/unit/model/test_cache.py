@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import VOCABULARY, closely, ids_of, new_denoiser, timed_denoiser, times_of
+from tiny import VOCABULARY, closely, ids_of, mixed_denoiser, new_denoiser, timed_denoiser, times_of
 
 from dllm_core.model.cache import KeyValueStore
 from dllm_core.model.denoiser import Denoiser
@@ -16,10 +16,12 @@ LONGEST = 44
 patterns = st.one_of(st.just(CAUSAL), st.integers(1, 7).map(lambda length: AttentionPattern("block_causal", length)))
 
 
-@pytest.fixture(scope="module", params=["plain", "timed", "untied"])
+@pytest.fixture(scope="module", params=["plain", "timed", "untied", "mixed"])
 def denoiser(request) -> Denoiser:
     if request.param == "timed":
         return timed_denoiser()
+    if request.param == "mixed":
+        return mixed_denoiser()
     return new_denoiser(tie_embeddings=request.param == "plain", qk_norm=request.param == "plain")
 
 
@@ -100,9 +102,10 @@ def test_a_row_in_any_steps_beside_any_rows_is_the_whole_row(denoiser, ends, pat
     seed=st.integers(0, 999),
 )
 @torch.inference_mode()
-def test_any_steps_beside_any_rows_give_the_bits_of_the_whole_row(ends, pattern, others, seed):
+@pytest.mark.parametrize("make", [new_denoiser, mixed_denoiser])
+def test_any_steps_beside_any_rows_give_the_bits_of_the_whole_row(make, ends, pattern, others, seed):
     """Up to 256 positions, where a whole forward takes the plain products too."""
-    denoiser = new_denoiser(dim=64)  # heads of 8 would not tell how a sum over keys was split
+    denoiser = make(dim=64)  # heads of 8 would not tell how a sum over keys was split
     ids = ids_of(1 + len(others), 256, seed=seed)
     whole = denoiser(ids[:1], pattern=pattern)[0]
     store = store_for(denoiser)
@@ -169,9 +172,15 @@ def test_what_has_no_exact_cache_is_refused():
     denoiser, ids = new_denoiser(), ids_of(2, 4)
     cache = store_for(denoiser, rows=2, capacity=16).rows([0, 1])
     with torch.inference_mode():
-        for pattern in (FULL, AttentionPattern("block_diffusion", 2)):
-            with pytest.raises(ValueError, match=f"under {pattern.kind} attention no key is settled"):
-                denoiser(ids, pattern=pattern, cache=cache)
+        with pytest.raises(ValueError, match="under block_diffusion attention no key is kept"):
+            denoiser(ids, pattern=AttentionPattern("block_diffusion", 2), cache=cache)
+        with pytest.raises(ValueError, match="rows say where positions begin"):
+            denoiser(ids, pattern=FULL, cache=cache)
+        beside = store_for(denoiser, rows=2, capacity=16)
+        with pytest.raises(ValueError, match="rows say where positions begin"):
+            denoiser(ids, pattern=CAUSAL, cache=beside.rows([0, 1], [0, 0]))
+        with pytest.raises(ValueError, match=r"\[0, 1\] lie behind the \[0, 0\] kept"):
+            denoiser(ids, pattern=FULL, cache=beside.rows([0, 1], [0, 1]))
         with pytest.raises(ValueError, match="rows of one document"):
             denoiser(ids, segment_ids=torch.ones_like(ids), pattern=CAUSAL, cache=cache)
         with pytest.raises(ValueError, match="must stand at the end"):
@@ -187,3 +196,6 @@ def test_what_has_no_exact_cache_is_refused():
             cache.commit([0, 1])  # what was not kept is gone
     with pytest.raises(ValueError, match="inference"):
         denoiser(ids, pattern=CAUSAL, cache=cache)
+    shifted = new_denoiser(shifted=True)
+    with torch.inference_mode(), pytest.raises(ValueError, match="told by the position before it"):
+        shifted(ids, pattern=AttentionPattern("block_causal", 2), cache=store_for(shifted, 2, 16).rows([0, 1]))

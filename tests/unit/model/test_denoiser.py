@@ -1,5 +1,6 @@
 """Laws of the denoiser: a row alone, in a batch, padded, shifted, written down and read again is the same row."""
 
+import hashlib
 import json
 
 import pytest
@@ -12,7 +13,7 @@ from torch.nn import functional
 from dllm_core.errors import CheckpointError
 from dllm_core.model import load_denoiser
 from dllm_core.model.attention import _attend
-from dllm_core.model.config import DenoiserConfig, ModelConfig
+from dllm_core.model.config import DenoiserConfig, ExpertsConfig, ModelConfig
 from dllm_core.model.denoiser import Denoiser
 from dllm_core.model.pretrained import assign_weights, read_denoiser, weights_of, write_weights
 
@@ -82,15 +83,38 @@ def test_every_position_sees_every_other_and_where_it_stands(denoiser):
     tied=st.booleans(),
     timed=st.booleans(),
     vocabulary=st.integers(3, 40),
+    others=st.fixed_dictionaries(
+        {"qkv_bias": st.booleans(), "kv_heads": st.sampled_from([None, 1]), "head_width": st.sampled_from([None, 6])},
+        optional={"experts": st.builds(ExpertsConfig, num_shared_experts=st.integers(0, 2))},
+    ),
 )
-def test_the_number_of_parameters_is_their_number(heads, pairs, layers, ffn_dim, qk_norm, tied, timed, vocabulary):
-    kinds = {"qk_norm": qk_norm, "tie_embeddings": tied, "time_conditioning": timed}
+def test_the_number_of_parameters_is_their_number(
+    heads, pairs, layers, ffn_dim, qk_norm, tied, timed, vocabulary, others
+):
+    kinds = {"qk_norm": qk_norm, "tie_embeddings": tied, "time_conditioning": timed, **others}
     model = ModelConfig(dim=2 * heads * pairs, layers=layers, heads=heads, ffn_dim=ffn_dim, **kinds)
     config = DenoiserConfig(model=model, vocab_size=vocabulary, context_length=8, mask_id=0, eos_id=1, pad_id=2)
     with torch.device("meta"):
         made = Denoiser(config)
     assert model.num_parameters(vocabulary) == sum(p.numel() for p in made.parameters() if p.requires_grad)
     assert model.num_parameters(vocabulary) == sum(tensor.numel() for tensor in weights_of(made).values())
+
+
+def test_what_foreign_models_need_changes_no_bit_of_a_model_that_does_not_ask_for_it():
+    """Names, weights of a seed and the fingerprint's spelling, as they were before these fields were there."""
+    config = DenoiserConfig(model=ModelConfig(), vocab_size=300, context_length=64, mask_id=0, eos_id=1, pad_id=2)
+    torch.manual_seed(3)
+    digest = hashlib.sha256()
+    for name, tensor in Denoiser(config).state_dict().items():
+        digest.update(name.encode() + tensor.numpy().tobytes())
+    assert digest.hexdigest() == "7979a7f4ba49abc56c185fbe1aba0479c679a6bd907c95e22cfbeeb5d151eb47"
+    assert list(ModelConfig().identity) == [
+        *("dim", "layers", "heads", "ffn_dim", "rope_theta", "norm_eps", "qk_norm", "tie_embeddings"),
+        "time_conditioning",
+    ]
+    assert ModelConfig(kv_heads=2).identity["kv_heads"] == 2
+    assert {name for name in ModelConfig(shifted=True).identity if name not in ModelConfig().identity} == {"shifted"}
+    assert (ModelConfig().num_parameters(1000), ModelConfig().flops_per_token(1000, 64)) == (981_376, 6_273_024)
 
 
 @torch.inference_mode()

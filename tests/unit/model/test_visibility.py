@@ -4,7 +4,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import VOCABULARY, Layout, closely, ids_of, layouts, new_denoiser, same, timed_denoiser, times_of
+from tiny import (
+    VOCABULARY,
+    Layout,
+    closely,
+    ids_of,
+    layouts,
+    mixed_denoiser,
+    new_denoiser,
+    same,
+    timed_denoiser,
+    times_of,
+)
 from torch.utils.flop_counter import FlopCounterMode
 
 from dllm_core.model.config import ModelConfig
@@ -31,9 +42,15 @@ def block_diffusion(block_length: int) -> AttentionPattern:
     return AttentionPattern("block_diffusion", block_length)
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["plain", "timed"])
+@pytest.fixture(scope="module", params=[new_denoiser, timed_denoiser, mixed_denoiser], ids=["plain", "timed", "mixed"])
 def denoiser(request) -> Denoiser:
-    return timed_denoiser() if request.param else new_denoiser()
+    return request.param()
+
+
+@pytest.fixture(scope="module", params=["plain", "timed", "mixed", "shifted", "shifted and timed"])
+def any_denoiser(request) -> Denoiser:
+    makers = {"timed": timed_denoiser, "mixed": mixed_denoiser, "shifted and timed": timed_denoiser}
+    return makers.get(request.param, new_denoiser)(shifted=request.param.startswith("shifted"))
 
 
 def time_of(denoiser: Denoiser, t: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -134,34 +151,34 @@ def test_a_pattern_has_a_block_length_where_it_counts_in_blocks(kind):
 @settings(max_examples=40, deadline=None)
 @given(layout=layouts(), block_length=block_lengths, seed=seeds)
 @torch.inference_mode()
-def test_a_document_gets_the_logits_in_a_row_that_it_gets_alone(denoiser, layout: Layout, block_length, seed):
+def test_a_document_gets_the_logits_in_a_row_that_it_gets_alone(any_denoiser, layout: Layout, block_length, seed):
     for pattern in (FULL, CAUSAL, block_causal(block_length), block_diffusion(block_length)):
         halves = 2 if pattern.has_clean_half else 1
         ids = ids_of(layout.num_rows, halves, layout.width, seed=seed)
         t = times_of(layout.num_rows, layout.width, seed=seed)
-        together = denoiser(ids.flatten(1), pattern=pattern, **layout.isolation, **time_of(denoiser, t))
+        together = any_denoiser(ids.flatten(1), pattern=pattern, **layout.isolation, **time_of(any_denoiser, t))
         assert together.shape == (layout.num_rows, layout.width, VOCABULARY)
         for row, begin, end in layout.documents:
             own = ids[row : row + 1, :, begin:end].flatten(1)
-            alone = denoiser(own, pattern=pattern, **time_of(denoiser, t[row : row + 1, begin:end]))
+            alone = any_denoiser(own, pattern=pattern, **time_of(any_denoiser, t[row : row + 1, begin:end]))
             closely(together[row, begin:end], alone[0])
 
 
 @settings(max_examples=60, deadline=None)
 @given(layout=layouts(), block_length=block_lengths, seed=seeds)
 @torch.inference_mode()
-def test_one_pass_over_xt_and_x0_is_every_block_decoded_behind_its_clean_past(denoiser, layout, block_length, seed):
+def test_one_pass_over_xt_and_x0_is_every_block_decoded_behind_its_clean_past(any_denoiser, layout, block_length, seed):
     xt, x0 = ids_of(2, layout.num_rows, layout.width, seed=seed)
     t = times_of(layout.num_rows, layout.width, seed=seed)
     isolation = layout.isolation
     one_pass = torch.cat([xt, x0], 1)
-    logits = denoiser(one_pass, pattern=block_diffusion(block_length), **isolation, **time_of(denoiser, t))
+    logits = any_denoiser(one_pass, pattern=block_diffusion(block_length), **isolation, **time_of(any_denoiser, t))
     for row, document, stop in layout.documents:
         for begin in range(document, stop, block_length):
             end = min(begin + block_length, stop)
             canvas = torch.cat([x0[row, document:begin], xt[row, begin:end]])[None]
             times = torch.cat([torch.zeros(begin - document), t[row, begin:end]])[None]
-            decoded = denoiser(canvas, pattern=block_causal(block_length), **time_of(denoiser, times))
+            decoded = any_denoiser(canvas, pattern=block_causal(block_length), **time_of(any_denoiser, times))
             closely(logits[row, begin:end], decoded[0, begin - document :])
 
 
@@ -215,12 +232,12 @@ def test_the_fused_kernels_triangle_of_long_rows_is_the_relation():
 
 
 @torch.inference_mode()
-def test_logits_of_a_pattern_that_are_read_are_those_of_their_positions(denoiser):
+def test_logits_of_a_pattern_that_are_read_are_those_of_their_positions(any_denoiser):
     ids, read = ids_of(3, 22), ids_of(3, 11, seed=2) < 7
-    time = time_of(denoiser, times_of(3, 11))
-    every = denoiser(ids, pattern=block_diffusion(4), **time)
-    same(denoiser(ids, read=read, pattern=block_diffusion(4), **time), every[read])
-    assert denoiser(ids, read=torch.zeros_like(read), pattern=block_diffusion(4), **time).shape == (0, VOCABULARY)
+    time = time_of(any_denoiser, times_of(3, 11))
+    every = any_denoiser(ids, pattern=block_diffusion(4), **time)
+    same(any_denoiser(ids, read=read, pattern=block_diffusion(4), **time), every[read])
+    assert any_denoiser(ids, read=torch.zeros_like(read), pattern=block_diffusion(4), **time).shape == (0, VOCABULARY)
 
 
 def test_half_an_input_is_refused():
@@ -229,8 +246,9 @@ def test_half_an_input_is_refused():
 
 
 @pytest.mark.parametrize("pattern", [FULL, CAUSAL, block_causal(3), block_diffusion(3)])
-def test_every_weight_learns_from_every_pattern(pattern):
-    model = new_denoiser()
+@pytest.mark.parametrize("make", [new_denoiser, mixed_denoiser])
+def test_every_weight_learns_from_every_pattern(make, pattern):
+    model = make()
     model(ids_of(2, 8), pattern=pattern).square().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in model.parameters())
 
@@ -270,12 +288,13 @@ def test_an_order_of_tokens_that_carry_their_positions_is_no_matter(denoiser):
 
 
 @pytest.mark.parametrize("pattern", [FULL, CAUSAL, block_causal(4), block_diffusion(4), block_diffusion(5)])
-def test_operations_are_those_that_are_done_but_for_pairs_that_do_not_see_each_other(pattern):
-    model, length = new_denoiser(), 12
+@pytest.mark.parametrize("make", [new_denoiser, mixed_denoiser])
+def test_operations_are_those_that_are_done_but_for_pairs_that_do_not_see_each_other(make, pattern):
+    model, length = make(), 12
     sizes: ModelConfig = model.config.model
     width = length * (2 if pattern.has_clean_half else 1)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with FlopCounterMode(display=False) as counter:  # with gradients, where no row of padding is added
         model(ids_of(1, width), pattern=pattern)
     unseen = width**2 - pattern.num_pairs(length)
-    done = 3 * counter.get_total_flops() - 12 * sizes.layers * sizes.dim * unseen
+    done = 3 * counter.get_total_flops() - 12 * sizes.layers * sizes.heads * sizes.head_dim * unseen
     assert done / length == pytest.approx(sizes.flops_per_token(VOCABULARY, length, pattern), abs=1)

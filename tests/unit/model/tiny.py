@@ -25,6 +25,18 @@ def timed_denoiser(seed: int = 0, **sizes: object) -> Denoiser:
     return denoiser
 
 
+def mixed_denoiser(seed: int = 0, **sizes: object) -> Denoiser:
+    """One with all that foreign models have: queries in groups, biases, heads that turn in part, experts in groups."""
+    experts = {"num_experts": 4, "expert_ffn_dim": 12, "num_groups": 2, "first_dense_layers": 1, "router": "sigmoid"}
+    kinds = {"heads": 4, "kv_heads": 2, "head_width": 8, "rope_fraction": 0.5, "qkv_bias": True}
+    experts |= {"num_shared_experts": 1, "selection_bias": True, "routed_scaling": 1.5}
+    denoiser = new_denoiser(seed, **{**kinds, "experts": experts, **sizes})
+    torch.nn.init.normal_(denoiser.blocks[1].ffn.router.selection_bias, std=0.1)
+    for block in denoiser.blocks:
+        torch.nn.init.normal_(block.attention.qkv.bias, std=0.5)
+    return denoiser
+
+
 def ids_of(*shape: int, seed: int = 1) -> torch.Tensor:
     return torch.randint(0, VOCABULARY, shape, generator=torch.Generator().manual_seed(seed))
 

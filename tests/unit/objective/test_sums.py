@@ -155,6 +155,13 @@ def test_a_batch_without_a_counted_token_costs_nothing_and_has_a_gradient(name):
 
 
 @EVERY_OBJECTIVE
+def test_a_denoiser_runs_as_often_as_the_objective_says(name):
+    recorded = Recorded(new_denoiser())
+    OBJECTIVES[name].loss(recorded, noised(name, 5))
+    assert len(recorded.asked) == OBJECTIVES[name].passes
+
+
+@EVERY_OBJECTIVE
 def test_a_loss_is_fp32_in_autocast_and_near_the_one_that_is_all_fp32(name):
     batch, objective = noised(name, 6), OBJECTIVES[name]
     exact = objective.loss(new_denoiser(), batch)

@@ -78,6 +78,14 @@ def test_options_override_the_recipe_and_impossible_ones_name_themselves():
     assert config.temperature == 0.5
     assert parse().decode_config(base, 10).max_tokens == 10
     assert parse(diffusion={"steps": 5}).decode_config(base, 10).steps == 5
+    asked = {"unmask": "factor", "factor": 2.0, "cache": "dual"}
+    config = parse(diffusion=asked).decode_config(base, 100)
+    assert (config.policy.type, config.policy.factor, config.cache) == ("factor", 2.0, "dual")
+    kept = base.model_copy(update={"cache": "prefix", "refresh_every": 3})
+    assert parse(diffusion={"cache": "none"}).decode_config(kept, 100).refresh_every is None
+    for name in ("threshold", "factor"):
+        with pytest.raises(RequestError, match=rf"diffusion\.{name}: is for unmask={name}( or editing)?, got"):
+            parse(diffusion={"unmask": "entropy", name: 0.5}).decode_config(base, 100)
     with pytest.raises(RequestError, match=r"diffusion\.steps_per_block"):
         parse(diffusion={"steps_per_block": 99}).decode_config(base, 100)
 

@@ -7,12 +7,14 @@ import time
 from dataclasses import replace
 
 import pytest
+import torch
 from ray.serve.exceptions import BackPressureError
 
 from dllm_core.checkpoints.bundle import read_bundle
 from dllm_core.decoding.config import DecodeConfig
 from dllm_core.decoding.engine import Engine
-from dllm_core.decoding.state import DecodeRequest
+from dllm_core.decoding.request import Request
+from dllm_core.errors import DllmError, RequestError
 from dllm_core.objective.config import AutoregressiveConfig, BlockDiffusionConfig
 from workflows.serve.replica import DecodingLoop
 
@@ -21,7 +23,7 @@ EVERY_DECODER = pytest.mark.parametrize(
     [{}, {"objective": AutoregressiveConfig()}, {"objective": BlockDiffusionConfig(), "block_length": 4}],
     ids=["whole", "autoregressive", "blocks"],
 )
-REQUEST = DecodeRequest(prompt=(1,), config=DecodeConfig())
+REQUEST = Request(prompt=(1,), config=DecodeConfig())
 
 
 class StuckEngine:
@@ -73,10 +75,10 @@ def test_rows_that_share_the_loop_are_told_what_each_engine_answers_alone(small_
     bundle = read_bundle(small_bundle)
     bundle = replace(bundle, manifest=bundle.manifest.model_copy(update=said))
     config = DecodeConfig(block_length=4, steps_per_block=4, max_tokens=9, temperature=1)
-    requests = [DecodeRequest(prompt=(7, 8, 9)[:n], config=config, seed=n) for n in range(4)]
+    requests = [Request(prompt=(7, 8, 9)[:n], config=config, seed=n) for n in range(4)]
 
     async def scenario():
-        loop = DecodingLoop(Engine.of(bundle), max_waiting=8)
+        loop = DecodingLoop(Engine(bundle), max_waiting=8)
 
         async def last(request):
             told = [progress async for progress in loop.stream(request)]
@@ -87,6 +89,30 @@ def test_rows_that_share_the_loop_are_told_what_each_engine_answers_alone(small_
 
     told = asyncio.run(asyncio.wait_for(scenario(), 30))
     for progress, request in zip(told, requests, strict=True):
-        [answer] = Engine.of(bundle).generate([request])
+        [answer] = Engine(bundle).generate([request])
         assert (progress.tokens, progress.num_calls) == (answer.tokens, answer.num_calls)
         assert (progress.num_committed, progress.finish_reason) == (answer.num_committed, answer.finish_reason)
+
+
+def test_a_row_whose_output_is_no_number_is_told_so_and_its_neighbours_are_not(small_bundle):
+    engine = Engine(read_bundle(small_bundle))
+    config = DecodeConfig(block_length=4, steps_per_block=4, max_tokens=8)
+    good, bad = Request((7, 8), config), Request((9, 8), config)
+    alone = Engine(read_bundle(small_bundle)).generate([good])[0]
+    engine.denoiser.embed.register_forward_hook(  # what token 9 looks up went bad
+        lambda _, ids, found: found.masked_fill((ids[0] == 9)[..., None], torch.nan)
+    )
+
+    async def scenario():
+        loop = DecodingLoop(engine, max_waiting=8)
+        told = await asyncio.gather(
+            *(anext(loop.stream(request)) for request in (bad, good)),
+            return_exceptions=True,
+        )
+        assert not isinstance(told[0], RequestError)  # it is not the client's fault
+        with pytest.raises(DllmError, match="model: its output for this request is no number"):
+            raise told[0]
+        progress = [one async for one in loop.stream(good)]
+        return progress[-1]
+
+    assert asyncio.run(asyncio.wait_for(scenario(), 30)).tokens == alone.tokens

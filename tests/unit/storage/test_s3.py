@@ -1,5 +1,6 @@
 """What only a network can get wrong: missing buckets, silence, lost answers, broken bodies, pages, stale copies."""
 
+import itertools
 import os
 from concurrent.futures import ThreadPoolExecutor
 
@@ -208,14 +209,15 @@ def test_an_object_that_is_replaced_while_it_is_fetched_comes_as_one_of_its_vers
 @pytest.mark.parametrize("is_ours", [True, False])
 def test_an_upload_that_a_lost_answer_has_ended_is_known_by_its_object(server, store, faults, large_file, is_ours):
     """Servers differ: some answer the second request to end an upload as the first, some know no such upload."""
-    kinds = iter([LOST, GONE])
+    kinds = itertools.chain([LOST], itertools.repeat(GONE))  # a slow answer makes the client ask once more
+    beside = boto3.client("s3", endpoint_url=server.endpoint)
 
     def choose(method, path, headers):
         if method != "POST" or "uploadId" not in path:
             return None
         kind = next(kinds)
         if kind == GONE and not is_ours:
-            boto3.client("s3", endpoint_url=server.endpoint).put_object(Bucket=store.bucket, Key="some/where/a")
+            beside.put_object(Bucket=store.bucket, Key="some/where/a")
         return kind
 
     faults.choose = choose
@@ -223,7 +225,7 @@ def test_an_upload_that_a_lost_answer_has_ended_is_known_by_its_object(server, s
         store.put_file("a", large_file)
         assert store.read("a") == large_file.read_bytes()
     else:
-        with pytest.raises(DataError, match=r"a: complete_multipart_upload failed 2 times \(NoSuchUpload"):
+        with pytest.raises(DataError, match=r"a: complete_multipart_upload failed [2-9] times \(NoSuchUpload"):
             store.put_file("a", large_file)
 
 

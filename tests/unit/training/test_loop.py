@@ -2,157 +2,29 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 
 import pytest
 import torch
-from conftest import SmallCorpus
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from trainers import BadAt, BadGradientAt, BadLossAt, Told, Work, make_trainer, newest_of, run_dir
 
-from dllm_core.checkpoints.run_dir import RunDir
 from dllm_core.checkpoints.store import Checkpoint, CheckpointStore
-from dllm_core.data.batch import Batch
-from dllm_core.data.loader import Loader
 from dllm_core.errors import DivergedError
-from dllm_core.model.config import DenoiserConfig
-from dllm_core.model.denoiser import Denoiser
-from dllm_core.model.pretrained import assign_weights
-from dllm_core.objective.diffusion import Diffusion
-from dllm_core.objective.loss import DenoiserLike, LossSum, Objective
-from dllm_core.storage.store import LocalStore
+from dllm_core.objective.config import DiffusionConfig
+from dllm_core.objective.loss import Objective
 from dllm_core.training.backend import LocalBackend
-from dllm_core.training.config import TrainConfig
 from dllm_core.training.ema import WeightAverage
-from dllm_core.training.events import StepRecord
 from dllm_core.training.loop import Trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-class Told:
-    """Keeps what the loop announces."""
-
-    def __init__(self) -> None:
-        self.begun: list[tuple[int, float]] = []
-        self.records: list[StepRecord] = []
-        self.saves: list[int] = []
-        self.skips: list[int] = []
-
-    def started(self, step: int, seconds: float) -> None:
-        self.begun.append((step, seconds))
-
-    def stepped(self, record: StepRecord) -> None:
-        self.records.append(record)
-
-    def saved(self, step: int) -> None:
-        self.saves.append(step)
-
-    def skipped(self, step: int) -> None:
-        self.skips.append(step)
-
-
-class BadAt:
-    """An objective whose loss is no number at some of its calls (counted from 0)."""
-
-    def __init__(self, objective: Objective, calls: Callable[[int], bool], value: float = math.nan) -> None:
-        self._objective, self._is_bad, self._value, self.calls = objective, calls, value, 0
-        self.pattern = objective.pattern
-
-    def loss(self, denoiser: DenoiserLike, batch: Batch) -> LossSum:
-        loss = self._objective.loss(denoiser, batch)
-        self.calls += 1
-        return replace(loss, nats=loss.nats * self._value) if self._is_bad(self.calls - 1) else loss
-
-
-class BadGradientAt(BadAt):
-    """The loss stays as it is; its gradient is no number."""
-
-    def loss(self, denoiser: DenoiserLike, batch: Batch) -> LossSum:
-        loss = self._objective.loss(denoiser, batch)
-        self.calls += 1
-        return replace(loss, nats=loss.nats + 0 * torch.sqrt(0 * loss.nats)) if self._is_bad(self.calls - 1) else loss
-
-
-class Work:
-    """A clock that work alone moves on: a loss takes a second."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-    def on(self, objective: Objective) -> Objective:
-        """The objective, taking its time."""
-        clock = self
-
-        class Slow:
-            pattern = objective.pattern
-
-            def loss(self, denoiser: DenoiserLike, batch: Batch) -> LossSum:
-                clock.now += 1
-                return objective.loss(denoiser, batch)
-
-        return Slow()
 
 
 @pytest.fixture
 def make(small_corpus, tmp_path):
     """A function that makes the trainer of a run in `tmp_path`, which goes on from the run's newest checkpoint."""
     return lambda name="run", **options: make_trainer(small_corpus, CheckpointStore(run_dir(tmp_path, name)), **options)
-
-
-def run_dir(root, name: str) -> RunDir:
-    return RunDir(LocalStore(root), name)
-
-
-def make_trainer(
-    corpus: SmallCorpus,
-    checkpoints: CheckpointStore,
-    *,
-    wrap: Callable[[Objective], Objective] = lambda objective: objective,
-    clock: Callable[[], float] = lambda: 0.0,
-    **fields: object,
-) -> tuple[Trainer, LocalBackend, Told]:
-    manifest, tokenizer = corpus.manifest, corpus.tokenizer
-    config = TrainConfig.checked({**corpus.recipe.train.model_dump(), **fields})
-    torch.manual_seed(3)
-    module = Denoiser(
-        DenoiserConfig(
-            model=corpus.recipe.model,
-            vocab_size=manifest.vocab_size,
-            context_length=manifest.seq_len,
-            mask_id=tokenizer.mask_id,
-            eos_id=tokenizer.eos_id,
-            pad_id=tokenizer.pad_id,
-        )
-    )
-    newest = checkpoints.newest(lambda error: pytest.fail(str(error)))
-    if newest is not None:
-        assign_weights(module, load_file(newest.files["model.safetensors"]), newest.name)
-    backend, told = LocalBackend(module, config), Told()
-    process = manifest.process.bind(tokenizer.mask_id, manifest.vocab_size)
-    trainer = Trainer(
-        config,
-        backend,
-        wrap(Diffusion(corpus.recipe.objective, process, torch.device("cpu"))),
-        Loader.open(corpus.store, manifest, tokenizer.mask_id),
-        checkpoints,
-        told,
-        samples_per_epoch=manifest.train.rows,
-        clock=clock,
-    )
-    if newest is not None:
-        trainer.resume(newest)
-    return trainer, backend, told
-
-
-def newest_of(root, name: str = "run") -> Checkpoint:
-    newest = CheckpointStore(run_dir(root, name)).newest(lambda error: pytest.fail(str(error)))
-    assert newest is not None
-    return newest
 
 
 def assert_same_bits(left: Checkpoint, right: Checkpoint) -> None:
@@ -230,11 +102,11 @@ def test_a_step_whose_loss_is_no_number_changes_no_weight_and_is_counted(make, t
 
 
 def test_a_step_whose_gradient_alone_is_no_number_is_skipped_like_one_whose_loss_is_none(make, tmp_path):
-    for name, kind in (("loss", BadAt), ("gradient", BadGradientAt)):
+    for name, kind in (("both", BadAt), ("loss", BadLossAt), ("gradient", BadGradientAt)):
         trainer, _, told = make(name, wrap=lambda objective, kind=kind: kind(objective, lambda call: call == 2))
         trainer.run()
         assert told.skips == [2]
-    assert tensors(tmp_path, 6, "loss") == tensors(tmp_path, 6, "gradient")
+    assert tensors(tmp_path, 6, "both") == tensors(tmp_path, 6, "loss") == tensors(tmp_path, 6, "gradient")
 
 
 def test_ten_bad_steps_in_a_row_end_the_run_and_nine_do_not(make):
@@ -252,10 +124,13 @@ def make_timed(make: Callable[..., object], name: str = "run", **options: object
     return make(name, clock=clock, wrap=clock.on, seconds=10.5, steps=10**6, **options)
 
 
-def test_a_run_ends_when_its_time_is_used_up_and_the_learning_rate_falls_with_it(make, small_corpus, tmp_path):
-    trainer, _, told = make_timed(make, checkpoint_every=4)
+@pytest.mark.parametrize(("every", "saves"), [(4, [4, 8, 10]), (5, [5, 10])])
+def test_a_run_ends_when_its_time_is_used_up_and_the_learning_rate_falls_with_it(
+    make, small_corpus, tmp_path, every, saves
+):
+    trainer, _, told = make_timed(make, checkpoint_every=every)
     assert trainer.run().step == 10
-    assert told.saves == [4, 8, 10]
+    assert told.saves == saves
     rate_at = small_corpus.recipe.train.learning_rate_at
     assert [record.learning_rate for record in told.records] == [rate_at(i, (i + 1) / 10.5) for i in range(10)]
     assert newest_of(tmp_path).manifest.position == trainer.position
@@ -276,6 +151,22 @@ def test_speed_is_tokens_of_all_steps_over_the_time_they_took(make):
         seen = [0, *(record.tokens for record in told.records)]
         for record, before in zip(told.records, seen, strict=False):
             assert record.tokens_per_s == pytest.approx((record.tokens - before) / every)
+
+
+def test_utilisation_counts_every_pass_of_a_step_and_a_complement_is_a_second_one(make):
+    for complementary in (False, True):
+        clock = Work()
+        given = {
+            "clock": clock,
+            "wrap": clock.on,
+            "peak_flops": 1e9,
+            "objective": DiffusionConfig(complementary=complementary),
+        }
+        _, backend, told = run_told(make, f"complementary-{complementary}", **given)
+        config, passes = backend.module.config, 1 + complementary
+        of_token = config.model.flops_per_token(config.vocab_size, config.context_length)
+        for record in told.records:
+            assert record.mfu == pytest.approx(passes * record.tokens_per_s * of_token / 1e9)
 
 
 def run_told(make: Callable[..., object], name: str, **fields: object) -> tuple[Trainer, LocalBackend, Told]:
@@ -306,20 +197,35 @@ def test_only_the_newest_checkpoints_are_kept(make, tmp_path):
     assert CheckpointStore(run_dir(tmp_path, "run")).committed() == [5, 6]
 
 
-@given(
-    warmup=st.integers(0, 40),
-    final=st.floats(0, 1),
-    step=st.integers(0, 100),
-    progress=st.floats(0, 2),
-)
-def test_the_learning_rate_rises_by_steps_and_falls_by_progress(warmup, final, step, progress):
-    config = TrainConfig(learning_rate=0.5, warmup_steps=warmup, final_lr_fraction=final)
-    rate = config.learning_rate_at(step, progress)
-    assert config.learning_rate_at(step + 1, progress) >= rate >= config.learning_rate_at(step, progress + 0.1)
-    assert config.learning_rate_at(0, 0.0) == 0.5 / (warmup + 1) > 0  # the first step learns already
-    assert config.learning_rate_at(warmup, 0.0) == config.learning_rate_at(warmup + 50, 0.0) == 0.5
-    assert config.learning_rate_at(warmup, 1.0) == config.learning_rate_at(warmup, 2.0) == pytest.approx(0.5 * final)
-    assert config.learning_rate_at(warmup, 0.5) == pytest.approx(0.5 * (1 + final) / 2)
+def test_a_step_in_micro_batches_is_the_step(make, tmp_path):
+    for name, fields in (("whole", {}), ("micro", {"micro_rows": 2})):
+        make(name, steps=20, log_every=20, **fields)[0].run()
+    whole, micro = newest_of(tmp_path, "whole"), newest_of(tmp_path, "micro")
+    assert micro.manifest.position == whole.manifest.position
+    for name, path in whole.files.items():
+        for key, tensor in load_file(path).items():
+            torch.testing.assert_close(load_file(micro.files[name])[key], tensor, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", [BadAt, BadLossAt, BadGradientAt])
+def test_a_bad_micro_batch_spoils_its_whole_step_and_no_other(make, tmp_path, kind):
+    trainer, _, told = make(
+        wrap=lambda o: kind(o, lambda call: call == 9), micro_rows=2, checkpoint_every=1, keep_checkpoints=9
+    )
+    trainer.run()
+    assert told.skips == [2]
+    assert tensors(tmp_path, 2) == tensors(tmp_path, 3) != tensors(tmp_path, 4)
+    whole = make("whole", wrap=lambda o: kind(o, lambda call: call == 2))[0]
+    whole.run()
+    for key, tensor in load_file(newest_of(tmp_path, "whole").files["model.safetensors"]).items():
+        found = load_file(newest_of(tmp_path).files["model.safetensors"])[key]
+        torch.testing.assert_close(found, tensor, atol=1e-5, rtol=0)
+
+
+def test_checkpointed_activations_give_the_very_bits(make, tmp_path):
+    for name, is_on in (("plain", False), ("checkpointed", True)):
+        make(name, activation_checkpointing=is_on)[0].run()
+    assert_same_bits(newest_of(tmp_path, "plain"), newest_of(tmp_path, "checkpointed"))
 
 
 @given(st.floats(0, 0.9999), st.lists(st.floats(-9, 9, width=32), min_size=1, max_size=4))

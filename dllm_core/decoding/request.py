@@ -1,0 +1,91 @@
+"""Request: what one row of the engine is asked to fill, as token ids."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from dllm_core.decoding.config import DecodeConfig
+from dllm_core.errors import RequestError
+from dllm_core.seeding import Ints
+
+
+@dataclass(frozen=True)
+class Request:
+    """prompt + open positions + suffix. The open positions are `config.max_tokens`, or those of `middle`.
+
+    middle: ids and, where None, open positions: any number of holes between given pieces; `max_tokens` says nothing
+    then. An open end, behind which nothing is given, ends at its first end token; a hole before something given is
+    filled whole, without one.
+
+    strength: `middle` holds ids alone, and decoding begins from them as the model's noise leaves them at t = strength:
+    masked positions, or all of them where the noise replaces tokens, are decoded from there to t = 0. SDEdit's idea,
+    arXiv:2108.01073. At least one position is changed.
+
+    stop: strings of which the first in the answer ends it, and is cut off.
+    """
+
+    prompt: tuple[int, ...]
+    config: DecodeConfig
+    suffix: tuple[int, ...] = ()
+    seed: int = 0
+    middle: tuple[int | None, ...] | None = None
+    strength: float | None = None
+    stop: tuple[str, ...] = ()
+
+    @property
+    def region_length(self) -> int:
+        """Positions between prompt and suffix."""
+        return self.config.max_tokens if self.middle is None else len(self.middle)
+
+    @property
+    def length(self) -> int:
+        """Positions of the row."""
+        return len(self.prompt) + self.region_length + len(self.suffix)
+
+    @property
+    def is_ended_by_model(self) -> bool:
+        """Whether nothing is given behind the last open position, so that an end token may stand there."""
+        return not self.suffix and (self.middle is None or self.middle[-1] is None)
+
+    @property
+    def reads_behind_holes(self) -> bool:
+        """Whether something is given behind an open position."""
+        return bool(self.suffix) or (self.middle is not None and any(token is not None for token in self.middle))
+
+    @property
+    def open_end(self) -> int:
+        """Where the open end begins: an end token may stand from there on. The row's length if there is none."""
+        if not self.is_ended_by_model:
+            return self.length
+        given = [i for i, token in enumerate(self.middle or ()) if token is not None]
+        return len(self.prompt) + (given[-1] + 1 if given else 0)
+
+    def region(self, open_id: int) -> Ints:
+        """What stands between prompt and suffix [region_length], open_id where nothing is given."""
+        middle = (None,) * self.config.max_tokens if self.middle is None else self.middle
+        return np.array([open_id if token is None else token for token in middle], np.int64)
+
+    def check(self, vocab_size: int, context_length: int) -> None:
+        """Refuse what cannot be decoded: too long, ids outside the vocabulary, nothing to fill."""
+        if self.length > context_length:
+            asked = f"max_tokens ({self.region_length})" if self.middle is None else f"middle ({self.region_length})"
+            problem = (
+                f"prompt ({len(self.prompt)}) + {asked} + suffix "
+                f"({len(self.suffix)}) exceed the context of {context_length} tokens"
+            )
+            raise RequestError("max_tokens", problem, remedy="shorten the prompt or ask for fewer tokens")
+        for place, ids in (("prompt", self.prompt), ("suffix", self.suffix), ("middle", self.middle or ())):
+            if any(i is not None and not 0 <= i < vocab_size for i in ids):
+                raise RequestError(place, f"token ids must be in [0, {vocab_size})")
+        if self.strength is not None and not 0 < self.strength <= 1:
+            raise RequestError("strength", "must be in (0, 1]", self.strength)
+        is_open = [token is None for token in self.middle or (None,)]
+        if self.strength is None and not any(is_open):
+            raise RequestError("middle", "has no open position: there is nothing to fill")
+        if self.strength is not None and (self.middle is None or any(is_open)):
+            raise RequestError("middle", "must be whole where strength says how much of it is made anew")
+
+    def shortened(self, room: int) -> "Request":
+        """The same with at most so many open positions at its end."""
+        config = self.config.model_copy(update={"max_tokens": min(self.config.max_tokens, room)})
+        return replace(self, config=config)

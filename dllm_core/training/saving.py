@@ -1,0 +1,65 @@
+"""CheckpointWriter: checkpoints are written beside the training that goes on, one at a time."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dllm_core.checkpoints.store import CheckpointStore, TrainPosition
+
+Parts = Mapping[str, Mapping[str, Tensor]]
+
+
+class CheckpointWriter:
+    """Hands copies of the tensors to a thread that hashes, stores and prunes. Rank 0's.
+
+    Training waits for the copy alone, and for the write before if it is still going on. Costs the parts' bytes once
+    more in host memory, 16 a parameter.
+    """
+
+    def __init__(self, checkpoints: CheckpointStore, *, keep: int, keep_every: int | None, keep_best: int = 0) -> None:
+        self._checkpoints = checkpoints
+        self._prune = partial(checkpoints.prune, keep, keep_every, keep_best)
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._writing: tuple[int, Future[None]] | None = None
+        self._prefix = f"dllm-checkpoint-{checkpoints.identity}-"
+        for left in Path(tempfile.gettempdir()).glob(f"{self._prefix}*"):  # by a process that was killed in a save
+            if left.stat().st_uid == os.geteuid():
+                shutil.rmtree(left, ignore_errors=True)
+
+    @property
+    def step(self) -> int | None:
+        """Of the save whose outcome `ended` has not told."""
+        return None if self._writing is None else self._writing[0]
+
+    def submit(self, position: TrainPosition, parts: Parts, heldout: float | None = None) -> None:
+        """Copy `file name -> tensors` and start to write them. The save before must have been told by `ended`."""
+        assert self._writing is None, "one at a time"
+        copies = {name: {key: t.detach().cpu().clone() for key, t in part.items()} for name, part in parts.items()}
+        self._writing = position.step, self._thread.submit(self._write, position, copies, heldout)
+
+    def ended(self, *, wait: bool) -> bool:
+        """Whether the save is committed since. Raises what made it fail."""
+        if self._writing is None or not (wait or self._writing[1].done()):
+            return False
+        (_, writing), self._writing = self._writing, None
+        writing.result()
+        return True
+
+    def close(self) -> None:
+        """Wait for the thread; what it was writing is committed or is not there."""
+        self._thread.shutdown(wait=True)
+
+    def _write(self, position: TrainPosition, parts: Parts, heldout: float | None) -> None:
+        with tempfile.TemporaryDirectory(prefix=self._prefix) as scratch:
+            files = {name: Path(scratch, name) for name in parts}
+            for name, tensors in parts.items():
+                save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, files[name])
+            self._checkpoints.save(position, files, heldout)
+        self._prune()

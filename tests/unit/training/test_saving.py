@@ -1,0 +1,209 @@
+"""Laws of checkpoints that are written beside training, and of runs that are told to stop."""
+
+import json
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import SmallCorpus
+from trainers import BadAt, make_trainer, newest_of, run_dir
+
+from dllm_core.checkpoints.run_dir import RunDir
+from dllm_core.checkpoints.store import CheckpointStore
+from dllm_core.data.loader import Loader
+from dllm_core.errors import DataError, DivergedError
+from dllm_core.storage.store import LocalStore
+from dllm_core.training.backend import LocalBackend
+from workflows.train.session import DIVERGED, Silence, open_session, train_to_end
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class SlowStore(LocalStore):
+    """Lets training go on for some steps before a file is looked at."""
+
+    def put_file(self, key: str, path: Path) -> None:
+        time.sleep(0.05)
+        super().put_file(key, path)
+
+
+class FullStore(LocalStore):
+    """Has no room for some of the files that are put, counted from 0."""
+
+    refused: range = range(0)
+    puts = 0
+
+    def put_file(self, key: str, path: Path) -> None:
+        FullStore.puts += 1
+        if FullStore.puts - 1 in self.refused:
+            raise DataError(key, "cannot be written (No space left on device)")
+        super().put_file(key, path)
+
+
+@pytest.fixture
+def make(small_corpus, tmp_path):
+    """As test_loop's, over any store."""
+
+    def made(name="run", kind=LocalStore, **options):
+        return make_trainer(small_corpus, CheckpointStore(RunDir(kind(tmp_path), name)), **options)
+
+    return made
+
+
+def bits(root, name: str, step: int) -> dict[str, bytes]:
+    folder = root / "runs" / name / "checkpoints" / f"step-{step:08d}"
+    return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
+
+
+def test_a_checkpoint_holds_its_own_step_however_long_its_writing_takes(make, tmp_path):
+    for name, kind in (("fast", LocalStore), ("slow", SlowStore)):
+        make(name, kind, checkpoint_every=1, keep_checkpoints=9)[0].run()
+    for step in range(1, 7):
+        assert len(bits(tmp_path, "slow", step)) == 3
+        assert bits(tmp_path, "fast", step) == bits(tmp_path, "slow", step), step
+    assert bits(tmp_path, "fast", 1) != bits(tmp_path, "fast", 2)
+
+
+def test_a_save_that_fails_is_told_and_training_goes_on(make, tmp_path):
+    FullStore.puts, FullStore.refused = 0, range(4, 5)  # of three files a save, the second of the second
+    trainer, _, told = make(kind=FullStore, checkpoint_every=1, keep_checkpoints=9)
+    trainer.run()
+    assert [step for step, _ in told.failed_saves] == [2]
+    assert "No space left" in told.failed_saves[0][1]
+    assert told.saves == [1, 3, 4, 5, 6]
+    assert CheckpointStore(run_dir(tmp_path, "run")).committed() == [1, 3, 4, 5, 6]
+
+
+def test_the_last_save_must_succeed_and_the_one_before_it_loads(make, tmp_path):
+    FullStore.puts, FullStore.refused = 0, range(6, 99)
+    trainer, _, told = make(kind=FullStore, checkpoint_every=3, keep_checkpoints=9, steps=7)
+    with pytest.raises(DataError, match="No space left"):
+        trainer.run()
+    assert told.saves == [3, 6]
+    assert newest_of(tmp_path).manifest.position.step == 6
+    FullStore.refused = range(0)
+    make(kind=FullStore, steps=7)[0].run()
+    make("whole", steps=7)[0].run()
+    assert bits(tmp_path, "run", 7) == bits(tmp_path, "whole", 7)
+
+
+def test_checkpoints_at_multiples_stay(make, tmp_path):
+    make(checkpoint_every=1, keep_checkpoints=1, keep_every=2)[0].run()
+    assert CheckpointStore(run_dir(tmp_path, "run")).committed() == [2, 4, 6]
+    make("odd", checkpoint_every=1, keep_checkpoints=2, keep_every=3)[0].run()
+    assert CheckpointStore(run_dir(tmp_path, "odd")).committed() == [3, 5, 6]
+
+
+@pytest.mark.parametrize("stop", [1, 3, 5])
+def test_a_run_that_is_told_to_stop_saves_after_the_step_and_goes_on_to_the_same_bits(make, tmp_path, stop):
+    calls = iter(range(1, 99))
+    trainer, _, told = make(options={"should_stop": lambda: next(calls) >= stop}, checkpoint_every=100)
+    assert trainer.run().step == stop
+    assert trainer.is_stopped
+    assert told.saves == [stop]
+    again = make(checkpoint_every=100)[0]
+    again.run()
+    assert not again.is_stopped
+    make("whole", checkpoint_every=100)[0].run()
+    assert bits(tmp_path, "run", 6) == bits(tmp_path, "whole", 6)
+
+
+def test_who_is_told_to_stop_at_the_last_step_has_finished(make):
+    calls = iter(range(1, 99))
+    trainer, _, _ = make(options={"should_stop": lambda: next(calls) >= 6})
+    assert trainer.run().step == 6
+    assert not trainer.is_stopped
+
+
+def test_a_beat_comes_with_every_step(make):
+    beats: list[int] = []
+    trainer, _, _ = make(options={"beat": lambda: beats.append(trainer.position.step)})
+    trainer.run()
+    assert beats == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_rows_of_the_steps_that_diverged_are_written_down(small_corpus: SmallCorpus):
+    corpus = small_corpus
+    run = RunDir(corpus.store, "diverged")
+    trainer, _, told = make_trainer(
+        corpus, CheckpointStore(run), wrap=lambda o: BadAt(o, lambda call: call >= 2), steps=99, checkpoint_every=100
+    )
+    try:
+        with pytest.raises(DivergedError, match=r"rows are in .*diverged\.json") as caught:
+            train_to_end(trainer, run, corpus.manifest)
+        written = json.loads(corpus.store.read(run.key(DIVERGED)))
+    finally:
+        shutil.rmtree(corpus.store.path(run.prefix), ignore_errors=True)
+    assert caught.value.exit_code == 5
+    assert told.skips == list(range(2, 12))
+    assert [step["counters"] for step in written["steps"]] == [[8 * at, 8 * at + 8] for at in range(2, 12)]
+    loader = Loader.open(corpus.store, corpus.manifest, corpus.tokenizer.mask_id)
+    for step in written["steps"]:
+        batch = loader.batch(step["counters"][0], 8)
+        rows = loader._tokens.read(("ids",), np.array(step["rows"]))["ids"]
+        assert np.array_equal(rows, batch.x0)
+
+
+def heldout_scorer(score_of: dict[int, float], position) -> tuple[dict, list[int]]:
+    """A scorer that says what it is told to of the step at which it is asked, and when it was asked."""
+    asked: list[int] = []
+
+    def scorer(denoiser):
+        asked.append(position().step)
+        return np.array([score_of[asked[-1]]] * 2), np.ones(2)
+
+    return {"heldout": scorer}, asked
+
+
+def test_the_best_checkpoints_stay_and_each_has_a_score_of_its_own_weights(make, tmp_path):
+    scores = {1: 5.0, 2: 1.0, 3: 4.0, 4: 2.0, 5: 3.0, 6: 6.0}
+    trainer = None
+    options, asked = heldout_scorer(scores, lambda: trainer.position)
+    trainer, _, told = make(
+        options=options,
+        checkpoint_every=1,
+        keep_checkpoints=1,
+        average_checkpoints=2,
+        average_from="best",
+        heldout_every=4,
+    )
+    trainer.run()
+    assert asked == [1, 2, 3, 4, 5, 6]  # before every save, and not twice where it was asked anyway
+    found = list(CheckpointStore(run_dir(tmp_path, "run")).best(lambda error: pytest.fail(str(error))))
+    assert [(one.manifest.position.step, one.manifest.heldout) for one in found] == [(2, 1.0), (4, 2.0), (6, 6.0)]
+    assert told.saves == [1, 2, 3, 4, 5, 6]
+
+
+def test_other_rows_than_before_are_refused_unless_they_are_named(small_corpus: SmallCorpus, tmp_path):
+    corpus, run = small_corpus, RunDir(LocalStore(small_corpus.store.root), f"{tmp_path.name}-rows")
+    manifest, first = corpus.manifest, corpus.manifest.train.shards[0]
+    changed = first.model_copy(update={"sha256": "0" * 64})
+    other = manifest.model_copy(
+        update={"train": manifest.train.model_copy(update={"shards": (changed, *manifest.train.shards[1:])})}
+    )
+
+    def session(given, **fields):
+        train = corpus.recipe.train.model_copy(update=fields)
+        return open_session(
+            corpus.recipe.model_copy(update={"train": train}),
+            run,
+            given,
+            torch.device("cpu"),
+            backend_of=lambda module: LocalBackend(module, train),
+            events_of=lambda step: Silence(),
+            on_damage=lambda error: pytest.fail(str(error)),
+        )
+
+    session(manifest, steps=1).run()
+    assert session(manifest.model_copy(update={"noise_epochs": ()})).position.step == 1  # more noise is no other corpus
+    now = other.rows_digest
+    with pytest.raises(DataError, match=f"train.accept_corpus={now} goes on with them") as refused:
+        session(other)
+    assert manifest.rows_digest in str(refused.value)
+    assert refused.value.exit_code == 3
+    with pytest.raises(DataError, match="made anew"):
+        session(other, accept_corpus="rows-0123456789ab")
+    assert session(other, accept_corpus=now).position.step == 1

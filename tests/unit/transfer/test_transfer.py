@@ -1,0 +1,197 @@
+"""A public checkpoint becomes a run that generates, and the run becomes the checkpoint again, bit for bit."""
+
+import filecmp
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SmallCorpus, make_small_bundle, make_small_corpus
+from safetensors.torch import load_file, save_file
+
+from dllm_core.checkpoints.bundle import read_bundle
+from dllm_core.checkpoints.run_dir import RunDir
+from dllm_core.decoding.config import DecodeConfig
+from dllm_core.decoding.engine import Engine
+from dllm_core.decoding.request import Request
+from dllm_core.errors import CheckpointError, ConfigError, DataError
+from dllm_core.model.foreign import read_foreign
+from dllm_core.model.pattern import CAUSAL
+from workflows.console import Console
+from workflows.generate.flow import generate
+from workflows.pipeline.flow import Pipeline
+from workflows.target import Target, find_run
+from workflows.transfer.flow import export_checkpoint, import_checkpoint
+
+GOLDEN = Path(__file__).parents[2] / "golden"
+QUIET = Console("json")
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def imported(folder: Path, *words: str, name: str = "copy") -> RunDir:
+    return RunDir.at(import_checkpoint(str(folder), name, words, QUIET)["run"])
+
+
+def written(run: RunDir, command: str = "out") -> Path:
+    return Path(export_checkpoint(run.url, command, QUIET)["folder"])
+
+
+def qwen_folder(folder: Path) -> Path:
+    """An autoregressive checkpoint: Qwen2's shapes under LLaDA's tokenizer, whose mask is out of sight."""
+    shutil.copytree(GOLDEN / "tiny-llada", folder)
+    weights, plain = load_file(folder / "model.safetensors"), {}
+    old = json.loads((folder / "config.json").read_text())
+    names = {"attn_out": "self_attn.o_proj", "ff_proj": "mlp.gate_proj", "up_proj": "mlp.up_proj"}
+    names |= {"ff_out": "mlp.down_proj", "attn_norm": "input_layernorm", "ff_norm": "post_attention_layernorm"}
+    tops = {"wte": "model.embed_tokens", "ln_f": "model.norm", "ff_out": "lm_head"}
+    for name, tensor in weights.items():
+        parts = name.split(".")
+        if parts[2] == "blocks":
+            new = f"model.layers.{parts[3]}.{names.get(parts[4], f'self_attn.{parts[4]}')}.weight"
+        else:
+            new, tensor = f"{tops[parts[2]]}.weight", tensor[:998] if parts[2] != "ln_f" else tensor
+        plain[new] = tensor.contiguous()
+    save_file(plain, folder / "model.safetensors", {"format": "pt"})
+    config = {"model_type": "llama", "hidden_size": old["d_model"], "num_attention_heads": old["n_heads"]}
+    config |= {"num_hidden_layers": old["n_layers"], "intermediate_size": old["mlp_hidden_size"], "vocab_size": 998}
+    config |= {"rope_theta": 5e5, "rms_norm_eps": 1e-5, "hidden_act": "silu", "max_position_embeddings": 256}
+    (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False, "eos_token_id": 996}))
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["added_tokens"] = [token for token in tokenizer["added_tokens"] if token["id"] < 998]
+    tokenizer["model"]["vocab"] = {token: i for token, i in tokenizer["model"]["vocab"].items() if i < 998}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (folder / "tokenizer_config.json").write_text("{}")
+    return folder
+
+
+@pytest.mark.parametrize("name", ["tiny-llada", "tiny-llada2-moe"])
+def test_what_was_imported_is_exported_bit_for_bit_and_decodes_as_it_did(root, name):
+    run = imported(GOLDEN / name)
+    bundle, denoiser = read_bundle(run), read_foreign(GOLDEN / name)
+    ids = torch.arange(24)[None]
+    with torch.inference_mode():
+        assert torch.equal(bundle.denoiser()(ids), denoiser(ids))
+    assert bundle.tokenizer().json_text == (GOLDEN / name / "tokenizer.json").read_bytes().decode()
+    assert bundle.tokenizer().mask_id == bundle.config.mask_id == denoiser.config.mask_id
+    recipe, found = find_run(run.url, ["decode.max_tokens=12"])
+    assert found.name == run.name
+    told = generate(recipe, run, "hello", None, 0, QUIET)
+    assert told["num_calls"] > 0
+    out = written(run)
+    files = sorted(path.name for path in (GOLDEN / name).iterdir())
+    assert files == sorted(path.name for path in out.iterdir())
+    assert filecmp.cmpfiles(GOLDEN / name, out, files, shallow=False)[0] == files
+
+
+def test_blocks_are_decoded_in_those_that_the_family_has_or_the_user_says(root):
+    assert read_bundle(imported(GOLDEN / "tiny-llada2-moe")).manifest.block_length == 32
+    words = ("noise.block_length=8", "decode.block_length=8", "decode.steps_per_block=8")
+    bundle = read_bundle(imported(GOLDEN / "tiny-llada2-moe", *words))
+    decode = DecodeConfig.checked({**bundle.manifest.decode, "max_tokens": 20})
+    request = Request(prompt=(5, 6, 7), suffix=(), config=decode, seed=0)
+    kept, whole = (Engine(bundle, keeps_keys=keeps).generate([request])[0] for keeps in (True, False))
+    assert kept.tokens == whole.tokens
+    with pytest.raises(ConfigError, match=r"decode\.block_length: must be noise\.block_length=16"):
+        imported(GOLDEN / "tiny-llada2-moe", "noise.block_length=16")
+
+
+def test_an_import_is_the_same_run_again_and_another_type_another(root):
+    first, again = imported(GOLDEN / "tiny-llada"), imported(GOLDEN / "tiny-llada")
+    narrow = imported(GOLDEN / "tiny-llada", "dtype=bfloat16")
+    assert first.name == again.name != narrow.name
+    weights = load_file(read_bundle(narrow).folder / "model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
+    recipe, _ = find_run(narrow.url, ["decode.max_tokens=8"])
+    assert generate(recipe, narrow, "hello", None, 0, QUIET)["num_calls"] > 0
+
+
+def test_an_autoregressive_checkpoint_needs_to_be_told_its_mask(root):
+    folder = qwen_folder(root / "in")
+    with pytest.raises(ConfigError, match=r"mask_id: no mask token.*mask_id=new"):
+        imported(folder)
+    assert not (root / "dllm-runs").exists()
+    run = imported(folder, "mask_id=new")
+    bundle = read_bundle(run)
+    assert (bundle.config.mask_id, bundle.config.vocab_size, bundle.tokenizer().mask_id) == (998, 999, 998)
+    assert 998 not in bundle.tokenizer().encode("<|mask|> text")
+    ids = torch.arange(12)[None]
+    with torch.inference_mode():
+        wanted = read_foreign(folder, mask_id=900)(ids, pattern=CAUSAL)
+        torch.testing.assert_close(bundle.denoiser()(ids, pattern=CAUSAL)[..., :998], wanted, atol=1e-4, rtol=0)
+    recipe, _ = find_run(run.url, ["decode.max_tokens=8"])
+    assert generate(recipe, run, "hello", None, 0, QUIET)["num_tokens"] > 0
+    again = imported(written(run), name="again")
+    assert read_bundle(again).config == bundle.config
+    assert filecmp.cmp(read_bundle(again).folder / "model.safetensors", bundle.folder / "model.safetensors", False)
+
+
+@pytest.mark.parametrize("has_token", [True, False])
+def test_a_spare_id_may_be_the_mask_with_or_without_a_token_of_its_own(root, has_token):
+    folder = qwen_folder(root / "in")
+    if not has_token:
+        tokenizer = json.loads((folder / "tokenizer.json").read_text())
+        tokenizer["added_tokens"] = [token for token in tokenizer["added_tokens"] if token["id"] != 990]
+        tokenizer["model"]["vocab"].pop("<|r990|>", None)
+        (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    bundle = read_bundle(imported(folder, "mask_id=990"))
+    assert bundle.config.mask_id == bundle.tokenizer().mask_id == 990
+    assert bundle.tokenizer().token_text(990) == ("<|r990|>" if has_token else "<|mask|>")
+    assert bundle.config.vocab_size == 998
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["mask_id=5"], r"mask_id: the checkpoint says 998, got 5"),
+        (["mask_id=yes"], r"mask_id: must be an id or new, got True"),
+        (["dtype=int8"], r"dtype: unknown type, got 'int8': one of float32"),
+        (["packing.seq_len=2048"], r"packing\.seq_len: must be <= 1024, the checkpoint's context, got 2048"),
+        (["model.heads=3"], r"model: is the checkpoint's"),
+        (["decode.step=3"], r"decode\.step: unknown name"),
+    ],
+)
+def test_words_that_mean_nothing_are_refused_before_anything_is_written(root, words, problem):
+    with pytest.raises(ConfigError, match=problem):
+        imported(GOLDEN / "tiny-llada", *words)
+    assert not (root / "dllm-runs").exists()
+
+
+def test_a_tokenizer_that_is_missing_or_of_another_model_is_refused(root):
+    folder = root / "in"
+    shutil.copytree(GOLDEN / "tiny-llada2-moe", folder)
+    shutil.copy(GOLDEN / "tiny-llada" / "tokenizer.json", folder)
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: has ids up to 999, the checkpoint's last is 639"):
+        imported(folder)
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: cannot be read.*save the checkpoint's tokenizer"):
+        imported(folder)
+
+
+def test_imported_weights_are_not_trained_over(root):
+    run = imported(GOLDEN / "tiny-llada")
+    recipe, _ = find_run(run.url, [])
+    with pytest.raises(ConfigError, match=r"its weights were imported.*start\.run="):
+        Pipeline(Target(recipe, run, None), QUIET).train()
+
+
+def test_a_run_of_our_own_goes_out_as_llada_where_it_fits_and_comes_back(
+    tmp_path, monkeypatch, small_corpus: SmallCorpus
+):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"no public format holds such a model.*model\.qk_norm=True"):
+        written(make_small_bundle(small_corpus, tmp_path / "tied"))
+    plain = make_small_corpus(tmp_path / "plain", model={"qk_norm": False, "tie_embeddings": False})
+    run = make_small_bundle(plain, tmp_path / "untied")
+    out = written(run)
+    with pytest.raises(DataError, match="is not empty"):
+        written(run)
+    back, ids = read_bundle(imported(out)), torch.arange(12)[None]
+    with torch.inference_mode():
+        assert torch.equal(back.denoiser()(ids), read_bundle(run).denoiser()(ids))
+    assert back.config.mask_id == read_bundle(run).config.mask_id
