@@ -137,6 +137,11 @@ class Engine:
         return self._denoiser
 
     @property
+    def is_ancestral(self) -> bool:
+        """Whether it runs noise that replaces tokens backwards, and no position is ever a mask."""
+        return self._is_ancestral
+
+    @property
     def num_active(self) -> int:
         """Rows in the batch."""
         return len(self._active)

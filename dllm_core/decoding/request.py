@@ -1,5 +1,6 @@
-"""Request: what one row of the engine is asked to fill, as token ids."""
+"""Request: what one row of the engine is asked to fill, as token ids. Torch-free."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -89,3 +90,23 @@ class Request:
         """The same with at most so many open positions at its end."""
         config = self.config.model_copy(update={"max_tokens": min(self.config.max_tokens, room)})
         return replace(self, config=config)
+
+
+@dataclass(frozen=True)
+class OpenHole:
+    """A hole of `least` to `most` positions; of one length where they are equal."""
+
+    least: int
+    most: int
+
+
+Piece = tuple[int, ...] | OpenHole
+
+
+def with_holes(request: Request, pieces: Sequence[Piece], lengths: Sequence[int] | None = None) -> Request:
+    """The request with `pieces` as its middle, its holes of these lengths, by default their least."""
+    left = iter(lengths or [piece.least for piece in pieces if isinstance(piece, OpenHole)])
+    middle: list[int | None] = []
+    for piece in pieces:
+        middle.extend([None] * next(left) if isinstance(piece, OpenHole) else piece)
+    return replace(request, middle=tuple(middle))
