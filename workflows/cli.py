@@ -112,21 +112,50 @@ def generate(
     overrides: OverridesArg = None,
     prompt: Annotated[str, typer.Option(help="text before the canvas")] = "",
     prompt_ids: Annotated[str | None, typer.Option(help="the same as token ids: 17,3,99")] = None,
-    suffix: Annotated[str | None, typer.Option(help="text behind it: the hole between is filled")] = None,
+    suffix: Annotated[str, typer.Option(help="text behind it: the hole between is filled")] = "",
+    infill: Annotated[
+        str | None, typer.Option(help="text with holes: [[8]] of 8 tokens, [[2-8]] of 2 to 8, [[]] of any number")
+    ] = None,
+    edit: Annotated[
+        str | None, typer.Option(metavar="BEGIN:STOP", help="characters of the prompt that are made anew")
+    ] = None,
+    strength: Annotated[float, typer.Option(help="how much of them noise takes, in (0, 1]")] = 0.5,
+    stop: Annotated[list[str] | None, typer.Option(help="a string that ends the answer; may be given again")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="a file with one a line: text, or JSON objects in a .jsonl")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="the same seed gives the same text")] = 0,
+    trace: Annotated[Path | None, typer.Option(help="write what every call did to this file")] = None,
+    replay: Annotated[Path | None, typer.Option(help="make again what a trace holds, and compare every call")] = None,
     output: OutputOption = "text",
 ) -> None:
-    """Complete a prompt, or fill the hole before a suffix, watching the canvas denoise."""
+    """Complete a prompt, fill holes, or edit a span, watching the canvas denoise; or decode a file of prompts."""
 
     def body(console: Console) -> dict[str, Any]:
-        from workflows.generate.flow import generate as decode
+        from workflows.generate.asked import Asked, read_asked
         from workflows.target import find_run
 
-        given = prompt if prompt_ids is None else _ids("--prompt-ids", prompt_ids)
-        if prompt and prompt_ids is not None:
-            raise ConfigError("--prompt-ids", "is another form of --prompt", prompt_ids, "give one of them")
+        given = {
+            "prompt": prompt,
+            "prompt_ids": None if prompt_ids is None else _ids("--prompt-ids", prompt_ids),
+            "suffix": suffix,
+            "infill": infill,
+            "edit": edit,
+            "strength": strength,
+            "seed": seed,
+            "stop": stop or [],
+        }
+        asked = Asked.checked(given)
+        if replay is not None and (prompts is not None or trace is not None or asked != Asked()):
+            raise ConfigError("--replay", "takes all from the trace", str(replay), "leave out the other options")
+        several = None if prompts is None else read_asked(prompts, asked)
         recipe, found = find_run(target, overrides or [])
-        return decode(recipe, found, given, suffix, seed, console)
+        from workflows.generate.flow import Generator  # torch: a mistake need not wait for it
+
+        generator = Generator(recipe, found, console)
+        if replay is not None:
+            return generator.replayed(replay)
+        return generator.one(asked, trace) if several is None else generator.many(several, trace)
 
     _verb(body, output)
 

@@ -4,11 +4,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from dllm_core.data.tokenizer import Tokenizer
-from dllm_core.decoding.config import DecodeConfig
 from dllm_core.decoding.engine import Answer, Engine, answer_of
 from dllm_core.decoding.request import Request
 from dllm_core.decoding.state import DecodeState
-from dllm_core.errors import RequestError
 
 
 @dataclass(frozen=True)
@@ -26,16 +24,6 @@ class Frame:
     stop: int
     answer: Answer | None
     commits: list[tuple[int, int, float]]
-
-
-def request_for(head: tuple[int, ...], tail: tuple[int, ...], config: DecodeConfig, context: int, seed: int) -> Request:
-    """A request of prompt and suffix ids. A canvas that does not fit beside them is shortened to what does."""
-    room = context - len(head) - len(tail)
-    if room < 1:
-        problem = f"{len(head) + len(tail)} tokens leave no room in the context of {context}"
-        raise RequestError("prompt", problem, remedy="shorten it")
-    config = config.model_copy(update={"max_tokens": min(config.max_tokens, room)})
-    return Request(prompt=head, suffix=tail, config=config, seed=seed)
 
 
 def unfold(engine: Engine, tokenizer: Tokenizer, request: Request) -> Iterator[Frame]:

@@ -12,7 +12,8 @@ from dllm_core.data.manifest import read_manifest
 from dllm_core.decoding.engine import Engine
 from workflows.drawing import ACCENT, INK, SOFT, axes, cell, figures, noise_figure, noised_cell, page, svg, table
 from workflows.evaluate.show import sections, shown_nats
-from workflows.generate.unfold import Frame, request_for, unfold
+from workflows.generate.asked import Asked
+from workflows.generate.unfold import Frame, unfold
 from workflows.recipe import Recipe
 
 
@@ -132,12 +133,11 @@ def _frames(recipe: Recipe, bundle: ModelBundle) -> list[Frame]:
     tokenizer = bundle.tokenizer()
     engine = Engine(bundle)
     examples = recipe.serve.examples
-    prompt, suffix, config = "", None, recipe.decode
+    asked, config = Asked(seed=recipe.seed), recipe.decode
     if examples:
-        prompt, suffix = examples[0].prompt, examples[0].suffix
+        asked = Asked(prompt=examples[0].prompt, suffix=examples[0].suffix or "", seed=recipe.seed)
         config = config.model_copy(update={"max_tokens": examples[0].max_tokens or config.max_tokens})
-    head, tail = tuple(tokenizer.encode(prompt)), tuple(tokenizer.encode(suffix or ""))
-    request = request_for(head, tail, config, engine.context_length, recipe.seed)
+    request, _ = asked.given(tokenizer, config, engine.context_length)
     return list(unfold(engine, tokenizer, request))
 
 

@@ -1,0 +1,247 @@
+"""`dllm generate` in all its forms: prompts, templates, edits, files of them, and traces to make them again from."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from dllm_core.checkpoints.bundle import read_bundle
+from dllm_core.checkpoints.run_dir import RunDir
+from dllm_core.decoding.config import DecodeConfig
+from dllm_core.decoding.engine import Engine
+from dllm_core.decoding.request import Request
+from dllm_core.storage.store import open_store
+from workflows.cli import run_command_line
+
+SMALL = ["decode.max_tokens=8", "decode.block_length=4", "decode.steps_per_block=4"]
+
+
+@pytest.fixture
+def told(small_bundle, capsys):
+    """Run `dllm generate` on the small bundle: exit code, JSON lines, stderr."""
+
+    def run(*words: str, url: str = small_bundle.url) -> tuple[int, list[dict], str]:
+        capsys.readouterr()
+        code = run_command_line(["generate", url, *SMALL, *words, "--output", "json"])
+        out, err = capsys.readouterr()
+        return code, [json.loads(line) for line in out.splitlines()], err
+
+    return run
+
+
+def test_a_template_keeps_what_is_given_and_tells_each_hole(told, small_bundle):
+    code, [answer], _ = told("--infill", "RED [[3]] OF [[2]] SIGN", "--seed", "4")
+    assert code == 0
+    tokenizer = read_bundle(small_bundle).tokenizer()
+    between = tokenizer.encode(" OF ")
+    assert answer["token_ids"][3:-2] == between
+    assert answer["holes"] == [tokenizer.decode(answer["token_ids"][:3]), tokenizer.decode(answer["token_ids"][-2:])]
+    assert answer["text"] == f"{answer['holes'][0]} OF {answer['holes'][1]}"
+    assert answer["num_tokens"] == 5
+    assert "search" not in answer
+
+
+def test_the_length_of_a_hole_is_searched_where_it_is_not_said(told):
+    code, [answer], _ = told("--infill", "RED [[1-4]] SIGN")
+    assert code == 0
+    assert 1 <= answer["search"]["lengths"][0] <= 4
+    assert len(answer["token_ids"]) == answer["search"]["lengths"][0]
+    assert 3 <= answer["search"]["num_rows"] <= 4  # 1, 2 and 4; 3 where one beside it is best
+    assert answer["search"]["num_calls"] > answer["num_calls"]
+    code, [answer], _ = told("--infill", "RED [[]] SIGN")
+    assert 1 <= answer["search"]["lengths"][0] <= 8
+
+
+def test_an_edit_changes_its_span_alone(told, small_bundle):
+    text = "LATIN SMALL LETTER"
+    code, [answer], _ = told("--prompt", text, "--edit", "6:11", "--strength", "0.9", "--seed", "1")
+    assert code == 0
+    tokenizer = read_bundle(small_bundle).tokenizer()
+    assert answer["prompt_ids"] == tokenizer.encode("LATIN ")
+    assert len(answer["token_ids"]) == len(tokenizer.encode("SMALL"))
+    assert (answer["edit"], answer["strength"]) == ("6:11", 0.9)
+
+
+def test_a_stop_string_is_cut_off(told, small_bundle):
+    code, [whole], _ = told("--prompt", "RED ", "--seed", "2")
+    stop = whole["text"][2:4]
+    code, [answer], _ = told("--prompt", "RED ", "--seed", "2", "--stop", stop)
+    assert code == 0
+    assert answer["text"] == whole["text"][: whole["text"].index(stop)]
+    assert answer["finish_reason"] == "stop"
+
+
+def test_a_file_of_prompts_is_decoded_as_each_would_be_alone(told, tmp_path, small_bundle):
+    lines = [
+        {"prompt": "RED "},
+        {"prompt_ids": [5, 6], "seed": 7},
+        {"prompt": "A ", "suffix": " B"},
+        {"infill": "X [[2]] Y [[1-3]]Z"},
+        {"prompt": "LATIN SMALL", "edit": "0:5", "strength": 1},
+    ]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    code, [*answers, last], _ = told("--prompts", str(path), "--seed", "3")
+    assert code == 0
+    assert last["num_answers"] == len(answers) == 5
+    assert last["num_tokens"] == sum(answer["num_tokens"] for answer in answers)
+    assert [answer["seed"] for answer in answers] == [3, 7, 3, 3, 3]
+    alone = [
+        told("--prompt", "RED ", "--seed", "3"),
+        told("--prompt-ids", "5,6", "--seed", "7"),
+        told("--prompt", "A ", "--suffix", " B", "--seed", "3"),
+        told("--infill", "X [[2]] Y [[1-3]]Z", "--seed", "3"),
+        told("--prompt", "LATIN SMALL", "--edit", "0:5", "--strength", "1", "--seed", "3"),
+    ]
+    for answer, (_, [other], _) in zip(answers, alone, strict=True):
+        assert (other.pop("run"), other.pop("seconds") > 0) == (small_bundle.name, True)
+        assert {k: v for k, v in answer.items() if k != "calls"} == {k: v for k, v in other.items() if k != "calls"}
+    plain = tmp_path / "prompts.txt"
+    plain.write_text("RED \n\nBLUE \n", encoding="utf-8")
+    code, [*answers, _], _ = told("--prompts", str(plain), "--seed", "3")
+    assert [answer["prompt"] for answer in answers] == ["RED ", "BLUE "]
+    assert answers[0]["token_ids"] == alone[0][1][0]["token_ids"]
+
+
+def test_text_shows_what_was_given_and_what_was_made(small_bundle, capsys, tmp_path):
+    code = run_command_line(["generate", small_bundle.url, *SMALL, "--infill", "RED [[2]] SIGN"])
+    shown = capsys.readouterr().out.splitlines()
+    assert code == 0
+    assert shown[0].startswith("RED ")
+    assert shown[0].endswith(" SIGN")
+    assert shown[-1].startswith("2 tokens in 2 denoiser calls")
+    path = tmp_path / "prompts.txt"
+    path.write_text("RED \nBLUE \n", encoding="utf-8")
+    assert run_command_line(["generate", small_bundle.url, *SMALL, "--prompts", str(path)]) == 0
+    shown = capsys.readouterr().out
+    assert "RED " in shown
+    assert "BLUE " in shown
+    assert "2 answers, " in shown
+
+
+def test_a_trace_is_made_again_token_for_token_and_call_for_call(told, tmp_path, small_bundle):
+    path = tmp_path / "trace.jsonl"
+    told("--infill", "RED [[3]] SIGN", "--trace", str(path), "decode.temperature=1", "decode.policy.type=random")
+    code, [again], _ = told("--replay", str(path))
+    assert code == 0
+    assert (again["traces"], again["identical"], again["max_confidence_difference"]) == (1, True, 0.0)
+    assert again["calls"] == len(json.loads(path.read_text())["calls"])
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("\n".join(json.dumps({"prompt": "AB"[: i % 3], "seed": i}) for i in range(9)), encoding="utf-8")
+    told("--prompts", str(prompts), "--trace", str(path), "decode.temperature=0.8", "decode.max_tokens=6")
+    code, [again], _ = told("--replay", str(path))
+    assert (code, again["traces"]) == (0, 9)
+
+
+def test_what_is_no_longer_so_is_told_of(told, tmp_path, small_bundle):
+    path = tmp_path / "trace.jsonl"
+    told("--prompt", "RED ", "--trace", str(path))
+    record = json.loads(path.read_text())
+
+    def replayed(**changed: object) -> str:
+        path.write_text(json.dumps({**record, **changed}), encoding="utf-8")
+        code, _, err = told("--replay", str(path))
+        assert code in (2, 3)
+        assert err.count("\n") == 1
+        return err.removeprefix(f"dllm: {path}:1")
+
+    calls = [[list(commit) for commit in call] for call in record["calls"]]
+    calls[1][0][1] += 1
+    assert replayed(calls=calls).startswith(": call 2 commits other tokens than the trace says: it was made on cpu")
+    assert "commits other tokens" in replayed(calls=record["calls"][:-1])
+    assert "the answer is another" in replayed(tokens=[3])
+    assert "was made with another bundle" in replayed(bundle_digest="0" * 12)
+    assert "is a trace of another format, got 9" in replayed(format=9)
+    assert "is no request of this version" in replayed(request={**record["request"], "novel": 1})
+    path.write_text("{}", encoding="utf-8")
+    assert "is no trace" in told("--replay", str(path))[2]
+    path.write_text("x", encoding="utf-8")
+    assert "is not JSON" in told("--replay", str(path))[2]
+    path.write_text("", encoding="utf-8")
+    assert "holds no trace" in told("--replay", str(path))[2]
+
+
+def test_weights_that_are_no_numbers_end_with_one_line(small_bundle, told, monkeypatch):
+    engine = Engine.step
+
+    def spoilt(self):
+        self.denoiser.head.weight.data.fill_(float("nan"))
+        return engine(self)
+
+    monkeypatch.setattr(Engine, "step", spoilt)
+    code, _, err = told("--prompt", "RED ")
+    assert code == 3
+    assert "the denoiser's output is no number" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "line"),
+    [
+        (["--infill", "no hole"], 2, "infill: has no hole, got 'no hole': write one as [[8]], [[2-8]] or [[]]"),
+        (["--infill", "[[1]]", "--prompt", "x"], 2, "infill: holds all of the text"),
+        (["--infill", "[[3-2]]"], 2, "infill: a hole is [[LENGTH]] or [[LEAST-MOST]], of at least 1 token, got"),
+        (["--infill", "[[0]]"], 2, "infill: a hole is"),
+        (["--infill", "A[[900-999]]B"], 2, "middle: its holes need 900 positions at least"),
+        (["--infill", "A[[900]]B"], 2, "max_tokens: prompt ("),
+        (
+            ["--prompt", "RED", "--edit", "2:9"],
+            2,
+            "edit: must be characters BEGIN:STOP within the prompt's 3, got '2:9'",
+        ),
+        (["--prompt", "RED", "--edit", "x"], 2, "edit: must be characters"),
+        (["--prompt", "RED", "--edit", "1:1"], 2, "edit: must be characters"),
+        (["--prompt", "RED", "--edit", "0:2", "--suffix", "x"], 2, "edit: is a span of the prompt's text"),
+        (["--prompt", "RED", "--edit", "0:2", "--strength", "0"], 2, "strength: must be greater than 0"),
+        (["--prompt", "RED", "--prompt-ids", "1"], 2, "prompt_ids: is another form of prompt"),
+        (["--prompt", "RED", "--stop", ""], 2, "stop: must not be empty"),
+        (["--prompts", "/nowhere.txt"], 3, "/nowhere.txt: cannot be read"),
+        (["--replay", "/nowhere.jsonl"], 3, "/nowhere.jsonl: cannot be read"),
+        (["--replay", "x", "--seed", "2"], 2, "--replay: takes all from the trace"),
+        (["--prompt", "RED", "--trace", "/nowhere/at/all"], 3, "/nowhere/at/all: cannot write the trace"),
+    ],
+)
+def test_a_mistake_is_one_line(told, words, code, line):
+    got, _, err = told(*words)
+    assert (got, err.startswith(f"dllm: {line}"), err.count("\n")) == (code, True, 1), err
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "line"),
+    [
+        ("", 3, ": holds no prompt"),
+        ('{"prompt": "a"}\n{"promt": "b"}', 2, ":2.promt: unknown name: did you mean 'prompt'?"),
+        ('{"prompt": 1}', 2, ":1.prompt: must be a valid string"),
+        ("[1]", 2, ":1: must be a JSON object, got [1]"),
+        ("{", 2, ":1: is not JSON"),
+    ],
+)
+def test_a_mistake_in_a_file_of_prompts_names_its_line(told, tmp_path, text, code, line):
+    path = tmp_path / "p.jsonl"
+    path.write_text(text, encoding="utf-8")
+    got, _, err = told("--prompts", str(path))
+    assert (got, err.startswith(f"dllm: {path}{line}"), err.count("\n")) == (code, True, 1), err
+
+
+def test_a_trace_is_of_a_bundle_and_not_of_a_folder(told, tmp_path, small_bundle):
+    """Decoding defaults and lineage may change: the trace has its own, and they decide no token."""
+    path = tmp_path / "trace.jsonl"
+    told("--prompt", "RED ", "--trace", str(path))
+    shutil.copytree(small_bundle.url, tmp_path / "runs" / "other-0123456789ab")
+    other = RunDir(open_store("root", str(tmp_path)), "other-0123456789ab")
+    code, [again], _ = told("--replay", str(path), "decode.policy.type=margin", url=other.url)
+    assert (code, again["run"], again["identical"]) == (0, "other-0123456789ab", True)
+
+
+def test_python_needs_no_more_than_a_bundle_and_requests(small_bundle):
+    bundle = read_bundle(small_bundle)
+    [answer] = Engine(bundle).generate([Request((5, 6), DecodeConfig.checked(bundle.manifest.decode))])
+    assert answer.tokens
+
+
+def test_what_the_command_line_says_holds_for_each_line_of_a_file(told, tmp_path):
+    path = Path(tmp_path, "p.jsonl")
+    path.write_text('{"infill": "A [[1]] B"}', encoding="utf-8")
+    code, _, err = told("--prompts", str(path), "--prompt", "x")
+    assert code == 2
+    assert "infill: holds all of the text" in err

@@ -1,0 +1,152 @@
+"""What `dllm generate` was asked for, as text or ids: a prompt, an infill template, a span to edit, a file of them.
+
+| asked | is |
+|---|---|
+| `prompt`, `suffix` | text around one canvas of `decode.max_tokens`, or around nothing behind it |
+| `infill` | text with holes: `[[8]]` of 8 tokens, `[[2-8]]` of 2 to 8, `[[]]` of 1 to `decode.max_tokens` |
+| `edit` | characters BEGIN:STOP of the prompt, noised at `strength` and denoised |
+
+A file has one a line: text is a prompt; a JSON object has the fields of `Asked`.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Self
+
+from pydantic import Field, model_validator
+
+from dllm_core.config.base import FieldProblem, Frozen
+from dllm_core.data.tokenizer import Tokenizer
+from dllm_core.decoding.config import DecodeConfig
+from dllm_core.decoding.request import OpenHole, Piece, Request, with_holes
+from dllm_core.errors import ConfigError, DataError, RequestError
+
+_HOLE = re.compile(r"\[\[(?:(\d+)(?:-(\d+))?)?\]\]")
+_SPAN = re.compile(r"(\d+):(\d+)")
+
+
+class Asked(Frozen):
+    """One thing to decode. prompt_ids: the prompt as token ids; stop: strings of which the first ends the answer."""
+
+    prompt: str = ""
+    prompt_ids: tuple[int, ...] | None = None
+    suffix: str = ""
+    infill: str | None = None
+    edit: str | None = None
+    strength: float = Field(0.5, gt=0, le=1)
+    seed: int = Field(0, ge=0)
+    stop: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _one_form(self) -> Self:
+        if self.prompt_ids is not None and self.prompt:
+            raise FieldProblem("prompt_ids", "is another form of prompt", list(self.prompt_ids), "give one of them")
+        if self.infill is not None:
+            if self.prompt or self.prompt_ids is not None or self.suffix or self.edit is not None:
+                raise FieldProblem("infill", "holds all of the text", self.infill, "leave out prompt, suffix and edit")
+            if not _HOLE.search(self.infill):
+                raise FieldProblem("infill", "has no hole", self.infill, "write one as [[8]], [[2-8]] or [[]]")
+        if self.edit is not None:
+            if self.prompt_ids is not None or self.suffix:
+                raise FieldProblem("edit", "is a span of the prompt's text", self.edit, "give that alone")
+            begin, stop = self.span
+            if not 0 <= begin < stop <= len(self.prompt):
+                problem = f"must be characters BEGIN:STOP within the prompt's {len(self.prompt)}"
+                raise FieldProblem("edit", problem, self.edit)
+        if any(not stop for stop in self.stop):
+            raise FieldProblem("stop", "must not be empty", list(self.stop))
+        return self
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """First and last-but-one character of what is edited; (0, 0) where that is no span."""
+        found = _SPAN.fullmatch(self.edit or "")
+        return (int(found[1]), int(found[2])) if found else (0, 0)
+
+    def given(self, tokenizer: Tokenizer, config: DecodeConfig, context: int) -> tuple[Request, tuple[Piece, ...]]:
+        """As token ids. The pieces are of an infill with a hole of unknown length, else there are none.
+
+        A canvas that does not fit beside prompt and suffix is shortened to what does.
+        """
+        if self.infill is not None:
+            head, pieces, tail = self._template(tokenizer, config, context)
+            request = Request(head, config, tail, self.seed, stop=self.stop)
+            if any(isinstance(piece, OpenHole) and piece.least < piece.most for piece in pieces):
+                return request, pieces
+            return with_holes(request, pieces), ()
+        if self.edit is not None:
+            begin, stop = self.span
+            parts = (self.prompt[:begin], self.prompt[begin:stop], self.prompt[stop:])
+            head, middle, tail = (tuple(tokenizer.encode(part)) for part in parts)
+            return Request(head, config, tail, self.seed, middle, self.strength, self.stop), ()
+        head = tuple(tokenizer.encode(self.prompt)) if self.prompt_ids is None else self.prompt_ids
+        tail = tuple(tokenizer.encode(self.suffix))
+        room = context - len(head) - len(tail)
+        if room < 1:
+            problem = f"{len(head) + len(tail)} tokens leave no room in the context of {context}"
+            raise RequestError("prompt", problem, remedy="shorten it")
+        return Request(head, config, tail, self.seed, stop=self.stop).shortened(room), ()
+
+    def _template(
+        self, tokenizer: Tokenizer, config: DecodeConfig, context: int
+    ) -> tuple[tuple[int, ...], tuple[Piece, ...], tuple[int, ...]]:
+        parts: list[Piece] = []
+        at = 0
+        assert self.infill is not None
+        for found in _HOLE.finditer(self.infill):
+            parts.append(tuple(tokenizer.encode(self.infill[at : found.start()])))
+            least = int(found[1] or 1)
+            most = int(found[2] or found[1] or min(config.max_tokens, context))
+            if not 1 <= least <= most:
+                problem = "a hole is [[LENGTH]] or [[LEAST-MOST]], of at least 1 token"
+                raise RequestError("infill", problem, found[0])
+            parts.append(OpenHole(least, most))
+            at = found.end()
+        parts.append(tuple(tokenizer.encode(self.infill[at:])))
+        head, *pieces, tail = parts
+        assert isinstance(head, tuple)
+        assert isinstance(tail, tuple)
+        return head, tuple(piece for piece in pieces if piece != ()), tail
+
+
+def read_asked(path: Path, defaults: Asked) -> list[Asked]:
+    """The lines of a file: JSON objects in a `.jsonl`, else prompts. defaults: what a line leaves out."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        raise DataError(str(path), f"cannot be read ({error})") from None
+    if not any(line.strip() for line in lines):
+        raise DataError(str(path), "holds no prompt")
+    left_out = defaults.model_dump(exclude_defaults=True)
+    if path.suffix != ".jsonl":
+        return [Asked.checked({**left_out, "prompt": line}, f"{path}:{i + 1}") for i, line in enumerate(lines) if line]
+    return [_parsed(line, left_out, f"{path}:{i + 1}") for i, line in enumerate(lines) if line.strip()]
+
+
+def _parsed(line: str, left_out: dict[str, object], place: str) -> Asked:
+    try:
+        fields = json.loads(line)
+    except ValueError as error:
+        raise ConfigError(place, f"is not JSON ({error})", line) from None
+    if not isinstance(fields, dict):
+        raise ConfigError(place, "must be a JSON object", fields)
+    return Asked.checked({**left_out, **fields}, place)
+
+
+def holes_of(request: Request, tokens: Sequence[int]) -> list[list[int]]:
+    """What an answer has put into each hole of `middle`, in order; one behind its end is empty."""
+    return [made for made, is_made in runs(request.middle or (), tokens) if is_made]
+
+
+def runs(middle: Sequence[int | None], tokens: Sequence[int]) -> list[tuple[list[int], bool]]:
+    """The answer's tokens in runs of those that were given and those that were made (True)."""
+    found: list[tuple[list[int], bool]] = []
+    for i, given in enumerate(middle):
+        is_made = given is None
+        if not found or found[-1][1] != is_made:
+            found.append(([], is_made))
+        if i < len(tokens):
+            found[-1][0].append(tokens[i])
+    return found

@@ -1,0 +1,143 @@
+"""Traces: what a request was and what every call did to it, one JSON object a line, enough to make it again.
+
+A replay decodes the same request and compares each call's positions and tokens. The bundle must be the one that the
+trace names; another device or torch may round otherwise, so a difference is told with both.
+"""
+
+import itertools
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dllm_core.checkpoints.bundle import ModelBundle
+from dllm_core.config.fingerprint import fingerprint
+from dllm_core.decoding.config import DecodeConfig
+from dllm_core.decoding.engine import Answer, Engine, answer_of
+from dllm_core.decoding.request import Request
+from dllm_core.errors import ConfigError, DataError
+
+FORMAT = 1
+Commit = tuple[int, int, float]  # position in the row, token, confidence
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A request, its answer, and what each call committed."""
+
+    request: Request
+    answer: Answer
+    calls: list[list[Commit]]
+
+
+def decode(engine: Engine, requests: Sequence[Request]) -> list[Decoded]:
+    """Decode as one batch, as the engine has room; in the order given."""
+    rows = {engine.add(request): i for i, request in enumerate(requests)}
+    calls: dict[int, list[list[Commit]]] = {row: [] for row in rows}
+    done: dict[int, Decoded] = {}
+    while updates := engine.step():
+        for update in updates:
+            held = update.state.canvas[update.committed].tolist()
+            commits = zip(update.committed.tolist(), held, update.confidence.tolist(), strict=True)
+            calls[update.row].append(list(commits))
+            if update.state.finish_reason is not None:
+                answer = answer_of(update.state, engine.eos_id)
+                done[rows[update.row]] = Decoded(update.state.request, answer, calls[update.row])
+    return [done[i] for i in range(len(requests))]
+
+
+def write_traces(path: Path, decoded: Iterable[Decoded], bundle: ModelBundle, device: str) -> None:
+    """One line for each; the file is whole or not there."""
+    made_by = {"torch": torch.__version__, "device": device}
+    head = {"format": FORMAT, "bundle_digest": _digest(bundle), "made_by": made_by}
+    lines = [
+        json.dumps({**head, "request": _plain(one.request), "tokens": one.answer.tokens, "calls": one.calls})
+        for one in decoded
+    ]
+    scratch = path.with_name(f".{path.name}.tmp")
+    try:
+        scratch.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        scratch.replace(path)
+    except OSError as error:
+        raise DataError(str(path), f"cannot write the trace ({error})") from None
+
+
+def replay(path: Path, engine: Engine, bundle: ModelBundle, device: str) -> dict[str, Any]:
+    """Decode what a trace file holds and compare. Raises DataError at the first difference.
+
+    What went through: traces, calls, and the largest difference of a confidence.
+    """
+    records = [_record(path, i, line) for i, line in enumerate(_lines(path)) if line.strip()]
+    if not records:
+        raise DataError(str(path), "holds no trace")
+    for i, record in enumerate(records):
+        if record["bundle_digest"] != _digest(bundle):
+            problem = f"was made with another bundle, {record['bundle_digest']}"
+            raise DataError(f"{path}:{i + 1}", problem, _digest(bundle), "replay it on the run that made it")
+    largest = 0.0
+    made_again = decode(engine, [_request(path, i, record) for i, record in enumerate(records)])
+    for i, (record, decoded) in enumerate(zip(records, made_again, strict=True)):
+        largest = max(largest, _compared(f"{path}:{i + 1}", record, decoded, device))
+    calls = sum(len(decoded.calls) for decoded in made_again)
+    return {"traces": len(records), "calls": calls, "identical": True, "max_confidence_difference": largest}
+
+
+def _compared(place: str, record: dict[str, Any], decoded: Decoded, device: str) -> float:
+    """The largest difference of a confidence; DataError where a call committed something else."""
+    was: list[list[Commit]] = [[(at, token, sure) for at, token, sure in call] for call in record["calls"]]
+    largest, none = 0.0, list[Commit]()
+    for number, (old, new) in enumerate(itertools.zip_longest(was, decoded.calls, fillvalue=none), 1):
+        if [commit[:2] for commit in old] != [commit[:2] for commit in new]:
+            by = record["made_by"]
+            remedy = f"it was made on {by['device']} by torch {by['torch']}, this is {device} and {torch.__version__}"
+            raise DataError(place, f"call {number} commits other tokens than the trace says", remedy=remedy)
+        largest = max([largest, *(abs(a[2] - b[2]) for a, b in zip(old, new, strict=True))])
+    if record["tokens"] != decoded.answer.tokens:
+        raise DataError(place, "the answer is another than the trace says")
+    return largest
+
+
+def _plain(request: Request) -> dict[str, Any]:
+    return {**asdict(request), "config": request.config.model_dump(mode="json")}
+
+
+def _request(path: Path, i: int, record: dict[str, Any]) -> Request:
+    fields: dict[str, Any] = dict(record["request"])
+    config = DecodeConfig.checked(fields.pop("config"), f"{path}:{i + 1}: request.config")
+    given: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()}
+    try:
+        return Request(config=config, **given)
+    except TypeError as error:
+        raise ConfigError(f"{path}:{i + 1}", f"is no request of this version ({error})") from None
+
+
+def _record(path: Path, i: int, line: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{path}:{i + 1}", f"is not JSON ({error})") from None
+    wanted = {"format", "bundle_digest", "made_by", "request", "tokens", "calls"}
+    if not isinstance(record, dict) or not wanted <= record.keys():
+        raise DataError(f"{path}:{i + 1}", "is no trace", remedy="`dllm generate RUN --trace FILE` writes one")
+    if record["format"] != FORMAT:
+        raise DataError(f"{path}:{i + 1}", "is a trace of another format", record["format"], f"{FORMAT} is known")
+    return record
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise DataError(str(path), f"cannot be read ({error})") from None
+
+
+def _digest(bundle: ModelBundle) -> str:
+    """Of all that decides a token, and so not of decoding defaults and lineage."""
+    said = bundle.manifest
+    digests = {name: entry.sha256 for name, entry in said.files.items()}
+    return fingerprint(
+        {"files": digests, "process": said.process, "objective": said.objective, "block": said.block_length}
+    )
