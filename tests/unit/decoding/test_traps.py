@@ -1,0 +1,149 @@
+"""What public decoders of diffusion language models got wrong, each made hard to miss. Others are laws elsewhere:
+ragged batches and rows that wait for the slowest (test_engine.py), masks in an infill (test_canvases.py).
+"""
+
+import pytest
+import torch
+from rows import EOS, MASK, PAD, VOCABULARY, new_denoiser, new_engine
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dllm_core.decoding.config import DecodeConfig
+from dllm_core.decoding.engine import Engine
+from dllm_core.decoding.request import Request
+from dllm_core.decoding.unmask import LowConfidencePolicy, ThresholdPolicy
+from dllm_core.model.denoiser import Denoiser
+
+SYNCS = {"_local_scalar_dense", "nonzero"}
+
+
+def bumped(ids: list[int], by: float) -> Denoiser:
+    """A denoiser that is far surer of these tokens than of others."""
+    denoiser = new_denoiser()
+    bump = torch.zeros(VOCABULARY)
+    bump[ids] = by
+    denoiser.head.register_forward_hook(lambda _, __, logits: logits + bump)
+    return denoiser
+
+
+def config_of(length: int, block: int, steps: int, **said: object) -> DecodeConfig:
+    policy = said.pop("policy", LowConfidencePolicy())
+    return DecodeConfig(policy=policy, max_tokens=length, block_length=block, steps_per_block=steps, **said)
+
+
+@pytest.mark.parametrize("policy", [LowConfidencePolicy(), ThresholdPolicy(threshold=0.9)])
+def test_a_mask_or_padding_that_the_model_is_sure_of_is_never_committed_and_ends_nothing(policy):
+    engine = new_engine(bumped([MASK, PAD], 80.0))
+    for suffix in ((), (5, 6)):
+        [answer] = engine.generate([Request((3, 4), config_of(16, 4, 4, policy=policy), suffix)])
+        assert not {MASK, PAD} & set(answer.tokens)
+        assert answer.num_calls <= 16
+
+
+@pytest.mark.parametrize(("length", "block", "steps"), [(16, 4, 1), (16, 4, 4), (15, 4, 3), (16, 16, 4), (5, 7, 7)])
+def test_no_budget_ends_with_masks_left_nor_costs_more_calls_than_it_has(length, block, steps):
+    """steps == number of blocks divided by zero steps a block elsewhere; a rest of positions stayed masks."""
+    [answer] = new_engine(bumped([EOS], -80.0)).generate([Request((3,), config_of(length, block, steps))])
+    assert len(answer.tokens) == length
+    assert answer.num_calls <= -(-length // block) * steps
+
+
+def test_a_block_that_is_full_costs_no_call():
+    request = Request((3,), config_of(12, 4, 4), middle=(None, None, None, None, 5, 6, 7, 8, None, None, None, None))
+    [answer] = new_engine(bumped([EOS], -80.0)).generate([request])
+    assert answer.num_calls == 8
+    sure = config_of(12, 4, 4, policy=ThresholdPolicy(threshold=1e-9))  # a block is full after one of its four steps
+    assert new_engine(bumped([EOS], -80.0)).generate([Request((3,), sure)])[0].num_calls == 3
+
+
+def test_rows_that_are_done_leave_and_waiting_ones_take_their_place_at_once():
+    """Waiting for the slowest took 59 calls elsewhere where the rows need 45; here no row waits for another."""
+    lengths = [1, 2, 24, 3, 1, 2, 5, 7]
+    engine = Engine.over(bumped([EOS], -80.0), new_engine(new_denoiser())._process, max_rows=2)
+    for length in lengths:
+        engine.add(Request((3,), config_of(length, 1, 1)))
+    ticks = calls = 0
+    while updates := engine.step():
+        ticks, calls = ticks + 1, calls + len(updates)
+    assert calls == sum(lengths)
+    assert ticks == 1 + 24  # the long one comes in the second tick; beside it the others fit in
+
+
+def test_an_end_token_of_the_prompt_or_between_holes_ends_nothing():
+    engine = new_engine(bumped([EOS], -80.0))
+    [answer] = engine.generate([Request((EOS, 3, EOS), config_of(8, 4, 4))])
+    assert (len(answer.tokens), answer.finish_reason) == (8, "length")
+    [answer] = engine.generate([Request((3,), config_of(8, 4, 4), middle=(None, EOS, None, None))])
+    assert (len(answer.tokens), answer.tokens[1], answer.finish_reason) == (4, EOS, "length")
+
+
+def test_nothing_stands_behind_the_end_and_what_would_costs_no_call():
+    [answer] = new_engine(bumped([EOS], 80.0)).generate([Request((3,), config_of(24, 4, 4))])
+    assert (answer.tokens, answer.finish_reason) == ([], "stop")
+    assert answer.num_calls <= 4
+
+
+def test_a_threshold_is_compared_in_full_precision_whatever_the_model_is_in():
+    """In bf16 all confidences above 0.998 are 1, and those about 0.9 lie 0.004 apart: ties that no threshold parts."""
+    denoiser = new_denoiser().bfloat16()
+    engine = new_engine(denoiser)
+    engine.add(Request((3, 4, 5), config_of(16, 16, 1, policy=ThresholdPolicy(threshold=1e-9))))
+    [update] = engine.step()
+    assert update.confidence.dtype == "float32"
+    as_bf16 = torch.from_numpy(update.confidence).bfloat16().float().numpy()
+    assert (as_bf16 != update.confidence).any()
+
+
+class Watch(TorchDispatchMode):
+    """What calls do: reads of single numbers, and copies as large as the store."""
+
+    def __init__(self, store_size: int = 1 << 60) -> None:
+        super().__init__()
+        self.syncs, self.copies, self._store_size = 0, 0, store_size
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        name = function.overloadpacket.__name__
+        self.syncs += name in SYNCS
+        if name in ("clone", "_to_copy", "index_put", "cat", "stack"):  # a gather of the rows that are read is none
+            self.copies += isinstance(out, torch.Tensor) and out.numel() >= self._store_size
+        return out
+
+
+def test_a_call_reads_the_device_no_more_often_for_more_rows_and_candidates():
+    counts = []
+    for rows in (1, 6):
+        engine = new_engine(new_denoiser())
+        for i in range(rows):
+            engine.add(Request((3, 4), config_of(12, 12, 6, temperature=0.7, top_p=0.8, top_k=4), seed=i))
+        with Watch() as watch:
+            engine.step()
+        counts.append(watch.syncs)
+    assert counts[0] == counts[1]
+
+
+def test_logits_are_made_at_open_positions_of_the_block_alone_and_never_for_the_canvas():
+    denoiser = new_denoiser()
+    widths = []
+    denoiser.head.register_forward_hook(lambda _, given, out: widths.append((out.shape[0], out.dtype)))
+    new_engine(denoiser).generate([Request((3,) * 9, config_of(24, 4, 4))])
+    assert all(rows <= 16 for rows, _ in widths)  # padded to the rows of a product that sums in one order
+    assert {dtype for _, dtype in widths} == {torch.float32}
+
+
+def test_kept_keys_are_written_in_place_and_no_layer_copies_the_store():
+    denoiser = new_denoiser()
+    engine = new_engine(denoiser)
+    requests = [Request((3, 4), config_of(24, 4, 4, cache="dual"), seed=i) for i in range(8)]
+    for request in requests:
+        engine.add(request)
+    engine.step()
+    for row in range(2, 8):  # what the two left compute is smaller than what a layer keeps
+        engine.cancel(row)
+    store = engine._store
+    assert store is not None
+    at = store.slots.data_ptr()
+    with Watch(store_size=store.slots[0].numel()) as watch:
+        while engine.step():
+            pass
+    assert watch.copies == 0
+    assert store.slots.data_ptr() == at
