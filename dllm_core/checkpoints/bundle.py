@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dllm_core.checkpoints.bundle_manifest import (
     FOLDER,
     MANIFEST_NAME,
@@ -42,9 +44,10 @@ class ModelBundle:
     folder: Path
     manifest: BundleManifest
 
-    def denoiser(self, device: str = "cpu") -> Denoiser:
-        """The denoiser, in evaluation mode."""
-        return read_denoiser(self.folder, device)
+    def denoiser(self, device: str = "cpu", dtype: str | None = None) -> Denoiser:
+        """The denoiser, in evaluation mode. dtype: float32 or bfloat16 to compute in, by default the weights' own."""
+        denoiser = read_denoiser(self.folder, device)
+        return denoiser if dtype is None else denoiser.to(getattr(torch, dtype))
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that the weights were trained with."""

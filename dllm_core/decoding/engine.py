@@ -73,19 +73,20 @@ class Engine:
         device: str = "cpu",
         max_batch_tokens: int = 4096,
         *,
+        dtype: str | None = None,
         denoiser: Denoiser | None = None,
         keeps_keys: bool = True,
     ) -> None:
         """Over a bundle's denoiser and noise process. Raises ConfigError where there is no decoder for it.
 
-        denoiser: the bundle's own where it is open already, else it is read onto `device`.
+        denoiser: the bundle's own where it is open already, else it is read onto `device`, to compute in `dtype`.
         """
         said = bundle.manifest
         problem = no_decoder(said.objective, said.process, bundle.config.model)
         if problem is not None:
             raise problem
         self._set(
-            denoiser or bundle.denoiser(device),
+            denoiser or bundle.denoiser(device, dtype),
             bundle.process,
             max_batch_tokens,
             pattern=decoding_pattern(said.objective, said.block_length),

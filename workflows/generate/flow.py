@@ -39,8 +39,8 @@ class Generator:
         self._recipe, self._run, self._console = recipe, run, console
         self._bundle = read_bundle(run)
         self._tokenizer = self._bundle.tokenizer()
-        self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._engine = Engine(self._bundle, self._device)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._engine = Engine(self._bundle, device, dtype=recipe.serve.dtype)
 
     def one(self, asked: Asked, trace: Path | None) -> dict[str, Any]:
         """Decode one thing, watched on a terminal; its text and ids, cost, finish reason and what each call did."""
@@ -87,7 +87,7 @@ class Generator:
 
     def replayed(self, path: Path) -> dict[str, Any]:
         """Make again what a trace file holds; DataError where a call commits anything else."""
-        told = replay(path, self._engine, self._bundle, self._device)
+        told = replay(path, self._engine, self._bundle)
         self._console.print(
             f"{told['traces']} requests made again, every token in the same one of {told['calls']} denoiser calls"
         )
@@ -122,7 +122,7 @@ class Generator:
 
     def _write(self, trace: Path | None, decoded: Sequence[Decoded]) -> None:
         if trace is not None:
-            write_traces(trace, decoded, self._bundle, self._device)
+            write_traces(trace, decoded, self._bundle, self._engine)
 
     def _show(self, decoded: Decoded) -> None:
         answer = decoded.answer

@@ -1,7 +1,7 @@
 """Traces: what a request was and what every call did to it, one JSON object a line, enough to make it again.
 
 A replay decodes the same request and compares each call's positions and tokens. The bundle must be the one that the
-trace names; another device or torch may round otherwise, so a difference is told with both.
+trace names; another device, type or torch may round otherwise, so a difference is told with both.
 """
 
 import itertools
@@ -49,10 +49,9 @@ def decode(engine: Engine, requests: Sequence[Request]) -> list[Decoded]:
     return [done[i] for i in range(len(requests))]
 
 
-def write_traces(path: Path, decoded: Iterable[Decoded], bundle: ModelBundle, device: str) -> None:
+def write_traces(path: Path, decoded: Iterable[Decoded], bundle: ModelBundle, engine: Engine) -> None:
     """One line for each; the file is whole or not there."""
-    made_by = {"torch": torch.__version__, "device": device}
-    head = {"format": FORMAT, "bundle_digest": _digest(bundle), "made_by": made_by}
+    head = {"format": FORMAT, "bundle_digest": _digest(bundle), "made_by": _maker(engine)}
     lines = [
         json.dumps({**head, "request": _plain(one.request), "tokens": one.answer.tokens, "calls": one.calls})
         for one in decoded
@@ -65,7 +64,7 @@ def write_traces(path: Path, decoded: Iterable[Decoded], bundle: ModelBundle, de
         raise DataError(str(path), f"cannot write the trace ({error})") from None
 
 
-def replay(path: Path, engine: Engine, bundle: ModelBundle, device: str) -> dict[str, Any]:
+def replay(path: Path, engine: Engine, bundle: ModelBundle) -> dict[str, Any]:
     """Decode what a trace file holds and compare. Raises DataError at the first difference.
 
     What went through: traces, calls, and the largest difference of a confidence.
@@ -80,24 +79,30 @@ def replay(path: Path, engine: Engine, bundle: ModelBundle, device: str) -> dict
     largest = 0.0
     made_again = decode(engine, [_request(path, i, record) for i, record in enumerate(records)])
     for i, (record, decoded) in enumerate(zip(records, made_again, strict=True)):
-        largest = max(largest, _compared(f"{path}:{i + 1}", record, decoded, device))
+        largest = max(largest, _compared(f"{path}:{i + 1}", record, decoded, engine))
     calls = sum(len(decoded.calls) for decoded in made_again)
     return {"traces": len(records), "calls": calls, "identical": True, "max_confidence_difference": largest}
 
 
-def _compared(place: str, record: dict[str, Any], decoded: Decoded, device: str) -> float:
+def _compared(place: str, record: dict[str, Any], decoded: Decoded, engine: Engine) -> float:
     """The largest difference of a confidence; DataError where a call committed something else."""
     was: list[list[Commit]] = [[(at, token, sure) for at, token, sure in call] for call in record["calls"]]
     largest, none = 0.0, list[Commit]()
     for number, (old, new) in enumerate(itertools.zip_longest(was, decoded.calls, fillvalue=none), 1):
         if [commit[:2] for commit in old] != [commit[:2] for commit in new]:
-            by = record["made_by"]
-            remedy = f"it was made on {by['device']} by torch {by['torch']}, this is {device} and {torch.__version__}"
+            was_by, is_by = (", ".join(map(str, by.values())) for by in (record["made_by"], _maker(engine)))
+            remedy = f"it was made by {was_by}; this is {is_by}"
             raise DataError(place, f"call {number} commits other tokens than the trace says", remedy=remedy)
         largest = max([largest, *(abs(a[2] - b[2]) for a, b in zip(old, new, strict=True))])
     if record["tokens"] != decoded.answer.tokens:
         raise DataError(place, "the answer is another than the trace says")
     return largest
+
+
+def _maker(engine: Engine) -> dict[str, str]:
+    """What may round otherwise elsewhere."""
+    weight = engine.denoiser.embed.weight
+    return {"torch": f"torch {torch.__version__}", "device": weight.device.type, "dtype": str(weight.dtype)}
 
 
 def _plain(request: Request) -> dict[str, Any]:

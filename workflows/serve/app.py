@@ -46,6 +46,7 @@ def build_app(run_url: str, model: str, settings: ServeConfig, decode: DecodeCon
     )
     bound = replica.bind(
         run_url,
+        settings.dtype,
         settings.max_batch_tokens,
         settings.max_queued_requests,
         max(1, int(placement.cpus_per_replica)),

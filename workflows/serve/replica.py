@@ -158,12 +158,14 @@ class DecodingLoop:
 class DecodeReplica:
     """The Ray Serve deployment around a DecodingLoop."""
 
-    def __init__(self, run_url: str, max_batch_tokens: int, max_waiting: int, threads: int, use_gpu: bool) -> None:
+    def __init__(
+        self, run_url: str, dtype: str | None, max_batch_tokens: int, max_waiting: int, threads: int, use_gpu: bool
+    ) -> None:
         import torch
 
         torch.set_num_threads(threads)
         bundle = read_bundle(RunDir.at(run_url))
-        self._engine = Engine(bundle, "cuda" if use_gpu else "cpu", max_batch_tokens)
+        self._engine = Engine(bundle, "cuda" if use_gpu else "cpu", max_batch_tokens, dtype=dtype)
         self._max_waiting = max_waiting
         self._loop: DecodingLoop | None = None
 

@@ -148,7 +148,7 @@ def test_what_is_no_longer_so_is_told_of(told, tmp_path, small_bundle):
 
     calls = [[list(commit) for commit in call] for call in record["calls"]]
     calls[1][0][1] += 1
-    assert replayed(calls=calls).startswith(": call 2 commits other tokens than the trace says: it was made on cpu")
+    assert replayed(calls=calls).startswith(": call 2 commits other tokens than the trace says: it was made by torch ")
     assert "commits other tokens" in replayed(calls=record["calls"][:-1])
     assert "the answer is another" in replayed(tokens=[3])
     assert "was made with another bundle" in replayed(bundle_digest="0" * 12)
@@ -160,6 +160,18 @@ def test_what_is_no_longer_so_is_told_of(told, tmp_path, small_bundle):
     assert "is not JSON" in told("--replay", str(path))[2]
     path.write_text("", encoding="utf-8")
     assert "holds no trace" in told("--replay", str(path))[2]
+
+
+def test_what_was_made_in_another_type_is_not_made_again_by_chance(told, tmp_path):
+    path = tmp_path / "trace.jsonl"
+    words = ["--prompt", "RED ", "decode.temperature=2", "decode.max_tokens=24"]
+    told(*words, "serve.dtype=bfloat16", "--trace", str(path))
+    assert json.loads(path.read_text())["made_by"]["dtype"] == "torch.bfloat16"
+    code, [again], _ = told("--replay", str(path), "serve.dtype=bfloat16")
+    assert (code, again["max_confidence_difference"]) == (0, 0.0)
+    code, told_last, err = told("--replay", str(path))
+    assert code == 3 or told_last[0]["max_confidence_difference"] > 0
+    assert code == 0 or "torch.bfloat16; this is torch" in err
 
 
 def test_weights_that_are_no_numbers_end_with_one_line(small_bundle, told, monkeypatch):
