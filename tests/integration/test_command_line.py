@@ -283,17 +283,17 @@ def interrupted_while_training(
 
 def test_sigterm_while_training_saves_and_leaves_nothing_running(root):
     """That the next run goes on from there, on other workers too: tests/reliability/test_training_storm.py."""
-    words = [*DLLM, "train", str(root / "small.yaml"), "train.steps=400", "train.checkpoint_every=20"]
+    words = [*DLLM, "train", str(root / "small.yaml"), "train.steps=4000", "train.checkpoint_every=10"]
     code, told, run = interrupted_while_training(words, root, 0, signal.SIGTERM)
     assert code == 4
     stopped_at = CheckpointStore(run).committed()[-1]
     saves = [event["step"] for event in JsonLines(run, "events.jsonl").read() if event["event"] == "checkpoint"]
-    assert saves[-1] == stopped_at  # told of after the signal: training had not waited for a multiple of 20
+    assert saves[-1] == stopped_at  # told of after the signal: training had not waited for a multiple of 10
     line = f"dllm: train: was told to stop, the newest checkpoint is that of step {stopped_at}: run it again to go on"
     assert told.strip().splitlines()[-1] == line
     assert "Traceback" not in told
     assert stopped_at > 0
-    assert {path.name for path in Path(run.path).iterdir()} >= {"recipe.yaml", "metrics.jsonl", "events.jsonl"}
+    assert {path.name for path in (root / "storage" / run.prefix).iterdir()} >= {"recipe.yaml", "metrics.jsonl", "events.jsonl"}
 
 
 @pytest.mark.long
