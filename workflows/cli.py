@@ -121,6 +121,10 @@ def generate(
     ] = None,
     strength: Annotated[float, typer.Option(help="how much of them noise takes, in (0, 1]")] = 0.5,
     stop: Annotated[list[str] | None, typer.Option(help="a string that ends the answer; may be given again")] = None,
+    regex: Annotated[str | None, typer.Option(help="a regular expression that all of the answer matches")] = None,
+    json_schema: Annotated[
+        str | None, typer.Option(metavar="FILE-or-JSON", help="a JSON schema that the answer keeps")
+    ] = None,
     prompts: Annotated[
         Path | None, typer.Option(help="a file with one a line: text, or JSON objects in a .jsonl")
     ] = None,
@@ -144,6 +148,8 @@ def generate(
             "strength": strength,
             "seed": seed,
             "stop": stop or [],
+            "regex": regex,
+            "json_schema": None if json_schema is None else _schema(json_schema),
         }
         asked = Asked.checked(given)
         if replay is not None and (prompts is not None or trace is not None or asked != Asked()):
@@ -360,6 +366,16 @@ def _ids(place: str, text: str) -> list[int]:
         return [int(part) for part in text.split(",") if part.strip()]
     except ValueError:
         raise ConfigError(place, "must be numbers with commas between them", text) from None
+
+
+def _schema(given: str) -> str:
+    """The JSON itself, or what a file of that name holds."""
+    if given.lstrip().startswith("{"):
+        return given
+    try:
+        return Path(given).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise DataError("--json-schema", f"cannot be read ({error})", given) from None
 
 
 def _one_line(error: Any) -> str:

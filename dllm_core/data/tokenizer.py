@@ -33,6 +33,12 @@ _PROBES = (
     "<|endoftext|><s></s>[MASK]<mask><pad><|im_start|>user<unk>",
 )  # fmt: skip
 
+# A byte-level tokenizer spells each byte as one character: itself where it can be seen, else the next from U+0100 on.
+_SEEN = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_BYTE_OF = {chr(byte): byte for byte in _SEEN} | {
+    chr(256 + i): byte for i, byte in enumerate(sorted({*range(256)} - {*_SEEN}))
+}
+
 
 class ChatTemplate(Frozen):
     """The tokens that mark the turns of a conversation; `{role token} text {end token}` for every message."""
@@ -237,14 +243,28 @@ class Tokenizer:
         of another kind it is the length of a token decoded by itself.
         """
         lengths = np.zeros(self.vocab_size, np.int64)
-        is_byte_level = '"ByteLevel"' in json.dumps(json.loads(self.json_text).get("decoder"))
-        alphabet = set(pre_tokenizers.ByteLevel.alphabet()) if is_byte_level else set()
+        alphabet = set(_BYTE_OF) if self._is_byte_level else set()
         added = self._core.get_added_tokens_decoder()  # spelled as they are
         for piece, token in self._core.get_vocab(with_added_tokens=True).items():
             if token not in self.special_ids:
                 is_in_bytes = alphabet.issuperset(piece) and token not in added  # one character stands for one byte
                 lengths[token] = len(piece) if is_in_bytes else len(self.token_text(token).encode())
         return lengths
+
+    @cached_property
+    def _is_byte_level(self) -> bool:
+        return '"ByteLevel"' in json.dumps(json.loads(self.json_text).get("decoder"))
+
+    def token_bytes(self) -> list[bytes | None] | None:
+        """UTF-8 bytes of each id's text [V], None of specials and added tokens; None for what is not byte-level."""
+        if not self._is_byte_level:
+            return None
+        spelled: list[bytes | None] = [None] * self.vocab_size
+        added = self._core.get_added_tokens_decoder()
+        for piece, token in self._core.get_vocab(with_added_tokens=True).items():
+            if token not in self.special_ids and token not in added and _BYTE_OF.keys() >= set(piece):
+                spelled[token] = bytes(_BYTE_OF[character] for character in piece)
+        return spelled
 
     def token_text(self, token: int) -> str:
         """How one token looks: its text, or its name if it is special."""

@@ -5,7 +5,7 @@ Rows enter and leave between ticks only. A tick is bounded by the positions that
 requests: rows that do not fit wait for the next one, which they come first in. No row's tokens depend on that.
 """
 
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,9 +13,12 @@ from typing import Any
 import numpy as np
 
 from dllm_core.checkpoints.bundle import ModelBundle
+from dllm_core.decoding.automaton import TokenAutomaton, compile_regex
 from dllm_core.decoding.config import NO_SUFFIX, decoding_pattern, is_ancestral, no_decoder
+from dllm_core.decoding.constraint import is_possible
 from dllm_core.decoding.forward import padded_length, passes_of
 from dllm_core.decoding.request import Request
+from dllm_core.decoding.revise import EditingPolicy
 from dllm_core.decoding.state import Bools, DecodeState, FinishReason
 from dllm_core.decoding.step import propose
 from dllm_core.decoding.text import Decodes, TextStream
@@ -26,6 +29,8 @@ from dllm_core.model.pattern import FULL, AttentionPattern
 from dllm_core.noise.absorbing import AbsorbingProcess
 from dllm_core.noise.process import NoiseProcess
 from dllm_core.seeding import Floats, Ints, Purpose, uniforms, uniforms64
+
+_MAX_AUTOMATA = 32  # that are kept compiled
 
 
 @dataclass(frozen=True)
@@ -130,6 +135,7 @@ class Engine:
         self._active: dict[int, DecodeState] = {}
         self._streams: dict[int, TextStream] = {}  # of rows with stop strings
         self._served: dict[int, int] = {}  # the tick that each active row last took part in
+        self._automata: OrderedDict[str, TokenAutomaton] = OrderedDict()
         self._next_row = self._tick = 0
 
     @property
@@ -177,12 +183,30 @@ class Engine:
             is_shifted=config.model.shifted and self._pattern.kind != "causal",
             mask_id=config.mask_id,
         )
+        if request.constraint is not None:
+            state.automaton = self._automaton(request.constraint)
+            if not is_possible(state.automaton, state, config.eos_id):
+                problem = f"no answer of at most {request.region_length} tokens matches it with what is given"
+                raise RequestError("constraint", problem, request.constraint)
         row, self._next_row = self._next_row, self._next_row + 1
         if request.stop:
             assert self._tokenizer is not None
             self._streams[row] = TextStream(self._tokenizer, request.stop)
         self._waiting.append((row, state))
         return row
+
+    def _automaton(self, regex: str) -> TokenAutomaton:
+        """Compiled once, while it is one of the last that were asked for."""
+        if regex not in self._automata:
+            spell = getattr(self._tokenizer, "token_bytes", None)
+            spelled = None if spell is None else spell()
+            if spelled is None:
+                raise RequestError("constraint", "needs a byte-level tokenizer, which this engine has not", regex)
+            self._automata[regex] = compile_regex(regex, spelled)
+        self._automata.move_to_end(regex)
+        while len(self._automata) > _MAX_AUTOMATA:
+            self._automata.popitem(last=False)
+        return self._automata[regex]
 
     def _region(self, request: Request) -> tuple[Ints, Bools]:
         """What stands between prompt and suffix at first, and what of it is open [n]."""
@@ -325,6 +349,8 @@ class Engine:
         if request.config.guidance and (kind == "causal" or self._is_ancestral):
             what = "reads from left to right" if kind == "causal" else "has tokens for noise"
             raise RequestError("guidance", f"needs masks, and the model {what}", request.config.guidance, "leave it 0")
+        if request.constraint is not None:
+            _check_constraint(request, self._is_ancestral)
         if kind == "full":
             return
         if request.reads_behind_holes or request.strength is not None:
@@ -333,6 +359,19 @@ class Engine:
         trained, asked = self._pattern.block_length, request.config.block_length
         if trained is not None and asked != trained:
             raise RequestError("block_length", f"must be {trained}, in which the model was trained", asked)
+
+
+def _check_constraint(request: Request, is_ancestral: bool) -> None:
+    """Refuse what takes tokens back that others were chosen to fit, and what cuts an answer off."""
+    problem = ""
+    if is_ancestral:
+        problem = "needs masks, and the model has tokens for noise"
+    elif isinstance(request.config.policy, EditingPolicy):
+        problem = "cannot be kept by a policy that replaces tokens"
+    elif request.stop:
+        problem = "cannot be kept by an answer that a stop string cuts off"
+    if problem:
+        raise RequestError("constraint", problem, request.constraint)
 
 
 def answer_of(state: DecodeState, eos_id: int) -> Answer:

@@ -7,6 +7,7 @@ tokens that calls committed, each at the call that did. CAL, arXiv:2602.00476, s
 first call alone. Several such holes take turns, the others as they stand.
 """
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from dllm_core.errors import RequestError
 
 _MAX_SWEEPS = 3
 _LEAST_CONFIDENCE = 1e-12
+_NOTHING = Answer([], "error", 0, 0)  # of a length that cannot be
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ class _Search:
         self._engine, self._request, self._pieces = engine, request, pieces
         self.holes = [piece for piece in pieces if isinstance(piece, OpenHole)]
         self._done: dict[tuple[int, ...], tuple[float, Answer]] = {}
+        self._refusal: RequestError | None = None  # a length at which no answer keeps the constraint
         given = len(request.prompt) + len(request.suffix) + sum(len(p) for p in pieces if isinstance(p, tuple))
         self._room = engine.context_length - given
 
@@ -84,6 +87,8 @@ class _Search:
                 break
         self._decode([tuple(lengths)])
         score, answer = self._done[tuple(lengths)]
+        if score == -np.inf and self._refusal is not None:
+            raise self._refusal
         answers = [done for _, done in self._done.values()]
         return Filled(
             answer=answer,
@@ -106,7 +111,10 @@ class _Search:
             best = max(tried, key=lambda n: self._done[keys[n]][0])
             below = max((n for n in tried if n < best), default=best)
             above = min((n for n in tried if n > best), default=best)
-            wanted = {(best + below) // 2, (best + above) // 2} - set(tried)
+            wanted = {(best + below) // 2, (best + above) // 2}
+            if self._done[keys[best]][0] == -np.inf:  # none of them can be: one between may
+                wanted = {(some + other) // 2 for some, other in itertools.pairwise(tried)}
+            wanted -= set(tried)
             if not wanted:
                 return best
             tried = sorted({*tried, *wanted})
@@ -115,11 +123,15 @@ class _Search:
         """Decode at lengths that were not yet, as one batch."""
         if self._engine.num_active or self._engine.num_waiting:
             raise RequestError("infill", "the engine is busy", remedy="give the search one of its own")
-        rows = {
-            self._engine.add(with_holes(self._request, self._pieces, lengths)): lengths
-            for lengths in wanted
-            if lengths not in self._done
-        }
+        rows: dict[int, tuple[int, ...]] = {}
+        for lengths in wanted:
+            if lengths not in self._done:
+                try:
+                    rows[self._engine.add(with_holes(self._request, self._pieces, lengths))] = lengths
+                except RequestError as error:
+                    if error.place != "constraint":
+                        raise
+                    self._done[lengths], self._refusal = (-np.inf, _NOTHING), error
         sure: dict[int, list[float]] = {row: [] for row in rows}
         while rows and (updates := self._engine.step()):
             for update in updates:

@@ -23,6 +23,9 @@ class Request:
     arXiv:2108.01073. At least one position is changed.
 
     stop: strings of which the first in the answer ends it, and is cut off.
+
+    constraint: a regular expression that all of the answer's text matches (`automaton.schema_regex` makes one of a JSON
+    schema).
     """
 
     prompt: tuple[int, ...]
@@ -32,6 +35,7 @@ class Request:
     middle: tuple[int | None, ...] | None = None
     strength: float | None = None
     stop: tuple[str, ...] = ()
+    constraint: str | None = None
 
     @property
     def region_length(self) -> int:

@@ -24,6 +24,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from dllm_core.decoding.automaton import TokenAutomaton
 from dllm_core.decoding.config import AnyRevisingPolicy
 from dllm_core.decoding.request import Request
 from dllm_core.decoding.revise import Moment
@@ -77,6 +78,7 @@ class DecodeState:
     block_start: int = 0
     finish_reason: FinishReason | None = None
     slots: tuple[int, ...] = ()
+    automaton: TokenAutomaton | None = None  # of a row with a constraint
     text: str | None = None  # of a row with stop strings: what stands before the first, as far as it is settled
 
     @classmethod

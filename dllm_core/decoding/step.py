@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from dllm_core.decoding.constraint import draw, likeliest
 from dllm_core.decoding.forward import forwards
 from dllm_core.decoding.state import DecodeState
 from dllm_core.model.cache import KeyValueStore
@@ -80,6 +81,8 @@ def _choose(
         ranked, order = _ranked(log_probs, rows, of_row)
         drawn = order.gather(-1, _inverted(ranked, torch.from_numpy(draws).to(device))[:, None])[:, 0]
         tokens = torch.where(is_hot, drawn, tokens)
+    if any(row.automaton is not None for row in rows):
+        tokens = _constrained(tokens, log_probs, rows, positions, of_row, eos_id)
     confidence = log_probs.gather(-1, tokens[:, None])[:, 0].exp()
     score = _scores(log_probs, confidence, rows, of_row)
     score = score.where(highest.isfinite(), torch.nan)
@@ -89,6 +92,37 @@ def _choose(
         None if np.isnan(part[2]).any() else Proposal(at, part[0].astype(np.int64), *part[1:].astype(np.float32))
         for at, part in zip(positions, np.split(packed, splits, axis=1), strict=True)
     ]
+
+
+def _constrained(
+    tokens: Tensor,
+    log_probs: Tensor,
+    rows: Sequence[DecodeState],
+    positions: Sequence[Ints],
+    of_row: Tensor,
+    eos_id: int,
+) -> Tensor:
+    """Tokens [n] of which those of rows with a constraint are one string each that leaves its answer a way to match.
+
+    Their laws go to the host, a block's positions each: the one copy beside the verdict, and theirs alone.
+    """
+    chosen = tokens.cpu().numpy().copy()
+    splits = np.cumsum([0, *(len(part) for part in positions)])
+    for row, at, begin, stop in zip(rows, positions, splits[:-1], splits[1:], strict=True):
+        part = log_probs[begin:stop]
+        if row.automaton is None or part.max(-1).values.isnan().any():  # the latter fails, alone
+            continue
+        logs, found = part.double().cpu().numpy(), None
+        if row.request.config.temperature > 0:
+            ranked, order = _ranked(part, [row], torch.zeros_like(of_row[begin:stop]))
+            law = torch.zeros_like(ranked).scatter_(-1, order, ranked)
+            whole = (part.double() / row.request.config.temperature).softmax(-1)
+            laws = [law.cpu().numpy(), whole.cpu().numpy()]
+            found = draw(row.automaton, row, eos_id, at, laws, row.uniforms(at))
+        if found is None:
+            found = likeliest(row.automaton, row, eos_id, at, logs)
+        chosen[begin:stop] = np.where(found < 0, chosen[begin:stop], found)
+    return torch.from_numpy(chosen).to(tokens.device)
 
 
 def _scores(log_probs: Tensor, confidence: Tensor, rows: Sequence[DecodeState], of_row: Tensor) -> Tensor:

@@ -82,7 +82,9 @@ class Bench:
 
     def engine(self, name: str, requests: Sequence[Request], together: bool = True) -> None:
         def setting() -> tuple[int, dict[str, float]]:
-            engine = Engine.over(self._denoiser, AbsorbingProcess(self._denoiser.config.mask_id), MAX_BATCH_TOKENS)
+            engine = Engine.over(
+                self._denoiser, AbsorbingProcess(mask_id=self._denoiser.config.mask_id), MAX_BATCH_TOKENS
+            )
             inside, begun = 0.0, time.perf_counter()
             forward = self._denoiser.forward
 

@@ -293,7 +293,11 @@ def test_sigterm_while_training_saves_and_leaves_nothing_running(root):
     assert told.strip().splitlines()[-1] == line
     assert "Traceback" not in told
     assert stopped_at > 0
-    assert {path.name for path in (root / "storage" / run.prefix).iterdir()} >= {"recipe.yaml", "metrics.jsonl", "events.jsonl"}
+    assert {path.name for path in (root / "storage" / run.prefix).iterdir()} >= {
+        "recipe.yaml",
+        "metrics.jsonl",
+        "events.jsonl",
+    }
 
 
 @pytest.mark.long

@@ -19,6 +19,7 @@ from pydantic import Field, model_validator
 
 from dllm_core.config.base import FieldProblem, Frozen
 from dllm_core.data.tokenizer import Tokenizer
+from dllm_core.decoding.automaton import schema_regex
 from dllm_core.decoding.config import DecodeConfig
 from dllm_core.decoding.request import OpenHole, Piece, Request, with_holes
 from dllm_core.errors import ConfigError, DataError, RequestError
@@ -28,7 +29,10 @@ _SPAN = re.compile(r"(\d+):(\d+)")
 
 
 class Asked(Frozen):
-    """One thing to decode. prompt_ids: the prompt as token ids; stop: strings of which the first ends the answer."""
+    """One thing to decode. prompt_ids: the prompt as token ids; stop: strings of which the first ends the answer.
+
+    regex, json_schema: what all of the answer matches.
+    """
 
     prompt: str = ""
     prompt_ids: tuple[int, ...] | None = None
@@ -38,6 +42,8 @@ class Asked(Frozen):
     strength: float = Field(0.5, gt=0, le=1)
     seed: int = Field(0, ge=0)
     stop: tuple[str, ...] = ()
+    regex: str | None = None
+    json_schema: str | None = None
 
     @model_validator(mode="after")
     def _one_form(self) -> Self:
@@ -55,6 +61,8 @@ class Asked(Frozen):
             if not 0 <= begin < stop <= len(self.prompt):
                 problem = f"must be characters BEGIN:STOP within the prompt's {len(self.prompt)}"
                 raise FieldProblem("edit", problem, self.edit)
+        if self.regex is not None and self.json_schema is not None:
+            raise FieldProblem("json_schema", "is another form of regex", self.json_schema, "give one of them")
         if any(not stop for stop in self.stop):
             raise FieldProblem("stop", "must not be empty", list(self.stop))
         return self
@@ -65,6 +73,11 @@ class Asked(Frozen):
         found = _SPAN.fullmatch(self.edit or "")
         return (int(found[1]), int(found[2])) if found else (0, 0)
 
+    @property
+    def constraint(self) -> str | None:
+        """The regular expression of what is allowed; RequestError for a schema that none could keep."""
+        return self.regex if self.json_schema is None else schema_regex(self.json_schema)
+
     def given(self, tokenizer: Tokenizer, config: DecodeConfig, context: int) -> tuple[Request, tuple[Piece, ...]]:
         """As token ids. The pieces are of an infill with a hole of unknown length, else there are none.
 
@@ -72,7 +85,7 @@ class Asked(Frozen):
         """
         if self.infill is not None:
             head, pieces, tail = self._template(tokenizer, config, context)
-            request = Request(head, config, tail, self.seed, stop=self.stop)
+            request = Request(head, config, tail, self.seed, stop=self.stop, constraint=self.constraint)
             if any(isinstance(piece, OpenHole) and piece.least < piece.most for piece in pieces):
                 return request, pieces
             return with_holes(request, pieces), ()
@@ -80,14 +93,15 @@ class Asked(Frozen):
             begin, stop = self.span
             parts = (self.prompt[:begin], self.prompt[begin:stop], self.prompt[stop:])
             head, middle, tail = (tuple(tokenizer.encode(part)) for part in parts)
-            return Request(head, config, tail, self.seed, middle, self.strength, self.stop), ()
+            return Request(head, config, tail, self.seed, middle, self.strength, self.stop, self.constraint), ()
         head = tuple(tokenizer.encode(self.prompt)) if self.prompt_ids is None else self.prompt_ids
         tail = tuple(tokenizer.encode(self.suffix))
         room = context - len(head) - len(tail)
         if room < 1:
             problem = f"{len(head) + len(tail)} tokens leave no room in the context of {context}"
             raise RequestError("prompt", problem, remedy="shorten it")
-        return Request(head, config, tail, self.seed, stop=self.stop).shortened(room), ()
+        request = Request(head, config, tail, self.seed, stop=self.stop, constraint=self.constraint)
+        return request.shortened(room), ()
 
     def _template(
         self, tokenizer: Tokenizer, config: DecodeConfig, context: int

@@ -1,6 +1,7 @@
 """`dllm generate` in all its forms: prompts, templates, edits, files of them, and traces to make them again from."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -70,6 +71,19 @@ def test_a_stop_string_is_cut_off(told, small_bundle):
     assert code == 0
     assert answer["text"] == whole["text"][: whole["text"].index(stop)]
     assert answer["finish_reason"] == "stop"
+
+
+def test_an_answer_matches_what_was_asked_and_is_made_again_from_its_trace(told, tmp_path):
+    trace, schema = tmp_path / "trace.jsonl", tmp_path / "schema.json"
+    _, [answer], _ = told("--prompt", "RED ", "--regex", "[A-Z]{2,4}(-[0-9])+", "--trace", str(trace))
+    assert re.fullmatch("[A-Z]{2,4}(-[0-9])+", answer["text"])
+    assert told("--replay", str(trace))[0] == 0
+    schema.write_text('{"type": "array", "items": {"type": "boolean"}, "maxItems": 1}', encoding="utf-8")
+    for given in (str(schema), schema.read_text(encoding="utf-8")):
+        _, [answer], _ = told("--json-schema", given, "decode.max_tokens=16")
+        assert json.loads(answer["text"]) in ([], [True], [False])
+    _, [answer], _ = told("--infill", "A [[1-6]] B", "--regex", "[0-9]{5}")
+    assert re.fullmatch("[0-9]{5}", answer["text"])
 
 
 def test_a_file_of_prompts_is_decoded_as_each_would_be_alone(told, tmp_path, small_bundle):
@@ -207,6 +221,16 @@ def test_weights_that_are_no_numbers_end_with_one_line(small_bundle, told, monke
         (["--prompt", "RED", "--edit", "0:2", "--strength", "0"], 2, "strength: must be greater than 0"),
         (["--prompt", "RED", "--prompt-ids", "1"], 2, "prompt_ids: is another form of prompt"),
         (["--prompt", "RED", "--stop", ""], 2, "stop: must not be empty"),
+        (["--regex", "(a"], 2, "constraint: is no regular expression"),
+        (["--regex", "a", "--json-schema", "{}"], 2, "json_schema: is another form of regex"),
+        (["--regex", "a{99}b"], 2, "constraint: no answer of at most 8 tokens matches it"),
+        (["--infill", "A[[1-2]]B", "--regex", "[0-9]{30}"], 2, "constraint: no answer of at most"),
+        (["--json-schema", "/nowhere.json"], 3, "--json-schema: cannot be read"),
+        (
+            ["--json-schema", '{"type": "integer", "maximum": 3}'],
+            2,
+            "constraint: has keywords that are not kept: maximum",
+        ),
         (["--prompts", "/nowhere.txt"], 3, "/nowhere.txt: cannot be read"),
         (["--replay", "/nowhere.jsonl"], 3, "/nowhere.jsonl: cannot be read"),
         (["--replay", "x", "--seed", "2"], 2, "--replay: takes all from the trace"),

@@ -1,0 +1,215 @@
+"""TokenAutomaton: which tokens may follow each other in a text that matches a regular expression.
+
+A regular expression over characters is compiled to a deterministic automaton over token ids by the library
+`outlines-core`. Tokens that lead from every state to the same next one are one class (a letter is as good as any other
+to `[a-z]*`), so that a step over the automaton costs its edges between states and classes, not the vocabulary.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from outlines_core import Index, Vocabulary
+from outlines_core.json_schema import build_regex_from_schema
+
+from dllm_core.errors import RequestError
+from dllm_core.seeding import Ints
+
+Bools = NDArray[np.bool_]
+
+# What the library turns into a pattern that means all of it, and what says nothing about values. It passes over others
+# in silence, and an answer could break them.
+_KEYWORDS = frozenset(
+    {
+        *("type", "enum", "const", "anyOf", "$ref", "$defs", "definitions"),
+        *("properties", "required", "additionalProperties", "items", "minItems", "maxItems"),
+        *("minLength", "maxLength", "pattern"),
+        *("title", "description", "default", "examples", "$schema", "$id", "$comment"),
+    }
+)
+_MAX_REGEX = 1 << 16
+_NO_WAY = "The vocabulary provided is incompatible"
+# Stands behind every text. Without it the library drops what leads from a text that matches to one that does not yet:
+# `(ab)+` would have no second `a`.
+_STOP = "\0"
+
+
+@dataclass(frozen=True)
+class TokenAutomaton:
+    """Over states 0 to S - 1, the first of which it begins in, and one more, S, for behind the end of an answer.
+
+    is_final bool [S + 1]: a text may end there. class_of int [V]: each token's class, -1 where it never occurs; tokens
+    of class c are tokens[begins[c] : begins[c + 1]], ascending. after int [S + 1, C]: the next state, -1 for none.
+    src, cls, dst int [E]: the same as edges, by src; by_dst: their order by dst; pair_src, pair_dst: src and dst alone.
+    """
+
+    is_final: Bools
+    class_of: Ints
+    tokens: Ints
+    begins: Ints
+    after: Ints
+    src: Ints
+    cls: Ints
+    dst: Ints
+    by_dst: Ints
+    pair_src: Ints
+    pair_dst: Ints
+
+    @property
+    def end(self) -> int:
+        """The state behind an answer's end."""
+        return len(self.is_final) - 1
+
+    @property
+    def num_classes(self) -> int:
+        """Classes of tokens."""
+        return len(self.begins) - 1
+
+    def of_class(self, number: int) -> Ints:
+        """The tokens of a class, ascending."""
+        found: Ints = self.tokens[self.begins[number] : self.begins[number + 1]]
+        return found
+
+    def step(self, state: int, token: int) -> int:
+        """The state behind a token; -1 where it may not stand."""
+        number = self.class_of[token]
+        return -1 if number < 0 else int(self.after[state, number])
+
+    def before(self, reached: Bools) -> Bools:
+        """The states from which one token, whichever, leads into one of `reached` [S + 1]; the end is none of them."""
+        found = np.zeros_like(reached)
+        found[self.pair_src[reached[self.pair_dst]]] = True
+        return found
+
+
+def compile_regex(regex: str, spelled: Sequence[bytes | None]) -> TokenAutomaton:
+    """The automaton of texts that match all of a regular expression (no look-around, no back-references).
+
+    spelled: each token's bytes, None where it is no text. Raises RequestError where it is no regular expression or no
+    tokens spell a text that matches.
+    """
+    if len(regex) > _MAX_REGEX:
+        raise RequestError("constraint", f"is longer than {_MAX_REGEX} characters", len(regex), "shorten it")
+    table: dict[bytes, list[int]] = {}
+    for token, text in enumerate(spelled):
+        if text and _STOP.encode() not in text:
+            table.setdefault(text, []).append(token)
+    table[_STOP.encode()] = [len(spelled)]
+    body = _unanchored(regex)
+    problem = _problem(body, {_STOP.encode(): [0]})
+    if problem is not None and not problem.startswith(_NO_WAY):  # alone: what stands around it could mend it
+        remedy = "write it without look-around, back-references and word boundaries"
+        raise RequestError("constraint", f"is no regular expression ({problem})", regex, remedy)
+    try:
+        index = Index(f"(?:{body}){_STOP}", Vocabulary(len(spelled) + 1, table))
+    except ValueError:
+        raise RequestError("constraint", "no tokens spell a text that matches it", regex) from None
+    return _of_index(index, len(spelled))
+
+
+def _problem(regex: str, table: dict[bytes, list[int]]) -> str | None:
+    """What the library says of it; None if nothing."""
+    try:
+        Index(regex, Vocabulary(len(table), table))
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _unanchored(regex: str) -> str:
+    """Without ^ in front and $ at the end, which mean nothing where all of a text must match."""
+    body = regex.removesuffix("$")
+    is_escaped = (len(body) - len(body.rstrip("\\"))) % 2
+    return (regex if is_escaped else body).removeprefix("^")
+
+
+def _of_index(index: Index, size: int) -> TokenAutomaton:
+    """Renumber the states, and give tokens that lead everywhere to the same place one class."""
+    transitions: dict[int, dict[int, int]] = index.get_transitions()
+    first = index.get_initial_state()
+    names = {*transitions, *(state for row in transitions.values() for state in row.values()), first}
+    number = {state: i for i, state in enumerate([first, *sorted(names - {first})])}
+    rows, finals = [], index.get_final_states()
+    is_final = np.zeros(len(number) + 1, dtype=bool)
+    for state, row in transitions.items():
+        tokens = np.fromiter(row, np.int64, len(row))
+        states = np.fromiter((number[state] for state in row.values()), np.int64, len(row))
+        is_text = tokens < size
+        rows.append((number[state], tokens[is_text], states[is_text]))
+        is_final[number[state]] = row.get(size) in finals
+    # A token's column of the table of states and tokens, as the exclusive or of a random word for each of its entries.
+    mark = np.zeros(size, np.uint64)
+    for source, tokens, states in rows:
+        mark[tokens] ^= _mixed(np.uint64(source) * np.uint64(1 << 32) + states.astype(np.uint64))
+    is_used = np.zeros(size, dtype=bool)
+    for _, tokens, _ in rows:
+        is_used[tokens] = True
+    used = np.flatnonzero(is_used)
+    marks, inverse = np.unique(mark[used], return_inverse=True)
+    class_of = np.full(size, -1, np.int64)
+    class_of[used] = inverse
+    order = np.argsort(inverse, kind="stable")
+    after = np.full((len(number) + 1, len(marks)), -1, np.int64)
+    for source, tokens, states in rows:
+        after[source, class_of[tokens]] = states
+    src, cls = np.nonzero(after >= 0)
+    dst = after[src, cls]
+    pairs = np.unique(src * len(is_final) + dst)
+    return TokenAutomaton(
+        is_final=is_final,
+        class_of=class_of,
+        tokens=used[order],
+        begins=np.searchsorted(inverse[order], np.arange(len(marks) + 1)),
+        after=after,
+        src=src,
+        cls=cls,
+        dst=dst,
+        by_dst=np.argsort(dst, kind="stable"),
+        pair_src=pairs // len(is_final),
+        pair_dst=pairs % len(is_final),
+    )
+
+
+def _mixed(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """SplitMix64: 64 bits that differ in about half wherever the words differ at all."""
+    words = words + np.uint64(0x9E3779B97F4A7C15)
+    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return words ^ (words >> np.uint64(31))
+
+
+def schema_regex(schema: str) -> str:
+    """The regular expression of the JSON texts that a JSON schema describes, properties in its order.
+
+    Raises RequestError for what is no schema, and for keywords that no regular expression could keep.
+    """
+    try:
+        parsed = json.loads(schema)
+    except ValueError as error:
+        raise RequestError("constraint", f"is no JSON ({error})", schema) from None
+    unknown = sorted(_keywords(parsed) - _KEYWORDS)
+    if unknown:
+        problem = f"has keywords that are not kept: {', '.join(unknown)}"
+        raise RequestError("constraint", problem, schema, "leave them out, and check the answer")
+    try:
+        return str(build_regex_from_schema(schema))
+    except (ValueError, TypeError) as error:
+        raise RequestError("constraint", f"is no JSON schema that can be kept ({error})", schema) from None
+
+
+def _keywords(schema: Any) -> set[str]:
+    """All keywords of a schema and those within; names of properties and values are none."""
+    if not isinstance(schema, dict):
+        return set()
+    found = set(schema)
+    for name, value in schema.items():
+        if name in ("properties", "$defs", "definitions") and isinstance(value, dict):
+            found.update(*(_keywords(part) for part in value.values()))
+        elif name in ("items", "additionalProperties"):
+            found |= _keywords(value)
+        elif name == "anyOf" and isinstance(value, list):
+            found.update(*(_keywords(part) for part in value))
+    return found

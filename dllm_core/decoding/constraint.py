@@ -1,0 +1,242 @@
+"""Constraints with any-order commits: the likeliest block that leaves the whole answer a way to match.
+
+A policy commits a block's positions in any order, so that a mask over next tokens, which keeps text from left to right
+possible, says too little: a late token may leave no way to fill what stands before it. Here a call proposes all open
+positions of the block together, as one string of the automaton: the likeliest (Viterbi), or one drawn from the model's
+law given that the answer matches (backward sums, forward draws). Any part of that string leaves the rest possible, so
+the policy may commit what it likes. DINGO's dynamic program, arXiv:2505.23061, with what stands behind the block, and
+may still grow, taken in: a state from which no answer can be finished is never entered.
+
+Behind an end token anything may stand: it costs the likeliest token there, or in a draw nothing, and is proposed as end
+tokens. All of an answer counts, given pieces too; behind a hole before something given no end token may stand.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dllm_core.decoding.automaton import Bools, TokenAutomaton
+from dllm_core.decoding.state import DecodeState
+from dllm_core.seeding import Doubles, Floats, Ints
+
+_OPEN = -1
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What a position adds to a path: to each edge by its class [C], to an end there, and where one came before.
+
+    Logs of probabilities in a search, weights in a sum.
+    """
+
+    by_class: Doubles
+    end: float
+    stay: float
+
+
+def is_possible(automaton: TokenAutomaton, state: DecodeState, eos_id: int) -> bool:
+    """Whether any answer matches that holds what was given and committed."""
+    tokens, may_end = _answer(state, eos_id)
+    return bool(_alive(automaton, tokens, may_end, eos_id)[0][0])
+
+
+def likeliest(automaton: TokenAutomaton, state: DecodeState, eos_id: int, positions: Ints, log_probs: Doubles) -> Ints:
+    """Tokens [n] of the likeliest string at open positions [n] of one block, -1 behind the answer. log_probs [n V]."""
+    tokens, may_end = _answer(state, eos_id)
+    found = np.full(len(positions), -1)
+    inside, first, stop = _block(state, positions, len(tokens))
+    if not len(inside):
+        return found
+    alive = _alive(automaton, tokens, may_end, eos_id, first)
+    best, best_token = _best_of_classes(automaton, log_probs[inside])
+    steps, rows = [], iter(range(len(inside)))
+    for at in range(first, stop):
+        if tokens[at] != _OPEN:
+            steps.append(_fixed(automaton, int(tokens[at]), may_end[at], eos_id, 0.0, -np.inf))
+            continue
+        row = log_probs[inside[i := next(rows)]]
+        steps.append(_Step(best[i], row[eos_id] if may_end[at] else -np.inf, row.max()))
+    scores = [np.full(automaton.end + 1, -np.inf)]
+    scores[0][_state_before(automaton, tokens[:first], may_end, eos_id)] = 0.0
+    for step, reached in zip(steps, alive[1:], strict=False):
+        scores.append(np.where(reached, _reached(automaton, scores[-1], step), -np.inf))
+    classes = np.array(_traced(automaton, scores, steps))[tokens[first:stop] == _OPEN]
+    is_text = classes >= 0
+    found[inside] = eos_id
+    found[inside[is_text]] = best_token[is_text, classes[is_text]]
+    return found
+
+
+def draw(
+    automaton: TokenAutomaton,
+    state: DecodeState,
+    eos_id: int,
+    positions: Ints,
+    laws: Sequence[Doubles],
+    uniforms: Floats,
+) -> Ints | None:
+    """Tokens [n] drawn from the law of strings at open positions [n] of one block, given that the answer matches.
+
+    laws: each [n V], weights of which a position's need not sum to 1; the first that leaves a string is taken: what
+    top_p cuts off may leave none. uniforms [n]: a position's own. -1 behind the answer; None if no law leaves any.
+    """
+    tokens, may_end = _answer(state, eos_id)
+    inside, first, stop = _block(state, positions, len(tokens))
+    if not len(inside):
+        return np.full(len(positions), -1)
+    behind = _alive(automaton, tokens, may_end, eos_id, stop)[0].astype(np.float64)
+    start = _state_before(automaton, tokens[:first], may_end, eos_id)
+    for law in laws:
+        steps, rows = [], iter(inside)
+        for at in range(first, stop):
+            if tokens[at] != _OPEN:
+                steps.append(_fixed(automaton, int(tokens[at]), may_end[at], eos_id, 1.0, 0.0))
+                continue
+            row = law[next(rows)]
+            by_class = np.add.reduceat(row[automaton.tokens], automaton.begins[:-1])
+            steps.append(_Step(by_class, row[eos_id] if may_end[at] else 0.0, row.sum()))
+        sums = [behind]
+        for step in reversed(steps):
+            sums.append(_summed(automaton, sums[-1], step))
+        sums.reverse()
+        if sums[0][start] > 0:
+            break
+    else:
+        return None
+    found, at, rows = np.full(len(positions), -1), start, iter(inside)
+    for i, step in enumerate(steps):
+        if tokens[first + i] != _OPEN:
+            at = _stepped(automaton, at, int(tokens[first + i]), may_end[first + i], eos_id)
+            continue
+        row = next(rows)
+        found[row], at = _drawn(automaton, at, step, sums[i + 1], law[row], uniforms[row], eos_id)
+    return found
+
+
+def _answer(state: DecodeState, eos_id: int) -> tuple[Ints, Bools]:
+    """What stands in the answer [n], -1 where it is open or may still grow, and where an end token may stand [n]."""
+    head, stop = len(state.request.prompt), state.answer_stop
+    tokens = np.full(state.request.region_length, _OPEN)
+    held = state.canvas[head:stop]
+    is_held = state.is_final[head:stop] | (held != state.mask_id)
+    here = np.where(is_held, held, _OPEN)
+    tokens[: stop - head] = np.where(state.is_closed[head:stop], eos_id, here)
+    return tokens, head + np.arange(len(tokens)) >= state.request.open_end
+
+
+def _block(state: DecodeState, positions: Ints, length: int) -> tuple[Ints, int, int]:
+    """Which of a block's positions [n] are open places of the answer, and the stretch of it that they lie in."""
+    at = positions - len(state.request.prompt)
+    inside = np.flatnonzero((at < length) & (state.canvas[positions] == state.mask_id))
+    return (inside, int(at[inside[0]]), int(at[inside[-1]]) + 1) if len(inside) else (inside, 0, 0)
+
+
+def _alive(automaton: TokenAutomaton, tokens: Ints, may_end: Bools, eos_id: int, first: int = 0) -> list[Bools]:
+    """From which states [S + 1] an answer can be finished: before each position from `first` on, and at its end."""
+    found = [automaton.is_final.copy()]
+    found[0][automaton.end] = True
+    for token, ends in zip(tokens[first:][::-1], may_end[first:][::-1], strict=True):
+        behind = found[-1]
+        if token == _OPEN:
+            reached = automaton.before(behind)
+        else:
+            step = _fixed(automaton, int(token), ends, eos_id, 1.0, 0.0)
+            reached = _summed(automaton, behind.astype(np.float64), step) > 0
+        if behind[automaton.end]:
+            reached[automaton.end] = True
+            if ends and token in (_OPEN, eos_id):
+                reached |= automaton.is_final
+        found.append(reached)
+    return found[::-1]
+
+
+def _fixed(automaton: TokenAutomaton, token: int, ends: bool, eos_id: int, one: float, zero: float) -> _Step:
+    """The step of a token that stands: its own class alone, and behind the end whatever it is."""
+    by_class = np.full(automaton.num_classes, zero)
+    if (number := automaton.class_of[token]) >= 0:
+        by_class[number] = one
+    return _Step(by_class, one if token == eos_id and ends else zero, one)
+
+
+def _stepped(automaton: TokenAutomaton, state: int, token: int, ends: bool, eos_id: int) -> int:
+    """The state behind a token that stands; a possible answer has one."""
+    if state == automaton.end or (token == eos_id and ends):
+        return automaton.end
+    return automaton.step(state, token)
+
+
+def _state_before(automaton: TokenAutomaton, tokens: Ints, may_end: Bools, eos_id: int) -> int:
+    """The state behind what stands."""
+    state = 0
+    for token, ends in zip(tokens.tolist(), may_end.tolist(), strict=False):
+        state = _stepped(automaton, state, token, ends, eos_id)
+    return state
+
+
+def _best_of_classes(automaton: TokenAutomaton, log_probs: Doubles) -> tuple[Doubles, Ints]:
+    """The highest log p in each class [n C], and the first token that has it [n C]."""
+    ordered = log_probs[:, automaton.tokens]
+    best = np.maximum.reduceat(ordered, automaton.begins[:-1], axis=1)
+    of_token = np.repeat(np.arange(automaton.num_classes), np.diff(automaton.begins))
+    places = np.where(ordered == best[:, of_token], np.arange(ordered.shape[1]), ordered.shape[1])
+    return best, automaton.tokens[np.minimum.reduceat(places, automaton.begins[:-1], axis=1)]
+
+
+def _reached(automaton: TokenAutomaton, before: Doubles, step: _Step) -> Doubles:
+    """The best score of a path into each state [S + 1], a position on."""
+    after = np.full(automaton.end + 1, -np.inf)
+    edges, dst = automaton.by_dst, automaton.dst[automaton.by_dst]
+    values = before[automaton.src[edges]] + step.by_class[automaton.cls[edges]]
+    begins = np.flatnonzero(np.diff(dst, prepend=-1))
+    after[dst[begins]] = np.maximum.reduceat(values, begins)
+    into = np.where(automaton.is_final, before, -np.inf).max() + step.end
+    after[automaton.end] = max(into, before[automaton.end] + step.stay)
+    return after
+
+
+def _traced(automaton: TokenAutomaton, scores: list[Doubles], steps: list[_Step]) -> list[int]:
+    """The classes of the best path, -1 for an end token and what stands behind it."""
+    at, path = int(scores[-1].argmax()), []
+    for before, step in zip(scores[-2::-1], reversed(steps), strict=True):
+        if at == automaton.end:
+            finals = np.where(automaton.is_final, before, -np.inf)
+            path.append(-1)
+            at = at if before[at] + step.stay >= finals.max() + step.end else int(finals.argmax())
+            continue
+        edges = np.flatnonzero(automaton.dst == at)
+        edge = edges[(before[automaton.src[edges]] + step.by_class[automaton.cls[edges]]).argmax()]
+        path.append(int(automaton.cls[edge]))
+        at = int(automaton.src[edge])
+    return path[::-1]
+
+
+def _summed(automaton: TokenAutomaton, behind: Doubles, step: _Step) -> Doubles:
+    """The weight of all ways on from each state [S + 1], a position earlier. Their largest is made 1."""
+    values = step.by_class[automaton.cls] * behind[automaton.dst]
+    found = np.bincount(automaton.src, values, automaton.end + 1).astype(np.float64)
+    found += automaton.is_final * (step.end * behind[automaton.end])
+    found[automaton.end] = step.stay * behind[automaton.end]
+    largest: float = found.max()
+    return found / largest if largest > 0 else found
+
+
+def _drawn(
+    automaton: TokenAutomaton, state: int, step: _Step, behind: Doubles, law: Doubles, u: float, eos_id: int
+) -> tuple[int, int]:
+    """A token and the state behind it, by inversion: first a class, then within it."""
+    if state == automaton.end:
+        return eos_id, state
+    after = automaton.after[state]
+    ways = np.where(after >= 0, step.by_class * behind[after], 0.0)
+    ends = step.end * behind[automaton.end] if automaton.is_final[state] else 0.0
+    cumulative = np.cumsum([*ways, ends])
+    target = float(u) * cumulative[-1]
+    number = min(int(np.searchsorted(cumulative, target, side="right")), int(np.flatnonzero([*ways, ends])[-1]))
+    if number == automaton.num_classes:
+        return eos_id, automaton.end
+    tokens = automaton.of_class(number)
+    within = np.cumsum(law[tokens])
+    rest = (target - (cumulative[number - 1] if number else 0.0)) / ways[number] * within[-1]
+    chosen = min(int(np.searchsorted(within, rest, side="right")), int(np.flatnonzero(law[tokens])[-1]))
+    return int(tokens[chosen]), int(after[number])
