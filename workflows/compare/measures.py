@@ -5,6 +5,7 @@
 """
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -17,6 +18,8 @@ from dllm_core.checkpoints.bundle import read_bundle
 from dllm_core.checkpoints.store import CheckpointStore
 from dllm_core.data.loader import TokenRows, evenly, split_rows
 from dllm_core.data.manifest import CorpusManifest, read_manifest
+from dllm_core.decoding.config import DecodeConfig
+from dllm_core.decoding.request import Request
 from dllm_core.evaluation.config import Side
 from dllm_core.evaluation.estimate import measure_seed, proportion
 from dllm_core.evaluation.estimators import HeldoutRows, estimator_of_bundle
@@ -34,6 +37,7 @@ from workflows.compare.speakers import Speaker
 from workflows.compare.training import Entrant, device_of
 
 _BATCH_ROWS = 32
+_CONSTRAINT_ROWS = 8  # times as many rows are looked through for holes whose text matches
 
 
 @dataclass(frozen=True)
@@ -156,7 +160,8 @@ def _flexibility(question: Question, device: torch.device) -> dict[str, Any]:
     speaker, section = _speaker(entrant, device), question.recipe.flexibility
     served = speaker.served.model_copy(update={"temperature": 0.0})
     filler = speaker.filler(served)
-    result: dict[str, Any] = {"holes": [], "two_holes": None, "editing": _editing(question, entrant, speaker)}
+    result: dict[str, Any] = {"holes": [], "two_holes": None, "constraint": None}
+    result["editing"] = _editing(question, entrant, speaker)
     if filler is None:
         return result
     side, config = _widest(filler), speaker.bundle.config
@@ -166,7 +171,49 @@ def _flexibility(question: Question, device: torch.device) -> dict[str, Any]:
             result["holes"].append(asdict(found))
     if "left" in filler.sides:  # while the first is filled the second must be hidden, or not be seen
         result["two_holes"] = two_holes(entrant, filler, section.rows, section.lengths[len(section.lengths) // 2])
+    result["constraint"] = _constraint(question, entrant, speaker, served)
     return result
+
+
+def _constraint(question: Question, entrant: Entrant, speaker: Speaker, served: DecodeConfig) -> dict[str, Any] | None:
+    """Holes whose text matches a regular expression, restored by a model that is told so and by one that is not.
+
+    None where no constraint can be kept: where tokens are replaced, none is ever settled.
+    """
+    section, engine = question.recipe.flexibility, speaker.engine
+    if engine is None or engine.is_ancestral:
+        return None
+    length = section.lengths[len(section.lengths) // 2]
+    tokenizer = speaker.bundle.tokenizer()
+    found = _holes(entrant, speaker.bundle.config, _CONSTRAINT_ROWS * section.rows, length)
+    holes = [hole for hole in found if re.fullmatch(section.regex, tokenizer.decode(hole.truth.tolist()))][
+        : section.rows
+    ]
+    if len(holes) < 2:
+        return None
+    sees_behind = not isinstance(speaker.objective, AutoregressiveConfig | BlockDiffusionConfig)
+    config, told = served.model_copy(update={"max_tokens": length}), {}
+    for name, regex in (("untold", None), ("told", section.regex)):
+        answers = engine.generate(
+            [
+                Request(
+                    prompt=tuple(hole.before.tolist()),
+                    config=config,
+                    suffix=tuple(hole.after.tolist()) if sees_behind else (),
+                    seed=entrant.recipe.seed + hole.row_id,
+                    constraint=regex,
+                )
+                for hole in holes
+            ]
+        )
+        matches = [bool(re.fullmatch(section.regex, tokenizer.decode(answer.tokens))) for answer in answers]
+        exact = [answer.tokens == hole.truth.tolist() for answer, hole in zip(answers, holes, strict=True)]
+        ones = np.ones(len(holes))
+        told[name] = {
+            "matches": asdict(proportion(np.array(matches, np.int64), ones)),
+            "exact": asdict(proportion(np.array(exact, np.int64), ones)),
+        }
+    return {"regex": section.regex, "length": length, "holes": len(holes), **told}
 
 
 def two_holes(entrant: Entrant, filler: Filler, rows: int, length: int) -> dict[str, Any] | None:

@@ -71,11 +71,15 @@ class GenerationConfig(Frozen):
 
 
 class FlexibilityConfig(Frozen):
-    """What a model that sees both sides can be asked: holes, several at once, text to be mended."""
+    """What a model that sees both sides can be asked: holes, several at once, text to be mended, what must match.
+
+    regex: holes whose text matches it are filled twice, once by a model that is told so.
+    """
 
     rows: int = Field(128, ge=2)
     lengths: tuple[int, ...] = (1, 4, 12)
     broken: float = Field(0.1, gt=0, lt=1, description="share of tokens that editing has to find and mend")
+    regex: str = Field("[a-z_]+", min_length=1)
 
 
 class TaskConfig(Frozen):

@@ -122,6 +122,8 @@ def _rival(result: dict[str, Any]) -> float | None:
 def _flexibility_table(result: dict[str, Any]) -> tuple[str, list[str], Rows]:
     lengths = result["recipe"]["flexibility"]["lengths"]
     head = ["model", *(f"hole of {n}" for n in lengths), "two holes, both", "broken tokens mended", "others kept"]
+    regex = result["recipe"]["flexibility"]["regex"]
+    head += [f"answers `{regex}` untold", "restored untold", "restored told"]
     rows = []
     for model, found in result["flexibility"].items():
         by_length = {hole["length"]: hole for hole in found["holes"]}
@@ -129,8 +131,12 @@ def _flexibility_table(result: dict[str, Any]) -> tuple[str, list[str], Rows]:
         row.append(_share(found["two_holes"]["exact"]) if found["two_holes"] else _NONE)
         editing = found["editing"]
         row += [_share(editing[name]) if editing else _NONE for name in ("mended", "kept")]
+        kept = found["constraint"]
+        asked = (("untold", "matches"), ("untold", "exact"), ("told", "exact"))
+        row += [_share(kept[how][what]) if kept else _NONE for how, what in asked]
         rows.append(row)
-    return "Flexibility: holes restored exactly, from all the context that a model sees; text mended, ± SE", head, rows
+    title = "Flexibility: holes restored exactly, from all the context that a model sees; text mended; what must match"
+    return f"{title}, ± SE", head, rows
 
 
 def _task_table(result: dict[str, Any]) -> tuple[str, list[str], Rows]:

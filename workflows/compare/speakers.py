@@ -25,7 +25,8 @@ class Speaker:
         self.engine: Engine | None = None
         if isinstance(said.objective, MaskedLMConfig):
             # Mask-predict (Ghazvininejad et al., arXiv:1904.09324): the masks of a canvas are filled like any others.
-            self.engine = Engine.over(self.denoiser, AbsorbingProcess(mask_id=self.mask_id), _BATCH_TOKENS)
+            noise, tokenizer = AbsorbingProcess(mask_id=self.mask_id), bundle.tokenizer()
+            self.engine = Engine.over(self.denoiser, noise, _BATCH_TOKENS, tokenizer=tokenizer)
         elif why_not_written(bundle) is None:
             self.engine = Engine(bundle, max_batch_tokens=_BATCH_TOKENS, denoiser=self.denoiser)
 

@@ -33,6 +33,7 @@ MODELS = {
 SIZES = [
     *("learning.points=2", "learning.rows=4", "learning.draws=2", "repetition.share=0.5", "repetition.epochs=[1, 2]"),
     *("context.rows=4", "context.length=3", "flexibility.rows=4", "flexibility.lengths=[1, 3]"),
+    "flexibility.regex='[A-Z ]+'",
     *(
         "generation.prompts=2",
         "generation.prompt_tokens=4",
@@ -138,6 +139,19 @@ def test_masked_diffusion_keeps_all_text_and_mends_none(finished):
     assert (editing["kept"]["value"], editing["mended"]["value"]) == (1, 0)
     assert editing["right_after"] == editing["right_before"]
     assert result["flexibility"]["autoregressive"]["editing"] is None
+
+
+def test_what_must_match_does_where_a_model_is_told_so(finished):
+    recipe, result = finished
+    for model, found in result["flexibility"].items():
+        kept = found["constraint"]
+        assert (kept is None) == (model in ("uniform", "hybrid"))
+        if kept is None:
+            continue
+        assert (kept["regex"], kept["length"], kept["holes"]) == (recipe.flexibility.regex, 3, 4)
+        assert kept["told"]["matches"]["value"] == 1
+        assert kept["untold"]["matches"]["value"] < 1  # random weights know no letters
+        assert kept["told"]["exact"]["value"] >= kept["untold"]["exact"]["value"]
 
 
 @pytest.mark.parametrize("model", ["uniform", "hybrid"])
