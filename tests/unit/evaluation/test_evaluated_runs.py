@@ -18,7 +18,8 @@ from dllm_core.errors import ConfigError
 from workflows.console import Console
 from workflows.evaluate.flow import evaluate
 from workflows.fan_out import serially
-from workflows.generate.flow import generate
+from workflows.generate.asked import Asked
+from workflows.generate.flow import Generator
 from workflows.pipeline.flow import _about_evaluation
 from workflows.pipeline.report import write_report
 from workflows.preprocess.flow import plan_corpus
@@ -111,10 +112,10 @@ def test_what_has_no_decoder_is_refused_in_one_line_before_anything_starts(made,
     (corpus, run), (_, _, refusal) = made(kind), KINDS[kind]
     recipe, bundle = corpus.recipe, read_bundle(run)
     if refusal is None:
-        assert generate(recipe, run, "RED", None, 0, Console("json"))["num_tokens"] > 0
+        assert Generator(recipe, run, Console("json")).one(Asked(prompt="RED"), None)["num_tokens"] > 0
         return
     for verb in (
-        lambda: generate(recipe, run, "RED", None, 0, Console("json")),
+        lambda: Generator(recipe, run, Console("json")).one(Asked(prompt="RED"), None),
         lambda: serve_forever(recipe, run, Console("json")),
         lambda: Engine(bundle),
     ):

@@ -24,7 +24,8 @@ from dllm_core.objective.preference import Margins, Preference
 from workflows.console import Console
 from workflows.evaluate.flow import evaluate
 from workflows.fan_out import serially
-from workflows.generate.flow import generate
+from workflows.generate.asked import Asked
+from workflows.generate.flow import Generator
 from workflows.pipeline.flow import _about_training
 from workflows.recipe import resolved
 from workflows.train.flow import _check_checkpoint
@@ -184,7 +185,7 @@ def test_what_was_tuned_is_scored_decoded_and_measured_as_its_start(root, starte
     assert figures["conventions"] == {"tokens": "learned", "end_tokens": "counted", "conditioned_on": "prompts"}
     assert 0 < figures["tokens"] <= of_chosen.sum()
     assert figures["decoding"]["tokens_per_call"] > 0
-    assert generate(prepared.recipe, tuned, "CIRCLE 3: ", None, 0, Console("json"))["num_tokens"] > 0
+    assert Generator(prepared.recipe, tuned, Console("json")).one(Asked(prompt="CIRCLE 3: "), None)["num_tokens"] > 0
 
 
 def test_only_diffusions_of_masks_are_tuned_and_in_their_own_blocks(root, started):

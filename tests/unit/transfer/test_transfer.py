@@ -19,7 +19,8 @@ from dllm_core.errors import CheckpointError, ConfigError, DataError
 from dllm_core.model.foreign import read_foreign
 from dllm_core.model.pattern import CAUSAL
 from workflows.console import Console
-from workflows.generate.flow import generate
+from workflows.generate.asked import Asked
+from workflows.generate.flow import Generator
 from workflows.pipeline.flow import Pipeline
 from workflows.target import Target, find_run
 from workflows.transfer.flow import export_checkpoint, import_checkpoint
@@ -81,7 +82,7 @@ def test_what_was_imported_is_exported_bit_for_bit_and_decodes_as_it_did(root, n
     assert bundle.tokenizer().mask_id == bundle.config.mask_id == denoiser.config.mask_id
     recipe, found = find_run(run.url, ["decode.max_tokens=12"])
     assert found.name == run.name
-    told = generate(recipe, run, "hello", None, 0, QUIET)
+    told = Generator(recipe, run, QUIET).one(Asked(prompt="hello"), None)
     assert told["num_calls"] > 0
     out = written(run)
     files = sorted(path.name for path in (GOLDEN / name).iterdir())
@@ -108,7 +109,7 @@ def test_an_import_is_the_same_run_again_and_another_type_another(root):
     weights = load_file(read_bundle(narrow).folder / "model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
     recipe, _ = find_run(narrow.url, ["decode.max_tokens=8"])
-    assert generate(recipe, narrow, "hello", None, 0, QUIET)["num_calls"] > 0
+    assert Generator(recipe, narrow, QUIET).one(Asked(prompt="hello"), None)["num_calls"] > 0
 
 
 def test_an_autoregressive_checkpoint_needs_to_be_told_its_mask(root):
@@ -125,7 +126,7 @@ def test_an_autoregressive_checkpoint_needs_to_be_told_its_mask(root):
         wanted = read_foreign(folder, mask_id=900)(ids, pattern=CAUSAL)
         torch.testing.assert_close(bundle.denoiser()(ids, pattern=CAUSAL)[..., :998], wanted, atol=1e-4, rtol=0)
     recipe, _ = find_run(run.url, ["decode.max_tokens=8"])
-    assert generate(recipe, run, "hello", None, 0, QUIET)["num_tokens"] > 0
+    assert Generator(recipe, run, QUIET).one(Asked(prompt="hello"), None)["num_tokens"] > 0
     again = imported(written(run), name="again")
     assert read_bundle(again).config == bundle.config
     assert filecmp.cmp(read_bundle(again).folder / "model.safetensors", bundle.folder / "model.safetensors", False)
