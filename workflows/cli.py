@@ -3,7 +3,6 @@
 Every mistake of a user's is one line and an exit code: 2 recipe, 3 data, 4 preempted, 5 diverged. Ctrl-C ends with 130.
 """
 
-import contextlib
 import os
 import sys
 from collections.abc import Callable
@@ -13,9 +12,10 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from dllm_core.errors import ConfigError, DataError, DllmError, RequestError
+from dllm_core.errors import ConfigError, DataError, DllmError
 from workflows.console import Console, Output
-from workflows.interrupts import Interrupted, exit_code_of, say_interrupted
+from workflows.interrupts import Interrupted
+from workflows.verb import EndedError, failed, run_verb
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -50,7 +50,7 @@ def run(target: TargetArg, overrides: OverridesArg = None, output: OutputOption 
             console.print(f"\nServe it again: [bold]dllm serve {escape(_shown(opened.run.url))}[/bold]")
         return result
 
-    _verb(body, output)
+    run_verb(body, output)
 
 
 @app.command()
@@ -65,7 +65,7 @@ def show(target: TargetArg, overrides: OverridesArg = None, output: OutputOption
             sys.stdout.write(recipe.to_yaml())
         return recipe.model_dump(mode="json")
 
-    _verb(body, output)
+    run_verb(body, output)
 
 
 @app.command()
@@ -85,15 +85,58 @@ def preprocess(
     if target in _PREPROCESS_ACTIONS:
         action, target, rest = target, rest[0] if rest else "", rest[1:]
     if action == "run":
-        _verb(_stage(target, rest, lambda pipeline: pipeline.preprocess()), output)
+        run_verb(_stage(target, rest, lambda pipeline: pipeline.preprocess()), output)
     else:
-        _verb(_on_corpus(action, target, rest), output)
+        run_verb(_on_corpus(action, target, rest), output)
 
 
 @app.command()
-def train(target: TargetArg, overrides: OverridesArg = None, output: OutputOption = "text") -> None:
+def plan(
+    target: TargetArg,
+    overrides: OverridesArg = None,
+    workers: Annotated[int | None, typer.Option(help="devices; by default the recipe's workers")] = None,
+    device_memory_gb: Annotated[float | None, typer.Option(help="says which ZeRO stages fit")] = None,
+    device_tflops: Annotated[float | None, typer.Option(help="dense, as trained; by default this machine's")] = None,
+    mfu: Annotated[float, typer.Option(help="share of it that training reaches")] = 0.4,
+    mtbf_hours: Annotated[float, typer.Option(help="between failures of one device")] = 50_000.0,
+    storage_gb_per_second: Annotated[float, typer.Option(help="at which a checkpoint is written")] = 1.0,
+    output: OutputOption = "text",
+) -> None:
+    """What training will take, before a device is rented: memory by ZeRO stage, time, checkpoints. Starts nothing."""
+
+    def body(console: Console) -> dict[str, Any]:
+        from workflows.target import read_target_recipe
+        from workflows.train.plan import Machine
+        from workflows.train.plan import plan as make_plan
+
+        machine = Machine(workers, device_memory_gb, device_tflops, mfu, mtbf_hours, storage_gb_per_second)
+        recipe, _ = read_target_recipe(target, overrides or [])
+        return make_plan(recipe, machine, console)
+
+    run_verb(body, output)
+
+
+@app.command()
+def train(
+    target: TargetArg,
+    overrides: OverridesArg = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="a few steps and a checkpoint on made-up rows, in this process")
+    ] = False,
+    output: OutputOption = "text",
+) -> None:
     """Train on the preprocessed corpus (made first if it is missing); goes on from the newest checkpoint."""
-    _verb(_stage(target, overrides, lambda p: (p.preprocess(), p.train(), p.bundle())[1]), output)
+
+    def body(console: Console) -> dict[str, Any]:
+        from workflows.target import read_target_recipe
+        from workflows.train.dry_run import dry_run as run_dry
+
+        return run_dry(read_target_recipe(target, overrides or [])[0], console)
+
+    if dry_run:
+        run_verb(body, output)
+        return
+    run_verb(_stage(target, overrides, lambda p: (p.preprocess(), p.train(), p.bundle())[1]), output)
 
 
 @app.command()
@@ -103,7 +146,7 @@ def evaluate(target: TargetArg, overrides: OverridesArg = None, output: OutputOp
     Likelihood, calibration, infilling and tokens per denoiser call; with evaluate.samples.rows=N generative perplexity,
     with evaluate.tasks=[{type: sudoku}] exact match of a task's answers. Every figure has its standard error.
     """
-    _verb(_stage(target, overrides, lambda p: (p.evaluate(), p.report())[0], needs_bundle=True), output)
+    run_verb(_stage(target, overrides, lambda p: (p.evaluate(), p.report())[0], needs_bundle=True), output)
 
 
 @app.command()
@@ -163,7 +206,7 @@ def generate(
             return generator.replayed(replay)
         return generator.one(asked, trace) if several is None else generator.many(several, trace)
 
-    _verb(body, output)
+    run_verb(body, output)
 
 
 @app.command()
@@ -182,7 +225,7 @@ def compare(
 
         return run_comparison(loaded, console)
 
-    _verb(body, output)
+    run_verb(body, output)
 
 
 @app.command()
@@ -196,7 +239,7 @@ def serve(target: TargetArg, overrides: OverridesArg = None, output: OutputOptio
         recipe, found = find_run(target, overrides or [])
         serve_forever(recipe, found, console)
 
-    _verb(body, output)
+    run_verb(body, output)
 
 
 @app.command()
@@ -220,7 +263,7 @@ def task(
         console.print(f"{rows:,} problems; train on them: [bold]dllm run {escape(recipe)}[/bold]")
         return written
 
-    _verb(body, output)
+    run_verb(body, output)
 
 
 @app.command("import")
@@ -242,7 +285,7 @@ def import_(
         console.print(f"Try it: [bold]dllm generate {escape(_shown(made['run']))} --prompt TEXT[/bold]")
         return made
 
-    _verb(body, output)
+    run_verb(body, output)
 
 
 @app.command()
@@ -258,19 +301,19 @@ def export(
 
         return export_checkpoint(target, folder, console)
 
-    _verb(body, output)
+    run_verb(body, output)
 
 
 def run_command_line(words: list[str]) -> int:
     """Run `dllm WORDS`; the exit code. Mistakes in the words themselves are one line too."""
     try:
         code = app(words or ["--help"], prog_name="dllm", standalone_mode=False)
-    except _EndedError as ended:
+    except EndedError as ended:
         return ended.code
     except _USAGE_ERROR as error:
         remedy = f"see {error.ctx.command_path} --help" if error.ctx is not None else "see dllm --help"
         as_json = "--output=json" in words or ("--output" in words and "json" in words)
-        return _failed(
+        return failed(
             Console("json" if as_json else "text"), ConfigError("command line", _one_line(error), remedy=remedy)
         )
     except typer.Exit as asked:
@@ -289,7 +332,7 @@ def run_lm_eval() -> int:
 
         cli_evaluate()
     except DllmError as error:
-        return _failed(Console("text"), error)
+        return failed(Console("text"), error)
     return 0
 
 
@@ -324,41 +367,6 @@ def _on_corpus(action: str, target: str, overrides: list[str]) -> Callable[[Cons
         return look_at_corpus(action, plan, console)
 
     return body
-
-
-class _EndedError(Exception):
-    """A verb has failed and has said so."""
-
-    def __init__(self, code: int) -> None:
-        super().__init__(code)
-        self.code = code
-
-
-def _verb(body: Callable[[Console], Any], output: Output) -> None:
-    """Run a verb; turn what ends it into a line, with `--output json` into an object too, and an exit code."""
-    console = Console(output)
-    try:
-        result = body(console)
-        if result is not None:
-            console.result(result)
-    except DllmError as error:
-        raise _EndedError(_failed(console, error)) from error
-    except OSError as error:  # the machine: stdout closed or full, a disk that fails
-        raise _EndedError(_failed(console, DataError("dllm", f"the system refuses ({error})"))) from error
-    except KeyboardInterrupt as signalled:
-        # Here and not above: the library that parses the words would take it for its own affair.
-        say_interrupted(signalled)
-        code = exit_code_of(signalled)
-        console.result({"error": {"place": "dllm", "message": "interrupted"}, "exit_code": code})
-        raise _EndedError(code) from signalled
-
-
-def _failed(console: Console, error: DllmError) -> int:
-    code = 2 if isinstance(error, RequestError) else error.exit_code
-    sys.stderr.write(f"dllm: {error}\n")
-    with contextlib.suppress(OSError):  # there may be nobody to tell
-        console.result({"error": {"place": error.place, "message": str(error)}, "exit_code": code})
-    return code
 
 
 def _ids(place: str, text: str) -> list[int]:

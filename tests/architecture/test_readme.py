@@ -95,7 +95,7 @@ def test_a_command_of_the_readme_means_something(command, tmp_path):
 def test_the_readme_has_a_command_for_every_verb():
     verbs = {words_of(command)[1] for command in COMMANDS if words_of(command)[0] == "dllm"}
     assert verbs == {
-        *("run", "show", "preprocess", "train", "evaluate", "generate", "serve", "task", "compare"),
+        *("run", "show", "plan", "preprocess", "train", "evaluate", "generate", "serve", "task", "compare"),
         *("import", "export"),
     }
 

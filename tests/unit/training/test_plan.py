@@ -1,0 +1,187 @@
+"""What `dllm plan` says before training: counts are those of the real model, and laws that hold for all sizes."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dllm_core.model.config import DenoiserConfig, ModelConfig
+from dllm_core.model.denoiser import Denoiser
+from dllm_core.model.pattern import FULL, AttentionPattern
+from dllm_core.training.config import TrainConfig
+from dllm_core.training.plan import (
+    CHECKPOINT_BYTES,
+    Forward,
+    at_stage,
+    best_interval,
+    block_bytes,
+    device_memory,
+    forward_memory,
+    lost_share,
+    pace,
+    saving,
+)
+from workflows.cli import run_command_line
+
+QUICKSTART = "workflows/recipes/quickstart.yaml"
+
+
+def denoiser_config(**sizes: object) -> DenoiserConfig:
+    model = ModelConfig(**{"dim": 64, "layers": 3, "heads": 4, "ffn_dim": 176, **sizes})
+    return DenoiserConfig(model=model, vocab_size=300, context_length=32, mask_id=0, eos_id=1, pad_id=2)
+
+
+def kept_by_a_real_forward(config: DenoiserConfig, rows: int, bf16: bool, is_checkpointed: bool) -> int:
+    """Bytes that autograd keeps of all blocks, on real tensors."""
+    denoiser = Denoiser(config)
+    denoiser.checkpoints_blocks = is_checkpointed
+    ids = torch.randint(3, config.vocab_size, (rows, config.context_length))
+    weights = {p.untyped_storage().data_ptr() for p in denoiser.parameters()}
+    found: dict[int, tuple[int, torch.Tensor]] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            found[storage.data_ptr()] = storage.nbytes(), tensor
+        return tensor
+
+    read = torch.zeros_like(ids, dtype=torch.bool)
+    read[0, 0] = True  # the head as good as left out
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16),
+    ):
+        denoiser(ids, torch.ones_like(ids, dtype=torch.bool), read)
+    return sum(size for size, _ in found.values())
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "sizes", [{}, {"kv_heads": 2, "qk_norm": False}, {"layers": 1}], ids=["plain", "grouped", "one"]
+)
+def test_activations_are_what_a_real_forward_keeps(sizes, bf16):
+    config = denoiser_config(**sizes)
+    real = kept_by_a_real_forward(config, 4, bf16, is_checkpointed=False)
+    told, _ = forward_memory(config, FULL, Forward(4, 32, bf16), is_checkpointed=False)
+    few = 60_000 if bf16 else 10_000  # ids, rotations, and the head at one position with its copy of weights
+    assert 0 <= real - told <= few
+    assert told > 10 * few
+
+
+def test_with_checkpointing_the_inputs_of_blocks_are_kept_and_one_block_besides():
+    config = denoiser_config(layers=6)
+    real = kept_by_a_real_forward(config, 4, False, is_checkpointed=True)
+    told, _ = forward_memory(config, FULL, Forward(4, 32, False), is_checkpointed=True)
+    one = block_bytes(config, 0, 4, 32, False)
+    assert 0 <= real - (told - one) <= 10_000
+    whole, _ = forward_memory(config, FULL, Forward(4, 32, False), is_checkpointed=False)
+    assert whole == 6 * one
+
+
+def test_a_clean_half_doubles_what_a_block_keeps():
+    config = denoiser_config()
+    blocks = AttentionPattern("block_diffusion", 8)
+    plain, _ = forward_memory(config, FULL, Forward(4, 32, False), is_checkpointed=False)
+    both, _ = forward_memory(config, blocks, Forward(4, 32, False), is_checkpointed=False)
+    assert 1.9 * plain < both < 2.6 * plain  # scores grow with the square
+
+
+sizes_of = st.fixed_dictionaries(
+    {"dim": st.sampled_from([32, 64]), "layers": st.integers(1, 4), "tie_embeddings": st.booleans()}
+)
+
+
+@settings(max_examples=20, deadline=None)
+@given(sizes=sizes_of, workers=st.sampled_from([1, 2, 8, 512]), offload=st.sampled_from(["none", "optimizer"]))
+def test_a_higher_stage_and_more_workers_never_keep_more_of_what_is_cut(sizes, workers, offload):
+    config = denoiser_config(**sizes)
+    parameters = sum(p.numel() for p in Denoiser(config).parameters())
+    assert config.model.num_parameters(config.vocab_size) == parameters
+    train = TrainConfig(zero_stage=1, offload=offload)
+    forward = Forward(2, 32, False)
+    told = [
+        device_memory(at_stage(train, stage), config, FULL, forward, stage=stage, workers=workers) for stage in range(4)
+    ]
+    more = [
+        device_memory(at_stage(train, stage), config, FULL, forward, stage=stage, workers=2 * workers)
+        for stage in range(4)
+    ]
+    for stage in range(4):
+        assert more[stage].total <= told[stage].total
+        assert told[stage].activations == told[0].activations
+        assert (told[stage].offloaded > 0) == (offload == "optimizer" and stage > 0)
+    assert told[0].weights == told[1].weights == told[2].weights == 4 * parameters
+    assert told[0].optimizer == 8 * parameters
+    assert told[3].average == 4 * -(-parameters // workers)
+
+
+@pytest.mark.parametrize("write", [1.0, 60.0, 1200.0])
+@pytest.mark.parametrize("between", [3600.0, 86400.0])
+def test_no_other_interval_loses_less(write, between):
+    best = best_interval(write, between)
+    every = best * np.geomspace(0.2, 5, 400)
+    lost = [lost_share(float(one), write, between, 0.0) for one in every]
+    assert lost_share(best, write, between, 0.0) <= min(lost) + 1e-4
+    assert 0 < min(lost) < 1
+
+
+def test_a_checkpoint_is_as_large_as_the_trainer_writes_and_time_is_the_mfu_backwards():
+    config = denoiser_config()
+    parameters = config.model.num_parameters(config.vocab_size)
+    saved = saving(config, workers=4, mtbf_hours=1000, bytes_per_second=1e9)
+    assert saved.bytes == CHECKPOINT_BYTES * parameters
+    assert saved.write_seconds == saved.bytes / 1e9
+    train = TrainConfig(batch_rows=8, steps=10)
+    timed = pace(train, config, FULL, passes=1, workers=4, device_flops=1e12, mfu=0.5)
+    per_token = config.model.flops_per_token(config.vocab_size, 32)
+    assert timed.step_flops == 8 * 32 * per_token
+    assert timed.seconds == pytest.approx(10 * timed.step_flops / (4 * 1e12 * 0.5))
+
+
+def planned(capsys, *words: str) -> tuple[int, dict, str]:
+    capsys.readouterr()
+    code = run_command_line(["plan", QUICKSTART, *words, "--output", "json"])
+    out, err = capsys.readouterr()
+    return code, json.loads(out.splitlines()[-1]), err
+
+
+def test_a_hundred_billion_parameters_are_planned_in_no_time(capsys):
+    sizes = [
+        "model.dim=12288",
+        "model.layers=64",
+        "model.heads=96",
+        "model.ffn_dim=32768",
+        "tokenizer.vocab_size=128000",
+    ]
+    words = ["packing.seq_len=4096", "train.batch_rows=1024", "train.micro_rows=1", "train.precision=bf16"]
+    rented = ["--workers", "512", "--device-tflops", "990", "--mfu", "0.4", "--device-memory-gb", "80"]
+    code, told, _ = planned(capsys, *sizes, *words, *rented)
+    assert code == 0
+    assert 100e9 < told["parameters"] < 140e9
+    assert told["memory"]["0"]["total"] > 16 * told["parameters"]
+    assert told["memory"]["3"]["weights"] < 5e9
+    assert told["device_rate"] == "as stated"
+    assert told["checkpoint"]["bytes"] == 16 * told["parameters"]
+    assert run_command_line(["plan", QUICKSTART, *sizes, *words, *rented]) == 0
+    shown = capsys.readouterr().out
+    assert "too much" in shown
+    assert "lost to failures" in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--workers", "0"], "--workers: must be above 0, got 0"),
+        (["--workers", "5"], "--workers: must divide train.batch_rows=32, got 5"),
+        (["--mfu", "2"], "--mfu: is a share of the device's rate, at most 1, got 2.0"),
+        (["--device-tflops", "nan"], "--device-tflops: must be above 0"),
+        (["train.zero_stage=9"], "train.zero_stage: must be less than or equal to 3"),
+    ],
+)
+def test_a_mistake_is_one_line(capsys, words, line):
+    code, told, err = planned(capsys, *words)
+    assert (code, err.startswith(f"dllm: {line}"), err.count("\n")) == (2, True, 1), err
+    assert told["exit_code"] == 2

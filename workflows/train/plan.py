@@ -1,0 +1,180 @@
+"""`dllm plan`: what a recipe's training will take, before a device is rented. Starts nothing and reads no corpus."""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.table import Table
+
+from dllm_core.errors import ConfigError
+from dllm_core.model.config import DenoiserConfig
+from dllm_core.objective.config import PreferenceConfig
+from workflows.console import Console
+from workflows.recipe import Recipe
+
+_GIB = float(1 << 30)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What is to be rented. device_tflops: dense, in the training's precision; None: this machine's, measured."""
+
+    workers: int | None = None
+    device_memory_gb: float | None = None
+    device_tflops: float | None = None
+    mfu: float = 0.4
+    mtbf_hours: float = 50_000.0  # of one GPU: Llama 3, arXiv:2407.21783, lost 16,384 of them every 3 hours or so
+    storage_gb_per_second: float = 1.0
+
+    def check(self) -> None:
+        """Refuse what no machine is."""
+        for name, value in asdict(self).items():
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise ConfigError(f"--{name.replace('_', '-')}", "must be above 0", value)
+        if self.mfu > 1:
+            raise ConfigError("--mfu", "is a share of the device's rate, at most 1", self.mfu)
+
+
+def denoiser_of(recipe: Recipe) -> DenoiserConfig:
+    """The recipe's model; which ids are special decides no size."""
+    size = recipe.tokenizer.vocab_size
+    length = recipe.packing.seq_len
+    return DenoiserConfig(model=recipe.model, vocab_size=size, context_length=length, mask_id=0, eos_id=1, pad_id=2)
+
+
+def check_planned(recipe: Recipe) -> None:
+    """Refuse what is not planned for: a reference beside the policy, adapters beside frozen weights."""
+    if isinstance(recipe.objective, PreferenceConfig):
+        raise ConfigError("objective.type", "preference tuning is not planned for", recipe.objective.type)
+    if recipe.start is not None and recipe.start.lora is not None:
+        raise ConfigError("start.lora", "training of adapters is not planned for", remedy="plan without it")
+
+
+def plan(recipe: Recipe, machine: Machine, console: Console) -> dict[str, Any]:
+    """Memory by ZeRO stage, time and checkpoints; the recipe's own choice is marked."""
+    machine.check()
+    check_planned(recipe)
+    workers = machine.workers or recipe.placement.train.workers
+    if recipe.train.batch_rows % workers:
+        problem = f"must divide train.batch_rows={recipe.train.batch_rows}"
+        raise ConfigError("--workers", problem, workers)
+    import torch
+
+    from dllm_core.objective.build import new_objective
+    from dllm_core.training.backend import resolve_precision
+    from dllm_core.training.loop import measure_peak_flops
+    from dllm_core.training.plan import STAGES, Forward, at_stage, device_memory, pace, saving
+
+    model, device = denoiser_of(recipe), torch.device("cpu")
+    process = recipe.noise.process.bind(model.mask_id, model.vocab_size)
+    objective = new_objective(
+        recipe.objective,
+        model,
+        process,
+        device,
+        seed=recipe.seed,
+        block_length=recipe.noise.block_length,
+        steps=recipe.noise.steps,
+    )
+    precision = resolve_precision(recipe.train.precision, device)
+    share = recipe.train.batch_rows // workers
+    rows = recipe.train.micro_rows if isinstance(recipe.train.micro_rows, int) else share
+    forward = Forward(rows, recipe.packing.seq_len, precision is torch.bfloat16)
+    memory = {
+        stage: device_memory(
+            at_stage(recipe.train, stage), model, objective.pattern, forward, stage=stage, workers=workers
+        )
+        for stage in STAGES
+    }
+    is_measured = machine.device_tflops is None
+    rate = measure_peak_flops(precision, device) if is_measured else (machine.device_tflops or 0) * 1e12
+    timed = pace(
+        recipe.train,
+        model,
+        objective.pattern,
+        passes=objective.passes,
+        workers=workers,
+        device_flops=rate,
+        mfu=machine.mfu,
+    )
+    saved = saving(
+        model,
+        workers=workers,
+        mtbf_hours=machine.mtbf_hours,
+        bytes_per_second=machine.storage_gb_per_second * 1e9,
+    )
+    tokens = recipe.train.batch_rows * recipe.packing.seq_len
+    result = {
+        "parameters": model.model.num_parameters(model.vocab_size),
+        "workers": workers,
+        "rows_of_a_forward": rows,
+        "precision": str(precision).removeprefix("torch."),
+        "zero_stage": recipe.train.zero_stage,
+        "memory": {str(stage): {**asdict(found), "total": found.total} for stage, found in memory.items()},
+        "device_tflops": rate / 1e12,
+        "device_rate": "measured here" if is_measured else "as stated",
+        "mfu": machine.mfu,
+        "step_seconds": timed.step_seconds,
+        "steps": timed.steps,
+        "seconds": timed.seconds,
+        "tokens": tokens * timed.steps,
+        "tokens_per_s": tokens / timed.step_seconds,
+        "checkpoint": {
+            **asdict(saved),
+            "every_steps": max(1, round(saved.every_seconds / timed.step_seconds)),
+        },
+    }
+    if console.output == "text":
+        _show(result, recipe, machine, console)
+    return result
+
+
+def _show(result: dict[str, Any], recipe: Recipe, machine: Machine, console: Console) -> None:
+    workers = result["workers"]
+    console.print(
+        f"[bold]{recipe.name}[/bold]: {result['parameters']:,} parameters, {workers} "
+        f"worker{'s' if workers > 1 else ''}, {result['rows_of_a_forward']} x {recipe.packing.seq_len} tokens "
+        f"a forward, {result['precision']}"
+    )
+    table = Table(
+        title="GiB on rank 0's device (*: the recipe's stage)", title_justify="left", box=None, pad_edge=False
+    )
+    names = ("weights", "gradients", "optimizer", "average", "activations", "logits", "total")
+    short = ("weights", "grads", "Adam", "EMA", "activ.", "logits", "total")
+    for name in ("ZeRO", *short, "on host", ""):
+        table.add_column(name, justify="left" if name in ("ZeRO", "") else "right", no_wrap=True)
+    for stage, found in result["memory"].items():
+        is_own = int(stage) == result["zero_stage"]
+        remark = "*" if is_own else ""
+        if machine.device_memory_gb is not None:
+            fits = found["total"] <= machine.device_memory_gb * 1e9
+            remark = f"{remark} {'fits' if fits else 'too much'}".strip()
+        values = [_gib(found[name]) for name in names]
+        table.add_row(stage, *values, _gib(found["offloaded"]), remark, style="bold" if is_own else "")
+    console.rich.print(table)
+    saved = result["checkpoint"]
+    console.print(
+        f"a step {_duration(result['step_seconds'])} at {result['device_tflops']:.3g} TFLOP/s a device "
+        f"({result['device_rate']}) and an MFU of {100 * machine.mfu:.0f} %: {result['tokens_per_s']:,.0f} tokens/s"
+    )
+    console.print(
+        f"{result['steps']:,} steps of {result['tokens']:,} tokens in {_duration(result['seconds'])}, "
+        f"{_duration(result['seconds'] * (1 + saved['lost']))} with failures"
+    )
+    console.print(
+        f"a checkpoint {_gib(saved['bytes'])} GiB, written in {_duration(saved['write_seconds'])}; best every "
+        f"{_duration(saved['every_seconds'])} ({saved['every_steps']:,} steps): "
+        f"{100 * saved['lost']:.2g} % lost to failures"
+    )
+
+
+def _gib(size: int) -> str:
+    return f"{size / _GIB:,.{0 if size >= 1000 * _GIB else 2}f}" if size else "–"
+
+
+def _duration(seconds: float) -> str:
+    """Two digits or so, in the largest unit."""
+    for name, unit in (("days", 86400.0), ("h", 3600.0), ("min", 60.0)):
+        if seconds >= 2 * unit:
+            return f"{seconds / unit:,.1f} {name}"
+    return f"{seconds:.3g} s"

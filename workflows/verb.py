@@ -1,0 +1,46 @@
+"""How a verb is run and ends: what goes wrong is one line, with `--output json` an object too, and an exit code."""
+
+import contextlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from dllm_core.errors import DataError, DllmError, RequestError
+from workflows.console import Console, Output
+from workflows.interrupts import exit_code_of, say_interrupted
+
+
+class EndedError(Exception):
+    """A verb has failed and has said so."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
+
+
+def run_verb(body: Callable[[Console], Any], output: Output) -> None:
+    """Run a verb; turn what ends it into a line, with `--output json` into an object too, and an exit code."""
+    console = Console(output)
+    try:
+        result = body(console)
+        if result is not None:
+            console.result(result)
+    except DllmError as error:
+        raise EndedError(failed(console, error)) from error
+    except OSError as error:  # the machine: stdout closed or full, a disk that fails
+        raise EndedError(failed(console, DataError("dllm", f"the system refuses ({error})"))) from error
+    except KeyboardInterrupt as signalled:
+        # Here and not above: the library that parses the words would take it for its own affair.
+        say_interrupted(signalled)
+        code = exit_code_of(signalled)
+        console.result({"error": {"place": "dllm", "message": "interrupted"}, "exit_code": code})
+        raise EndedError(code) from signalled
+
+
+def failed(console: Console, error: DllmError) -> int:
+    """Say what ended a verb; the exit code."""
+    code = 2 if isinstance(error, RequestError) else error.exit_code
+    sys.stderr.write(f"dllm: {error}\n")
+    with contextlib.suppress(OSError):  # there may be nobody to tell
+        console.result({"error": {"place": error.place, "message": str(error)}, "exit_code": code})
+    return code
