@@ -98,6 +98,7 @@ def plan(
     device_memory_gb: Annotated[float | None, typer.Option(help="says which ZeRO stages fit")] = None,
     device_tflops: Annotated[float | None, typer.Option(help="dense, as trained; by default this machine's")] = None,
     mfu: Annotated[float, typer.Option(help="share of it that training reaches")] = 0.4,
+    tokens_per_second: Annotated[float | None, typer.Option(help="of a device, instead of both")] = None,
     mtbf_hours: Annotated[float, typer.Option(help="between failures of one device")] = 50_000.0,
     storage_gb_per_second: Annotated[float, typer.Option(help="at which a checkpoint is written")] = 1.0,
     output: OutputOption = "text",
@@ -106,12 +107,12 @@ def plan(
 
     def body(console: Console) -> dict[str, Any]:
         from workflows.target import read_target_recipe
-        from workflows.train.plan import Machine
-        from workflows.train.plan import plan as make_plan
+        from workflows.train import plan as planning
 
-        machine = Machine(workers, device_memory_gb, device_tflops, mfu, mtbf_hours, storage_gb_per_second)
-        recipe, _ = read_target_recipe(target, overrides or [])
-        return make_plan(recipe, machine, console)
+        machine = planning.Machine(
+            workers, device_memory_gb, device_tflops, mfu, mtbf_hours, storage_gb_per_second, tokens_per_second
+        )
+        return planning.plan(read_target_recipe(target, overrides or [])[0], machine, console)
 
     run_verb(body, output)
 

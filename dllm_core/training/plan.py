@@ -23,6 +23,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from dllm_core.model.config import DenoiserConfig
 from dllm_core.model.denoiser import Block
 from dllm_core.model.pattern import AttentionPattern
+from dllm_core.noise.process import AnyNoise
+from dllm_core.objective.config import AnyObjective, AutoregressiveConfig, MaskedLMConfig
 from dllm_core.training.config import TrainConfig
 
 STAGES = (0, 1, 2, 3)
@@ -30,7 +32,6 @@ _BUCKET_ELEMENTS = 500_000_000
 _LIVE_ELEMENTS = 1_000_000_000  # that DeepSpeed gathers at stage 3 before it lets go of any
 _FP32, _MOMENTS = 4, 8
 CHECKPOINT_BYTES = 16  # a trained parameter: weights, average and two moments, fp32
-_READ_SHARE = 0.5  # of positions that are noised, and so read by the head, over all times
 
 
 @dataclass(frozen=True)
@@ -56,11 +57,14 @@ class DeviceMemory:
 
 @dataclass(frozen=True)
 class Forward:
-    """What one forward holds. rows of seq_len positions; bf16: under autocast."""
+    """What one forward holds. rows of seq_len positions; bf16: under autocast; read_share: of positions that the head
+    is asked for.
+    """
 
     rows: int
     seq_len: int
     bf16: bool
+    read_share: float = 0.5
 
 
 def device_memory(
@@ -78,7 +82,7 @@ def device_memory(
     if config.offload != "none":
         offloaded, optimizer = offloaded + optimizer, 0
     if config.offload == "parameters":
-        offloaded, weights = offloaded + weights, _FP32 * _largest_block(model)
+        offloaded, weights = offloaded + _FP32 * cut, _FP32 * gathered
     activations, logits = forward_memory(model, pattern, forward, is_checkpointed=config.activation_checkpointing)
     return DeviceMemory(
         weights=weights,
@@ -102,7 +106,7 @@ def forward_memory(
     entering = _FP32 * forward.rows * length * sizes.dim
     # With checkpointing the inputs alone are kept, and one block is computed again at a time.
     activations = sizes.layers * entering + max(blocks) if is_checkpointed else sum(blocks)
-    read = math.ceil(_READ_SHARE * forward.rows * forward.seq_len)
+    read = math.ceil(forward.read_share * forward.rows * forward.seq_len)
     of_logit = 2 if forward.bf16 else _FP32
     head = read * (2 * _FP32 * sizes.dim + of_logit * model.vocab_size)
     return activations, head + (of_logit * model.vocab_size * sizes.dim if forward.bf16 else 0)
@@ -120,6 +124,7 @@ def block_bytes(model: DenoiserConfig, number: int, rows: int, length: int, bf16
         x = torch.randn(rows, length, sizes.dim, requires_grad=True)
         cos, sin = torch.randn(length, sizes.rope_dim), torch.randn(length, sizes.rope_dim)
         attention = torch.ones(rows, 1, 1, length, dtype=torch.bool)
+        modulation = torch.randn(rows, 1, 6 * sizes.dim, requires_grad=True) if sizes.time_conditioning else None
         shared = {_storage(tensor) for tensor in (x, cos, sin, attention, *block.parameters())}
 
         def keep(tensor: Tensor) -> Tensor:
@@ -131,7 +136,7 @@ def block_bytes(model: DenoiserConfig, number: int, rows: int, length: int, bf16
             torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
             torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16),
         ):
-            block(x, cos, sin, attention, False, None)
+            block(x, cos, sin, attention, False, modulation)
         return x.untyped_storage().nbytes() + sum(size for size, _ in found.values())
 
 
@@ -140,13 +145,11 @@ def _storage(tensor: Tensor) -> int:
     return key
 
 
-def _largest_block(model: DenoiserConfig) -> int:
-    """Parameters of one block, which offloaded weights are brought to the device in; or of the embedding."""
-    sizes = model.model
-    with torch.device("meta"):
-        blocks = (Block(sizes, number) for number in {0, sizes.layers - 1})
-        largest = max(sum(p.numel() for p in block.parameters()) for block in blocks)
-    return max(largest, model.vocab_size * sizes.dim)
+def read_share(objective: AnyObjective, process: AnyNoise) -> float:
+    """The share of positions whose logits a training forward makes: all, or those that are masked, over all times."""
+    if isinstance(objective, AutoregressiveConfig) or (process.replaces and not isinstance(objective, MaskedLMConfig)):
+        return 1.0
+    return objective.rate if isinstance(objective, MaskedLMConfig) else 0.5
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,7 @@ def dry_run(recipe: Recipe, console: Console) -> dict[str, Any]:
     from dllm_core.training.backend import resolve_precision
     from dllm_core.training.deepspeed_backend import DeepSpeedBackend
     from dllm_core.training.loop import Trainer, measure_peak_flops
-    from dllm_core.training.plan import Forward, device_memory
+    from dllm_core.training.plan import Forward, device_memory, read_share
     from workflows.train.session import Silence
 
     is_gpu = torch.cuda.is_available() and recipe.placement.train.gpus_per_worker > 0
@@ -129,7 +129,8 @@ def dry_run(recipe: Recipe, console: Console) -> dict[str, Any]:
         )
         trainer.run()
         written = sum(path.stat().st_size for path in Path(scratch).rglob("*") if path.is_file())
-    forward = Forward(micro_rows or share, recipe.packing.seq_len, precision is torch.bfloat16)
+    asked = read_share(recipe.objective, recipe.noise.process)
+    forward = Forward(micro_rows or share, recipe.packing.seq_len, precision is torch.bfloat16, asked)
     planned = device_memory(config, model, objective.pattern, forward, stage=config.zero_stage, workers=1)
     measured = watch.memory - before
     result = {

@@ -1,7 +1,7 @@
 """`dllm plan`: what a recipe's training will take, before a device is rented. Starts nothing and reads no corpus."""
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from rich.table import Table
@@ -17,7 +17,9 @@ _GIB = float(1 << 30)
 
 @dataclass(frozen=True)
 class Machine:
-    """What is to be rented. device_tflops: dense, in the training's precision; None: this machine's, measured."""
+    """What is to be rented. device_tflops: dense, in the training's precision, of which training reaches `mfu`;
+    tokens_per_second: of a device, instead of both; neither: this machine's matrix products, timed.
+    """
 
     workers: int | None = None
     device_memory_gb: float | None = None
@@ -25,6 +27,12 @@ class Machine:
     mfu: float = 0.4
     mtbf_hours: float = 50_000.0  # of one GPU: Llama 3, arXiv:2407.21783, lost 16,384 of them every 3 hours or so
     storage_gb_per_second: float = 1.0
+    tokens_per_second: float | None = None
+
+    @property
+    def is_stated(self) -> bool:
+        """Whether a rate was given, and so another machine is meant than this one."""
+        return self.device_tflops is not None or self.tokens_per_second is not None
 
     def check(self) -> None:
         """Refuse what no machine is."""
@@ -63,7 +71,7 @@ def plan(recipe: Recipe, machine: Machine, console: Console) -> dict[str, Any]:
     from dllm_core.objective.build import new_objective
     from dllm_core.training.backend import resolve_precision
     from dllm_core.training.loop import measure_peak_flops
-    from dllm_core.training.plan import STAGES, Forward, at_stage, device_memory, pace, saving
+    from dllm_core.training.plan import STAGES, Forward, at_stage, device_memory, pace, read_share, saving
 
     model, device = denoiser_of(recipe), torch.device("cpu")
     process = recipe.noise.process.bind(model.mask_id, model.vocab_size)
@@ -77,17 +85,21 @@ def plan(recipe: Recipe, machine: Machine, console: Console) -> dict[str, Any]:
         steps=recipe.noise.steps,
     )
     precision = resolve_precision(recipe.train.precision, device)
+    if recipe.train.precision == "auto" and (machine.is_stated or recipe.placement.train.gpus_per_worker):
+        precision = torch.bfloat16  # a GPU's; whether this machine is fast in it does not matter
     share = recipe.train.batch_rows // workers
-    rows = recipe.train.micro_rows if isinstance(recipe.train.micro_rows, int) else share
-    forward = Forward(rows, recipe.packing.seq_len, precision is torch.bfloat16)
+    rows = min(recipe.train.micro_rows, share) if isinstance(recipe.train.micro_rows, int) else share
+    asked = read_share(recipe.objective, recipe.noise.process)
+    forward = Forward(rows, recipe.packing.seq_len, precision is torch.bfloat16, asked)
     memory = {
         stage: device_memory(
             at_stage(recipe.train, stage), model, objective.pattern, forward, stage=stage, workers=workers
         )
         for stage in STAGES
     }
-    is_measured = machine.device_tflops is None
-    rate = measure_peak_flops(precision, device) if is_measured else (machine.device_tflops or 0) * 1e12
+    is_measured = machine.device_tflops is None and machine.tokens_per_second is None
+    tokens = recipe.train.batch_rows * recipe.packing.seq_len
+    rate = measure_peak_flops(precision, device) if is_measured else (machine.device_tflops or 1) * 1e12
     timed = pace(
         recipe.train,
         model,
@@ -103,7 +115,8 @@ def plan(recipe: Recipe, machine: Machine, console: Console) -> dict[str, Any]:
         mtbf_hours=machine.mtbf_hours,
         bytes_per_second=machine.storage_gb_per_second * 1e9,
     )
-    tokens = recipe.train.batch_rows * recipe.packing.seq_len
+    if machine.tokens_per_second is not None:
+        timed = replace(timed, step_seconds=tokens / (workers * machine.tokens_per_second))
     result = {
         "parameters": model.model.num_parameters(model.vocab_size),
         "workers": workers,
@@ -111,8 +124,8 @@ def plan(recipe: Recipe, machine: Machine, console: Console) -> dict[str, Any]:
         "precision": str(precision).removeprefix("torch."),
         "zero_stage": recipe.train.zero_stage,
         "memory": {str(stage): {**asdict(found), "total": found.total} for stage, found in memory.items()},
-        "device_tflops": rate / 1e12,
-        "device_rate": "measured here" if is_measured else "as stated",
+        "device_tflops": None if machine.tokens_per_second is not None else rate / 1e12,
+        "device_rate": "this machine's matrix products" if is_measured else "as stated",
         "mfu": machine.mfu,
         "step_seconds": timed.step_seconds,
         "steps": timed.steps,
@@ -153,10 +166,11 @@ def _show(result: dict[str, Any], recipe: Recipe, machine: Machine, console: Con
         table.add_row(stage, *values, _gib(found["offloaded"]), remark, style="bold" if is_own else "")
     console.rich.print(table)
     saved = result["checkpoint"]
-    console.print(
-        f"a step {_duration(result['step_seconds'])} at {result['device_tflops']:.3g} TFLOP/s a device "
-        f"({result['device_rate']}) and an MFU of {100 * machine.mfu:.0f} %: {result['tokens_per_s']:,.0f} tokens/s"
-    )
+    if machine.tokens_per_second is not None:
+        at = f"{machine.tokens_per_second:,.0f} tokens/s a device (as stated)"
+    else:
+        at = f"{result['device_tflops']:.3g} TFLOP/s a device ({result['device_rate']}), MFU {100 * machine.mfu:.0f} %"
+    console.print(f"a step {_duration(result['step_seconds'])} at {at}: {result['tokens_per_s']:,.0f} tokens/s in all")
     console.print(
         f"{result['steps']:,} steps of {result['tokens']:,} tokens in {_duration(result['seconds'])}, "
         f"{_duration(result['seconds'] * (1 + saved['lost']))} with failures"

@@ -170,7 +170,11 @@ def test_the_reverse_chain_of_an_exact_oracle_comes_to_its_law_as_steps_grow(nam
 
 @pytest.mark.parametrize(
     ("name", "steps"),
-    [("uniform", 64), ("uniform-cosine", 64), pytest.param("hybrid", 1024, marks=pytest.mark.long)],
+    [
+        ("uniform", 64),
+        pytest.param("uniform-cosine", 64, marks=pytest.mark.long),
+        pytest.param("hybrid", 1024, marks=pytest.mark.long),
+    ],
 )
 @GIVEN
 def test_ancestral_decoding_of_an_exact_oracle_returns_the_law(name, steps, prompt, suffix):

@@ -57,7 +57,7 @@ def greedy(max_tokens: int, block_length: int, prompt: tuple[int, ...] = ()) -> 
     return Request(prompt, config)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(batch=batches(), keeps_keys=st.booleans())
 @example(batch=(pattern_of(3), [greedy(1, 3), greedy(3, 3), greedy(24, 3)]), keeps_keys=True).via("ties of masks alone")
 def test_a_row_gets_the_same_tokens_alone_and_in_a_batch(denoiser, batch, keeps_keys):
@@ -67,7 +67,7 @@ def test_a_row_gets_the_same_tokens_alone_and_in_a_batch(denoiser, batch, keeps_
     assert together == alone
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(batch=batches())
 @example(batch=(pattern_of(8), [greedy(24, 8), greedy(20, 8, (5,) * 3)])).via("ties of masks alone")
 def test_kept_keys_change_neither_tokens_nor_calls(denoiser, batch):
@@ -78,7 +78,7 @@ def test_kept_keys_change_neither_tokens_nor_calls(denoiser, batch):
     assert kept == computed
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(batch=batches(), max_batch_tokens=st.sampled_from([64, 128]), data=st.data())
 def test_rows_that_come_and_go_leave_their_neighbours_as_they_were(denoiser, batch, max_batch_tokens, data):
     """Slots are taken by rows that wait, while others are cancelled at any tick."""

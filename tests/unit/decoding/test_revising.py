@@ -123,7 +123,7 @@ def test_a_block_is_final_at_once_fills_all_and_ends_in_its_budget(denoiser, req
     assert all(0 <= later - earlier <= config.block_length for earlier, later in itertools.pairwise(finals))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(batch=st.lists(requests(policies=revising) | requests(), min_size=2, max_size=6))
 def test_a_row_gets_the_same_tokens_alone_and_in_a_batch(denoiser, batch):
     together = new_engine(denoiser).generate(batch)

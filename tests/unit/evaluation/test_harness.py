@@ -74,6 +74,7 @@ def offline(monkeypatch, tmp_path):
     monkeypatch.chdir(TASKS)
 
 
+@pytest.mark.long  # the same questions are put in this process below
 def test_the_command_line_runs_local_tasks_and_tells_how_sure_their_figures_are(runs, tmp_path):
     """In a process of its own, which may not reach any hub."""
     run = runs["masks"]

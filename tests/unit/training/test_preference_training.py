@@ -111,7 +111,7 @@ def judged(policy: RunDir, reference: RunDir, prepared: Prepared, kind: str) -> 
         return judge.margins(bundle.denoiser("cpu"), heldout(prepared))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["rows", pytest.param("blocks", marks=pytest.mark.long)])
 def test_a_model_learns_to_prefer_and_forgets_little(root, started, kind):
     run = started(kind)
     prepared = Prepared(tuned_values(root, run, kind))
