@@ -17,10 +17,9 @@ from dllm_core.data.noising import CorpusNoise, token_flags
 from dllm_core.data.order import SampleOrder
 from dllm_core.data.packing import PairsPacking
 from dllm_core.data.shard import ShardInfo, map_shard
-from dllm_core.seeding import Floats, Ints
+from dllm_core.seeding import Bools, Floats, Ints
 from dllm_core.storage.store import Store
 
-Bools = NDArray[np.bool_]
 _ORDER_AHEAD = 1 << 13
 
 

@@ -15,10 +15,9 @@ from dllm_core.noise.absorbing import AbsorbingProcess
 from dllm_core.noise.discrete import snapped
 from dllm_core.noise.process import NoiseProcess
 from dllm_core.noise.times import stratified_times
-from dllm_core.seeding import Floats, Ints, Purpose, uniforms, uniforms64, uniforms_below
+from dllm_core.seeding import Bools, Floats, Ints, Purpose, uniforms, uniforms64, uniforms_below
 
 _ROWS_AT_ONCE = 64  # Philox's arrays stay in the second level cache: 1.5x over one pass at 64 x 1024
-Bools = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)

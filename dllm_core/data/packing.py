@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from pydantic import BeforeValidator, Field
 
 from dllm_core.config.base import Frozen
+from dllm_core.seeding import Bools
 
 Ids = NDArray[np.uint32]
-Bools = NDArray[np.bool_]
 
 
 class PackingBase(Frozen):

@@ -16,9 +16,7 @@ from outlines_core import Index, Vocabulary
 from outlines_core.json_schema import build_regex_from_schema
 
 from dllm_core.errors import RequestError
-from dllm_core.seeding import Ints
-
-Bools = NDArray[np.bool_]
+from dllm_core.seeding import Bools, Ints
 
 # What the library turns into a pattern that means all of it, and what says nothing about values. It passes over others
 # in silence, and an answer could break them.

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dllm_core.decoding.automaton import Bools, TokenAutomaton
+from dllm_core.decoding.automaton import TokenAutomaton
 from dllm_core.decoding.state import DecodeState
-from dllm_core.seeding import Doubles, Floats, Ints
+from dllm_core.seeding import Bools, Doubles, Floats, Ints
 
 _OPEN = -1
 

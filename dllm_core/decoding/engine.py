@@ -19,7 +19,7 @@ from dllm_core.decoding.constraint import is_possible
 from dllm_core.decoding.forward import padded_length, passes_of
 from dllm_core.decoding.request import Request
 from dllm_core.decoding.revise import EditingPolicy
-from dllm_core.decoding.state import Bools, DecodeState, FinishReason
+from dllm_core.decoding.state import DecodeState, FinishReason
 from dllm_core.decoding.step import propose
 from dllm_core.decoding.text import Decodes, TextStream
 from dllm_core.errors import RequestError
@@ -28,7 +28,7 @@ from dllm_core.model.denoiser import Denoiser
 from dllm_core.model.pattern import FULL, AttentionPattern
 from dllm_core.noise.absorbing import AbsorbingProcess
 from dllm_core.noise.process import NoiseProcess
-from dllm_core.seeding import Floats, Ints, Purpose, uniforms, uniforms64
+from dllm_core.seeding import Bools, Floats, Ints, Purpose, uniforms, uniforms64
 
 _MAX_AUTOMATA = 32  # that are kept compiled
 

@@ -11,7 +11,8 @@ import numpy as np
 from pydantic import Field
 
 from dllm_core.config.base import Frozen
-from dllm_core.decoding.unmask import Bools, Floats, Rank, best
+from dllm_core.decoding.unmask import Floats, Rank, best
+from dllm_core.seeding import Bools
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from dllm_core.decoding.automaton import TokenAutomaton
 from dllm_core.decoding.config import AnyRevisingPolicy
@@ -30,11 +29,10 @@ from dllm_core.decoding.request import Request
 from dllm_core.decoding.revise import Moment
 from dllm_core.decoding.unmask import AnyUnmaskPolicy
 from dllm_core.model.pattern import FULL, AttentionPattern
-from dllm_core.seeding import Doubles, Floats, Ints, Purpose, uniforms, uniforms64
+from dllm_core.seeding import Bools, Doubles, Floats, Ints, Purpose, uniforms, uniforms64
 
 FinishReason = Literal["stop", "length", "error"]
 Survival = Callable[[float], float]
-Bools = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from dllm_core.config.base import Frozen
+from dllm_core.seeding import Bools
 
 Floats = NDArray[np.float32]
-Bools = NDArray[np.bool_]
 Rank = Literal["confidence", "margin", "entropy"]
 """Of a position's law p: p of the proposed token; p of the best less p of the second; minus its entropy in nats."""
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dllm_core.checkpoints.bundle import ModelBundle
 from dllm_core.data.loader import TokenRows
-from dllm_core.data.noising import Bools, block_numbers
+from dllm_core.data.noising import block_numbers
 from dllm_core.model.pattern import CAUSAL, AttentionPattern, training_pattern
 from dllm_core.model.visibility import document_starts
 from dllm_core.noise.absorbing import AbsorbingProcess
@@ -34,7 +34,7 @@ from dllm_core.objective.config import AnyObjective, AutoregressiveConfig, Maske
 from dllm_core.objective.diffusion import chain_rate
 from dllm_core.objective.loss import DenoiserLike
 from dllm_core.objective.vocabulary import LogitsLaw, nll
-from dllm_core.seeding import Doubles, Floats, Ints, Purpose, uniforms, uniforms64
+from dllm_core.seeding import Bools, Doubles, Floats, Ints, Purpose, uniforms, uniforms64
 
 
 @dataclass(frozen=True)

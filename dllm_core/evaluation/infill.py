@@ -11,7 +11,6 @@ from typing import Protocol, Self
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from dllm_core.decoding.config import DecodeConfig
 from dllm_core.decoding.engine import Engine
@@ -24,9 +23,8 @@ from dllm_core.evaluation.writers import CausalWriter, Writer
 from dllm_core.noise.process import AnyNoise
 from dllm_core.objective.config import AnyObjective, AutoregressiveConfig, BlockDiffusionConfig
 from dllm_core.objective.loss import DenoiserLike
-from dllm_core.seeding import Ints, Purpose, uniforms64
+from dllm_core.seeding import Bools, Ints, Purpose, uniforms64
 
-Bools = NDArray[np.bool_]
 SIDES: tuple[Side, ...] = ("both", "left", "right")
 
 

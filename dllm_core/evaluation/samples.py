@@ -10,15 +10,12 @@ from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
-from numpy.typing import NDArray
 
 from dllm_core.evaluation.estimate import Estimate, jackknife, ratio
 from dllm_core.evaluation.estimators import HeldoutRows
 from dllm_core.evaluation.scorers import Scorer
 from dllm_core.evaluation.writers import Tokens, Writer
-from dllm_core.seeding import Doubles, Ints
-
-Bools = NDArray[np.bool_]
+from dllm_core.seeding import Bools, Doubles, Ints
 
 
 @dataclass(frozen=True)

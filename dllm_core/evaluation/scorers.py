@@ -18,9 +18,7 @@ from dllm_core.objective.autoregressive import shifted
 from dllm_core.objective.config import AutoregressiveConfig
 from dllm_core.objective.loss import DenoiserLike
 from dllm_core.objective.vocabulary import nll
-from dllm_core.seeding import Doubles, Ints
-
-Bools = NDArray[np.bool_]
+from dllm_core.seeding import Bools, Doubles, Ints
 
 
 class Scorer(Protocol):

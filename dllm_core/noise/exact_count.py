@@ -6,11 +6,8 @@ t^(k-1) (1-t)^(n-k) over all masks of k is 1/k each. It has less spread than mas
 """
 
 import numpy as np
-from numpy.typing import NDArray
 
-from dllm_core.seeding import Doubles, Ints
-
-Bools = NDArray[np.bool_]
+from dllm_core.seeding import Bools, Doubles, Ints
 
 
 def exact_counts(counted: Bools, units: Ints, shares: Doubles, u: Doubles) -> tuple[Bools, Doubles]:

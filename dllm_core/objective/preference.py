@@ -18,9 +18,7 @@ from dllm_core.noise.exact_count import exact_counts
 from dllm_core.objective.config import PreferenceConfig
 from dllm_core.objective.loss import DenoiserLike, LossSum, Rows
 from dllm_core.objective.vocabulary import nll
-from dllm_core.seeding import Doubles, Ints, Purpose, uniforms64
-
-Bools = NDArray[np.bool_]
+from dllm_core.seeding import Bools, Doubles, Ints, Purpose, uniforms64
 
 
 @dataclass(frozen=True)
