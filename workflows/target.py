@@ -15,7 +15,6 @@ from workflows.preprocess.flow import CorpusPlan, plan_corpus
 from workflows.recipe import Recipe, StorageConfig, anchored, load_recipe
 
 RECIPE_NAME = "recipe.yaml"
-TRAIN_RECEIPT = "stages/train.json"
 
 
 @dataclass(frozen=True)

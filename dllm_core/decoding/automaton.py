@@ -41,7 +41,7 @@ class TokenAutomaton:
 
     is_final bool [S + 1]: a text may end there. class_of int [V]: each token's class, -1 where it never occurs; tokens
     of class c are tokens[begins[c] : begins[c + 1]], ascending. after int [S + 1, C]: the next state, -1 for none.
-    src, cls, dst int [E]: the same as edges, by src; by_dst: their order by dst; pair_src, pair_dst: src and dst alone.
+    src, cls, dst int [E]: the same as edges, in order of dst, src and class; pair_src, pair_dst: src and dst alone.
     """
 
     is_final: Bools
@@ -52,7 +52,6 @@ class TokenAutomaton:
     src: Ints
     cls: Ints
     dst: Ints
-    by_dst: Ints
     pair_src: Ints
     pair_dst: Ints
 
@@ -97,24 +96,17 @@ def compile_regex(regex: str, spelled: Sequence[bytes | None]) -> TokenAutomaton
             table.setdefault(text, []).append(token)
     table[_STOP.encode()] = [len(spelled)]
     body = _unanchored(regex)
-    problem = _problem(body, {_STOP.encode(): [0]})
-    if problem is not None and not problem.startswith(_NO_WAY):  # alone: what stands around it could mend it
-        remedy = "write it without look-around, back-references and word boundaries"
-        raise RequestError("constraint", f"is no regular expression ({problem})", regex, remedy)
+    try:
+        Index(body, Vocabulary(1, {_STOP.encode(): [0]}))  # alone: what stands around it below could mend it
+    except ValueError as error:
+        if not str(error).startswith(_NO_WAY):
+            remedy = "write it without look-around, back-references and word boundaries"
+            raise RequestError("constraint", f"is no regular expression ({error})", regex, remedy) from None
     try:
         index = Index(f"(?:{body}){_STOP}", Vocabulary(len(spelled) + 1, table))
     except ValueError:
         raise RequestError("constraint", "no tokens spell a text that matches it", regex) from None
     return _of_index(index, len(spelled))
-
-
-def _problem(regex: str, table: dict[bytes, list[int]]) -> str | None:
-    """What the library says of it; None if nothing."""
-    try:
-        Index(regex, Vocabulary(len(table), table))
-    except ValueError as error:
-        return str(error)
-    return None
 
 
 def _unanchored(regex: str) -> str:
@@ -154,6 +146,8 @@ def _of_index(index: Index, size: int) -> TokenAutomaton:
     for source, tokens, states in rows:
         after[source, class_of[tokens]] = states
     src, cls = np.nonzero(after >= 0)
+    by_dst = np.argsort(after[src, cls], kind="stable")
+    src, cls = src[by_dst], cls[by_dst]
     dst = after[src, cls]
     pairs = np.unique(src * len(is_final) + dst)
     return TokenAutomaton(
@@ -165,7 +159,6 @@ def _of_index(index: Index, size: int) -> TokenAutomaton:
         src=src,
         cls=cls,
         dst=dst,
-        by_dst=np.argsort(dst, kind="stable"),
         pair_src=pairs // len(is_final),
         pair_dst=pairs % len(is_final),
     )

@@ -11,7 +11,7 @@ Behind an end token anything may stand: it costs the likeliest token there, or i
 tokens. All of an answer counts, given pieces too; behind a hole before something given no end token may stand.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -73,7 +73,7 @@ def draw(
     state: DecodeState,
     eos_id: int,
     positions: Ints,
-    laws: Sequence[Doubles],
+    laws: Iterable[Doubles],
     uniforms: Floats,
 ) -> Ints | None:
     """Tokens [n] drawn from the law of strings at open positions [n] of one block, given that the answer matches.
@@ -138,15 +138,14 @@ def _alive(automaton: TokenAutomaton, tokens: Ints, may_end: Bools, eos_id: int,
     found[0][automaton.end] = True
     for token, ends in zip(tokens[first:][::-1], may_end[first:][::-1], strict=True):
         behind = found[-1]
-        if token == _OPEN:
-            reached = automaton.before(behind)
-        else:
+        if token != _OPEN:
             step = _fixed(automaton, int(token), ends, eos_id, 1.0, 0.0)
-            reached = _summed(automaton, behind.astype(np.float64), step) > 0
+            found.append(_summed(automaton, behind.astype(np.float64), step) > 0)
+            continue
+        reached = automaton.before(behind)
         if behind[automaton.end]:
+            reached |= automaton.is_final & ends
             reached[automaton.end] = True
-            if ends and token in (_OPEN, eos_id):
-                reached |= automaton.is_final
         found.append(reached)
     return found[::-1]
 
@@ -186,10 +185,9 @@ def _best_of_classes(automaton: TokenAutomaton, log_probs: Doubles) -> tuple[Dou
 def _reached(automaton: TokenAutomaton, before: Doubles, step: _Step) -> Doubles:
     """The best score of a path into each state [S + 1], a position on."""
     after = np.full(automaton.end + 1, -np.inf)
-    edges, dst = automaton.by_dst, automaton.dst[automaton.by_dst]
-    values = before[automaton.src[edges]] + step.by_class[automaton.cls[edges]]
-    begins = np.flatnonzero(np.diff(dst, prepend=-1))
-    after[dst[begins]] = np.maximum.reduceat(values, begins)
+    values = before[automaton.src] + step.by_class[automaton.cls]
+    begins = np.flatnonzero(np.diff(automaton.dst, prepend=-1))
+    after[automaton.dst[begins]] = np.maximum.reduceat(values, begins)
     into = np.where(automaton.is_final, before, -np.inf).max() + step.end
     after[automaton.end] = max(into, before[automaton.end] + step.stay)
     return after
@@ -204,8 +202,8 @@ def _traced(automaton: TokenAutomaton, scores: list[Doubles], steps: list[_Step]
             path.append(-1)
             at = at if before[at] + step.stay >= finals.max() + step.end else int(finals.argmax())
             continue
-        edges = np.flatnonzero(automaton.dst == at)
-        edge = edges[(before[automaton.src[edges]] + step.by_class[automaton.cls[edges]]).argmax()]
+        edges = slice(*np.searchsorted(automaton.dst, [at, at + 1]))
+        edge = edges.start + (before[automaton.src[edges]] + step.by_class[automaton.cls[edges]]).argmax()
         path.append(int(automaton.cls[edge]))
         at = int(automaton.src[edge])
     return path[::-1]

@@ -45,6 +45,12 @@ class RowUpdate:
     committed: Ints
     confidence: Floats
 
+    @property
+    def commits(self) -> list[tuple[int, int, float]]:
+        """Position, token and confidence of each, as plain numbers."""
+        tokens = self.state.canvas[self.committed].tolist()
+        return list(zip(self.committed.tolist(), tokens, self.confidence.tolist(), strict=True))
+
 
 @dataclass(frozen=True)
 class Answer:

@@ -11,8 +11,8 @@ import numpy as np
 from pydantic import Field
 
 from dllm_core.config.base import Frozen
-from dllm_core.decoding.unmask import Floats, Rank, best
-from dllm_core.seeding import Bools
+from dllm_core.decoding.unmask import Rank, best
+from dllm_core.seeding import Bools, Floats
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """One denoiser call over the rows of a tick: which token each open position would take, and how sure it is."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +14,7 @@ from dllm_core.decoding.state import DecodeState
 from dllm_core.model.cache import KeyValueStore
 from dllm_core.model.denoiser import Denoiser
 from dllm_core.noise.process import NoiseProcess
-from dllm_core.seeding import Floats, Ints
+from dllm_core.seeding import Doubles, Floats, Ints
 
 _LOWEST = -1e4  # of log p: stands for -inf where p is 0
 
@@ -82,7 +82,7 @@ def _choose(
         drawn = order.gather(-1, _inverted(ranked, torch.from_numpy(draws).to(device))[:, None])[:, 0]
         tokens = torch.where(is_hot, drawn, tokens)
     if any(row.automaton is not None for row in rows):
-        tokens = _constrained(tokens, log_probs, rows, positions, of_row, eos_id)
+        tokens = _constrained(tokens, log_probs, rows, positions, eos_id)
     confidence = log_probs.gather(-1, tokens[:, None])[:, 0].exp()
     score = _scores(log_probs, confidence, rows, of_row)
     score = score.where(highest.isfinite(), torch.nan)
@@ -99,7 +99,6 @@ def _constrained(
     log_probs: Tensor,
     rows: Sequence[DecodeState],
     positions: Sequence[Ints],
-    of_row: Tensor,
     eos_id: int,
 ) -> Tensor:
     """Tokens [n] of which those of rows with a constraint are one string each that leaves its answer a way to match.
@@ -112,17 +111,20 @@ def _constrained(
         part = log_probs[begin:stop]
         if row.automaton is None or part.max(-1).values.isnan().any():  # the latter fails, alone
             continue
-        logs, found = part.double().cpu().numpy(), None
+        found = None
         if row.request.config.temperature > 0:
-            ranked, order = _ranked(part, [row], torch.zeros_like(of_row[begin:stop]))
-            law = torch.zeros_like(ranked).scatter_(-1, order, ranked)
-            whole = (part.double() / row.request.config.temperature).softmax(-1)
-            laws = [law.cpu().numpy(), whole.cpu().numpy()]
-            found = draw(row.automaton, row, eos_id, at, laws, row.uniforms(at))
+            found = draw(row.automaton, row, eos_id, at, _laws(part, row), row.uniforms(at))
         if found is None:
-            found = likeliest(row.automaton, row, eos_id, at, logs)
+            found = likeliest(row.automaton, row, eos_id, at, part.double().cpu().numpy())
         chosen[begin:stop] = np.where(found < 0, chosen[begin:stop], found)
     return torch.from_numpy(chosen).to(tokens.device)
+
+
+def _laws(log_probs: Tensor, row: DecodeState) -> Iterator[Doubles]:
+    """One row's laws of tokens [n V] at its temperature: as top_k and top_p cut it off, then the whole one."""
+    ranked, order = _ranked(log_probs, [row], torch.zeros(len(log_probs), dtype=torch.int64, device=log_probs.device))
+    yield torch.zeros_like(ranked).scatter_(-1, order, ranked).cpu().numpy()
+    yield (log_probs.double() / row.request.config.temperature).softmax(-1).cpu().numpy()
 
 
 def _scores(log_probs: Tensor, confidence: Tensor, rows: Sequence[DecodeState], of_row: Tensor) -> Tensor:

@@ -11,9 +11,8 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from dllm_core.config.base import Frozen
-from dllm_core.seeding import Bools
+from dllm_core.seeding import Bools, Doubles, Floats
 
-Floats = NDArray[np.float32]
 Rank = Literal["confidence", "margin", "entropy"]
 """Of a position's law p: p of the proposed token; p of the best less p of the second; minus its entropy in nats."""
 
@@ -110,11 +109,11 @@ class FactorPolicy(Frozen):
 AnyUnmaskPolicy = ThresholdPolicy | LowConfidencePolicy | MarginPolicy | EntropyPolicy | RandomPolicy | FactorPolicy
 
 
-def _drawn(score: Floats, temperature: float, u: Floats) -> NDArray[np.float64]:
+def _drawn(score: Floats, temperature: float, u: Floats) -> Doubles:
     """Scores whose k largest are k draws without replacement by softmax(score / temperature). arXiv:1903.06059."""
     if not temperature:
         return score.astype(np.float64)
-    gumbel: NDArray[np.float64] = -np.log(-np.log(u.astype(np.float64).clip(2.0**-25, 1 - 2.0**-25)))
+    gumbel: Doubles = -np.log(-np.log(u.astype(np.float64).clip(2.0**-25, 1 - 2.0**-25)))
     return score / temperature + gumbel
 
 

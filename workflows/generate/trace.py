@@ -40,9 +40,7 @@ def decode(engine: Engine, requests: Sequence[Request]) -> list[Decoded]:
     done: dict[int, Decoded] = {}
     while updates := engine.step():
         for update in updates:
-            held = update.state.canvas[update.committed].tolist()
-            commits = zip(update.committed.tolist(), held, update.confidence.tolist(), strict=True)
-            calls[update.row].append(list(commits))
+            calls[update.row].append(update.commits)
             if update.state.finish_reason is not None:
                 answer = answer_of(update.state, engine.eos_id)
                 done[rows[update.row]] = Decoded(update.state.request, answer, calls[update.row])

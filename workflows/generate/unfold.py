@@ -46,10 +46,7 @@ def unfold(engine: Engine, tokenizer: Tokenizer, request: Request) -> Iterator[F
             first=len(request.prompt),
             stop=state.canvas_stop,
             answer=answer,
-            commits=[
-                (int(at), int(state.canvas[at]), float(sure))
-                for at, sure in zip(updates[0].committed, updates[0].confidence, strict=True)
-            ],
+            commits=updates[0].commits,
         )
 
 
