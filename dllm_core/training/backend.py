@@ -19,6 +19,7 @@ from dllm_core.objective.loss import DenoiserLike
 from dllm_core.training.config import TrainConfig
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+BUCKET_ELEMENTS = 500_000_000  # of gradients that ZeRO reduces at once; DeepSpeed's own size: 2 GB
 
 
 class Backend(Protocol):

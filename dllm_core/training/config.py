@@ -7,6 +7,10 @@ from pydantic import Field, field_validator, model_validator
 
 from dllm_core.config.base import FieldProblem, Frozen
 
+CHECKPOINT_BYTES = 16  # a trained parameter: weights, average and two moments, fp32
+OFFLOAD_NEEDS = {"none": 0, "optimizer": 1, "parameters": 3}
+"""The lowest ZeRO stage of each `offload`."""
+
 
 class TrainConfig(Frozen):
     """A run ends at `steps` or after `seconds` of training, whichever comes first; the learning rate follows both."""
@@ -72,7 +76,7 @@ class TrainConfig(Frozen):
 
     @model_validator(mode="after")
     def _offload_has_a_stage(self) -> Self:
-        needed = {"none": 0, "optimizer": 1, "parameters": 3}[self.offload]
+        needed = OFFLOAD_NEEDS[self.offload]
         if self.zero_stage < needed:
             problem = f"needs train.zero_stage >= {needed}, which is {self.zero_stage}"
             raise FieldProblem("offload", problem, self.offload, f"train.zero_stage={needed}")

@@ -22,6 +22,7 @@ from torch.nn import functional
 from dllm_core.model.denoiser import Denoiser
 from dllm_core.objective.loss import DenoiserLike
 from dllm_core.training.backend import (
+    BUCKET_ELEMENTS,
     MOMENTS,
     moments_of,
     new_optimizer,
@@ -34,7 +35,6 @@ from dllm_core.training.backend import (
 from dllm_core.training.config import TrainConfig
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-_BUCKET = 500_000_000  # DeepSpeed's own size, in elements: 2 GB on a GPU even for a small model
 
 
 class DeepSpeedBackend:
@@ -82,7 +82,8 @@ class DeepSpeedBackend:
         offloaded = {"none": (), "optimizer": ("optimizer",), "parameters": ("optimizer", "param")}[config.offload]
         return {
             "stage": config.zero_stage,
-            "reduce_bucket_size": min(_BUCKET, sum(p.numel() for p in module.parameters())),
+            # DeepSpeed takes the whole bucket on a GPU even for a small model.
+            "reduce_bucket_size": min(BUCKET_ELEMENTS, sum(p.numel() for p in module.parameters())),
             # Norms' weights stay whole, matrices are cut; below DeepSpeed's 100,000 elements small models stay whole.
             "stage3_param_persistence_threshold": 10 * module.config.model.dim,
             **{f"offload_{what}": in_memory for what in offloaded},

@@ -25,13 +25,12 @@ from dllm_core.model.denoiser import Block
 from dllm_core.model.pattern import AttentionPattern
 from dllm_core.noise.process import AnyNoise
 from dllm_core.objective.config import AnyObjective, AutoregressiveConfig, MaskedLMConfig
-from dllm_core.training.config import TrainConfig
+from dllm_core.training.backend import BUCKET_ELEMENTS
+from dllm_core.training.config import CHECKPOINT_BYTES, OFFLOAD_NEEDS, TrainConfig
 
 STAGES = (0, 1, 2, 3)
-_BUCKET_ELEMENTS = 500_000_000
 _LIVE_ELEMENTS = 1_000_000_000  # that DeepSpeed gathers at stage 3 before it lets go of any
 _FP32, _MOMENTS = 4, 8
-CHECKPOINT_BYTES = 16  # a trained parameter: weights, average and two moments, fp32
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ def device_memory(
     cut = -(-parameters // workers)
     gathered = min(_LIVE_ELEMENTS, parameters) if stage == 3 else 0
     weights = _FP32 * (cut + gathered if stage == 3 else parameters)
-    bucket = min(_BUCKET_ELEMENTS, parameters) if stage >= 2 else 0
+    bucket = min(BUCKET_ELEMENTS, parameters) if stage >= 2 else 0
     gradients = _FP32 * ((cut if stage >= 2 else parameters) + bucket)
     optimizer = (_MOMENTS + _FP32) * cut if stage else _MOMENTS * parameters
     offloaded = 0
@@ -225,5 +224,5 @@ def lost_share(every: float, write: float, between: float, restart: float) -> fl
 
 def at_stage(config: TrainConfig, stage: int) -> TrainConfig:
     """The section at another stage; an offload that needs a higher one is left out."""
-    offload = config.offload if stage >= {"none": 0, "optimizer": 1, "parameters": 3}[config.offload] else "none"
+    offload = config.offload if stage >= OFFLOAD_NEEDS[config.offload] else "none"
     return config.model_copy(update={"zero_stage": stage, "offload": offload})

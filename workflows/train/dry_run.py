@@ -24,7 +24,7 @@ from dllm_core.seeding import Floats
 from dllm_core.storage.store import LocalStore
 from workflows.console import Console
 from workflows.recipe import Recipe
-from workflows.train.plan import check_planned, denoiser_of
+from workflows.train.plan import check_planned, denoiser_of, forward_of, objective_of
 
 _STEPS, _MEASURED_STEPS = 4, 2
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
@@ -56,11 +56,10 @@ def dry_run(recipe: Recipe, console: Console) -> dict[str, Any]:
 
     from dllm_core.checkpoints.store import CheckpointStore
     from dllm_core.model.denoiser import Denoiser
-    from dllm_core.objective.build import new_objective
     from dllm_core.training.backend import resolve_precision
     from dllm_core.training.deepspeed_backend import DeepSpeedBackend
     from dllm_core.training.loop import Trainer, measure_peak_flops
-    from dllm_core.training.plan import Forward, device_memory, read_share
+    from dllm_core.training.plan import device_memory
     from workflows.train.session import Silence
 
     is_gpu = torch.cuda.is_available() and recipe.placement.train.gpus_per_worker > 0
@@ -110,17 +109,7 @@ def dry_run(recipe: Recipe, console: Console) -> dict[str, Any]:
         torch.manual_seed(recipe.seed)
         with device:
             module = Denoiser(model)
-        objective = new_objective(
-            recipe.objective,
-            model,
-            process,
-            device,
-            seed=recipe.seed,
-            block_length=recipe.noise.block_length,
-            steps=recipe.noise.steps,
-            t_min=recipe.noise.t_min,
-            batch_rows=share,
-        )
+        objective = objective_of(recipe, model, device, share)
         backend = DeepSpeedBackend(module, config)
         checkpoints = CheckpointStore(RunDir(LocalStore(Path(scratch)), "dry-run"))
         rows = FakeRows(process, model.vocab_size, recipe.packing.seq_len, recipe.noise.block_length)
@@ -129,8 +118,7 @@ def dry_run(recipe: Recipe, console: Console) -> dict[str, Any]:
         )
         trainer.run()
         written = sum(path.stat().st_size for path in Path(scratch).rglob("*") if path.is_file())
-    asked = read_share(recipe.objective, recipe.noise.process)
-    forward = Forward(micro_rows or share, recipe.packing.seq_len, precision is torch.bfloat16, asked)
+    forward = forward_of(recipe, micro_rows or share, precision)
     planned = device_memory(config, model, objective.pattern, forward, stage=config.zero_stage, workers=1)
     measured = watch.memory - before
     result = {

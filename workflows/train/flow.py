@@ -18,6 +18,7 @@ from dllm_core.checkpoints.store import CheckpointStore
 from dllm_core.data.manifest import read_manifest
 from dllm_core.errors import CheckpointError, DataError, DllmError, PreemptedError
 from dllm_core.objective.config import PreferenceConfig
+from dllm_core.training.config import CHECKPOINT_BYTES
 from workflows.interrupts import first_sigterm_asks
 from workflows.recipe import Recipe
 from workflows.start import check_start
@@ -41,7 +42,7 @@ def checkpoint_bytes(recipe: Recipe) -> int:
     if recipe.start is not None and recipe.start.lora is not None:
         parameters = recipe.start.lora.num_parameters(recipe.model)
     best = recipe.train.average_checkpoints if recipe.train.average_from == "best" else 0
-    return 16 * parameters * (recipe.train.keep_checkpoints + best + 1)
+    return CHECKPOINT_BYTES * parameters * (recipe.train.keep_checkpoints + best + 1)
 
 
 def step_line(record: dict[str, Any]) -> str:

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
@@ -11,6 +11,12 @@ from dllm_core.model.config import DenoiserConfig
 from dllm_core.objective.config import PreferenceConfig
 from workflows.console import Console
 from workflows.recipe import Recipe
+
+if TYPE_CHECKING:  # a mistake need not wait for torch
+    import torch
+
+    from dllm_core.objective.loss import Objective
+    from dllm_core.training.plan import Forward
 
 _GIB = float(1 << 30)
 
@@ -58,39 +64,55 @@ def check_planned(recipe: Recipe) -> None:
         raise ConfigError("start.lora", "training of adapters is not planned for", remedy="plan without it")
 
 
+def objective_of(recipe: Recipe, model: DenoiserConfig, device: "torch.device", batch_rows: int) -> "Objective":
+    """The recipe's objective without a corpus. Raises ConfigError as `check_planned` says."""
+    from dllm_core.objective.build import new_objective
+
+    check_planned(recipe)
+    return new_objective(
+        recipe.objective,
+        model,
+        recipe.noise.process.bind(model.mask_id, model.vocab_size),
+        device,
+        seed=recipe.seed,
+        block_length=recipe.noise.block_length,
+        steps=recipe.noise.steps,
+        t_min=recipe.noise.t_min,
+        batch_rows=batch_rows,
+    )
+
+
+def forward_of(recipe: Recipe, rows: int, precision: "torch.dtype") -> "Forward":
+    """One forward over so many rows."""
+    import torch
+
+    from dllm_core.training.plan import Forward, read_share
+
+    asked = read_share(recipe.objective, recipe.noise.process)
+    return Forward(rows, recipe.packing.seq_len, precision is torch.bfloat16, asked)
+
+
 def plan(recipe: Recipe, machine: Machine, console: Console) -> dict[str, Any]:
     """Memory by ZeRO stage, time and checkpoints; the recipe's own choice is marked."""
     machine.check()
-    check_planned(recipe)
     workers = machine.workers or recipe.placement.train.workers
     if recipe.train.batch_rows % workers:
         problem = f"must divide train.batch_rows={recipe.train.batch_rows}"
         raise ConfigError("--workers", problem, workers)
     import torch
 
-    from dllm_core.objective.build import new_objective
     from dllm_core.training.backend import resolve_precision
     from dllm_core.training.loop import measure_peak_flops
-    from dllm_core.training.plan import STAGES, Forward, at_stage, device_memory, pace, read_share, saving
+    from dllm_core.training.plan import STAGES, at_stage, device_memory, pace, saving
 
     model, device = denoiser_of(recipe), torch.device("cpu")
-    process = recipe.noise.process.bind(model.mask_id, model.vocab_size)
-    objective = new_objective(
-        recipe.objective,
-        model,
-        process,
-        device,
-        seed=recipe.seed,
-        block_length=recipe.noise.block_length,
-        steps=recipe.noise.steps,
-    )
+    objective = objective_of(recipe, model, device, recipe.train.batch_rows)
     precision = resolve_precision(recipe.train.precision, device)
     if recipe.train.precision == "auto" and (machine.is_stated or recipe.placement.train.gpus_per_worker):
         precision = torch.bfloat16  # a GPU's; whether this machine is fast in it does not matter
     share = recipe.train.batch_rows // workers
     rows = min(recipe.train.micro_rows, share) if isinstance(recipe.train.micro_rows, int) else share
-    asked = read_share(recipe.objective, recipe.noise.process)
-    forward = Forward(rows, recipe.packing.seq_len, precision is torch.bfloat16, asked)
+    forward = forward_of(recipe, rows, precision)
     memory = {
         stage: device_memory(
             at_stage(recipe.train, stage), model, objective.pattern, forward, stage=stage, workers=workers

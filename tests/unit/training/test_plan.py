@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 from dllm_core.model.config import DenoiserConfig, ModelConfig
 from dllm_core.model.denoiser import Denoiser
 from dllm_core.model.pattern import FULL, AttentionPattern
-from dllm_core.training.config import TrainConfig
+from dllm_core.training.config import CHECKPOINT_BYTES, TrainConfig
 from dllm_core.training.plan import (
-    CHECKPOINT_BYTES,
     Forward,
     at_stage,
     best_interval,
