@@ -17,11 +17,13 @@ from dllm_core.model.denoiser import Denoiser
 from dllm_core.storage.store import open_store
 from dllm_core.training.backend import LocalBackend
 from dllm_core.training.loop import Trainer
+from workflows.console import Console
 from workflows.fan_out import serially
 from workflows.pipeline.bundle import make_bundle
 from workflows.preprocess.flow import Preprocessing, plan_corpus
 from workflows.recipe import Recipe, resolved
 from workflows.train.session import MetricsLog, open_session
+from workflows.transfer.flow import import_checkpoint
 
 DIM, LAYERS, HEADS, GROUPS, FFN = 32, 2, 4, 2, 48
 
@@ -53,6 +55,13 @@ def qwen2_folder(folder: Path, *, padded: int = 7, dtype: torch.dtype = torch.bf
     config |= {"max_position_embeddings": 64, "tie_word_embeddings": False, "eos_token_id": tokenizer.eos_id}
     (folder / "config.json").write_text(json.dumps(config))
     return folder
+
+
+def imported_qwen(root: Path) -> RunDir:
+    """An imported autoregressive run in bf16 below `root`, with a row for a mask."""
+    folder = qwen2_folder(root / "qwen")
+    words = ["mask_id=new", f"storage.root={root / 'storage'}"]
+    return RunDir.at(import_checkpoint(str(folder), "qwen", words, Console("json"))["run"])
 
 
 def chats(folder: Path) -> dict[str, Any]:
@@ -121,3 +130,10 @@ class Prepared:
         self.session(**train).run()
         make_bundle(self.recipe, self.run, self.corpus)
         return self.run
+
+
+def module_of(prepared: Prepared) -> Denoiser:
+    """The denoiser that a session of it would train."""
+    seen = list[Denoiser]()
+    prepared.session(seen.append)
+    return seen[0]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from starts import Prepared, chats, qwen2_folder, texts, values_of
+from starts import Prepared, chats, imported_qwen, module_of, texts, values_of
 
 from dllm_core.checkpoints.bundle import read_bundle
 from dllm_core.checkpoints.run_dir import RunDir
@@ -21,7 +21,7 @@ from dllm_core.training.start import LoraConfig
 from workflows.console import Console
 from workflows.recipe import resolved
 from workflows.train.flow import checkpoint_bytes
-from workflows.transfer.flow import export_checkpoint, import_checkpoint
+from workflows.transfer.flow import export_checkpoint
 
 QUIET = Console("json")
 LORA = {"rank": 3, "alpha": 6}
@@ -34,9 +34,7 @@ def root(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def qwen(root) -> RunDir:
-    folder = qwen2_folder(root / "qwen")
-    words = ["mask_id=new", f"storage.root={root / 'storage'}"]
-    return RunDir.at(import_checkpoint(str(folder), "qwen", words, QUIET)["run"])
+    return imported_qwen(root)
 
 
 def adapted(root: Path, run: RunDir, name: str, **sections: object) -> Prepared:
@@ -44,12 +42,6 @@ def adapted(root: Path, run: RunDir, name: str, **sections: object) -> Prepared:
     train = {"steps": 6, "checkpoint_every": 1, "learning_rate": 1e-2, "ema_decay": 0.5}
     given = {"objective": {"type": "autoregressive"}, "train": train, "name": name, **sections}
     return Prepared(values_of(root, texts(root / "text"), start={"run": run.url, "lora": lora}, **given))
-
-
-def module_of(prepared: Prepared) -> Denoiser:
-    seen = list[Denoiser]()
-    prepared.session(seen.append)
-    return seen[0]
 
 
 def frozen_of(module: Denoiser) -> dict[str, torch.Tensor]:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from starts import Prepared, qwen2_folder, texts, values_of
+from starts import Prepared, imported_qwen, module_of, texts, values_of
 
 from dllm_core.checkpoints.bundle import read_bundle
 from dllm_core.checkpoints.run_dir import JsonLines, RunDir
@@ -38,21 +38,13 @@ def root(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def qwen(root) -> RunDir:
-    folder = qwen2_folder(root / "qwen")
-    words = ["mask_id=new", f"storage.root={root / 'storage'}"]
-    return RunDir.at(import_checkpoint(str(folder), "qwen", words, QUIET)["run"])
+    return imported_qwen(root)
 
 
 def converted(root: Path, run: RunDir, **sections: object) -> Prepared:
     start = {"run": run.url, "mask_noise": {"std": 0.5, "steps": 3}}
     given = {"start": start, "objective": {"block_warmup": WARMUP}, "train": {"steps": 8, "checkpoint_every": 1}}
     return Prepared(values_of(root, texts(root / "text"), **{**given, **sections}))
-
-
-def module_of(prepared: Prepared):
-    seen = []
-    prepared.session(seen.append)
-    return seen[0]
 
 
 def test_in_blocks_of_one_mask_a_converted_model_pays_what_the_autoregressive_one_did(root, qwen):

@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from starts import Prepared, chats, qwen2_folder, texts, values_of
+from starts import Prepared, chats, imported_qwen, qwen2_folder, texts, values_of
 
 from dllm_core.checkpoints.bundle import read_bundle
 from dllm_core.checkpoints.run_dir import RunDir
@@ -43,10 +43,7 @@ def own(root) -> RunDir:
 
 @pytest.fixture(scope="module")
 def qwen(root) -> RunDir:
-    """An imported autoregressive run in bf16, with a row for a mask."""
-    folder = qwen2_folder(root / "qwen")
-    words = ["mask_id=new", f"storage.root={root / 'storage'}"]
-    return RunDir.at(import_checkpoint(str(folder), "qwen", words, QUIET)["run"])
+    return imported_qwen(root)
 
 
 @pytest.fixture(scope="module")
