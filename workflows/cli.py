@@ -12,10 +12,11 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from dllm_core.errors import ConfigError, DataError, DllmError
-from workflows.console import Console, Output
+from dllm_core.errors import ConfigError, DllmError
+from workflows.cli_asking import bench, generate, serve
+from workflows.console import Console
 from workflows.interrupts import Interrupted
-from workflows.verb import EndedError, failed, run_verb
+from workflows.verb import EndedError, OutputOption, OverridesArg, TargetArg, failed, run_verb
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -25,12 +26,7 @@ app = typer.Typer(
 )
 _INTERRUPTED = 130
 _USAGE_ERROR: Any = typer.BadParameter.__base__  # click's, which newer typers carry inside and export no more
-TargetArg = Annotated[str, typer.Argument(metavar="RECIPE-or-RUN", help="a .yaml recipe, or a folder below runs/")]
-OverridesArg = Annotated[
-    list[str] | None, typer.Argument(metavar="[dotted.path=value]...", help="e.g. train.steps=200 decode.max_tokens=16")
-]
 _PREPROCESS_ACTIONS = ("plan", "run", "verify", "repair", "inspect")
-OutputOption = Annotated[Output, typer.Option("--output", help="json: one JSON object as the last line of stdout")]
 
 
 @app.command()
@@ -150,64 +146,8 @@ def evaluate(target: TargetArg, overrides: OverridesArg = None, output: OutputOp
     run_verb(_stage(target, overrides, lambda p: (p.evaluate(), p.report())[0], needs_bundle=True), output)
 
 
-@app.command()
-def generate(
-    target: TargetArg,
-    overrides: OverridesArg = None,
-    prompt: Annotated[str, typer.Option(help="text before the canvas")] = "",
-    prompt_ids: Annotated[str | None, typer.Option(help="the same as token ids: 17,3,99")] = None,
-    suffix: Annotated[str, typer.Option(help="text behind it: the hole between is filled")] = "",
-    infill: Annotated[
-        str | None, typer.Option(help="text with holes: [[8]] of 8 tokens, [[2-8]] of 2 to 8, [[]] of any number")
-    ] = None,
-    edit: Annotated[
-        str | None, typer.Option(metavar="BEGIN:STOP", help="characters of the prompt that are made anew")
-    ] = None,
-    strength: Annotated[float, typer.Option(help="how much of them noise takes, in (0, 1]")] = 0.5,
-    stop: Annotated[list[str] | None, typer.Option(help="a string that ends the answer; may be given again")] = None,
-    regex: Annotated[str | None, typer.Option(help="a regular expression that all of the answer matches")] = None,
-    json_schema: Annotated[
-        str | None, typer.Option(metavar="FILE-or-JSON", help="a JSON schema that the answer keeps")
-    ] = None,
-    prompts: Annotated[
-        Path | None, typer.Option(help="a file with one a line: text, or JSON objects in a .jsonl")
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="the same seed gives the same text")] = 0,
-    trace: Annotated[Path | None, typer.Option(help="write what every call did to this file")] = None,
-    replay: Annotated[Path | None, typer.Option(help="make again what a trace holds, and compare every call")] = None,
-    output: OutputOption = "text",
-) -> None:
-    """Complete a prompt, fill holes, or edit a span, watching the canvas denoise; or decode a file of prompts."""
-
-    def body(console: Console) -> dict[str, Any]:
-        from workflows.generate.asked import Asked, read_asked
-        from workflows.target import find_run
-
-        given = {
-            "prompt": prompt,
-            "prompt_ids": None if prompt_ids is None else _ids("--prompt-ids", prompt_ids),
-            "suffix": suffix,
-            "infill": infill,
-            "edit": edit,
-            "strength": strength,
-            "seed": seed,
-            "stop": stop or [],
-            "regex": regex,
-            "json_schema": None if json_schema is None else _schema(json_schema),
-        }
-        asked = Asked.checked(given)
-        if replay is not None and (prompts is not None or trace is not None or asked != Asked()):
-            raise ConfigError("--replay", "takes all from the trace", str(replay), "leave out the other options")
-        several = None if prompts is None else read_asked(prompts, asked)
-        recipe, found = find_run(target, overrides or [])
-        from workflows.generate.flow import Generator  # torch: a mistake need not wait for it
-
-        generator = Generator(recipe, found, console)
-        if replay is not None:
-            return generator.replayed(replay)
-        return generator.one(asked, trace) if several is None else generator.many(several, trace)
-
-    run_verb(body, output)
+for _verb in (generate, serve, bench):
+    app.command()(_verb)
 
 
 @app.command()
@@ -225,20 +165,6 @@ def compare(
         from workflows.compare.flow import compare as run_comparison
 
         return run_comparison(loaded, console)
-
-    run_verb(body, output)
-
-
-@app.command()
-def serve(target: TargetArg, overrides: OverridesArg = None, output: OutputOption = "text") -> None:
-    """Host a run's bundle behind an OpenAI-shaped endpoint until Ctrl-C."""
-
-    def body(console: Console) -> None:
-        from workflows.serve.flow import serve_forever
-        from workflows.target import find_run
-
-        recipe, found = find_run(target, overrides or [])
-        serve_forever(recipe, found, console)
 
     run_verb(body, output)
 
@@ -368,23 +294,6 @@ def _on_corpus(action: str, target: str, overrides: list[str]) -> Callable[[Cons
         return look_at_corpus(action, plan, console)
 
     return body
-
-
-def _ids(place: str, text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",") if part.strip()]
-    except ValueError:
-        raise ConfigError(place, "must be numbers with commas between them", text) from None
-
-
-def _schema(given: str) -> str:
-    """The JSON itself, or what a file of that name holds."""
-    if given.lstrip().startswith("{"):
-        return given
-    try:
-        return Path(given).read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise DataError("--json-schema", f"cannot be read ({error})", given) from None
 
 
 def _one_line(error: Any) -> str:

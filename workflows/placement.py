@@ -1,6 +1,6 @@
 """Section `placement`: where work runs and how much of it at once. It may change speed and rounding, nothing else."""
 
-from typing import Self
+from typing import Any, Self
 
 from pydantic import Field, model_validator
 
@@ -33,13 +33,27 @@ class EvaluatePlacement(Frozen):
 
 
 class ServePlacement(Frozen):
-    """Decode replicas: Ray Serve holds their number between the two bounds, by requests in flight."""
+    """Gateways, and decode replicas, whose number is held between the two bounds by the work in hand.
 
-    min_replicas: int = Field(1, ge=1)
+    min_replicas 0: none while nobody asks; the first request then waits for one to start.
+    """
+
+    gateways: int = Field(1, ge=1, description="processes that read requests and write answers")
+    min_replicas: int = Field(1, ge=0)
     max_replicas: int = Field(2, ge=1)
-    target_ongoing_requests: float = Field(8, gt=0, description="requests in flight a replica is scaled for")
+    target_work: float = Field(512, gt=0, description="denoiser calls, summed over rows, that a replica has in hand")
+    up_after_s: float = Field(2, ge=0, description="work that asks for more replicas for so long gets them")
+    down_after_s: float = Field(60, ge=0, description="work that fits into one fewer for so long ends one")
     cpus_per_replica: float = Field(0.5, gt=0)
     gpus_per_replica: float = Field(0, ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_older_runs(cls, values: Any) -> Any:
+        """Their recorded recipes hold what replicas were scaled by before; it says nothing any more."""
+        if isinstance(values, dict):
+            return {name: value for name, value in values.items() if name != "target_ongoing_requests"}
+        return values
 
     @model_validator(mode="after")
     def _bounds_are_ordered(self) -> Self:

@@ -1,13 +1,21 @@
-"""How a verb is run and ends: what goes wrong is one line, with `--output json` an object too, and an exit code."""
+"""What verbs share: their arguments, and how one ends: a line, with `--output json` an object too, and an exit code."""
 
 import contextlib
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from dllm_core.errors import DataError, DllmError, RequestError
 from workflows.console import Console, Output
 from workflows.interrupts import exit_code_of, say_interrupted
+
+TargetArg = Annotated[str, typer.Argument(metavar="RECIPE-or-RUN", help="a .yaml recipe, or a folder below runs/")]
+OverridesArg = Annotated[
+    list[str] | None, typer.Argument(metavar="[dotted.path=value]...", help="e.g. train.steps=200 decode.max_tokens=16")
+]
+OutputOption = Annotated[Output, typer.Option("--output", help="json: one JSON object as the last line of stdout")]
 
 
 class EndedError(Exception):

@@ -6,7 +6,9 @@ to `[a-z]*`), so that a step over the automaton costs its edges between states a
 """
 
 import json
-from collections.abc import Sequence
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +31,7 @@ _KEYWORDS = frozenset(
     }
 )
 _MAX_REGEX = 1 << 16
+_MAX_KEPT = 32
 _NO_WAY = "The vocabulary provided is incompatible"
 # Stands behind every text. Without it the library drops what leads from a text that matches to one that does not yet:
 # `(ab)+` would have no second `a`.
@@ -172,6 +175,40 @@ def _mixed(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return words ^ (words >> np.uint64(31))
 
 
+class AutomatonCache:
+    """Automata of one vocabulary, compiled once while they are among the last that were asked for. Thread-safe."""
+
+    def __init__(self, spell: Callable[[], Sequence[bytes | None] | None]) -> None:
+        """spell: each token's bytes, None where the tokenizer is not byte-level; asked for when it is needed."""
+        self._spell = spell
+        self._kept: OrderedDict[str, TokenAutomaton] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, regex: str) -> TokenAutomaton:
+        """The automaton of `compile_regex`, with its errors."""
+        with self._lock:
+            if regex in self._kept:
+                self._kept.move_to_end(regex)
+                return self._kept[regex]
+        spelled = self._spell()
+        if spelled is None:
+            raise RequestError("constraint", "needs a byte-level tokenizer, which this engine has not", regex)
+        automaton = compile_regex(regex, spelled)
+        self.put(regex, automaton)
+        return automaton
+
+    def __contains__(self, regex: str) -> bool:
+        with self._lock:
+            return regex in self._kept
+
+    def put(self, regex: str, automaton: TokenAutomaton) -> None:
+        """Keep one that was compiled elsewhere."""
+        with self._lock:
+            self._kept[regex] = automaton
+            while len(self._kept) > _MAX_KEPT:
+                self._kept.popitem(last=False)
+
+
 def schema_regex(schema: str) -> str:
     """The regular expression of the JSON texts that a JSON schema describes, properties in its order.
 
@@ -204,3 +241,21 @@ def _keywords(schema: Any) -> set[str]:
         elif name == "anyOf" and isinstance(value, list):
             found.update(*(_keywords(part) for part in value))
     return found
+
+
+def json_object_regex() -> str:
+    """Of JSON objects whose values are plain, arrays of plain values, or objects of plain values.
+
+    Deeper ones are no regular language, and what the library makes of `{"type": "object"}` takes minutes to compile;
+    this has 403 states over bytes.
+    """
+    text = r'"([^"\\\x00-\x1f\x7f-\x9f]|\\["\\/bfnrt])*"'
+    plain = rf"({text}|-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?|true|false|null)"
+    comma, space = "[ ]?,[ ]?", "[ ]?"
+    array = rf"\[{space}({plain}({comma}{plain})*)?{space}\]"
+
+    def object_of(value: str) -> str:
+        member = f"{text}{space}:{space}{value}"
+        return rf"\{{{space}({member}({comma}{member})*)?{space}\}}"
+
+    return object_of(f"({plain}|{array}|{object_of(plain)})")

@@ -5,7 +5,7 @@ Rows enter and leave between ticks only. A tick is bounded by the positions that
 requests: rows that do not fit wait for the next one, which they come first in. No row's tokens depend on that.
 """
 
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 
 from dllm_core.checkpoints.bundle import ModelBundle
-from dllm_core.decoding.automaton import TokenAutomaton, compile_regex
+from dllm_core.decoding.automaton import AutomatonCache
 from dllm_core.decoding.config import NO_SUFFIX, decoding_pattern, is_ancestral, no_decoder
 from dllm_core.decoding.constraint import is_possible
 from dllm_core.decoding.forward import padded_length, passes_of
 from dllm_core.decoding.request import Request
 from dllm_core.decoding.revise import EditingPolicy
 from dllm_core.decoding.state import DecodeState, FinishReason
-from dllm_core.decoding.step import propose
+from dllm_core.decoding.step import Proposal, propose
 from dllm_core.decoding.text import Decodes, TextStream
 from dllm_core.errors import RequestError
 from dllm_core.model.cache import KeyValueStore
@@ -30,20 +30,21 @@ from dllm_core.noise.absorbing import AbsorbingProcess
 from dllm_core.noise.process import NoiseProcess
 from dllm_core.seeding import Bools, Floats, Ints, Purpose, uniforms, uniforms64
 
-_MAX_AUTOMATA = 32  # that are kept compiled
-
 
 @dataclass(frozen=True)
 class RowUpdate:
     """What one call did to one row. `state` is live: copy what must outlive the next tick.
 
     committed int64 [n] and confidence [n]: positions that became final in this call, and how sure it was of them.
+    best_tokens, best_log_probs [n k]: the likeliest there, as `Request.top_logprobs` asks.
     """
 
     row: int
     state: DecodeState
     committed: Ints
     confidence: Floats
+    best_tokens: Ints
+    best_log_probs: Floats
 
     @property
     def commits(self) -> list[tuple[int, int, float]]:
@@ -141,7 +142,7 @@ class Engine:
         self._active: dict[int, DecodeState] = {}
         self._streams: dict[int, TextStream] = {}  # of rows with stop strings
         self._served: dict[int, int] = {}  # the tick that each active row last took part in
-        self._automata: OrderedDict[str, TokenAutomaton] = OrderedDict()
+        self._automata = AutomatonCache(getattr(tokenizer, "token_bytes", lambda: None))
         self._next_row = self._tick = 0
 
     @property
@@ -190,7 +191,7 @@ class Engine:
             mask_id=config.mask_id,
         )
         if request.constraint is not None:
-            state.automaton = self._automaton(request.constraint)
+            state.automaton = self._automata.get(request.constraint)
             if not is_possible(state.automaton, state, config.eos_id):
                 problem = f"no answer of at most {request.region_length} tokens matches it with what is given"
                 raise RequestError("constraint", problem, request.constraint)
@@ -201,18 +202,10 @@ class Engine:
         self._waiting.append((row, state))
         return row
 
-    def _automaton(self, regex: str) -> TokenAutomaton:
-        """Compiled once, while it is one of the last that were asked for."""
-        if regex not in self._automata:
-            spell = getattr(self._tokenizer, "token_bytes", None)
-            spelled = None if spell is None else spell()
-            if spelled is None:
-                raise RequestError("constraint", "needs a byte-level tokenizer, which this engine has not", regex)
-            self._automata[regex] = compile_regex(regex, spelled)
-        self._automata.move_to_end(regex)
-        while len(self._automata) > _MAX_AUTOMATA:
-            self._automata.popitem(last=False)
-        return self._automata[regex]
+    @property
+    def automata(self) -> AutomatonCache:
+        """What `add` needs of constraints. Any thread may put one there, so that no tick waits for it."""
+        return self._automata
 
     def _region(self, request: Request) -> tuple[Ints, Bools]:
         """What stands between prompt and suffix at first, and what of it is open [n]."""
@@ -229,10 +222,12 @@ class Engine:
         u = uniforms(request.seed, Purpose.EDIT, 0, positions, 1)[:, 0]
         t = np.full(len(given), request.strength, np.float32)
         noised: Ints = self._process.corrupt(given[None], t[None], u[None], None if v is None else v[None])[0]
+        edited = request.is_edited
+        noised = np.where(edited, noised, given)
         if self._is_ancestral:
-            return noised, np.ones(len(given), dtype=bool)
-        is_open = noised == mask_id
-        is_open[u.argmax()] = True  # something is to change
+            return noised, edited
+        is_open = edited & (noised == mask_id)
+        is_open[np.where(edited, u, -1).argmax()] = True  # something is to change
         return np.where(is_open, mask_id, noised), is_open
 
     def _canvas_length(self, request: Request) -> int:
@@ -269,12 +264,11 @@ class Engine:
             self._served[row] = self._tick
             if proposal is None:
                 state.fail()
-                updates.append(RowUpdate(row, state, np.zeros(0, np.int64), np.zeros(0, np.float32)))
+                updates.append(_failed(row, state))
             else:
                 verdict = (proposal.positions, proposal.tokens, proposal.score)
                 committed = state.commit(*verdict, config.eos_id, self._survival)
-                sure = proposal.confidence[np.isin(proposal.positions, committed)]
-                updates.append(RowUpdate(row, state, committed, sure))
+                updates.append(_update(row, state, proposal, committed))
                 if row in self._streams:
                     self._stop_at_string(row, state)
             if state.finish_reason is not None:
@@ -365,6 +359,17 @@ class Engine:
         trained, asked = self._pattern.block_length, request.config.block_length
         if trained is not None and asked != trained:
             raise RequestError("block_length", f"must be {trained}, in which the model was trained", asked)
+
+
+def _update(row: int, state: DecodeState, proposal: Proposal, committed: Ints) -> RowUpdate:
+    told = np.isin(proposal.positions, committed)
+    best = (proposal.best_tokens[told], proposal.best_log_probs[told])
+    return RowUpdate(row, state, committed, proposal.confidence[told], *best)
+
+
+def _failed(row: int, state: DecodeState) -> RowUpdate:
+    none = (np.zeros(0, np.int64), np.zeros(0, np.float32))
+    return RowUpdate(row, state, *none, none[0][:, None], none[1][:, None])
 
 
 def _check_constraint(request: Request, is_ancestral: bool) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 
 from dllm_core.decoding.config import DecodeConfig
 from dllm_core.errors import RequestError
-from dllm_core.seeding import Ints
+from dllm_core.seeding import Bools, Ints
 
 
 @dataclass(frozen=True)
@@ -20,12 +20,14 @@ class Request:
 
     strength: `middle` holds ids alone, and decoding begins from them as the model's noise leaves them at t = strength:
     masked positions, or all of them where the noise replaces tokens, are decoded from there to t = 0. SDEdit's idea,
-    arXiv:2108.01073. At least one position is changed.
+    arXiv:2108.01073. At least one position is changed. spans: (begin, stop) of what in `middle` is noised; () for all.
 
     stop: strings of which the first in the answer ends it, and is cut off.
 
     constraint: a regular expression that all of the answer's text matches (`automaton.schema_regex` makes one of a JSON
     schema).
+
+    top_logprobs: how many of the likeliest tokens a call tells at each position that it commits.
     """
 
     prompt: tuple[int, ...]
@@ -36,6 +38,8 @@ class Request:
     strength: float | None = None
     stop: tuple[str, ...] = ()
     constraint: str | None = None
+    top_logprobs: int = 0
+    spans: tuple[tuple[int, int], ...] = ()
 
     @property
     def region_length(self) -> int:
@@ -70,6 +74,26 @@ class Request:
         middle = (None,) * self.config.max_tokens if self.middle is None else self.middle
         return np.array([open_id if token is None else token for token in middle], np.int64)
 
+    @property
+    def num_given(self) -> int:
+        """Tokens that the request holds."""
+        return len(self.prompt) + len(self.suffix) + sum(token is not None for token in self.middle or ())
+
+    @property
+    def num_asked(self) -> int:
+        """Positions that it asks to be filled, at most."""
+        if self.strength is not None:
+            return int(self.is_edited.sum())
+        return self.region_length - sum(token is not None for token in self.middle or ())
+
+    @property
+    def is_edited(self) -> Bools:
+        """What of the region `strength` makes anew [region_length]."""
+        edited = np.full(self.region_length, not self.spans)
+        for begin, stop in self.spans:
+            edited[begin:stop] = True
+        return edited
+
     def check(self, vocab_size: int, context_length: int) -> None:
         """Refuse what cannot be decoded: too long, ids outside the vocabulary, nothing to fill."""
         if self.length > context_length:
@@ -89,6 +113,11 @@ class Request:
             raise RequestError("middle", "has no open position: there is nothing to fill")
         if self.strength is not None and (self.middle is None or any(is_open)):
             raise RequestError("middle", "must be whole where strength says how much of it is made anew")
+        if any(not 0 <= begin < stop <= self.region_length for begin, stop in self.spans):
+            problem = f"must be (begin, stop) within the {self.region_length} tokens of middle"
+            raise RequestError("spans", problem, [list(span) for span in self.spans])
+        if self.spans and self.strength is None:
+            raise RequestError("spans", "say what is made anew, and strength does not say how much of it")
 
     def shortened(self, room: int) -> "Request":
         """The same with at most so many open positions at its end."""

@@ -23,13 +23,16 @@ _LOWEST = -1e4  # of log p: stands for -inf where p is 0
 class Proposal:
     """For one row: positions int64 [n] of the open ones in its block, their tokens [n] and confidence [n].
 
-    score [n]: what its policy ranks them by.
+    score [n]: what its policy ranks them by. best_tokens, best_log_probs [n k]: the likeliest, surest first, k as the
+    request's `top_logprobs` says.
     """
 
     positions: Ints
     tokens: Ints
     confidence: Floats
     score: Floats
+    best_tokens: Ints
+    best_log_probs: Floats
 
 
 @torch.inference_mode()
@@ -86,12 +89,28 @@ def _choose(
     confidence = log_probs.gather(-1, tokens[:, None])[:, 0].exp()
     score = _scores(log_probs, confidence, rows, of_row)
     score = score.where(highest.isfinite(), torch.nan)
-    packed = torch.stack([tokens.double(), confidence.double(), score.double()]).cpu().numpy()  # one transfer
+    most = max(row.request.top_logprobs for row in rows)
+    best = log_probs.topk(min(most, log_probs.shape[-1]), dim=-1)
+    columns = [tokens[:, None], confidence[:, None], score[:, None], best.indices, best.values]
+    packed = torch.cat([column.double() for column in columns], dim=1).cpu().numpy()  # one transfer
     splits = np.cumsum([len(part) for part in positions])[:-1]
     return [
-        None if np.isnan(part[2]).any() else Proposal(at, part[0].astype(np.int64), *part[1:].astype(np.float32))
-        for at, part in zip(positions, np.split(packed, splits, axis=1), strict=True)
+        None if np.isnan(part[:, 2]).any() else _proposal(at, part, row.request.top_logprobs)
+        for row, at, part in zip(rows, positions, np.split(packed, splits), strict=True)
     ]
+
+
+def _proposal(positions: Ints, packed: Doubles, top: int) -> Proposal:
+    """Of columns [n 3 + 2 m]: token, confidence, score, and the m >= top likeliest tokens and their logs."""
+    most = (packed.shape[1] - 3) // 2
+    return Proposal(
+        positions,
+        packed[:, 0].astype(np.int64),
+        packed[:, 1].astype(np.float32),
+        packed[:, 2].astype(np.float32),
+        packed[:, 3 : 3 + min(top, most)].astype(np.int64),
+        packed[:, 3 + most : 3 + most + min(top, most)].astype(np.float32),
+    )
 
 
 def _constrained(

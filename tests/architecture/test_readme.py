@@ -21,7 +21,8 @@ from workflows.cli import app
 from workflows.compare.recipe import load_comparison
 from workflows.evaluate.harness import HarnessConfig
 from workflows.recipe import Recipe, load_recipe
-from workflows.serve.protocol import parse_request
+from workflows.serve.dialect.body import parse_body
+from workflows.serve.dialect.completions import CompletionRequest
 from workflows.task.flow import write_task
 
 ROOT = Path(__file__).parents[2]
@@ -51,7 +52,7 @@ def test_a_command_of_the_readme_means_something(command, tmp_path):
         subprocess.run(["make", "-n", *words], cwd=ROOT, check=True, capture_output=True)
     elif tool == "curl":
         body = json.loads(words[words.index("-d") + 1])
-        assert parse_request(json.dumps(body).encode()).prompts
+        assert parse_body(CompletionRequest, json.dumps(body).encode()).prompt
     elif tool == "dllm-lm-eval":
         assert tool in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
         parser = HarnessCLI()._parser  # parse_args() reads the words of this process

@@ -17,14 +17,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
+import hypothesis
 import openai
 import psutil
 import pytest
+import schemathesis
 
 from workflows.env import ray_cluster
 from workflows.placement import ServePlacement
-from workflows.serve.app import start, stop
+from workflows.serve.app import AppArgs, ServedRun, start, stop
 from workflows.serve.config import ServeConfig
+from workflows.serve.gateway import api
 
 
 def free_port() -> int:
@@ -39,7 +42,8 @@ def endpoint(small_bundle, small_corpus):
     settings = ServeConfig(port=free_port())
     placement = ServePlacement(min_replicas=2, max_replicas=2, cpus_per_replica=0.25)
     with ray_cluster(2):
-        url = start(small_bundle.url, small_bundle.name, settings, small_corpus.recipe.decode, placement)
+        served = ServedRun(run=small_bundle.url, decode=small_corpus.recipe.decode)
+        url = start(AppArgs(models={small_bundle.name: served}, serve=settings, placement=placement))
         try:
             yield url, small_bundle.name
         finally:
@@ -60,6 +64,34 @@ def ask(endpoint):
 @pytest.fixture
 def client(endpoint):
     return openai.OpenAI(base_url=f"{endpoint[0]}/v1", api_key="unused", max_retries=0)
+
+
+SCHEMA = schemathesis.openapi.from_dict(api.openapi())
+
+
+@SCHEMA.parametrize()
+@hypothesis.settings(max_examples=15, deadline=None, suppress_health_check=list(hypothesis.HealthCheck))
+def test_no_request_that_the_document_allows_or_forbids_is_a_server_error(case, endpoint):
+    fuzzed(case, endpoint)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+@SCHEMA.parametrize()
+@hypothesis.settings(max_examples=1500, deadline=None, suppress_health_check=list(hypothesis.HealthCheck))
+def test_ten_thousand_requests_that_the_document_allows_or_forbids_are_no_server_error(case, endpoint):
+    fuzzed(case, endpoint)
+
+
+def fuzzed(case, endpoint):
+    """One made-up request, of the served model half the time: 4xx in OpenAI's shape or 200, and no 5xx."""
+    url, model = endpoint
+    if isinstance(case.body, dict) and len(str(case.body)) % 2:
+        case.body["model"] = model
+    answer = case.call(base_url=url)
+    assert answer.status_code < 500, answer.text
+    if answer.status_code >= 400:
+        assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
 
 
 HOT = {"temperature": 1.0, "max_tokens": 16}

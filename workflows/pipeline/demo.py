@@ -6,13 +6,13 @@ from dllm_core.checkpoints.run_dir import RunDir
 from workflows.console import StageBar
 from workflows.recipe import Recipe
 from workflows.serve.app import start, stop
-from workflows.serve.flow import ask
+from workflows.serve.flow import args_of, ask
 
 
 def demonstrate(recipe: Recipe, run: RunDir, bar: StageBar) -> list[dict[str, Any]]:
     """The endpoint's answers to the examples, each with its cost."""
     bar.update("starting the endpoint")
-    url = start(run.url, run.name, recipe.serve, recipe.decode, recipe.placement.serve)
+    url = start(args_of(recipe, run))
     answers = []
     try:
         for number, example in enumerate(recipe.serve.examples):

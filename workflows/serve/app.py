@@ -1,4 +1,8 @@
-"""The Ray Serve application: one gateway; behind it, decode replicas whose number follows the requests in flight."""
+"""The Ray Serve application: gateways, and behind them decode replicas whose number follows the work in hand.
+
+`build` is what `serve run workflows.serve.app:build run=RUN` and `dllm serve` both use. Models stand in `user_config`,
+so that another one is loaded by deploying again, with nothing restarted.
+"""
 
 import errno
 import logging
@@ -8,7 +12,9 @@ import time
 from typing import Any
 
 import httpx
+from pydantic import Field
 
+from dllm_core.config.base import Frozen
 from dllm_core.decoding.config import DecodeConfig
 from dllm_core.errors import ConfigError, DataError
 from workflows.placement import ServePlacement
@@ -19,44 +25,86 @@ _READY_WITHIN_S = 120.0
 _NO_LIMIT = 1 << 14  # Ray Serve lets every call in: a replica refuses rows itself, and tells its load meanwhile
 _PROXY_WAITS_S = 10.0  # longer than the gateway, whose own deadline answers in OpenAI's shape
 _STARTS = 2
+_DRAINS_S = 30.0  # what a replica that is to go has for the requests that it holds; others are tried again elsewhere
+_POLICY = "workflows.serve.scaling:ByWork"
 
 
-def build_app(run_url: str, model: str, settings: ServeConfig, decode: DecodeConfig, placement: ServePlacement) -> Any:
-    """Bind gateway and replicas to a run's bundle."""
+class ServedRun(Frozen):
+    """A run whose bundle is served, and how its recipe decodes."""
+
+    run: str
+    decode: DecodeConfig = DecodeConfig()
+
+
+class AppArgs(Frozen):
+    """What the application is built from. models: by the name that requests give; the first is the page's default."""
+
+    models: dict[str, ServedRun] = Field(min_length=1)
+    serve: ServeConfig = ServeConfig()
+    placement: ServePlacement = ServePlacement()
+
+
+def build(args: AppArgs) -> Any:
+    """The application: a gateway bound to its replicas."""
     from ray import serve
-    from ray.serve.config import AutoscalingConfig
+    from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
     from workflows.serve.gateway import Gateway
     from workflows.serve.replica import DecodeReplica
 
-    replica = serve.deployment(DecodeReplica).options(
-        autoscaling_config=AutoscalingConfig(
-            min_replicas=placement.min_replicas,
-            max_replicas=placement.max_replicas,
-            target_ongoing_requests=placement.target_ongoing_requests,
-            upscale_delay_s=2,
-            downscale_delay_s=60,
+    placement, settings = args.placement, args.serve
+    models = {name: said.model_dump(mode="json") for name, said in args.models.items()}
+    scaling = AutoscalingConfig(
+        min_replicas=placement.min_replicas,
+        max_replicas=placement.max_replicas,
+        initial_replicas=max(1, placement.min_replicas),
+        upscale_delay_s=0,  # the policy keeps its own time
+        downscale_delay_s=0,
+        metrics_interval_s=1,
+        look_back_period_s=4,
+        policy=AutoscalingPolicy(
+            policy_function=_POLICY,
+            policy_kwargs={
+                "target": placement.target_work,
+                "up_after_s": placement.up_after_s,
+                "down_after_s": placement.down_after_s,
+            },
         ),
-        ray_actor_options={"num_cpus": placement.cpus_per_replica, "num_gpus": placement.gpus_per_replica},
-        max_ongoing_requests=_NO_LIMIT,
-        max_constructor_retry_count=_STARTS,
-        health_check_period_s=2,
-        health_check_timeout_s=10,
-        graceful_shutdown_timeout_s=5,
     )
-    bound = replica.bind(
-        run_url,
-        settings.dtype,
-        settings.max_batch_tokens,
-        settings.max_queued_requests,
-        max(1, int(placement.cpus_per_replica)),
-        placement.gpus_per_replica > 0,
+    bound = (
+        serve.deployment(DecodeReplica)
+        .options(
+            autoscaling_config=scaling,
+            user_config=models,
+            ray_actor_options={"num_cpus": placement.cpus_per_replica, "num_gpus": placement.gpus_per_replica},
+            max_ongoing_requests=_NO_LIMIT,
+            max_constructor_retry_count=_STARTS,
+            health_check_period_s=2,
+            health_check_timeout_s=10,
+            graceful_shutdown_timeout_s=min(_DRAINS_S, settings.request_timeout_s),
+        )
+        .bind(
+            {
+                "dtype": settings.dtype,
+                "max_batch_tokens": settings.max_batch_tokens,
+                "max_waiting": settings.max_queued_requests,
+                "threads": max(1, int(placement.cpus_per_replica)),
+                "use_gpu": placement.gpus_per_replica > 0,
+                "compile_seconds": settings.limits.compile_seconds,
+            }
+        )
     )
     deployment: Any = Gateway  # `serve.deployment` made a Deployment of it; its stub says that it is the class still
     gateway = deployment.options(
-        ray_actor_options={"num_cpus": 0.1}, max_ongoing_requests=_NO_LIMIT, graceful_shutdown_timeout_s=5
+        num_replicas=placement.gateways,
+        user_config=models,
+        ray_actor_options={"num_cpus": 0.1},
+        max_ongoing_requests=_NO_LIMIT,
+        graceful_shutdown_timeout_s=min(_DRAINS_S, settings.request_timeout_s),
     )
-    return gateway.bind(bound, run_url, model, decode.model_dump(mode="json"), settings.request_timeout_s)
+    # What decides nothing in a gateway is left out: a changed list of models must not restart it.
+    told = settings.model_dump(mode="json", exclude={"models", "models_file", "examples", "host", "port"})
+    return gateway.bind(bound, {**told, "open": True})
 
 
 def check_port(settings: ServeConfig) -> None:
@@ -75,11 +123,12 @@ def check_port(settings: ServeConfig) -> None:
             raise ConfigError("serve.port", problem, settings.port, "choose another: serve.port=...") from None
 
 
-def start(run_url: str, model: str, settings: ServeConfig, decode: DecodeConfig, placement: ServePlacement) -> str:
+def start(args: AppArgs) -> str:
     """Start the endpoint on the connected cluster and wait until it answers; its base URL. All or nothing."""
     from ray import serve
     from ray.serve.config import HTTPOptions
 
+    settings = args.serve
     check_port(settings)
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     patience = settings.request_timeout_s + _PROXY_WAITS_S
@@ -87,7 +136,7 @@ def start(run_url: str, model: str, settings: ServeConfig, decode: DecodeConfig,
     host = "127.0.0.1" if settings.host in {"0.0.0.0", "::"} else settings.host
     url = f"http://[{host}]:{settings.port}" if ":" in host else f"http://{host}:{settings.port}"
     try:
-        _deploy(build_app(run_url, model, settings, decode, placement))
+        deploy(args)
         _wait_until_it_answers(url)
     except BaseException:
         stop()
@@ -95,11 +144,12 @@ def start(run_url: str, model: str, settings: ServeConfig, decode: DecodeConfig,
     return url
 
 
-def _deploy(app: Any) -> None:
+def deploy(args: AppArgs) -> None:
+    """Deploy, or deploy again: what has changed is changed, and nothing else is touched."""
     from ray import serve
 
     try:
-        serve.run(app, name=APP_NAME, blocking=False)
+        serve.run(build(args), name=APP_NAME, blocking=False)
     except RuntimeError as error:
         problem = f"a replica does not start ({_reason(serve.status()) or error})"
         raise DataError("serve", problem, remedy="the logs of Ray Serve have the whole story") from error

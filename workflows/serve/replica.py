@@ -1,199 +1,172 @@
-"""DecodeReplica: one engine, one decoding loop, many requests at once. Token ids in, token ids out.
+"""DecodeReplica: the Ray Serve deployment that holds weights. One decoding loop for each model that it serves.
 
-The loop is supervised: if it dies or hangs, the health check fails, Ray replaces the replica, and whoever waits is
-told instead of waiting for ever. Admission is the loop's own: a row too many is refused with BackPressureError, while
-Ray Serve lets every call in, so that a question after the load never waits behind work.
+Ray Serve lets every call in: the loops refuse rows themselves, so that a question after the load never waits behind
+work. A model's first call is made before the replica says that it is ready.
 """
 
 import asyncio
-import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
-from ray.serve.exceptions import BackPressureError
-
-from dllm_core.checkpoints.bundle import read_bundle
+from dllm_core.checkpoints.bundle import ModelBundle, read_bundle
 from dllm_core.checkpoints.run_dir import RunDir
-from dllm_core.decoding.engine import Engine, RowUpdate
+from dllm_core.decoding.config import DecodeConfig
+from dllm_core.decoding.engine import Engine
 from dllm_core.decoding.request import Request
-from dllm_core.decoding.state import FinishReason
-from dllm_core.errors import DllmError, RequestError
-
-_HUNG_AFTER_S = 60.0
-
-
-@dataclass(frozen=True)
-class Progress:
-    """A row after a call: all answer tokens so far, in order, none of which will change."""
-
-    tokens: list[int]
-    num_calls: int
-    num_committed: int
-    finish_reason: FinishReason | None
+from dllm_core.errors import ConfigError, RequestError
+from dllm_core.evaluation.answers import AnswerScore, AnswerScorer, Question
+from dllm_core.evaluation.estimators import estimator_of_bundle
+from workflows.serve.compiling import Compiler
+from workflows.serve.loop import DecodingLoop, Detail, Progress
 
 
-class DecodingLoop:
-    """Runs an engine in a thread while requests come and go; the engine is touched between ticks only."""
+class _Model:
+    """A bundle with its loop, its compiler and its scores."""
 
-    def __init__(self, engine: Engine, max_waiting: int) -> None:
-        self._engine, self._max_waiting = engine, max_waiting
-        self._rows: dict[int, asyncio.Queue[Progress | Exception]] = {}
-        self._wanted: list[tuple[Request, asyncio.Queue[Progress | Exception], asyncio.Future[int]]] = []
-        self._dropped: list[int] = []
-        self._wake = asyncio.Event()
-        self._tick_began: float | None = None
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="decode")
-        self._task = asyncio.get_running_loop().create_task(self._run())
+    def __init__(self, bundle: ModelBundle, settings: dict[str, Any]) -> None:
+        self.bundle, self._settings = bundle, settings
+        device = "cuda" if settings["use_gpu"] else "cpu"
+        self.engine = Engine(bundle, device, settings["max_batch_tokens"], dtype=settings["dtype"])
+        self._device = device
+        self._loop: DecodingLoop | None = None
+        self._compiler: Compiler | None = None
 
-    async def stream(self, request: Request) -> AsyncIterator[Progress]:
-        """Progress after each call that gave the row new answer tokens, and at its end. Leaving early frees the row.
-
-        Raises BackPressureError if `max_waiting` rows wait already.
-        """
-        self.check()
-        waiting = self.load["waiting"]
-        if waiting >= self._max_waiting:
-            raise BackPressureError(num_queued_requests=waiting, max_queued_requests=self._max_waiting)
-        inbox: asyncio.Queue[Progress | Exception] = asyncio.Queue()
-        admitted: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        self._wanted.append((request, inbox, admitted))
-        self._wake.set()
-        try:
-            await admitted
-            told = -1
-            while True:
-                item = await inbox.get()
-                if isinstance(item, Exception):
-                    raise item
-                if item.finish_reason is not None or len(item.tokens) > told:
-                    told = len(item.tokens)
-                    yield item
-                if item.finish_reason is not None:
-                    return
-        finally:
-            if admitted.done() and not admitted.cancelled() and admitted.exception() is None:
-                self._dropped.append(admitted.result())
-            else:
-                self._wanted = [item for item in self._wanted if item[2] is not admitted]
-            self._wake.set()
-
-    def check(self) -> None:
-        """Raise if requests would wait for ever."""
-        if self._task.done():
-            error = None if self._task.cancelled() else self._task.exception()
-            raise RuntimeError(f"the decoding loop has ended: {error!r}")
-        if self._tick_began is not None and time.monotonic() - self._tick_began > _HUNG_AFTER_S:
-            raise RuntimeError("the decoding loop hangs in a denoiser call")
+    def warm_up(self, decode: DecodeConfig) -> None:
+        """One small request to its end: what a first call sets up is set up, and a model that fails fails now."""
+        config = decode.model_copy(update={"max_tokens": min(decode.max_tokens, self.engine.context_length - 1)})
+        [answer] = self.engine.generate([Request((self.engine.eos_id,), config)])
+        if answer.finish_reason == "error":
+            raise ConfigError("model", "its output is no number", self.bundle.folder.name)
 
     @property
-    def load(self) -> dict[str, int]:
-        """Rows in the batch and waiting."""
-        return {
-            "running": self._engine.num_active,
-            "waiting": self._engine.num_waiting + len(self._wanted),
-        }
+    def loop(self) -> DecodingLoop:
+        """Made within the event loop, which the constructor has none of."""
+        if self._loop is None:
+            self._loop = DecodingLoop(self.engine, self._settings["max_waiting"])
+        return self._loop
 
-    async def _run(self) -> None:
-        try:
-            while True:
-                self._exchange()
-                if not self._rows:
-                    self._wake.clear()
-                    await self._wake.wait()
-                    continue
-                self._tick_began = time.monotonic()
-                step = asyncio.get_running_loop().run_in_executor(self._thread, self._engine.step)
-                for update in await step:
-                    self._tell(update)
-                self._tick_began = None
-        except BaseException as error:
-            failure = RuntimeError(f"decoding failed: {error!r}")
-            for inbox in self._rows.values():
-                inbox.put_nowait(failure)
-            for _, _, admitted in self._wanted:
-                if not admitted.done():
-                    admitted.set_exception(failure)
-            raise
+    @property
+    def is_started(self) -> bool:
+        """Whether anything was decoded yet."""
+        return self._loop is not None
 
-    def _exchange(self) -> None:
-        """Between ticks: take new rows in, let cancelled ones go."""
-        wanted, self._wanted = self._wanted, []
-        for request, inbox, admitted in wanted:
-            if admitted.done():
-                continue
-            try:
-                row = self._engine.add(request)
-            except RequestError as error:
-                admitted.set_exception(error)
-                continue
-            self._rows[row] = inbox
-            admitted.set_result(row)
-        dropped, self._dropped = self._dropped, []
-        for row in dropped:
-            self._engine.cancel(row)
-            self._rows.pop(row, None)
-
-    def _tell(self, update: RowUpdate) -> None:
-        inbox = self._rows.get(update.row)
-        if inbox is None:
+    async def prepare(self, request: Request) -> None:
+        """Compile its constraint, where that was not done, while others are decoded."""
+        if request.constraint is None or request.constraint in self.engine.automata:
             return
-        state = update.state
-        if state.finish_reason == "error":
-            inbox.put_nowait(DllmError("model", "its output for this request is no number"))
-        else:
-            inbox.put_nowait(
-                Progress(
-                    tokens=state.answer(self._engine.eos_id),
-                    num_calls=state.num_calls,
-                    num_committed=state.num_committed,
-                    finish_reason=state.finish_reason,
-                )
-            )
-        if state.finish_reason is not None:
-            del self._rows[update.row]
+        if self._compiler is None:
+            spelled = self.bundle.tokenizer().token_bytes()
+            if spelled is None:
+                raise RequestError("constraint", "needs a byte-level tokenizer, which the model has not")
+            self._compiler = Compiler(spelled, self._settings["compile_seconds"])
+        self.engine.automata.put(request.constraint, await self._compiler.compile(request.constraint))
+
+    def score(
+        self, questions: Sequence[Question], draws: int, target_error: float | None, seed: int
+    ) -> tuple[list[AnswerScore], str]:
+        """One for each question, in order, and the estimator's name."""
+        estimator = estimator_of_bundle(self.bundle, self._device)
+        if estimator is None:
+            raise RequestError("model", "has no likelihood: it is a masked language model")
+        scorer = AnswerScorer(
+            self.engine.denoiser, estimator, seed=seed, draws=draws, target_error=target_error,
+            max_batch_tokens=self._settings["max_batch_tokens"],
+        )  # fmt: skip
+        found: dict[Question, AnswerScore] = {}
+        for some in scorer.score(questions):
+            found.update(some)
+        return [found[question] for question in questions], estimator.name
+
+    async def close(self) -> None:
+        """Free what it holds."""
+        if self._loop is not None:
+            await self._loop.close()
+        if self._compiler is not None:
+            self._compiler.close()
 
 
 class DecodeReplica:
-    """The Ray Serve deployment around a DecodingLoop."""
+    """settings: dtype, max_batch_tokens, max_waiting, threads, use_gpu, compile_seconds.
 
-    def __init__(
-        self, run_url: str, dtype: str | None, max_batch_tokens: int, max_waiting: int, threads: int, use_gpu: bool
-    ) -> None:
+    Its models come by `reconfigure`, {name: {run, decode}}: a new one is loaded while the others go on decoding.
+    """
+
+    def __init__(self, settings: dict[str, Any]) -> None:
         import torch
 
-        torch.set_num_threads(threads)
-        bundle = read_bundle(RunDir.at(run_url))
-        self._engine = Engine(bundle, "cuda" if use_gpu else "cpu", max_batch_tokens, dtype=dtype)
-        self._max_waiting = max_waiting
-        self._loop: DecodingLoop | None = None
+        torch.set_num_threads(settings["threads"])
+        self._settings = settings
+        self._models: dict[str, _Model] = {}
+        self._runs: dict[str, dict[str, Any]] = {}
+        self._aside = ThreadPoolExecutor(max_workers=1, thread_name_prefix="aside")  # loads and scores
 
-    def _decoding(self) -> DecodingLoop:
-        if self._loop is None:  # the constructor has no running event loop
-            self._loop = DecodingLoop(self._engine, self._max_waiting)
-        return self._loop
+    async def reconfigure(self, models: dict[str, dict[str, Any]]) -> None:
+        """Serve these models, and no other."""
+        here = asyncio.get_running_loop()
+        for name, said in models.items():
+            if self._runs.get(name) != said:
+                loaded = await here.run_in_executor(self._aside, self._loaded, said)
+                old, self._models[name], self._runs[name] = self._models.get(name), loaded, said
+                if old is not None:
+                    await old.close()
+        for name in self._models.keys() - models.keys():
+            del self._runs[name]
+            await self._models.pop(name).close()
 
-    async def generate(self, request: Request) -> Progress:
+    def _loaded(self, said: dict[str, Any]) -> _Model:
+        model = _Model(read_bundle(RunDir.at(said["run"])), self._settings)
+        model.warm_up(DecodeConfig.checked(said["decode"]))
+        return model
+
+    def _model(self, name: str) -> _Model:
+        if name not in self._models:  # a gateway may know of it a moment earlier
+            raise RequestError("model", "is not served here", name)
+        return self._models[name]
+
+    async def generate(self, name: str, request: Request, detail: Detail = "end") -> Progress:
         """Decode one row to its end."""
         last: Progress | None = None
-        async for progress in self._decoding().stream(request):
+        commits: list[Any] = []
+        async for progress in self.stream(name, request, detail):
             last = progress
+            commits += progress.commits
         assert last is not None
-        return last
+        return Progress(last.tokens, last.num_calls, last.num_committed, last.finish_reason, tuple(commits))
 
-    async def stream(self, request: Request) -> AsyncIterator[Progress]:
+    async def stream(self, name: str, request: Request, detail: Detail = "tokens") -> AsyncIterator[Progress]:
         """Decode one row, telling its progress."""
-        async for progress in self._decoding().stream(request):
+        model = self._model(name)
+        await model.prepare(request)
+        async for progress in model.loop.stream(request, detail):
             yield progress
 
+    async def score(
+        self, name: str, questions: Sequence[Question], draws: int, target_error: float | None, seed: int
+    ) -> tuple[list[AnswerScore], str]:
+        """Likelihoods, beside the decoding."""
+        model = self._model(name)
+        here = asyncio.get_running_loop()
+        return await here.run_in_executor(self._aside, model.score, questions, draws, target_error, seed)
+
     async def load(self) -> dict[str, Any]:
-        """Rows running and waiting; raises if the loop is dead."""
-        loop = self._decoding()
-        loop.check()
-        return loop.load
+        """Rows running and waiting, and the denoiser calls they are expected to take; raises if a loop is dead."""
+        await self.check_health()
+        loops = [model.loop for model in self._models.values() if model.is_started]
+        return {
+            "running": sum(loop.load["running"] for loop in loops),
+            "waiting": sum(loop.load["waiting"] for loop in loops),
+            "work": sum(loop.work for loop in loops),
+        }
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Called by Ray Serve: what `autoscaling.by_work` scales by."""
+        loops = [model.loop for model in self._models.values() if model.is_started]
+        busy = min(1.0, sum(loop.busy_share() for loop in loops))
+        return {"work": float(sum(loop.work for loop in loops)), "busy": busy}
 
     async def check_health(self) -> None:
         """Called by Ray Serve."""
-        if self._loop is not None:
-            self._loop.check()
+        for model in self._models.values():
+            if model.is_started:
+                model.loop.check()

@@ -116,7 +116,7 @@ def test_what_has_no_decoder_is_refused_in_one_line_before_anything_starts(made,
         return
     for verb in (
         lambda: Generator(recipe, run, Console("json")).one(Asked(prompt="RED"), None),
-        lambda: serve_forever(recipe, run, Console("json")),
+        lambda: serve_forever(recipe, run, Console("json"), lambda other: (recipe, run)),
         lambda: Engine(bundle),
     ):
         with pytest.raises(ConfigError, match=f"^{refusal}there is no decoder for such a model yet") as refused:

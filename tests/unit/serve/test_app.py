@@ -6,10 +6,8 @@ from types import SimpleNamespace
 import pytest
 from ray import serve
 
-from dllm_core.decoding.config import DecodeConfig
 from dllm_core.errors import ConfigError, DataError
-from workflows.placement import ServePlacement
-from workflows.serve.app import check_port, start
+from workflows.serve.app import AppArgs, ServedRun, check_port, start
 from workflows.serve.config import ServeConfig
 
 TRACEBACK = """The deployment failed to start 2 times in a row. Error:
@@ -37,7 +35,7 @@ def test_a_replica_that_does_not_start_is_one_line_and_leaves_nothing(monkeypatc
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     with pytest.raises(DataError) as caught:
-        start("run", "small", ServeConfig(port=port), DecodeConfig(), ServePlacement())
+        start(AppArgs(models={"small": ServedRun(run="run")}, serve=ServeConfig(port=port)))
     assert str(caught.value) == (
         "serve: a replica does not start (CheckpointError: runs/small/bundle/model.safetensors: is damaged): "
         "the logs of Ray Serve have the whole story"
@@ -48,7 +46,7 @@ def test_a_replica_that_does_not_start_is_one_line_and_leaves_nothing(monkeypatc
 @pytest.mark.parametrize("host", ["no-such-host.invalid", "192.0.2.1"])
 def test_a_host_that_is_not_ours_is_blamed_and_not_the_port(host):
     with pytest.raises(ConfigError, match=r"^serve\.host: is no address of this machine"):
-        check_port(ServeConfig(host=host))
+        check_port(ServeConfig(host=host, open=True))
 
 
 def test_a_port_that_is_taken_is_blamed():
@@ -62,3 +60,9 @@ def test_a_port_that_is_taken_is_blamed():
 def test_an_empty_host_would_be_all_interfaces_and_is_refused():
     with pytest.raises(ConfigError, match="host"):
         ServeConfig.checked({"host": ""})
+
+
+def test_an_address_that_others_reach_needs_keys_or_leave():
+    with pytest.raises(ConfigError, match=r"lets other machines in.*serve\.keys_file=FILE, or serve\.open=true"):
+        ServeConfig.checked({"host": "0.0.0.0"})
+    assert ServeConfig.checked({"host": "0.0.0.0", "keys_file": "keys"}).keys_file == "keys"

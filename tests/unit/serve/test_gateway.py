@@ -10,8 +10,9 @@ from ray import serve
 from ray.exceptions import ActorDiedError, RayTaskError
 from ray.serve.exceptions import BackPressureError
 
+from workflows.serve.config import ServeConfig
 from workflows.serve.gateway import Gateway, api
-from workflows.serve.replica import Progress
+from workflows.serve.loop import Progress
 
 TEXT = "RED CIRCLE 17"
 
@@ -52,7 +53,7 @@ class Replicas:
 
         return SimpleNamespace(results_async=results_async)
 
-    def _call(self, request):
+    def _call(self, name, request, detail):
         self.calls.append(Call(self._script(len(self.calls))))
         return self.calls[-1]
 
@@ -67,9 +68,10 @@ def served(small_bundle, small_corpus, monkeypatch):
     """A function: scripted replicas -> a function that sends one request to a gateway in front of them."""
     ours = Gateway.func_or_class.__mro__[1]  # below Ray's own wrapping
 
-    def of(replicas, timeout_s=30.0):
+    def of(replicas, timeout_s=30.0, **settings):
         decode = small_corpus.recipe.decode.model_dump(mode="json")
-        gateway = ours(replicas, small_bundle.url, small_bundle.name, decode, timeout_s)
+        gateway = ours(replicas, ServeConfig(request_timeout_s=timeout_s, **settings).model_dump(mode="json"))
+        gateway.reconfigure({small_bundle.name: {"run": small_bundle.url, "decode": decode}})
         monkeypatch.setattr(serve, "get_replica_context", lambda: SimpleNamespace(servable_object=gateway))
 
         def send(path="/v1/completions", **body):

@@ -6,11 +6,19 @@ import pytest
 
 from dllm_core.decoding.config import DecodeConfig
 from dllm_core.errors import RequestError
-from workflows.serve.protocol import ApiError, parse_request
+from workflows.serve.config import Limits
+from workflows.serve.dialect.body import parse_body
+from workflows.serve.dialect.chat import ChatRequest
+from workflows.serve.dialect.completions import CompletionRequest
+from workflows.serve.dialect.errors import ApiError
+
+LIMITS = Limits()
 
 
 def parse(**fields):
-    return parse_request(json.dumps({"model": "m", "prompt": "p", **fields}).encode())
+    asked = parse_body(CompletionRequest, json.dumps({"model": "m", "prompt": "p", **fields}).encode())
+    asked.check(LIMITS)
+    return asked
 
 
 @pytest.mark.parametrize(
@@ -22,7 +30,9 @@ def parse(**fields):
         ({"n": 9}, "n"),
         ({"promt": "x"}, "promt"),
         ({"diffusion": {"treshold": 1}}, "diffusion.treshold"),
-        ({"logprobs": 3}, "logprobs"),
+        ({"logprobs": 6}, "logprobs"),
+        ({"diffusion": {"steps": 1 << 20}}, "diffusion.steps"),
+        ({"reasoning_effort": "extreme"}, "reasoning_effort"),
         ({"presence_penalty": 0.5}, "presence_penalty"),
         ({"prompt": None}, "prompt"),
         ({"prompt": [1.5]}, "prompt"),
@@ -50,17 +60,17 @@ def test_a_bad_parameter_is_named(fields, place):
 )
 def test_a_body_that_is_no_request_is_refused_in_one_line(body):
     with pytest.raises(RequestError) as caught:
-        parse_request(body)
+        parse_body(CompletionRequest, body)
     assert "\n" not in str(caught.value)
 
 
 def test_neutral_values_of_what_is_not_supported_are_fine():
     request = parse(logprobs=None, presence_penalty=0, best_of=1, logit_bias={})
-    assert request.prompts == ["p"]
+    assert request.prompts(LIMITS) == ["p"]
 
 
 def test_brackets_in_a_prompt_are_text():
-    assert parse(prompt="[" * 500).prompts == ["[" * 500]
+    assert parse(prompt="[" * 500).prompts(LIMITS) == ["[" * 500]
 
 
 def test_seeds_of_choices_differ_and_the_first_is_the_one_asked_for():
@@ -91,11 +101,11 @@ def test_options_override_the_recipe_and_impossible_ones_name_themselves():
 
 
 def test_a_request_holds_at_most_64_rows_and_says_which_parameter_makes_them():
-    assert len(parse(prompt=["p"] * 8, n=8).rows) == 64
-    assert parse(prompt=["a", "b"], n=2).rows == ["a", "a", "b", "b"]
+    assert len(parse(prompt=["p"] * 8, n=8).rows_of(LIMITS)) == 64
+    assert parse(prompt=["a", "b"], n=2).rows_of(LIMITS) == ["a", "a", "b", "b"]
     for fields, place in [({"prompt": ["p"] * 9, "n": 8}, "n"), ({"prompt": ["p"] * 65}, "prompt")]:
         with pytest.raises(RequestError) as caught:
-            parse(**fields).rows  # noqa: B018
+            parse(**fields)
         assert caught.value.place == place
         assert "prompt" in str(caught.value)
 
@@ -104,10 +114,91 @@ def test_stop_strings_have_limits():
     assert parse(stop="\n").stops == ("\n",)
     for bad in (["a"] * 5, [""], "x" * 65):
         with pytest.raises(RequestError, match="stop"):
-            parse(stop=bad).stops  # noqa: B018
+            parse(stop=bad)
 
 
 def test_what_the_engine_refuses_is_named_as_in_a_request():
-    for place, param in (("block_length", "diffusion.block_length"), ("suffix", "suffix")):
+    for place, param in (
+        ("block_length", "diffusion.block_length"),
+        ("guidance", "diffusion.cfg_scale"),
+        ("constraint", "response_format"),
+        ("suffix", "suffix"),
+    ):
         body = ApiError.of(RequestError(place, "must be 4", 5, "say so")).body["error"]
         assert (body["param"], body["message"]) == (param, f"{param}: must be 4, got 5: say so")
+
+
+def test_efforts_are_policies_and_what_is_said_beside_them_counts_more():
+    base = DecodeConfig(steps=40)
+
+    def of(**fields):
+        return parse(**fields).decode_config(base, 100)
+
+    instant, low, high = (of(reasoning_effort=effort) for effort in ("instant", "low", "high"))
+    assert (instant.policy.threshold, instant.steps) == (0.3, 10)
+    assert (low.policy.threshold, low.steps) == (0.6, 20)
+    assert (high.policy.type, high.steps_per_block, high.steps) == ("low_confidence", base.block_length, 80)
+    assert of(reasoning_effort="medium") == base.model_copy(update={"max_tokens": base.max_tokens})
+    assert of(diffusion={"effort": "low"}) == low
+    assert of(reasoning_effort="low", diffusion={"effort": "high"}) == high
+    assert of(reasoning_effort="instant", diffusion={"threshold": 0.7}).policy.threshold == 0.7
+    edits = of(diffusion={"unmask": "editing", "threshold": 0.5, "edit_threshold": 0.8})
+    assert (edits.policy.threshold, edits.policy.edit_threshold) == (0.5, 0.8)
+    assert of(diffusion={"cfg_scale": 1.5, "grow_by": 8}).guidance == 1.5
+    with pytest.raises(RequestError, match=r"diffusion\.cfg_scale"):
+        of(diffusion={"cfg_scale": -1.0})
+
+
+@pytest.mark.parametrize(
+    ("format_", "place"),
+    [
+        ({"type": "json_schema"}, "response_format.json_schema"),
+        ({"type": "json_schema", "json_schema": {"name": "a", "schema": {"not": {}}}}, "response_format.json_schema"),
+        ({"type": "xml"}, "response_format.type"),
+        ({"type": "json_schema", "json_schema": {"schema": {"const": "x" * 70_000}}}, "response_format.json_schema"),
+        ({"type": "json_object", "strict": True}, "response_format.strict"),
+    ],
+)
+def test_a_format_that_cannot_be_kept_is_named(format_, place):
+    with pytest.raises(RequestError) as caught:
+        parse(response_format=format_).constraint(LIMITS)
+    assert caught.value.place == place
+
+
+def test_a_schema_that_is_nested_too_deep_is_refused():
+    schema: dict = {"type": "string"}
+    for _ in range(17):
+        schema = {"type": "array", "items": schema}
+    with pytest.raises(RequestError, match="nested deeper than 16"):
+        parse(response_format={"type": "json_schema", "json_schema": {"schema": schema}}).constraint(LIMITS)
+
+
+def test_a_constraint_has_one_form():
+    assert parse(diffusion={"regex": "[a-z]+"}).constraint(LIMITS) == "[a-z]+"
+    assert parse(response_format={"type": "text"}).constraint(LIMITS) is None
+    with pytest.raises(RequestError, match=r"diffusion\.regex: is another form of response_format"):
+        parse(diffusion={"regex": "a"}, response_format={"type": "json_object"}).constraint(LIMITS)
+
+
+def test_a_chat_says_who_speaks_and_alternatives_need_logprobs():
+    def chat(**fields):
+        body = {"model": "m", "messages": [{"role": "user", "content": "p"}], **fields}
+        asked = parse_body(ChatRequest, json.dumps(body).encode())
+        asked.check(LIMITS)
+        return asked
+
+    assert chat(max_tokens=4, max_completion_tokens=9).wanted_tokens == 9
+    assert chat().wanted_logprobs is None
+    assert chat(logprobs=True).wanted_logprobs == 0
+    assert chat(logprobs=True, top_logprobs=3).wanted_logprobs == 3
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    assert chat(messages=[{"role": "user", "content": parts}]).messages[0].text == "ab"
+    for fields, place in [
+        ({"top_logprobs": 3}, "top_logprobs"),
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages.role"),
+        ({"tools": [{"type": "function"}]}, "tools"),
+    ]:
+        with pytest.raises(RequestError) as caught:
+            chat(**fields)
+        assert caught.value.place == place

@@ -16,7 +16,7 @@ from dllm_core.decoding.engine import Engine
 from dllm_core.decoding.request import Request
 from dllm_core.errors import DllmError, RequestError
 from dllm_core.objective.config import AutoregressiveConfig, BlockDiffusionConfig
-from workflows.serve.replica import DecodingLoop
+from workflows.serve.loop import DecodingLoop
 
 EVERY_DECODER = pytest.mark.parametrize(
     "said",
@@ -31,7 +31,7 @@ class StuckEngine:
 
     def __init__(self):
         self.released = threading.Event()
-        self.num_active, self.num_waiting, self.cancelled = 0, 0, []
+        self.num_active, self.num_waiting, self.cancelled, self.is_ancestral = 0, 0, [], False
 
     def add(self, request):
         self.num_waiting += 1
@@ -116,3 +116,45 @@ def test_a_row_whose_output_is_no_number_is_told_so_and_its_neighbours_are_not(s
         return progress[-1]
 
     assert asyncio.run(asyncio.wait_for(scenario(), 30)).tokens == alone.tokens
+
+
+def test_a_loop_that_hangs_is_unhealthy_and_an_idle_one_is_not(monkeypatch):
+    async def scenario():
+        engine = StuckEngine()
+        loop = DecodingLoop(engine, max_waiting=4)
+        for _ in range(3):
+            await asyncio.sleep(0.05)
+            loop.check()  # idle, for longer than a tick may take
+        row = asyncio.create_task(anext(loop.stream(REQUEST)))
+        await asyncio.sleep(0.01)
+        loop.check()
+        await asyncio.sleep(0.1)
+        with pytest.raises(RuntimeError, match="hangs"):
+            loop.check()
+        row.cancel()
+        engine.released.set()
+        await asyncio.wait([row])
+
+    monkeypatch.setattr("workflows.serve.loop._HUNG_AFTER_S", 0.05)
+    asyncio.run(asyncio.wait_for(scenario(), 10))
+
+
+def test_a_loop_tells_the_calls_that_are_still_to_come_and_how_busy_it_was(small_bundle):
+    config = DecodeConfig(block_length=4, steps_per_block=4, max_tokens=8, policy={"type": "low_confidence"})
+
+    async def scenario():
+        loop = DecodingLoop(Engine(read_bundle(small_bundle)), max_waiting=8)
+        assert loop.work == 0
+        told, left = loop.stream(Request((7, 8), config, seed=1), "canvas"), []
+        async for _ in told:
+            left.append(loop.work)
+        assert left == sorted(left, reverse=True)
+        assert 1 <= left[0] < 8
+        assert 0 < loop.busy_share() <= 1
+        await asyncio.sleep(0.05)
+        assert loop.busy_share() == 0
+        while loop.work:
+            await asyncio.sleep(0.01)
+        await loop.close()
+
+    asyncio.run(asyncio.wait_for(scenario(), 30))

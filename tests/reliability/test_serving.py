@@ -1,0 +1,273 @@
+"""The endpoint under what happens to endpoints: kills, upgrades, growth, overload, clients that leave, a long day.
+
+Each in a quick form, and as a `long` one at the length that the README quotes. One application for the whole file.
+"""
+
+import asyncio
+import os
+import random
+import signal
+import socket
+import statistics
+import threading
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import psutil
+import pytest
+from conftest import runs_by_kind
+
+from workflows.env import ray_cluster
+from workflows.placement import ServePlacement
+from workflows.serve.app import AppArgs, ServedRun, deploy, start, stop
+from workflows.serve.config import ServeConfig
+
+CALL_BY_CALL = {"block_length": 1, "steps_per_block": 1}
+QUICK_AND_LONG = [pytest.param(False, id="quick"), pytest.param(True, id="long", marks=pytest.mark.long)]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    """The application's arguments and its URL: two models at hand, the first of them served."""
+    of = runs_by_kind(tmp_path_factory, {"first": {}, "second": {"seed": 8}})
+    models = {}
+    for kind in ("first", "second"):
+        corpus, run = of(kind)
+        models[kind] = ServedRun(run=run.url, decode=corpus.recipe.decode)
+    args = AppArgs(
+        models={"first": models["first"]},
+        serve=ServeConfig(port=free_port(), max_queued_requests=64),
+        placement=ServePlacement(
+            min_replicas=1, max_replicas=2, target_work=200, up_after_s=1, down_after_s=4, cpus_per_replica=0.25
+        ),
+    )
+    with ray_cluster(3):
+        try:
+            yield args, start(args), models
+        finally:
+            stop()
+
+
+def body(seed=5, **more):
+    return {"model": "first", "prompt": "RED ", "max_tokens": 24, "seed": seed, "temperature": 1.0, **more}
+
+
+def ask(url, **more):
+    return httpx.post(f"{url}/v1/completions", json=body(**more), timeout=60)
+
+
+def replicas() -> list[psutil.Process]:
+    children = psutil.Process().children(recursive=True)
+    return [child for child in children if "ServeReplica:dllm:DecodeReplica" in " ".join(child.cmdline())]
+
+
+def metric(url: str, name: str) -> float:
+    lines = httpx.get(f"{url}/metrics", timeout=10).text.splitlines()
+    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name))
+
+
+def wait_for(condition, seconds: float = 60) -> None:
+    give_up = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < give_up, "waited in vain"
+        time.sleep(0.2)
+
+
+class Background:
+    """Requests from several threads while something happens to the endpoint; `answers` when it is over."""
+
+    def __init__(self, url: str, clients: int = 4, **more) -> None:
+        self._url, self._more, self._over = url, more, threading.Event()
+        self._pool = ThreadPoolExecutor(clients)
+        self._tasks = [self._pool.submit(self._run) for _ in range(clients)]
+
+    def _run(self) -> list[httpx.Response]:
+        found = []
+        while not self._over.is_set():
+            found.append(ask(self._url, **self._more))
+        return found
+
+    def answers(self) -> list[httpx.Response]:
+        self._over.set()
+        return [answer for task in self._tasks for answer in task.result()]
+
+
+def texts(answers):
+    return {answer.json()["choices"][0]["text"] for answer in answers}
+
+
+def test_a_second_model_is_loaded_and_dropped_with_nothing_restarted_and_no_request_lost(served):
+    args, url, models = served
+    before = [process.pid for process in replicas()]
+    load = Background(url, diffusion=CALL_BY_CALL)
+    expected = ask(url, diffusion=CALL_BY_CALL).json()["choices"][0]["text"]
+    deploy(args.model_copy(update={"models": models}))
+    wait_for(lambda: len(httpx.get(f"{url}/v1/models").json()["data"]) == 2)
+    second = [ask(url, model="second") for _ in range(4)]
+    assert {answer.status_code for answer in second} == {200}
+    assert texts(second).isdisjoint({ask(url).json()["choices"][0]["text"]})
+    deploy(args)
+    wait_for(lambda: ask(url, model="second").status_code == 404)
+    answers = load.answers()
+    assert {answer.status_code for answer in answers} == {200}
+    assert texts(answers) == {expected}
+    assert {*before} <= {process.pid for process in replicas()}
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("is_long", QUICK_AND_LONG)
+def test_work_starts_replicas_and_its_end_ends_them_with_no_request_lost(served, is_long):
+    """1 -> 2 -> 1, and as `long` three times over."""
+    _, url, _ = served
+    for _ in range(3 if is_long else 1):
+        wait_for(lambda: metric(url, "dllm_decode_replicas") == 1, 120)
+        load = Background(url, clients=24, diffusion=CALL_BY_CALL)
+        wait_for(lambda: metric(url, "dllm_decode_replicas") == 2, 120)
+        answers = load.answers()
+        assert {answer.status_code for answer in answers} == {200}
+        assert len(texts(answers)) == 1
+        wait_for(lambda: metric(url, "dllm_decode_replicas") == 1, 120)
+
+
+def test_an_upgrade_under_load_loses_no_request(served):
+    args, url, _ = served
+    before = {process.pid for process in replicas()}
+    load = Background(url, clients=2, diffusion=CALL_BY_CALL)
+    changed = args.model_copy(update={"serve": args.serve.model_copy(update={"max_batch_tokens": 2048})})
+    deploy(changed)
+    wait_for(lambda: not before & {process.pid for process in replicas()})
+    answers = load.answers()
+    deploy(args)
+    wait_for(lambda: ask(url).status_code == 200)
+    assert Counter(answer.status_code for answer in answers).keys() == {200}
+    assert len(texts(answers)) == 1
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("is_long", QUICK_AND_LONG)
+def test_killed_replicas_cost_no_answer_and_change_none(served, is_long):
+    """Quick: two kills. Long: a random replica every 10 s for 5 minutes."""
+    _, url, _ = served
+    expected = ask(url, diffusion=CALL_BY_CALL).json()["choices"][0]["text"]
+    load = Background(url, clients=6, diffusion=CALL_BY_CALL)
+    kills = 30 if is_long else 2
+    for _ in range(kills):
+        time.sleep(10 if is_long else 2)
+        wait_for(lambda: replicas() != [])
+        os.kill(random.choice(replicas()).pid, signal.SIGKILL)
+    time.sleep(3)
+    answers = load.answers()
+    print(f"{len(answers)} answers over {kills} kills")
+    assert {answer.status_code for answer in answers} == {200}, Counter(a.text for a in answers if a.status_code != 200)
+    assert texts(answers) == {expected}
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("is_long", QUICK_AND_LONG)
+def test_clients_that_leave_free_their_rows_and_disturb_nobody(served, is_long):
+    """Quick: 60 at random moments, half of them streams. Long: 1,000."""
+    _, url, _ = served
+    expected = ask(url, diffusion=CALL_BY_CALL).json()["choices"][0]["text"]
+    rng, count = random.Random(3), 1000 if is_long else 60
+
+    async def leave(client):
+        how = body(seed=rng.randrange(1 << 30), diffusion=CALL_BY_CALL, stream=rng.random() < 0.5, n=rng.randint(1, 4))
+        task = asyncio.create_task(client.post(f"{url}/v1/completions", json=how))
+        await asyncio.sleep(rng.random() * 0.2)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    async def all_leave():
+        async with httpx.AsyncClient(timeout=60) as client:
+            gate = asyncio.Semaphore(10)
+
+            async def one():
+                async with gate:
+                    await leave(client)
+
+            await asyncio.gather(*(one() for _ in range(count)))
+
+    load = Background(url, clients=1, diffusion=CALL_BY_CALL)
+    asyncio.run(all_leave())
+    answers = load.answers()
+    assert {answer.status_code for answer in answers} == {200}
+    assert texts(answers) == {expected}
+    wait_for(lambda: metric(url, "dllm_num_requests_running") + metric(url, "dllm_num_requests_waiting") == 0, 10)
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("is_long", QUICK_AND_LONG)
+def test_more_than_can_be_answered_is_refused_quickly_and_the_rest_is_answered(served, is_long):
+    """Bursts of several times what the queues hold: 429 with Retry-After, soon; as `long` for 10 minutes."""
+    _, url, _ = served
+    seconds = 600 if is_long else 6
+    alone = statistics.median(timed(url)[1] for _ in range(5))
+    over = time.monotonic() + seconds
+
+    def client():
+        found = []
+        while time.monotonic() < over:
+            found.append(timed(url, prompt=["RED "] * 8, n=8, diffusion=CALL_BY_CALL))
+        return found
+
+    with ThreadPoolExecutor(12) as pool:
+        found = [item for task in [pool.submit(client) for _ in range(12)] for item in task.result()]
+    by_status = Counter(answer.status_code for answer, _ in found)
+    assert by_status.keys() <= {200, 429}
+    assert by_status[200] > 0
+    assert by_status[429] > 0
+    assert all(answer.headers["retry-after"] for answer, _ in found if answer.status_code == 429)
+    refused = sorted(took for answer, took in found if answer.status_code == 429)
+    print(f"{dict(by_status)}; refused within {1000 * refused[len(refused) // 2]:.0f} ms (median)")
+    began = time.monotonic()
+    wait_for(lambda: timed(url)[1] < max(10 * alone, 1.0), 10)
+    assert time.monotonic() - began < 10
+
+
+def timed(url, **more):
+    began = time.monotonic()
+    answer = ask(url, **more)
+    return answer, time.monotonic() - began
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("is_long", QUICK_AND_LONG)
+def test_memory_and_files_stay_as_they_are(served, is_long):
+    """Every kind of request over and over: after a warm-up, RSS and open files of every process of ours are flat."""
+    _, url, _ = served
+    wait_for(lambda: metric(url, "dllm_decode_replicas") == 1, 120)
+
+    def rounds(count):
+        with httpx.Client(timeout=60) as client:
+            for number in range(count):
+                client.post(f"{url}/v1/completions", json=body(seed=number)).raise_for_status()
+                client.post(f"{url}/v1/completions", json=body(seed=number, stream=True)).raise_for_status()
+                client.post(f"{url}/v1/completions", json=body(seed=number, diffusing=True)).raise_for_status()
+                infill = {"model": "first", "segments": ["RED ", {"hole": 4}, " END"], "seed": number}
+                client.post(f"{url}/v1/infill", json=infill).raise_for_status()
+                assert client.post(f"{url}/v1/completions", json={"prompt": number}).status_code == 400
+
+    def ours():
+        children = psutil.Process().children(recursive=True)
+        return [child for child in children if "ServeReplica:dllm" in " ".join(child.cmdline())]
+
+    def held():
+        return {p.pid: (p.memory_info().rss, p.num_fds()) for p in ours()}
+
+    rounds(400 if is_long else 60)
+    before = held()
+    rounds(8000 if is_long else 120)
+    after = held()
+    assert before.keys() == after.keys()
+    grown = {pid: (after[pid][0] - before[pid][0]) / (1 << 20) for pid in before}
+    print({pid: f"{mib:+.1f} MiB" for pid, mib in grown.items()})
+    assert max(grown.values()) < (32 if is_long else 24)
+    assert all(after[pid][1] <= before[pid][1] + 8 for pid in before)

@@ -1,0 +1,1 @@
+"""The bench verb: a load on any OpenAI-shaped endpoint, and what it made of it."""

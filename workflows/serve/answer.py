@@ -1,0 +1,338 @@
+"""Answering: rows in, text out. Retries, deadlines, streams and frames; no routes.
+
+A replica that dies costs a retry, not an answer: the seed is fixed before the first try, so the text is the same.
+Whatever ends a request early (a deadline, a refusal, a client that left) frees all of its rows.
+"""
+
+import asyncio
+import contextlib
+import json
+import math
+import secrets
+import time
+from collections.abc import AsyncGenerator
+from typing import Any, ClassVar, Protocol
+
+from ray.exceptions import RayError, RayTaskError
+from ray.serve.exceptions import BackPressureError, RayServeException
+from ray.serve.handle import DeploymentHandle
+
+from dllm_core.errors import DllmError
+from workflows.serve.choice import Choice
+from workflows.serve.dialect.errors import ApiError, busy, late, unavailable
+from workflows.serve.dialect.fields import DiffusionOptions, StreamOptions
+from workflows.serve.dialect.rows import Row, ServedModel
+from workflows.serve.loop import Detail, Progress
+from workflows.serve.metrics import GatewayMetrics
+
+_TRIES = 4
+_PING_EVERY_S = 15.0
+
+
+class Dialect(Protocol):
+    """A route's request: what it asks for, and the shape that it is answered in."""
+
+    id_prefix: ClassVar[str]
+    object: ClassVar[str]
+    chunk_object: ClassVar[str]
+
+    @property
+    def stream_options(self) -> StreamOptions | None:
+        """How a stream ends."""
+
+    @property
+    def diffusing(self) -> bool:
+        """Whether the stream is of frames."""
+
+    @property
+    def diffusion(self) -> DiffusionOptions:
+        """How the canvas is filled and shown."""
+
+    @property
+    def wanted_logprobs(self) -> int | None:
+        """How many alternatives are told beside each token's log-probability; None: not even that."""
+
+    def rows(self, model: ServedModel) -> list[Row]:
+        """What is decoded; RequestError where it cannot be."""
+
+    def choice(self, index: int, text: str, logprobs: Any, finish_reason: str | None) -> dict[str, Any]:
+        """One choice of a whole answer."""
+
+    def piece(self, index: int, text: str, logprobs: Any, finish_reason: str | None) -> dict[str, Any]:
+        """The next of its pieces in a stream."""
+
+    def opening(self, index: int) -> dict[str, Any] | None:
+        """What a stream says of a choice before its text."""
+
+    def told(self, entries: list[dict[str, Any]], offset: int) -> dict[str, Any]:
+        """Log-probabilities of tokens, the first of which begins `offset` characters into the text."""
+
+
+def explained(error: BaseException) -> ApiError:
+    """What the client is told: our own refusals by name, everything else as a server error."""
+    cause = getattr(error, "cause", None) or error
+    if isinstance(cause, ApiError):
+        return cause
+    if isinstance(cause, DllmError):
+        return ApiError.of(cause)
+    if isinstance(cause, BackPressureError):
+        return busy()
+    if isinstance(cause, RayError):
+        return unavailable("the decode replicas keep failing")
+    return unavailable(f"decoding broke off ({type(cause).__name__})")
+
+
+class Answering:
+    """One request on its way to its answer."""
+
+    def __init__(
+        self,
+        replicas: DeploymentHandle,
+        model: ServedModel,
+        asked: Dialect,
+        metrics: GatewayMetrics,
+        begun: float,
+        deadline: float,
+    ) -> None:
+        """begun, deadline: on the monotonic clock, seconds."""
+        self._replicas, self._model, self._asked, self._metrics = replicas, model, asked, metrics
+        self._begun, self._deadline = begun, deadline
+        self.id = f"{asked.id_prefix}-{secrets.token_hex(12)}"
+        wanted = asked.wanted_logprobs
+        self._choices = [Choice(i, row, model.tokenizer, begun, wanted) for i, row in enumerate(asked.rows(model))]
+
+    async def whole(self) -> dict[str, Any]:
+        """All choices, decoded to their end; the first that fails ends the others."""
+        detail: Detail = "end" if self._asked.wanted_logprobs is None else "commits"
+
+        async def follow(choice: Choice) -> None:
+            async for _ in self._followed(choice, detail, is_whole=True):
+                pass
+            self._count(choice)
+
+        tasks = [asyncio.create_task(follow(choice)) for choice in self._choices]
+        try:
+            await asyncio.gather(*tasks)
+        except (RayError, RayServeException) as error:
+            raise self._explained(error) from error
+        finally:
+            for task in tasks:
+                task.cancel()
+        return self._body(self._asked.object, [self._finished(choice) for choice in self._choices], self.usage)
+
+    def _finished(self, choice: Choice) -> dict[str, Any]:
+        entries = choice.new_entries()
+        told = None if entries is None else self._asked.told(*entries)
+        body = self._asked.choice(choice.index, choice.whole_text, told, choice.finish_reason)
+        return {**body, "holes": choice.holes} if choice.row.has_holes else body
+
+    async def events(self) -> AsyncGenerator[bytes, None]:
+        """Server-sent events of all choices as they come. A failure before the first is raised, later ones are told."""
+        is_begun = False
+        try:
+            async for event in self._frames() if self._asked.diffusing else self._pieces():
+                yield event
+                is_begun = True
+            options = self._asked.stream_options
+            if options is not None and options.include_usage:
+                yield _event(self._body(self._asked.chunk_object, [], self.usage))
+            yield b"data: [DONE]\n\n"
+        except ApiError as error:
+            if not is_begun:
+                raise
+            self._metrics.failed(error.status)
+            yield _event(error.body)
+
+    async def _pieces(self) -> AsyncGenerator[bytes, None]:
+        """Committed text alone, in order."""
+        shape = self._asked
+
+        def chunk(choice: dict[str, Any]) -> bytes:
+            return _event(self._body(shape.chunk_object, [choice]))
+
+        for choice in self._choices:
+            opening = shape.opening(choice.index)
+            if opening is not None:
+                choice.opening = [opening]
+        detail: Detail = "tokens" if shape.wanted_logprobs is None else "commits"
+        async with contextlib.aclosing(self._told(detail)) as told:
+            async for item in told:
+                if item is None:
+                    yield b": ping\n\n"
+                    continue
+                choice, text, is_ended = item
+                for opening in choice.opening:
+                    yield chunk(opening)
+                choice.opening = []
+                text += choice.row.tail if is_ended else ""
+                entries = choice.new_entries()
+                if not text and not (entries and entries[0]) and not is_ended:
+                    continue
+                probs = None if entries is None else shape.told(*entries)
+                if is_ended and text and shape.opening(0) is not None:  # a chat's last piece is empty
+                    yield chunk(shape.piece(choice.index, text, probs, None))
+                    text, probs = "", None
+                piece = shape.piece(choice.index, text, probs, choice.finish_reason if is_ended else None)
+                yield chunk({**piece, "holes": choice.holes} if is_ended and choice.row.has_holes else piece)
+
+    async def _frames(self) -> AsyncGenerator[bytes, None]:
+        """The canvas after each call, in the shape of Inception's API; then an empty piece for each choice."""
+        is_changes = self._asked.diffusion.frames == "changes"
+        async with contextlib.aclosing(self._told("canvas")) as told:
+            async for item in told:
+                if item is None:
+                    yield b": ping\n\n"
+                    continue
+                choice, _, is_ended = item
+                meta: dict[str, Any] = {"diffusion_content": True, "diffusion_progress": choice.progress_made(is_ended)}
+                meta["num_calls"] = choice.num_calls
+                delta = {"role": "assistant"}
+                if is_changes:
+                    meta["changed"] = choice.changes()
+                if not is_changes or is_ended:
+                    delta["content"] = choice.whole_text if is_ended else choice.provisional_text()
+                body = {
+                    "index": choice.index,
+                    "delta": delta,
+                    "finish_reason": choice.finish_reason if is_ended else None,
+                }
+                yield _event({**self._body(self._asked.chunk_object, [body]), "diffusion_meta": meta})
+        for choice in self._choices:
+            body = {"index": choice.index, "delta": {}, "finish_reason": None}
+            yield _event(self._body(self._asked.chunk_object, [body]))
+
+    async def _told(self, detail: Detail) -> AsyncGenerator[tuple[Choice, str, bool] | None, None]:
+        """New text of whichever choice has some, whether it has ended; None where it is time for a ping."""
+        inbox: asyncio.Queue[tuple[Choice, str | Exception, bool]] = asyncio.Queue()
+
+        async def follow(choice: Choice) -> None:
+            try:
+                ahead = choice.row.head  # with the first piece: what is refused has no text
+                async with contextlib.aclosing(self._followed(choice, detail, is_whole=False)) as pieces:
+                    async for piece in pieces:
+                        is_ended = choice.finish_reason is not None
+                        inbox.put_nowait((choice, ahead + piece, is_ended))
+                        ahead = ""
+                        if is_ended:
+                            return
+                raise AssertionError("a row ended without saying so")
+            except Exception as error:  # noqa: BLE001 (handed to the client as an error event)
+                inbox.put_nowait((choice, error, True))
+
+        tasks = [asyncio.create_task(follow(choice)) for choice in self._choices]
+        try:
+            still_open = len(tasks)
+            while still_open:
+                left = self._deadline - time.monotonic()
+                try:
+                    choice, piece, is_ended = await asyncio.wait_for(inbox.get(), min(_PING_EVERY_S, left))
+                except TimeoutError:
+                    if left <= _PING_EVERY_S:
+                        raise late(self._deadline - self._begun) from None
+                    yield None
+                    continue
+                if isinstance(piece, Exception):
+                    raise self._explained(piece) from piece
+                if is_ended:
+                    still_open -= 1
+                    self._count(choice)
+                yield choice, piece, is_ended
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    async def _followed(self, choice: Choice, detail: Detail, *, is_whole: bool) -> AsyncGenerator[str, None]:
+        """New text as it is committed, or once at its end.
+
+        A dead replica is tried again elsewhere. The text is the same there, and the choice knows how much of it was
+        given, so only what lies behind that follows.
+        """
+        for attempt in range(_TRIES):
+            choice.begin()
+            try:
+                progress_of = self._whole_row if is_whole else self._row
+                async with contextlib.aclosing(progress_of(choice, detail)) as told:
+                    async for progress in told:
+                        yield choice.take(progress)
+                        if choice.finish_reason is not None:
+                            return
+                return
+            except RayTaskError:  # the replica lives and says no
+                raise
+            except RayError:
+                if attempt == _TRIES - 1:
+                    raise
+                await asyncio.sleep(0.1 * 4**attempt)
+
+    async def _whole_row(self, choice: Choice, detail: Detail) -> AsyncGenerator[Progress, None]:
+        """A row's end alone, which costs one message. Leaving early frees the row."""
+        answer = self._replicas.generate.remote(self._model.name, choice.row.request, detail)
+        try:
+            yield await answer
+        finally:
+            answer.cancel()
+
+    async def _row(self, choice: Choice, detail: Detail) -> AsyncGenerator[Progress, None]:
+        """A replica's progress with one row. Leaving early frees the row."""
+        answers = self._replicas.options(stream=True).stream.remote(self._model.name, choice.row.request, detail)
+        try:
+            async for progress in answers:
+                yield progress
+        finally:
+            answers.cancel()
+
+    def _explained(self, error: BaseException) -> ApiError:
+        """As `explained`; a constraint is called as the request called it."""
+        told = explained(error)
+        detail = told.body["error"]
+        if detail["param"] == "response_format" and self._asked.diffusion.regex is not None:
+            detail["param"] = "diffusion.regex"
+            detail["message"] = str(detail["message"]).replace("response_format", "diffusion.regex", 1)
+        return told
+
+    def _body(self, kind: str, choices: list[dict[str, Any]], usage: Any = None) -> dict[str, Any]:
+        """An answer, or one chunk of a stream."""
+        body = {"id": self.id, "object": kind, "created": math.floor(time.time()), "model": self._model.name}
+        return {**body, "choices": choices, **({"usage": usage} if usage is not None else {})}
+
+    def _count(self, choice: Choice) -> None:
+        progress, request = choice.progress, choice.row.request
+        assert progress is not None
+        self._metrics.finished(
+            reason=choice.finish_reason or "stop",
+            prompt=request.num_given,
+            tokens=progress.num_committed,
+            calls=progress.num_calls,
+            canvas=request.num_asked,
+            seconds=time.monotonic() - choice.begun,
+            first=choice.first,
+        )
+
+    @property
+    def usage(self) -> dict[str, Any]:
+        """Tokens and calls of all choices, and the decoding in force."""
+        done = [choice.progress for choice in self._choices if choice.progress is not None]
+        requests = [choice.row.request for choice in self._choices]
+        prompt = sum(request.num_given for request in requests)
+        committed = sum(progress.num_committed for progress in done)
+        calls = sum(progress.num_calls for progress in done)
+        config = requests[0].config
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": committed,
+            "total_tokens": prompt + committed,
+            "diffusion": {
+                "num_calls": calls,
+                "tokens_per_call": round(committed / calls, 4) if calls else 0,
+                "canvas_tokens": sum(request.num_asked for request in requests),
+                "committed_tokens": committed,
+                "cache": config.cache,
+                "steps_per_block": config.steps_per_block,
+                "block_length": config.block_length,
+                "policy": config.policy.model_dump(mode="json"),
+            },
+        }
+
+
+def _event(body: dict[str, Any]) -> bytes:
+    return b"data: " + json.dumps(body, ensure_ascii=False).encode() + b"\n\n"

@@ -1,0 +1,77 @@
+"""From the bytes of a body to a checked request, or one line that names the parameter at fault."""
+
+import json
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from dllm_core.errors import RequestError
+from workflows.serve.config import Limits
+
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "presence_penalty": (0, None),
+    "frequency_penalty": (0, None),
+    "logit_bias": (None, {}),
+    "best_of": (1, None),
+    "tools": (None, []),
+    "tool_choice": (None, "none", "auto"),
+    "parallel_tool_calls": (None,),
+    "functions": (None, []),
+    "store": (None, False),
+    "metadata": (None, {}),
+    "service_tier": (None, "auto", "default"),
+}
+_TYPES = frozenset({"str", "list", "int", "constrained", "tagged", "function", "model"})  # pydantic's names of forms
+
+Asked = TypeVar("Asked", bound=BaseModel)
+
+
+def parse_body(kind: type[Asked], body: bytes, limits: Limits = Limits()) -> Asked:  # noqa: B008 (frozen)
+    """A checked request of one route, or RequestError with the parameter at fault."""
+    values = _parsed(body, limits)
+    for name, neutral in _NEUTRAL.items():
+        if name in values and name not in kind.model_fields:
+            value = values.pop(name)
+            if not any(value == fine and isinstance(value, bool) == isinstance(fine, bool) for fine in neutral):
+                raise RequestError(name, "is not supported", value, "leave it out")
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        location = [str(part) for part in first["loc"] if str(part).isidentifier()]
+        known = [part for part in location if part not in _TYPES]
+        message = "unknown parameter" if first["type"] == "extra_forbidden" else first["msg"]
+        raise RequestError(".".join(known) or "body", message[0].lower() + message[1:]) from None
+
+
+def _parsed(body: bytes, limits: Limits) -> dict[str, Any]:
+    try:
+        text = body.decode("utf-8")
+        level = deepest = 0
+        for char in text:  # an upper bound: brackets in strings count too, until it matters
+            level += (char in "[{") - (char in "]}")
+            deepest = max(deepest, level)
+        if deepest > limits.json_depth and depth(json.loads(text)) > limits.json_depth:
+            raise RequestError("body", f"nested deeper than {limits.json_depth}")
+        values = json.loads(text, parse_constant=_refuse_constant)
+        json.dumps(values, ensure_ascii=False).encode("utf-8")  # a lone surrogate has no UTF-8
+    except RequestError:
+        raise
+    except UnicodeError:
+        raise RequestError("body", "holds text that is not Unicode (bad UTF-8 or a lone surrogate)") from None
+    except (ValueError, RecursionError) as error:
+        raise RequestError("body", f"is not JSON ({error})") from None
+    if not isinstance(values, dict):
+        raise RequestError("body", "must be a JSON object")
+    return values
+
+
+def _refuse_constant(name: str) -> float:
+    raise RequestError("body", "holds a number that JSON does not have", name)
+
+
+def depth(value: Any) -> int:
+    """How deep JSON is nested; a plain value is 0 deep."""
+    if isinstance(value, dict):
+        return 1 + max(map(depth, value.values()), default=0)
+    return 1 + max(map(depth, value), default=0) if isinstance(value, list) else 0

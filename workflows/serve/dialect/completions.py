@@ -1,0 +1,98 @@
+"""POST /v1/completions and /v1/fim/completions: text behind a prompt, or between a prompt and a suffix."""
+
+from typing import Any, ClassVar
+
+from pydantic import Field
+
+from dllm_core.errors import RequestError
+from workflows.serve.config import Limits
+from workflows.serve.dialect.fields import DecodingFields
+from workflows.serve.dialect.rows import Row, ServedModel, of_prompt
+
+
+class CompletionRequest(DecodingFields):
+    """Body of POST /v1/completions."""
+
+    id_prefix: ClassVar[str] = "cmpl"
+    object: ClassVar[str] = "text_completion"
+    chunk_object: ClassVar[str] = "text_completion"
+
+    prompt: str | list[str] | list[int] | list[list[int]]
+    suffix: str | None = None
+    logprobs: int | None = Field(None, ge=0, le=5)
+    echo: bool = False
+
+    @property
+    def wanted_logprobs(self) -> int | None:
+        """`logprobs`."""
+        return self.logprobs
+
+    def check(self, limits: Limits) -> None:
+        """Beside what is refused everywhere: more rows than one request may ask for."""
+        super().check(limits)
+        self.rows_of(limits)
+
+    def prompts(self, limits: Limits) -> list[str | list[int]]:
+        """One or many prompts, as text or token ids."""
+        prompt = self.prompt
+        if isinstance(prompt, str):
+            return [prompt]
+        if not prompt:
+            raise RequestError("prompt", "is an empty list")
+        if len(prompt) > limits.rows and not isinstance(prompt[0], int):
+            raise RequestError("prompt", f"at most {limits.rows} prompts", len(prompt))
+        return [prompt] if isinstance(prompt[0], int) else list(prompt)
+
+    def rows_of(self, limits: Limits) -> list[str | list[int]]:
+        """Each prompt `n` times: what is decoded."""
+        prompts = self.prompts(limits)
+        if len(prompts) * self.n > limits.rows:
+            problem = f"{len(prompts)} in prompt times n must be at most {limits.rows}"
+            raise RequestError("n", problem, self.n, "ask for fewer choices or split the list in prompt")
+        return [prompt for prompt in prompts for _ in range(self.n)]
+
+    def rows(self, model: ServedModel) -> list[Row]:
+        """N rows for each prompt."""
+        constraint, tokenizer = self.constraint(model.limits), model.tokenizer
+        suffix = tuple(tokenizer.encode(self.suffix)) if self.suffix else ()
+        prompts, found = self.rows_of(model.limits), []
+        for prompt, seed in zip(prompts, self.seeds(len(prompts)), strict=True):
+            ids = tuple(tokenizer.encode(prompt)) if isinstance(prompt, str) else tuple(prompt)
+            request = of_prompt(self, model, ids, suffix, seed, constraint)
+            head = (prompt if isinstance(prompt, str) else tokenizer.decode(ids)) if self.echo else ""
+            found.append(Row(request, head=head))
+        return found
+
+    def choice(self, index: int, text: str, logprobs: Any, finish_reason: str | None) -> dict[str, Any]:
+        """One choice of an answer."""
+        return {"text": text, "index": index, "logprobs": logprobs, "finish_reason": finish_reason}
+
+    def piece(self, index: int, text: str, logprobs: Any, finish_reason: str | None) -> dict[str, Any]:
+        """The next of its pieces in a stream."""
+        return self.choice(index, text, logprobs, finish_reason)
+
+    def opening(self, index: int) -> dict[str, Any] | None:
+        """What a stream says of a choice before its text."""
+        return None
+
+    def told(self, entries: list[dict[str, Any]], offset: int) -> dict[str, Any]:
+        """Log-probabilities of tokens, the first of which begins `offset` characters into the text."""
+        offsets = []
+        for entry in entries:
+            offsets.append(offset)
+            offset += len(entry["token"])
+        best = [{one["token"]: one["logprob"] for one in entry["top_logprobs"]} for entry in entries]
+        return {
+            "tokens": [entry["token"] for entry in entries],
+            "token_logprobs": [entry["logprob"] for entry in entries],
+            "top_logprobs": best if self.wanted_logprobs else None,
+            "text_offset": offsets,
+        }
+
+
+class FimRequest(CompletionRequest):
+    """Body of POST /v1/fim/completions: the middle between `prompt` and `suffix` is denoised."""
+
+    id_prefix: ClassVar[str] = "fim"
+    prompt: str
+    suffix: str

@@ -1,0 +1,88 @@
+"""Row: one choice of an answer, as the engine is asked for it; ServedModel: what a gateway knows of a model."""
+
+import json
+from dataclasses import dataclass
+
+from dllm_core.checkpoints.bundle import ModelBundle
+from dllm_core.data.tokenizer import Tokenizer
+from dllm_core.decoding.config import DecodeConfig
+from dllm_core.decoding.request import Request
+from dllm_core.errors import RequestError
+from workflows.serve.config import Limits
+from workflows.serve.dialect.fields import DecodingFields
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """A model by its name: tokenizer, room, the decoding that its recipe says. Holds no weights."""
+
+    name: str
+    tokenizer: Tokenizer
+    context: int
+    decode: DecodeConfig
+    limits: Limits
+    created: int
+    objective: str
+
+    @classmethod
+    def of(cls, name: str, bundle: ModelBundle, decode: DecodeConfig, limits: Limits, created: int) -> "ServedModel":
+        """Of a verified bundle."""
+        context = int(json.loads((bundle.folder / "config.json").read_bytes())["context_length"])
+        objective = bundle.manifest.objective.type
+        return cls(name, bundle.tokenizer(), context, decode, limits, created, objective)
+
+    @property
+    def card(self) -> dict[str, object]:
+        """What /v1/models says of it."""
+        ours = {"objective": self.objective, "context_length": self.context, "chat": self.has_turns}
+        return {"id": self.name, "object": "model", "created": self.created, "owned_by": "dllm", "dllm": ours}
+
+    @property
+    def has_turns(self) -> bool:
+        """Whether its tokenizer marks the turns of a conversation."""
+        return self.tokenizer.config.chat is not None
+
+    def check_room(self, prompt: int, suffix: int) -> None:
+        """Refuse what leaves no position open: no other max_tokens would help."""
+        if prompt + suffix >= self.context:
+            problem = f"prompt ({prompt}) + suffix ({suffix}) + 1 exceed the context of {self.context} tokens"
+            raise RequestError("suffix" if suffix > prompt else "prompt", problem, remedy="shorten it")
+
+    def check(self, request: Request) -> Request:
+        """The request, refused where it cannot be decoded."""
+        request.check(self.tokenizer.vocab_size, self.context)
+        return request
+
+
+@dataclass(frozen=True)
+class Row:
+    """request: what is decoded. head, tail: text that is shown around it. end_id: a token that ends the answer too."""
+
+    request: Request
+    head: str = ""
+    tail: str = ""
+    end_id: int | None = None
+    has_holes: bool = False
+
+
+def of_prompt(
+    asked: DecodingFields,
+    model: ServedModel,
+    prompt: tuple[int, ...],
+    suffix: tuple[int, ...],
+    seed: int,
+    constraint: str | None,
+) -> Request:
+    """A canvas between a prompt and a suffix, refused where it cannot be decoded."""
+    model.check_room(len(prompt), len(suffix))
+    return model.check(
+        Request(
+            prompt=prompt,
+            config=asked.decode_config(model.decode, model.context - len(prompt) - len(suffix)),
+            suffix=suffix,
+            seed=seed,
+            stop=asked.stops,
+            constraint=constraint,
+            top_logprobs=asked.wanted_logprobs or 0,
+        )
+    )

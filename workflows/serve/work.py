@@ -1,0 +1,75 @@
+"""Work: what a request is expected to cost, and how many replicas the work in hand is worth. Pure; no Ray.
+
+A request's cost is its denoiser calls, which its length and policy decide: a hundred waiting requests of 4 tokens are
+less work than one of 4,096. So what replicas report, and what they are scaled by, is predicted calls, summed over rows.
+"""
+
+import math
+from dataclasses import dataclass
+
+from dllm_core.decoding.request import Request
+
+
+def predicted_work(request: Request, is_ancestral: bool = False) -> int:
+    """The most denoiser calls that a row can take; a policy may need fewer, and a few more only for edits.
+
+    is_ancestral: the model replaces tokens, and takes `steps` calls over the whole canvas. Guidance makes two of each.
+    """
+    config = request.config
+    blocks = math.ceil(request.num_asked / config.block_length)
+    calls = config.steps if is_ancestral else blocks * config.steps_per_block
+    return max(1, calls) * (2 if config.guidance else 1)
+
+
+@dataclass(frozen=True)
+class ScalingRule:
+    """target: calls x rows that one replica is meant to have in hand. Up when work has stood above for `up_after_s`.
+
+    Down by one replica when what there is to do has fitted into one fewer, with `slack` to spare, for `down_after_s`:
+    the work in hand, and the time that replicas are busy. Work in hand alone would say too little: of a load that is
+    just carried none piles up, and ended replicas would be started again a minute later, for ever.
+    """
+
+    minimum: int
+    maximum: int
+    target: float
+    up_after_s: float = 2.0
+    down_after_s: float = 60.0
+    slack: float = 0.8
+
+    def wanted(self, work: float) -> int:
+        """Replicas that the work in hand asks for."""
+        needed = math.ceil(work / self.target) if work > 0 else 0
+        return min(self.maximum, max(self.minimum, needed))
+
+
+@dataclass
+class Scaler:
+    """Holds a number of replicas to a rule over time. above, below: since when work has asked for more or fewer."""
+
+    rule: ScalingRule
+    above: float | None = None
+    below: float | None = None
+
+    def decide(self, now: float, current: int, work: float, busy: float) -> int:
+        """How many there are to be from now on. now: seconds, never back; busy: shares of time, over all replicas."""
+        rule, wanted = self.rule, self.rule.wanted(work)
+        if wanted > current:
+            self.below = None
+            self.above = now if self.above is None else self.above
+            if now - self.above >= rule.up_after_s or current < rule.minimum or not current:
+                self.above = None
+                return wanted
+            return current
+        self.above = None
+        fewer = current - 1
+        room = fewer * rule.slack
+        fits = fewer >= rule.minimum and work <= rule.target * room and busy <= room
+        if not fits:
+            self.below = None
+            return min(current, rule.maximum)
+        self.below = now if self.below is None else self.below
+        if now - self.below < rule.down_after_s:
+            return current
+        self.below = now  # the next one has its own time to wait
+        return fewer
