@@ -90,8 +90,10 @@ def _choose(
     score = _scores(log_probs, confidence, rows, of_row)
     score = score.where(highest.isfinite(), torch.nan)
     most = max(row.request.top_logprobs for row in rows)
-    best = log_probs.topk(min(most, log_probs.shape[-1]), dim=-1)
-    columns = [tokens[:, None], confidence[:, None], score[:, None], best.indices, best.values]
+    columns = [tokens[:, None], confidence[:, None], score[:, None]]
+    if most:
+        best = log_probs.topk(min(most, log_probs.shape[-1]), dim=-1)
+        columns += [best.indices, best.values]
     packed = torch.cat([column.double() for column in columns], dim=1).cpu().numpy()  # one transfer
     splits = np.cumsum([len(part) for part in positions])[:-1]
     return [

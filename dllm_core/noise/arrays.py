@@ -20,6 +20,17 @@ def widened(array: Array) -> Array:
     return np.asarray(array, np.float64) if array_namespace(array) is np else array.double()
 
 
+def log_softmax_without(logits: Array, left_out: int) -> Array:
+    """Log-softmax [... V] with an id ruled out; torch's own kernel takes two passes over V, the formula seven."""
+    xp = array_namespace(logits)
+    kept = logits.copy() if xp is np else logits.clone()
+    kept[..., left_out] = -np.inf
+    if xp is not np:
+        return xp.log_softmax(kept, -1)
+    shifted = kept - kept.max(-1)[..., None]
+    return shifted - np.log(np.exp(shifted).sum(-1))[..., None]
+
+
 def cast(array: Array, like: Array) -> Array:
     """The values in the type of `like`; what is rounded goes to the nearest, what becomes an id is cut off."""
     return array.astype(like.dtype) if array_namespace(array) is np else array.to(like.dtype)

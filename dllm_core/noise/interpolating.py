@@ -12,12 +12,11 @@ of its token; where tokens are replaced, p(x0 | whole xt) is another law, `poste
 counts a token's own evidence twice (arXiv:2605.22765).
 """
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 from dllm_core.config.base import Frozen
-from dllm_core.noise.arrays import Array, array_namespace, cast, softplus, vocabulary, widened
+from dllm_core.noise.arrays import Array, array_namespace, cast, log_softmax_without, softplus, vocabulary, widened
 from dllm_core.noise.law import Law, Reading, law_of
 from dllm_core.noise.schedule import AnySchedule, LinearSchedule
 
@@ -74,12 +73,7 @@ class InterpolatingProcess(Frozen):
 
     def x0_log_probs(self, logits: Array) -> Array:
         """Log-softmax over V without the mask (SUBS, MDLM section 3.2.3). logits [... V] are not changed."""
-        xp = array_namespace(logits)
-        penalty = xp.zeros_like(logits)
-        penalty[..., self.mask_id] = -math.inf
-        logits = logits + penalty
-        shifted = logits - xp.amax(logits, -1)[..., None]
-        return shifted - xp.log(xp.exp(shifted).sum(-1))[..., None]
+        return log_softmax_without(logits, self.mask_id)
 
     def marginal(self, x0_probs: Array, t: Array) -> Array:
         """q(xt | x0 ~ p) [... V] of p [... V], which gives the mask nothing."""

@@ -1,6 +1,6 @@
 """What the README tells a newcomer to type works: every `sh` command is read and tried as far as is cheap.
 
-The Python block runs against a live endpoint in tests/integration/test_endpoint.py.
+The Python block runs against a live endpoint in tests/endpoint/test_endpoint.py.
 """
 
 import json

@@ -193,7 +193,7 @@ def canvas_text(frame: Frame) -> Text:
     for i, token in enumerate(frame.texts):
         if frame.is_open[i]:
             text.append("░", style="dim")
-        elif not frame.first <= i < frame.stop:
+        elif not frame.committed_at[i]:
             text.append(token, style="dim")
         elif frame.committed_at[i] == frame.num_calls:
             text.append(token, style="bold green")

@@ -52,11 +52,13 @@ def unfold(engine: Engine, tokenizer: Tokenizer, request: Request) -> Iterator[F
 
 def _blank(tokenizer: Tokenizer, request: Request, state: DecodeState) -> Frame:
     head, stop, length = len(request.prompt), state.canvas_stop, len(state.canvas)
-    inside = [head <= i < stop for i in range(length)]
+    given = state.is_given.tolist()
     return Frame(
         num_calls=0,
-        texts=["" if i else tokenizer.token_text(int(t)) for i, t in zip(inside, state.canvas, strict=True)],
-        is_open=inside,
+        texts=[
+            tokenizer.token_text(int(t)) if is_given else "" for is_given, t in zip(given, state.canvas, strict=True)
+        ],
+        is_open=[not is_given for is_given in given],
         committed_at=[0] * length,
         first=head,
         stop=stop,

@@ -10,7 +10,7 @@ import json
 import math
 import secrets
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any, ClassVar, Protocol
 
 from ray.exceptions import RayError, RayTaskError
@@ -52,9 +52,6 @@ class Dialect(Protocol):
     def wanted_logprobs(self) -> int | None:
         """How many alternatives are told beside each token's log-probability; None: not even that."""
 
-    def rows(self, model: ServedModel) -> list[Row]:
-        """What is decoded; RequestError where it cannot be."""
-
     def choice(self, index: int, text: str, logprobs: Any, finish_reason: str | None) -> dict[str, Any]:
         """One choice of a whole answer."""
 
@@ -90,6 +87,7 @@ class Answering:
         replicas: DeploymentHandle,
         model: ServedModel,
         asked: Dialect,
+        rows: Sequence[Row],
         metrics: GatewayMetrics,
         begun: float,
         deadline: float,
@@ -99,7 +97,7 @@ class Answering:
         self._begun, self._deadline = begun, deadline
         self.id = f"{asked.id_prefix}-{secrets.token_hex(12)}"
         wanted = asked.wanted_logprobs
-        self._choices = [Choice(i, row, model.tokenizer, begun, wanted) for i, row in enumerate(asked.rows(model))]
+        self._choices = [Choice(i, row, model.tokenizer, begun, wanted) for i, row in enumerate(rows)]
 
     async def whole(self) -> dict[str, Any]:
         """All choices, decoded to their end; the first that fails ends the others."""
@@ -130,9 +128,10 @@ class Answering:
         """Server-sent events of all choices as they come. A failure before the first is raised, later ones are told."""
         is_begun = False
         try:
-            async for event in self._frames() if self._asked.diffusing else self._pieces():
-                yield event
-                is_begun = True
+            async with contextlib.aclosing(self._frames() if self._asked.diffusing else self._pieces()) as told:
+                async for event in told:
+                    yield event
+                    is_begun = True
             options = self._asked.stream_options
             if options is not None and options.include_usage:
                 yield _event(self._body(self._asked.chunk_object, [], self.usage))
@@ -211,6 +210,8 @@ class Answering:
                 async with contextlib.aclosing(self._followed(choice, detail, is_whole=False)) as pieces:
                     async for piece in pieces:
                         is_ended = choice.finish_reason is not None
+                        if choice.gap is not None:
+                            self._metrics.gap(choice.gap)
                         inbox.put_nowait((choice, ahead + piece, is_ended))
                         ahead = ""
                         if is_ended:
@@ -306,6 +307,7 @@ class Answering:
             canvas=request.num_asked,
             seconds=time.monotonic() - choice.begun,
             first=choice.first,
+            waited=progress.waited_s,
         )
 
     @property

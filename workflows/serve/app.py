@@ -5,6 +5,8 @@ so that another one is loaded by deploying again, with nothing restarted.
 """
 
 import errno
+import hashlib
+import importlib.metadata
 import logging
 import re
 import socket
@@ -25,8 +27,10 @@ _READY_WITHIN_S = 120.0
 _NO_LIMIT = 1 << 14  # Ray Serve lets every call in: a replica refuses rows itself, and tells its load meanwhile
 _PROXY_WAITS_S = 10.0  # longer than the gateway, whose own deadline answers in OpenAI's shape
 _STARTS = 2
+_SURGE_PERCENT = 25  # an upgrade starts new ones before it stops old ones, one at least
 _DRAINS_S = 30.0  # what a replica that is to go has for the requests that it holds; others are tried again elsewhere
 _POLICY = "workflows.serve.scaling:ByWork"
+_ROUTER = "workflows.serve.routing.LeastWorkRouter"
 
 
 class ServedRun(Frozen):
@@ -47,12 +51,13 @@ class AppArgs(Frozen):
 def build(args: AppArgs) -> Any:
     """The application: a gateway bound to its replicas."""
     from ray import serve
-    from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
+    from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 
     from workflows.serve.gateway import Gateway
     from workflows.serve.replica import DecodeReplica
 
     placement, settings = args.placement, args.serve
+    version = _version(args)
     models = {name: said.model_dump(mode="json") for name, said in args.models.items()}
     scaling = AutoscalingConfig(
         min_replicas=placement.min_replicas,
@@ -74,7 +79,11 @@ def build(args: AppArgs) -> Any:
     bound = (
         serve.deployment(DecodeReplica)
         .options(
+            version=version,
+            _internal=True,
+            max_surge_percent=_SURGE_PERCENT,
             autoscaling_config=scaling,
+            request_router_config=RequestRouterConfig(request_router_class=_ROUTER),
             user_config=models,
             ray_actor_options={"num_cpus": placement.cpus_per_replica, "num_gpus": placement.gpus_per_replica},
             max_ongoing_requests=_NO_LIMIT,
@@ -96,6 +105,9 @@ def build(args: AppArgs) -> Any:
     )
     deployment: Any = Gateway  # `serve.deployment` made a Deployment of it; its stub says that it is the class still
     gateway = deployment.options(
+        version=version,
+        _internal=True,
+        max_surge_percent=_SURGE_PERCENT,
         num_replicas=placement.gateways,
         user_config=models,
         ray_actor_options={"num_cpus": 0.1},
@@ -104,7 +116,19 @@ def build(args: AppArgs) -> Any:
     )
     # What decides nothing in a gateway is left out: a changed list of models must not restart it.
     told = settings.model_dump(mode="json", exclude={"models", "models_file", "examples", "host", "port"})
-    return gateway.bind(bound, {**told, "open": True})
+    return gateway.bind(bound, {**told, "open": True}, placement.min_replicas == 0)
+
+
+def _version(args: AppArgs) -> str:
+    """What replicas and gateways are restarted for: our code, and all but the models, which they load and drop.
+
+    Deployed from Python, Ray Serve 2.60 would make one up each time, and restart all for another model; it takes ours
+    only where it is told that it was meant for itself.
+    """
+    said = args.model_dump_json(
+        exclude={"models": True, "serve": {"models", "models_file", "examples", "host", "port"}}
+    )
+    return hashlib.sha256(f"{importlib.metadata.version('dllm')}\n{said}".encode()).hexdigest()[:16]
 
 
 def check_port(settings: ServeConfig) -> None:
@@ -129,10 +153,16 @@ def start(args: AppArgs) -> str:
     from ray.serve.config import HTTPOptions
 
     settings = args.serve
-    check_port(settings)
+    running = _running_port()
+    if running is None:
+        check_port(settings)
+    elif running != settings.port:
+        problem = f"the cluster's Ray Serve listens on {running} already, and has one port"
+        raise ConfigError("serve.port", problem, settings.port, f"serve.port={running}")
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     patience = settings.request_timeout_s + _PROXY_WAITS_S
-    serve.start(http_options=HTTPOptions(host=settings.host, port=settings.port, request_timeout_s=patience))
+    http = HTTPOptions(host=settings.host, port=settings.port, request_timeout_s=patience)
+    serve.start(http_options=http, logging_config={"enable_access_log": False}, tracing_config=_tracing(settings))
     host = "127.0.0.1" if settings.host in {"0.0.0.0", "::"} else settings.host
     url = f"http://[{host}]:{settings.port}" if ":" in host else f"http://{host}:{settings.port}"
     try:
@@ -142,6 +172,22 @@ def start(args: AppArgs) -> str:
         stop()
         raise
     return url
+
+
+def _running_port() -> int | None:
+    """Where the cluster's Ray Serve listens; None where it does not run yet."""
+    from ray.serve.context import _get_global_client
+
+    client = _get_global_client(raise_if_no_controller_running=False)
+    return None if client is None else int(client.http_config.port)
+
+
+def _tracing(settings: ServeConfig) -> dict[str, Any] | None:
+    """As Ray Serve has it; None where nobody asks: its own environment variables then count."""
+    if not settings.tracing_ratio:
+        return None
+    exporter = {} if settings.tracing_exporter is None else {"exporter_import_path": settings.tracing_exporter}
+    return {"enabled": True, "sampling_ratio": settings.tracing_ratio, **exporter}
 
 
 def deploy(args: AppArgs) -> None:

@@ -18,6 +18,8 @@ class Choice:
     def __init__(self, index: int, row: Row, tokenizer: Tokenizer, begun: float, wanted_logprobs: int | None) -> None:
         self.index, self.row, self.begun = index, row, begun
         self.first: float | None = None
+        self.gap: float | None = None  # seconds between the last two times that there was something new
+        self._told_at: float | None = None
         self.progress: Progress | None = None
         self.finish_reason: str | None = None
         self.opening: list[dict[str, Any]] = []
@@ -34,11 +36,12 @@ class Choice:
 
     def take(self, progress: Progress) -> str:
         """New text of this choice."""
-        self.progress = progress
+        self.progress, now = progress, time.monotonic()
+        self.gap, self._told_at = None if self._told_at is None else now - self._told_at, now
         for commit in progress.commits:
             self._commits[commit.position] = commit
         if progress.num_committed and self.first is None:
-            self.first = time.monotonic() - self.begun
+            self.first = now - self.begun
         tokens, is_ended = progress.tokens, progress.finish_reason is not None
         if self.row.end_id is not None and self.row.end_id in tokens:
             tokens, is_ended = tokens[: tokens.index(self.row.end_id)], True

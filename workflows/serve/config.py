@@ -47,6 +47,10 @@ class ServeConfig(Frozen):
     max_batch_tokens: int = Field(4096, ge=64, description="token positions in one denoiser call")
     max_queued_requests: int = Field(512, ge=1, description="rows that wait in a replica; more are answered 429")
     request_timeout_s: float = Field(120, gt=0, description="an answer not finished by then ends with error 408")
+    tracing_ratio: float = Field(0, ge=0, le=1, description="share of requests that OpenTelemetry spans are kept of")
+    tracing_exporter: str | None = Field(
+        None, description="module:function that returns span processors; null: files beside Ray Serve's logs"
+    )
     limits: Limits = Limits()
     examples: tuple[Example, ...] = ()
 

@@ -1,9 +1,10 @@
 """Gateway: the routes. HTTP and text on one side, token ids and decode replicas on the other. Holds no weights."""
 
 import asyncio
+import contextlib
 import time
-from collections.abc import AsyncIterator
-from typing import Any
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from typing import Any, TypeVar
 
 from fastapi import Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
@@ -16,13 +17,14 @@ from dllm_core.checkpoints.bundle import read_bundle
 from dllm_core.checkpoints.run_dir import RunDir
 from dllm_core.decoding.config import DecodeConfig
 from dllm_core.errors import DllmError
+from dllm_core.evaluation.answers import Question
 from workflows.serve.answer import Answering, explained
 from workflows.serve.config import ServeConfig
 from workflows.serve.dialect.body import parse_body
 from workflows.serve.dialect.chat import ChatRequest
 from workflows.serve.dialect.completions import CompletionRequest, FimRequest
 from workflows.serve.dialect.errors import ApiError, late, unavailable
-from workflows.serve.dialect.rows import ServedModel
+from workflows.serve.dialect.rows import Row, ServedModel
 from workflows.serve.dialect.score import ScoreRequest
 from workflows.serve.dialect.spans import EditRequest, InfillRequest
 from workflows.serve.edge import Edge, EdgeSettings, answer_errors, guard, log_to_stderr, read_body
@@ -32,9 +34,11 @@ from workflows.serve.openapi import ERRORS, Api, takes
 from workflows.serve.page import PAGE, PAGE_HEADERS
 
 _LOAD_WITHIN_S = 5.0
+_LARGE = 16 << 10  # bytes of a body that take milliseconds to read
 _NO_REPLICA = (RayError, RayServeException, TimeoutError)
 _STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
+Read = TypeVar("Read")
 Decoding = CompletionRequest | ChatRequest | InfillRequest | EditRequest
 
 api = Api(
@@ -49,20 +53,29 @@ api.add_middleware(Edge)
 
 
 # Ray Serve copies the class below when it is decorated: what it calls must stand above it.
-async def _joined(first: bytes, others: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    yield first
-    async for other in others:
-        yield other
+async def _joined(first: bytes, others: AsyncGenerator[bytes, None]) -> AsyncIterator[bytes]:
+    async with contextlib.aclosing(others):  # a client that leaves while it is slow to read ends them too
+        yield first
+        async for other in others:
+            yield other
+
+
+async def _aside(read: Callable[[], Read], size: int) -> Read:
+    """What a body says; a large one is read in a thread, beside the answers to others."""
+    return read() if size <= _LARGE else await asyncio.to_thread(read)
 
 
 @serve.deployment
 @serve.ingress(api)
 class Gateway:
-    """The Ray Serve ingress. Its models come by `reconfigure`, {name: {run, decode}}."""
+    """The Ray Serve ingress. Its models come by `reconfigure`, {name: {run, decode}}.
 
-    def __init__(self, replicas: DeploymentHandle, settings: dict[str, Any]) -> None:
+    may_rest: no replica at all is well, while nobody asks.
+    """
+
+    def __init__(self, replicas: DeploymentHandle, settings: dict[str, Any], may_rest: bool = False) -> None:
         self._settings = ServeConfig.checked(settings)
-        self._replicas = replicas
+        self._replicas, self._may_rest = replicas, may_rest
         self._models: dict[str, ServedModel] = {}
         self._said: dict[str, dict[str, Any]] = {}
         self._metrics = GatewayMetrics()
@@ -89,22 +102,19 @@ class Gateway:
         return HTMLResponse(PAGE, headers=PAGE_HEADERS)
 
     @api.get("/health")
-    async def health(self) -> dict[str, str]:
-        """200 if the replica that a request would go to runs its decoding loops (or is idle), 503 if not."""
-        try:
-            await asyncio.wait_for(self._replicas.load.remote(), _LOAD_WITHIN_S)
-        except _NO_REPLICA as error:
-            raise unavailable(f"no decode replica answers ({type(error).__name__})") from error
-        return {"status": "ok"}
+    async def health(self) -> dict[str, Any]:
+        """200 if a decode replica runs its decoding loops (or is idle), 503 if none does."""
+        loads = await self._loads()
+        well = [load for load in loads if not isinstance(load, BaseException)]
+        if not well and (loads or not self._may_rest):
+            reasons = ", ".join(sorted({type(load).__name__ for load in loads}))
+            raise unavailable(f"no decode replica answers ({reasons or 'there is none'})")
+        return {"status": "ok", "replicas": len(well)}
 
     @api.get("/metrics")
     async def metrics(self) -> Response:
         """Prometheus text."""
-        try:
-            told = self._replicas.broadcast("load")
-            loads = await told.results_async(timeout_s=_LOAD_WITHIN_S, return_exceptions=True)
-        except _NO_REPLICA:  # what was counted here is worth telling all the same
-            loads = []
+        loads = await self._loads()  # what was counted here is worth telling without them too
         self._metrics.load([load for load in loads if not isinstance(load, BaseException)])
         return Response(self._metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
@@ -148,15 +158,21 @@ class Gateway:
         """How likely texts are, with standard errors."""
         try:
             async with asyncio.timeout(self._settings.request_timeout_s):
-                asked = parse_body(ScoreRequest, await self._body(http), self._settings.limits)
-                model = self._model(asked.model)
-                asked.check(self._settings.limits)
-                call = (model.name, asked.questions(model), asked.draws, asked.target_error, asked.seed)
+                body = await self._body(http)
+
+                def read() -> tuple[ScoreRequest, ServedModel, list[Question]]:
+                    asked = parse_body(ScoreRequest, body, self._settings.limits)
+                    model = self._model(asked.model)
+                    asked.check(self._settings.limits)
+                    return asked, model, asked.questions(model)
+
+                asked, model, questions = await _aside(read, len(body))
+                call = (model.name, questions, asked.draws, asked.target_error, asked.seed)
                 try:
                     scores, estimator = await self._replicas.score.remote(*call)
                 except (RayError, RayServeException) as error:
                     raise explained(error) from error
-                return JSONResponse(asked.answer(model, scores, estimator))
+                return JSONResponse(asked.answer(model, questions, scores, estimator))
         except (DllmError, ApiError, TimeoutError) as error:
             raise self._refused(error) from error
 
@@ -166,18 +182,32 @@ class Gateway:
         deadline = begun + self._settings.request_timeout_s
         try:
             async with asyncio.timeout(self._settings.request_timeout_s):
-                asked = parse_body(kind, await self._body(http), self._settings.limits)
-                model = self._model(asked.model)
-                asked.check(self._settings.limits)
-                answering = Answering(self._replicas, model, asked, self._metrics, begun, deadline)
+                body = await self._body(http)
+
+                def read() -> tuple[Decoding, ServedModel, list[Row]]:
+                    asked = parse_body(kind, body, self._settings.limits)
+                    model = self._model(asked.model)
+                    asked.check(self._settings.limits)
+                    return asked, model, asked.rows(model)
+
+                asked, model, rows = await _aside(read, len(body))
+                answering = Answering(self._replicas, model, asked, rows, self._metrics, begun, deadline)
                 if not asked.is_streamed:
                     return JSONResponse(await answering.whole())
                 events = answering.events()
                 # What is refused before the first event still has its own status.
-                body = _joined(await anext(events), events)
-                return StreamingResponse(body, media_type="text/event-stream", headers=_STREAM_HEADERS)
+                told = _joined(await anext(events), events)
+                return StreamingResponse(told, media_type="text/event-stream", headers=_STREAM_HEADERS)
         except (DllmError, ApiError, TimeoutError) as error:
             raise self._refused(error) from error
+
+    async def _loads(self) -> list[Any]:
+        """What each replica says of its rows, or what went wrong there."""
+        try:
+            told = self._replicas.broadcast("load")
+            return list(await told.results_async(timeout_s=_LOAD_WITHIN_S, return_exceptions=True))
+        except _NO_REPLICA as error:
+            return [error]
 
     async def _body(self, http: Request) -> bytes:
         return await read_body(http, self._settings.limits.body_bytes)

@@ -5,6 +5,7 @@ Admission is its own: a row too many is refused with BackPressureError.
 """
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,10 +22,12 @@ from dllm_core.errors import DllmError, RequestError
 from workflows.serve.work import predicted_work
 
 _HUNG_AFTER_S = 60.0
+# A message costs about a millisecond of CPU in each of two processes: what calls add so soon goes with the next one.
+_TELL_EVERY_S = 0.04
 OPEN = -1
 
-# end: the last alone; tokens: when there are new ones; commits: those, and what each call was sure of;
-# canvas: after every call, with what stands everywhere.
+# end: the last alone; tokens: when there are new ones, not more often than people see; commits: those, and what each
+# call was sure of; canvas: after every call, with what stands everywhere.
 Detail = Literal["end", "tokens", "commits", "canvas"]
 
 
@@ -46,6 +49,7 @@ class Progress:
     """A row after a call: all answer tokens so far, in order, none of which will change.
 
     commits: since what was told before; canvas: what stands between prompt and suffix, OPEN where nothing does yet.
+    waited_s: from when the row was asked for to its first call.
     """
 
     tokens: list[int]
@@ -54,6 +58,7 @@ class Progress:
     finish_reason: FinishReason | None
     commits: tuple[Commit, ...] = ()
     canvas: list[int] | None = None
+    waited_s: float = 0.0
 
 
 @dataclass
@@ -63,11 +68,16 @@ class _Reader:
     detail: Detail
     inbox: asyncio.Queue[Progress | Exception] = field(default_factory=asyncio.Queue)
     told: int = -1
+    told_at: float = -math.inf
     commits: list[Commit] = field(default_factory=list)
+    asked_at: float = field(default_factory=time.monotonic)
+    waited_s: float | None = None
 
-    def take(self, update: RowUpdate, eos_id: int) -> None:
+    def take(self, update: RowUpdate, eos_id: int, tick_began: float) -> None:
         """Tell of it what is asked for."""
         state = update.state
+        if self.waited_s is None:
+            self.waited_s = tick_began - self.asked_at
         is_end = state.finish_reason is not None
         if state.finish_reason == "error":
             self.inbox.put_nowait(DllmError("model", "its output for this request is no number"))
@@ -79,11 +89,14 @@ class _Reader:
         tokens = state.answer(eos_id)
         if not is_end and self.detail != "canvas" and len(tokens) <= self.told:
             return
-        self.told = len(tokens)
+        now = time.monotonic()
+        if not is_end and self.detail != "canvas" and now - self.told_at < _TELL_EVERY_S:
+            return
+        self.told, self.told_at = len(tokens), now
         commits, self.commits = tuple(self.commits), []
         canvas = _canvas(state) if self.detail == "canvas" else None
         told = (tokens, state.num_calls, state.num_committed, state.finish_reason)
-        self.inbox.put_nowait(Progress(*told, commits, canvas))
+        self.inbox.put_nowait(Progress(*told, commits, canvas, self.waited_s))
 
 
 def _commits(update: RowUpdate) -> list[Commit]:
@@ -198,7 +211,7 @@ class DecodingLoop:
                 self._tick_began = time.monotonic()
                 step = asyncio.get_running_loop().run_in_executor(self._thread, self._engine.step)
                 for update in await step:
-                    self._tell(update)
+                    self._tell(update, self._tick_began)
                 self._busy_s += time.monotonic() - self._tick_began
                 self._tick_began = None
         except BaseException as error:
@@ -228,12 +241,12 @@ class DecodingLoop:
             self._engine.cancel(row)
             self._forget(row)
 
-    def _tell(self, update: RowUpdate) -> None:
+    def _tell(self, update: RowUpdate, tick_began: float) -> None:
         if update.row not in self._rows:
             return
         reader, _ = self._rows[update.row]
         self._calls[update.row] = update.state.num_calls
-        reader.take(update, self._engine.eos_id)
+        reader.take(update, self._engine.eos_id, tick_began)
         if update.state.finish_reason is not None:
             self._forget(update.row)
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+_OUTPUTS = (16, 64, 256, 1024)
 _RATIO = (1, 1.25, 1.5, 2, 3, 4, 6, 8, 12, 16, 32)
 
 
@@ -27,18 +28,39 @@ class GatewayMetrics:
             "dllm_time_to_first_token_seconds", "To the first committed token (TTFC)", buckets=_SECONDS, registry=own
         )
         self._whole = Histogram(
-            "dllm_e2e_request_latency_seconds", "From the request to its last token", buckets=_SECONDS, registry=own
+            "dllm_e2e_request_latency_seconds",
+            "From the request to its last token, by the most tokens that it has (+Inf: more)",
+            ["tokens"],
+            buckets=_SECONDS,
+            registry=own,
         )
+        self._queue = Histogram(
+            "dllm_request_queue_time_seconds", "From the request to its first call", buckets=_SECONDS, registry=own
+        )
+        self._gap = Histogram(
+            "dllm_inter_chunk_seconds", "Between two pieces of a stream", buckets=_SECONDS, registry=own
+        )
+        self._work = Gauge("dllm_work", "Denoiser calls still to come, over the rows of these replicas", registry=own)
         self._replicas = Gauge("dllm_decode_replicas", "Decode replicas that answer", registry=own)
         self._running = Gauge("dllm_num_requests_running", "Rows in the batches of these replicas", registry=own)
         self._waiting = Gauge("dllm_num_requests_waiting", "Rows waiting in these replicas", registry=own)
 
     def finished(
-        self, *, reason: str, prompt: int, tokens: int, calls: int, canvas: int, seconds: float, first: float | None
+        self,
+        *,
+        reason: str,
+        prompt: int,
+        tokens: int,
+        calls: int,
+        canvas: int,
+        seconds: float,
+        first: float | None,
+        waited: float,
     ) -> None:
         """One choice was answered."""
         self._success.labels(reason).inc()
-        self._whole.observe(seconds)
+        self._whole.labels(next((str(most) for most in _OUTPUTS if tokens <= most), "+Inf")).observe(seconds)
+        self._queue.observe(waited)
         if first is not None:
             self._first.observe(first)
         if calls:
@@ -52,11 +74,16 @@ class GatewayMetrics:
         """One request was refused or failed."""
         self._errors.labels(str(status)).inc()
 
+    def gap(self, seconds: float) -> None:
+        """Time between two pieces of a stream."""
+        self._gap.observe(seconds)
+
     def load(self, loads: Sequence[dict[str, int]]) -> None:
         """What each replica says of its rows."""
         self._replicas.set(len(loads))
         self._running.set(sum(load["running"] for load in loads))
         self._waiting.set(sum(load["waiting"] for load in loads))
+        self._work.set(sum(load.get("work", 0) for load in loads))
 
     def text(self) -> bytes:
         """The exposition."""

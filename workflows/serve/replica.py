@@ -5,9 +5,13 @@ work. A model's first call is made before the replica says that it is ready.
 """
 
 import asyncio
+import sys
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
+
+from ray.serve.exceptions import BackPressureError
 
 from dllm_core.checkpoints.bundle import ModelBundle, read_bundle
 from dllm_core.checkpoints.run_dir import RunDir
@@ -19,6 +23,9 @@ from dllm_core.evaluation.answers import AnswerScore, AnswerScorer, Question
 from dllm_core.evaluation.estimators import estimator_of_bundle
 from workflows.serve.compiling import Compiler
 from workflows.serve.loop import DecodingLoop, Detail, Progress
+
+_SWITCH_S = 5e-4  # the event loop waits so long for a decoding thread that computes in Python, 5 ms by default
+_MOST_SCORING = 8  # requests for scores that wait or run; each may take seconds
 
 
 class _Model:
@@ -96,9 +103,11 @@ class DecodeReplica:
         import torch
 
         torch.set_num_threads(settings["threads"])
+        sys.setswitchinterval(_SWITCH_S)
         self._settings = settings
         self._models: dict[str, _Model] = {}
         self._runs: dict[str, dict[str, Any]] = {}
+        self._scoring = 0
         self._aside = ThreadPoolExecutor(max_workers=1, thread_name_prefix="aside")  # loads and scores
 
     async def reconfigure(self, models: dict[str, dict[str, Any]]) -> None:
@@ -132,7 +141,7 @@ class DecodeReplica:
             last = progress
             commits += progress.commits
         assert last is not None
-        return Progress(last.tokens, last.num_calls, last.num_committed, last.finish_reason, tuple(commits))
+        return replace(last, commits=tuple(commits))
 
     async def stream(self, name: str, request: Request, detail: Detail = "tokens") -> AsyncIterator[Progress]:
         """Decode one row, telling its progress."""
@@ -145,9 +154,14 @@ class DecodeReplica:
         self, name: str, questions: Sequence[Question], draws: int, target_error: float | None, seed: int
     ) -> tuple[list[AnswerScore], str]:
         """Likelihoods, beside the decoding."""
-        model = self._model(name)
-        here = asyncio.get_running_loop()
-        return await here.run_in_executor(self._aside, model.score, questions, draws, target_error, seed)
+        model, here = self._model(name), asyncio.get_running_loop()
+        if self._scoring >= _MOST_SCORING:
+            raise BackPressureError(num_queued_requests=self._scoring, max_queued_requests=_MOST_SCORING)
+        self._scoring += 1
+        try:
+            return await here.run_in_executor(self._aside, model.score, questions, draws, target_error, seed)
+        finally:
+            self._scoring -= 1
 
     async def load(self) -> dict[str, Any]:
         """Rows running and waiting, and the denoiser calls they are expected to take; raises if a loop is dead."""

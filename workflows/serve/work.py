@@ -5,6 +5,7 @@ less work than one of 4,096. So what replicas report, and what they are scaled b
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dllm_core.decoding.request import Request
@@ -73,3 +74,29 @@ class Scaler:
             return current
         self.below = now  # the next one has its own time to wait
         return fewer
+
+
+class Ledger:
+    """What each replica has in hand, of what was sent from here."""
+
+    def __init__(self) -> None:
+        self._sent: dict[str, tuple[str, int]] = {}
+        self._turn = 0
+
+    def begin(self, replica: str, request: str, work: int) -> None:
+        """A request was sent; one that is sent again counts where it is now."""
+        self._sent[request] = (replica, work)
+
+    def end(self, request: str) -> None:
+        """It has come back, or never will."""
+        self._sent.pop(request, None)
+
+    def ranked(self, replicas: Sequence[str]) -> list[str]:
+        """The least loaded first; those alike take turns."""
+        held = dict.fromkeys(replicas, 0)
+        for replica, work in self._sent.values():
+            if replica in held:
+                held[replica] += work
+        self._turn += 1
+        turned = [replicas[(i + self._turn) % len(replicas)] for i in range(len(replicas))]
+        return sorted(turned, key=held.__getitem__)

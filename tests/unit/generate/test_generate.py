@@ -14,6 +14,8 @@ from dllm_core.decoding.engine import Engine
 from dllm_core.decoding.request import Request
 from dllm_core.storage.store import open_store
 from workflows.cli import run_command_line
+from workflows.generate.flow import canvas_text
+from workflows.generate.unfold import unfold
 
 SMALL = ["decode.max_tokens=8", "decode.block_length=4", "decode.steps_per_block=4"]
 
@@ -281,3 +283,18 @@ def test_what_the_command_line_says_holds_for_each_line_of_a_file(told, tmp_path
     code, _, err = told("--prompts", str(path), "--prompt", "x")
     assert code == 2
     assert "infill: holds all of the text" in err
+
+
+def test_frames_show_what_was_given_from_the_first_and_never_as_made(small_bundle):
+    bundle = read_bundle(small_bundle)
+    tokenizer = bundle.tokenizer()
+    config = DecodeConfig(block_length=4, steps_per_block=4, max_tokens=8)
+    given = tuple(tokenizer.encode("OF"))
+    request = Request((7,), config, (8,), middle=(None, None, *given, None))
+    frames = list(unfold(Engine(bundle), tokenizer, request))
+    inside = range(3, 3 + len(given))
+    for frame in frames:
+        assert "".join(frame.texts[i] for i in inside) == "OF"
+        styles = {str(span.style) for span in canvas_text(frame).spans}
+        assert not any(frame.committed_at[i] or frame.is_open[i] for i in inside)
+        assert ("bold green" in styles) == (frame.num_calls > 0)

@@ -27,6 +27,7 @@ def test_a_replica_that_does_not_start_is_one_line_and_leaves_nothing(monkeypatc
         "DecodeReplica": SimpleNamespace(status="DEPLOY_FAILED", message=TRACEBACK),
     }
     monkeypatch.setattr(serve, "start", lambda **_: None)
+    monkeypatch.setattr("workflows.serve.app._running_port", lambda: None)
     monkeypatch.setattr(serve, "run", refuse)
     monkeypatch.setattr(serve, "delete", taken_down.append)
     status = SimpleNamespace(applications={"dllm": SimpleNamespace(deployments=states)})
@@ -66,3 +67,9 @@ def test_an_address_that_others_reach_needs_keys_or_leave():
     with pytest.raises(ConfigError, match=r"lets other machines in.*serve\.keys_file=FILE, or serve\.open=true"):
         ServeConfig.checked({"host": "0.0.0.0"})
     assert ServeConfig.checked({"host": "0.0.0.0", "keys_file": "keys"}).keys_file == "keys"
+
+
+def test_a_cluster_that_serves_on_another_port_is_named(monkeypatch):
+    monkeypatch.setattr("workflows.serve.app._running_port", lambda: 8000)
+    with pytest.raises(ConfigError, match=r"serve\.port: the cluster's Ray Serve listens on 8000 already.*port=8000"):
+        start(AppArgs(models={"small": ServedRun(run="run")}, serve=ServeConfig(port=9000)))

@@ -42,7 +42,6 @@ class Replicas:
     def __init__(self, script, loads=()):
         self._script, self._loads, self.calls = script, loads, []
         self.stream = self.generate = SimpleNamespace(remote=self._call)
-        self.load = SimpleNamespace(remote=self._load)
 
     def options(self, stream):
         return self
@@ -57,20 +56,15 @@ class Replicas:
         self.calls.append(Call(self._script(len(self.calls))))
         return self.calls[-1]
 
-    async def _load(self):
-        if isinstance(self._loads[0], Exception):
-            raise self._loads[0]
-        return self._loads[0]
-
 
 @pytest.fixture
 def served(small_bundle, small_corpus, monkeypatch):
     """A function: scripted replicas -> a function that sends one request to a gateway in front of them."""
     ours = Gateway.func_or_class.__mro__[1]  # below Ray's own wrapping
 
-    def of(replicas, timeout_s=30.0, **settings):
+    def of(replicas, timeout_s=30.0, may_rest=False):
         decode = small_corpus.recipe.decode.model_dump(mode="json")
-        gateway = ours(replicas, ServeConfig(request_timeout_s=timeout_s, **settings).model_dump(mode="json"))
+        gateway = ours(replicas, ServeConfig(request_timeout_s=timeout_s).model_dump(mode="json"), may_rest)
         gateway.reconfigure({small_bundle.name: {"run": small_bundle.url, "decode": decode}})
         monkeypatch.setattr(serve, "get_replica_context", lambda: SimpleNamespace(servable_object=gateway))
 
@@ -179,9 +173,17 @@ def test_the_load_is_the_sum_over_the_replicas_that_answer(served, steps):
 
 @pytest.mark.parametrize("error", [ActorDiedError(), BackPressureError(num_queued_requests=9, max_queued_requests=9)])
 def test_health_is_503_when_no_replica_answers(served, steps, error):
-    answer = served(Replicas(steps, [error]))("/health")
-    assert answer.status_code == 503
-    assert is_refusal(answer.json(), "server_error")
+    for loads in ([error], []):
+        answer = served(Replicas(steps, loads))("/health")
+        assert answer.status_code == 503
+        assert is_refusal(answer.json(), "server_error")
+    answer = served(Replicas(steps, [error, {"running": 0, "waiting": 0}]))("/health")
+    assert answer.json() == {"status": "ok", "replicas": 1}
+
+
+def test_no_replica_is_well_where_they_may_rest(served, steps):
+    assert served(Replicas(steps, []), may_rest=True)("/health").json() == {"status": "ok", "replicas": 0}
+    assert served(Replicas(steps, [ActorDiedError()]), may_rest=True)("/health").status_code == 503
 
 
 def test_a_prompt_without_room_for_an_answer_is_blamed_itself(served, steps):

@@ -11,7 +11,7 @@ from dllm_core.decoding.engine import Engine
 from dllm_core.decoding.request import Request
 from workflows.placement import ServePlacement
 from workflows.serve.scaling import ByWork
-from workflows.serve.work import Scaler, ScalingRule, predicted_work
+from workflows.serve.work import Ledger, Scaler, ScalingRule, predicted_work
 
 RULE = ScalingRule(minimum=1, maximum=4, target=100, up_after_s=2, down_after_s=20)
 CALLS_PER_S = 50.0  # of one replica, summed over its rows
@@ -121,3 +121,20 @@ def test_work_is_the_most_calls_that_an_engine_makes(small_bundle):
         Request((), DecodeConfig(max_tokens=4))
     )
     assert predicted_work(Request((), DecodeConfig(steps=7)), is_ancestral=True) == 7
+
+
+def test_what_was_sent_is_spread_by_work_and_forgotten_when_it_comes_back():
+    ledger, replicas = Ledger(), ["a", "b"]
+    ledger.begin(ledger.ranked(replicas)[0], "long", 4096)
+    long_one = ledger.ranked(replicas)[1]
+    for number in range(40):  # forty short ones beside it are still less
+        assert ledger.ranked(replicas)[0] != long_one
+        ledger.begin(ledger.ranked(replicas)[0], f"short-{number}", 40)
+    ledger.end("long")
+    assert ledger.ranked(replicas)[0] == long_one
+    for number in range(40):
+        ledger.end(f"short-{number}")
+    assert {ledger.ranked(replicas)[0] for _ in range(2)} == {*replicas}  # those alike take turns
+    assert ledger.ranked(["c"]) == ["c"]
+    assert ledger.ranked([]) == []
+    ledger.end("never sent")

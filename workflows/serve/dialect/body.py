@@ -1,6 +1,7 @@
 """From the bytes of a body to a checked request, or one line that names the parameter at fault."""
 
 import json
+import re
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -22,6 +23,8 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "service_tier": (None, "auto", "default"),
 }
 _TYPES = frozenset({"str", "list", "int", "constrained", "tagged", "function", "model"})  # pydantic's names of forms
+
+_BRACKET = re.compile(r"[][{}]")
 
 Asked = TypeVar("Asked", bound=BaseModel)
 
@@ -48,8 +51,8 @@ def _parsed(body: bytes, limits: Limits) -> dict[str, Any]:
     try:
         text = body.decode("utf-8")
         level = deepest = 0
-        for char in text:  # an upper bound: brackets in strings count too, until it matters
-            level += (char in "[{") - (char in "]}")
+        for bracket in _BRACKET.findall(text):  # an upper bound: those in strings count too, until it matters
+            level += 1 if bracket in "[{" else -1
             deepest = max(deepest, level)
         if deepest > limits.json_depth and depth(json.loads(text)) > limits.json_depth:
             raise RequestError("body", f"nested deeper than {limits.json_depth}")

@@ -45,9 +45,10 @@ class ScoreRequest(Part):
                 raise RequestError("completion", problem, remedy="shorten it")
         return found
 
-    def answer(self, model: ServedModel, scores: list[AnswerScore], estimator: str) -> dict[str, Any]:
+    def answer(
+        self, model: ServedModel, questions: list[Question], scores: list[AnswerScore], estimator: str
+    ) -> dict[str, Any]:
         """nats: -log p(completion | prompt), a bound in the mean unless `is_exact`; error: its standard error."""
-        questions = self.questions(model)
         data = []
         for index, (text, question, score) in enumerate(zip(self.completions, questions, scores, strict=True)):
             tokens, num_bytes = len(question.answer), len(text.encode())

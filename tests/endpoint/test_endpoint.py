@@ -10,7 +10,6 @@ import json
 import os
 import re
 import signal
-import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -19,35 +18,29 @@ from pathlib import Path
 import httpx
 import hypothesis
 import openai
-import psutil
 import pytest
+import ray
 import schemathesis
 
-from workflows.env import ray_cluster
+from endpoint.conftest import all_rows_are_freed, metric, replicas, wait_for
+from workflows.cli import run_command_line
 from workflows.placement import ServePlacement
-from workflows.serve.app import AppArgs, ServedRun, start, stop
+from workflows.serve.app import AppArgs, ServedRun
 from workflows.serve.config import ServeConfig
 from workflows.serve.gateway import api
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @pytest.fixture(scope="module")
-def endpoint(small_bundle, small_corpus):
+def endpoint(small_bundle, small_corpus, deployed, port):
     """(base URL, model name)."""
-    settings = ServeConfig(port=free_port())
     placement = ServePlacement(min_replicas=2, max_replicas=2, cpus_per_replica=0.25)
-    with ray_cluster(2):
-        served = ServedRun(run=small_bundle.url, decode=small_corpus.recipe.decode)
-        url = start(AppArgs(models={small_bundle.name: served}, serve=settings, placement=placement))
-        try:
-            yield url, small_bundle.name
-        finally:
-            stop()
+    served = ServedRun(run=small_bundle.url, decode=small_corpus.recipe.decode)
+    args = AppArgs(
+        models={small_bundle.name: served},
+        serve=ServeConfig(port=port, tracing_ratio=1, max_queued_requests=48),
+        placement=placement,
+    )
+    return deployed(args), small_bundle.name
 
 
 @pytest.fixture
@@ -70,7 +63,7 @@ SCHEMA = schemathesis.openapi.from_dict(api.openapi())
 
 
 @SCHEMA.parametrize()
-@hypothesis.settings(max_examples=15, deadline=None, suppress_health_check=list(hypothesis.HealthCheck))
+@hypothesis.settings(max_examples=5, deadline=None, suppress_health_check=list(hypothesis.HealthCheck))
 def test_no_request_that_the_document_allows_or_forbids_is_a_server_error(case, endpoint):
     fuzzed(case, endpoint)
 
@@ -193,21 +186,6 @@ def test_a_wrong_content_type_and_an_impossible_length_are_refused(endpoint, ask
         assert (error["param"], error["code"]) == (blamed, "context_length_exceeded")
 
 
-def metrics(url: str) -> dict[str, float]:
-    lines = httpx.get(f"{url}/metrics", timeout=10).text.splitlines()
-    return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines) if name[0] != "#"}
-
-
-def all_rows_are_freed(url: str) -> bool:
-    give_up = time.monotonic() + 20
-    while time.monotonic() < give_up:
-        load = metrics(url)
-        if load["dllm_num_requests_running"] == load["dllm_num_requests_waiting"] == 0:
-            return True
-        time.sleep(0.2)
-    return False
-
-
 def test_a_disconnect_in_mid_stream_frees_the_row(endpoint):
     url, model = endpoint
     body = {
@@ -225,14 +203,14 @@ def test_a_disconnect_in_mid_stream_frees_the_row(endpoint):
 
 
 def test_more_than_replicas_can_hold_is_refused_while_health_and_metrics_answer(endpoint, ask):
-    """1280 rows at once for two replicas that hold 512 waiting ones each, 64 of them in a request."""
+    """512 rows at once for two replicas that have 64 in a batch and hold 48 waiting ones each."""
     url = endpoint[0]
     body = {"prompt": ["RED "] * 8, "n": 8, "max_tokens": 24, "diffusion": {"block_length": 1}}
-    with ThreadPoolExecutor(20) as pool:
-        answers = [pool.submit(ask, **body) for _ in range(20)]
+    with ThreadPoolExecutor(8) as pool:
+        answers = [pool.submit(ask, **body) for _ in range(8)]
         while not all(answer.done() for answer in answers):
             assert httpx.get(f"{url}/health", timeout=4).status_code == 200
-            assert metrics(url)["dllm_decode_replicas"] == 2
+            assert metric(url, "dllm_decode_replicas") == 2
             time.sleep(0.2)
     for answer in [future.result() for future in answers]:
         assert answer.status_code in {200, 429}
@@ -243,15 +221,44 @@ def test_more_than_replicas_can_hold_is_refused_while_health_and_metrics_answer(
 
 
 def test_the_metrics_count_what_was_answered(endpoint, ask):
-    before = metrics(endpoint[0])["dllm_generation_tokens_total"]
+    before = metric(endpoint[0], "dllm_generation_tokens_total")
     usage = ask(prompt="RED ", max_tokens=8).json()["usage"]
-    assert metrics(endpoint[0])["dllm_generation_tokens_total"] == before + usage["completion_tokens"]
-    assert httpx.get(f"{endpoint[0]}/health").json() == {"status": "ok"}
+    assert metric(endpoint[0], "dllm_generation_tokens_total") == before + usage["completion_tokens"]
+    assert httpx.get(f"{endpoint[0]}/health").json() == {"status": "ok", "replicas": 2}
 
 
-def replicas() -> list[psutil.Process]:
-    children = psutil.Process().children(recursive=True)
-    return [child for child in children if "ServeReplica:dllm:DecodeReplica" in " ".join(child.cmdline())]
+def test_a_load_is_put_on_it_and_told(endpoint, tmp_path, capsys):
+    words = ["--seconds", "1", "--concurrency", "1,4", "--rate", "6", "--lengths", "4,8", "--prompt", "RED"]
+    assert run_command_line(["bench", endpoint[0], *words, "--out", str(tmp_path / "load"), "--output", "json"]) == 0
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [(one["load"], one["level"]) for one in told["loads"]] == [("closed", 1), ("closed", 4), ("open", 6)]
+    for one in told["loads"]:
+        assert one["by_status"] == {"200": one["requests"]}
+        assert 0 < one["ttfc_s"]["p50"] <= one["e2e_s"]["p50"] <= one["e2e_s"]["p99"] < 5
+        assert one["tokens_per_s"] > 0
+        assert one["goodput_per_s"] == pytest.approx(one["requests_per_s"], abs=1e-3)
+    assert json.loads((tmp_path / "load" / "bench.json").read_text())["loads"] == told["loads"]
+    assert b"<svg" in (tmp_path / "load" / "bench.html").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["http://127.0.0.1:1"], "is it up?"),
+        (["{url}", "--model", "other"], "does not exist"),
+        (["{url}", "--lengths", "9999"], "exceed the context"),
+        (["{url}", "--lengths", "a"], "must be numbers"),
+        (["{url}", "--concurrency", ""], "no load"),
+        (["{url}", "--body", "[]"], "must be a JSON object"),
+        (["{url}", "--prompts", "/nowhere"], "cannot be read"),
+    ],
+)
+def test_a_load_that_cannot_be_put_on_it_is_one_line(endpoint, tmp_path, capsys, words, line):
+    given = [word.replace("{url}", endpoint[0]) for word in words]
+    assert run_command_line(["bench", *given, "--out", str(tmp_path)]) in (2, 3)
+    told = capsys.readouterr().err.strip()
+    assert line in told
+    assert "\n" not in told
 
 
 def streamed(url: str, body: dict) -> list[str]:
@@ -309,3 +316,15 @@ def test_the_readmes_python_runs(endpoint):
     with contextlib.redirect_stdout(shown):
         exec(compile(block.replace("http://127.0.0.1:8000", endpoint[0]), "README", "exec"), {})
     assert re.search(r" \d+(\.\d+)?\n", shown.getvalue()), "the infill's tokens per call"
+
+
+def test_a_request_leaves_spans_without_its_prompt(ask):
+    """This file is the first of those that share the cluster: Ray Serve keeps how it was started."""
+    assert ask(prompt="RED VERY SECRET", max_tokens=2).status_code == 200
+    folder = Path(ray._private.worker._global_node.get_session_dir_path()) / "logs" / "serve" / "spans"
+
+    def told():
+        return "".join(path.read_text() for path in folder.glob("*.json"))
+
+    wait_for(lambda: "DecodeReplica" in told() and "trace_id" in told(), 10)
+    assert "SECRET" not in told()

@@ -7,53 +7,43 @@ import asyncio
 import os
 import random
 import signal
-import socket
 import statistics
 import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from typing import ClassVar
 
 import httpx
 import psutil
 import pytest
 from conftest import runs_by_kind
 
-from workflows.env import ray_cluster
+from endpoint.conftest import metric, replicas, wait_for
 from workflows.placement import ServePlacement
-from workflows.serve.app import AppArgs, ServedRun, deploy, start, stop
+from workflows.serve.app import AppArgs, ServedRun, deploy
 from workflows.serve.config import ServeConfig
 
 CALL_BY_CALL = {"block_length": 1, "steps_per_block": 1}
 QUICK_AND_LONG = [pytest.param(False, id="quick"), pytest.param(True, id="long", marks=pytest.mark.long)]
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @pytest.fixture(scope="module")
-def served(tmp_path_factory):
+def served(tmp_path_factory, deployed, port):
     """The application's arguments and its URL: two models at hand, the first of them served."""
-    of = runs_by_kind(tmp_path_factory, {"first": {}, "second": {"seed": 8}})
+    of = runs_by_kind(tmp_path_factory, {"first": {}, "second": {"objective": {"type": "autoregressive"}}})
     models = {}
     for kind in ("first", "second"):
         corpus, run = of(kind)
         models[kind] = ServedRun(run=run.url, decode=corpus.recipe.decode)
     args = AppArgs(
         models={"first": models["first"]},
-        serve=ServeConfig(port=free_port(), max_queued_requests=64),
+        serve=ServeConfig(port=port, max_queued_requests=64),
         placement=ServePlacement(
             min_replicas=1, max_replicas=2, target_work=200, up_after_s=1, down_after_s=4, cpus_per_replica=0.25
         ),
     )
-    with ray_cluster(3):
-        try:
-            yield args, start(args), models
-        finally:
-            stop()
+    return args, deployed(args), models
 
 
 def body(seed=5, **more):
@@ -64,27 +54,17 @@ def ask(url, **more):
     return httpx.post(f"{url}/v1/completions", json=body(**more), timeout=60)
 
 
-def replicas() -> list[psutil.Process]:
-    children = psutil.Process().children(recursive=True)
-    return [child for child in children if "ServeReplica:dllm:DecodeReplica" in " ".join(child.cmdline())]
-
-
-def metric(url: str, name: str) -> float:
-    lines = httpx.get(f"{url}/metrics", timeout=10).text.splitlines()
-    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name))
-
-
-def wait_for(condition, seconds: float = 60) -> None:
-    give_up = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < give_up, "waited in vain"
-        time.sleep(0.2)
+def cpu_of_replicas() -> dict[int, float]:
+    return {process.pid: sum(process.cpu_times()[:2]) for process in replicas()}
 
 
 class Background:
     """Requests from several threads while something happens to the endpoint; `answers` when it is over."""
 
+    begun: ClassVar[list["Background"]] = []
+
     def __init__(self, url: str, clients: int = 4, **more) -> None:
+        Background.begun.append(self)
         self._url, self._more, self._over = url, more, threading.Event()
         self._pool = ThreadPoolExecutor(clients)
         self._tasks = [self._pool.submit(self._run) for _ in range(clients)]
@@ -98,6 +78,14 @@ class Background:
     def answers(self) -> list[httpx.Response]:
         self._over.set()
         return [answer for task in self._tasks for answer in task.result()]
+
+
+@pytest.fixture(autouse=True)
+def _no_load_is_left():
+    """A test that fails in the middle of its load must not put it on the next one."""
+    yield
+    while Background.begun:
+        Background.begun.pop().answers()
 
 
 def texts(answers):
@@ -131,9 +119,13 @@ def test_work_starts_replicas_and_its_end_ends_them_with_no_request_lost(served,
         wait_for(lambda: metric(url, "dllm_decode_replicas") == 1, 120)
         load = Background(url, clients=24, diffusion=CALL_BY_CALL)
         wait_for(lambda: metric(url, "dllm_decode_replicas") == 2, 120)
+        before = cpu_of_replicas()
+        time.sleep(2)
+        worked = [spent - before[pid] for pid, spent in cpu_of_replicas().items()]
         answers = load.answers()
         assert {answer.status_code for answer in answers} == {200}
         assert len(texts(answers)) == 1
+        assert min(worked) > 0.2 * max(worked)  # both are sent to
         wait_for(lambda: metric(url, "dllm_decode_replicas") == 1, 120)
 
 
@@ -151,16 +143,16 @@ def test_an_upgrade_under_load_loses_no_request(served):
     assert len(texts(answers)) == 1
 
 
+@pytest.mark.long
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("is_long", QUICK_AND_LONG)
-def test_killed_replicas_cost_no_answer_and_change_none(served, is_long):
-    """Quick: two kills. Long: a random replica every 10 s for 5 minutes."""
+def test_killed_replicas_cost_no_answer_and_change_none(served):
+    """A random replica every 10 s for 5 minutes. The quick form kills one, in test_endpoint.py."""
     _, url, _ = served
     expected = ask(url, diffusion=CALL_BY_CALL).json()["choices"][0]["text"]
     load = Background(url, clients=6, diffusion=CALL_BY_CALL)
-    kills = 30 if is_long else 2
+    kills = 30
     for _ in range(kills):
-        time.sleep(10 if is_long else 2)
+        time.sleep(10)
         wait_for(lambda: replicas() != [])
         os.kill(random.choice(replicas()).pid, signal.SIGKILL)
     time.sleep(3)
@@ -203,12 +195,12 @@ def test_clients_that_leave_free_their_rows_and_disturb_nobody(served, is_long):
     wait_for(lambda: metric(url, "dllm_num_requests_running") + metric(url, "dllm_num_requests_waiting") == 0, 10)
 
 
+@pytest.mark.long
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("is_long", QUICK_AND_LONG)
-def test_more_than_can_be_answered_is_refused_quickly_and_the_rest_is_answered(served, is_long):
-    """Bursts of several times what the queues hold: 429 with Retry-After, soon; as `long` for 10 minutes."""
+def test_more_than_can_be_answered_is_refused_quickly_and_the_rest_is_answered(served):
+    """10 minutes of several times what the queues hold: 429 with Retry-After, soon. A burst: test_endpoint.py."""
     _, url, _ = served
-    seconds = 600 if is_long else 6
+    seconds = 600
     alone = statistics.median(timed(url)[1] for _ in range(5))
     over = time.monotonic() + seconds
 
@@ -262,9 +254,9 @@ def test_memory_and_files_stay_as_they_are(served, is_long):
     def held():
         return {p.pid: (p.memory_info().rss, p.num_fds()) for p in ours()}
 
-    rounds(400 if is_long else 60)
+    rounds(400 if is_long else 12)
     before = held()
-    rounds(8000 if is_long else 120)
+    rounds(8000 if is_long else 16)
     after = held()
     assert before.keys() == after.keys()
     grown = {pid: (after[pid][0] - before[pid][0]) / (1 << 20) for pid in before}

@@ -6,11 +6,10 @@ import shutil
 import httpx
 import pytest
 from conftest import runs_by_kind
-from test_endpoint import all_rows_are_freed, free_port
 
-from workflows.env import ray_cluster
+from endpoint.conftest import all_rows_are_freed
 from workflows.placement import ServePlacement
-from workflows.serve.app import AppArgs, ServedRun, start, stop
+from workflows.serve.app import AppArgs, ServedRun
 from workflows.serve.config import ServeConfig
 
 sync_api = pytest.importorskip("playwright.sync_api")
@@ -19,16 +18,12 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium is install
 
 
 @pytest.fixture(scope="module")
-def url(tmp_path_factory):
+def url(tmp_path_factory, deployed, port):
     of = runs_by_kind(tmp_path_factory, {"absorbing": {}, "autoregressive": {"objective": {"type": "autoregressive"}}})
     runs = {kind: of(kind) for kind in ("absorbing", "autoregressive")}
     models = {kind: ServedRun(run=run.url, decode=corpus.recipe.decode) for kind, (corpus, run) in runs.items()}
     placement = ServePlacement(max_replicas=1, cpus_per_replica=0.25)
-    with ray_cluster(2):
-        try:
-            yield start(AppArgs(models=models, serve=ServeConfig(port=free_port()), placement=placement))
-        finally:
-            stop()
+    return deployed(AppArgs(models=models, serve=ServeConfig(port=port), placement=placement))
 
 
 @pytest.fixture(scope="module")
@@ -106,11 +101,17 @@ def test_holes_are_filled_and_a_selected_span_is_edited(page):
 def test_the_keyboard_starts_and_escape_cancels_on_the_server_too(page, url):
     page.fill("#text", "RED")
     page.fill("#tokens", "24")
-    page.evaluate("""() => { const ask = fetch; window.fetch = (path, how) => ask(path, {...how, body: how.body.replace(
-        '"frames":"changes"', '"frames":"changes","block_length":1,"steps_per_block":1')}); }""")
+    page.evaluate("""() => {
+        const ask = fetch, take = Run.prototype.take;
+        window.fetch = (path, how) => ask(path, {...how, body: how.body.replace(
+            '"frames":"changes"', '"frames":"changes","block_length":1,"steps_per_block":1')});
+        Run.prototype.take = function (meta) {
+            take.call(this, meta);
+            if (this.frames.length === 2) document.dispatchEvent(new KeyboardEvent("keydown", {key: "Escape"}));
+        };
+    }""")
     page.focus("#text")
     page.keyboard.press("Control+Enter")
-    page.keyboard.press("Escape")
     sync_api.expect(page.locator("#run")).to_be_enabled()
     assert page.locator("#said").inner_text() == "Stopped."
     assert all_rows_are_freed(url)
