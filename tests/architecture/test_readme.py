@@ -78,6 +78,9 @@ def test_a_command_of_the_readme_means_something(command, tmp_path):
         assert told.exit_code == 0
         assert all(option in told.stdout for option in options)
         overrides = [word for word in rest if re.match(r"[a-z_]+(\.[a-z_]+)*=", word)]
+        if verb == "bench":
+            assert target.startswith("http://127.0.0.1:")
+            return
         if verb == "import":
             own = [word for word in overrides if "." not in word.partition("=")[0]]
             assert {word.partition("=")[0] for word in own} <= {"mask_id", "eos_id", "dtype"}
@@ -97,7 +100,7 @@ def test_the_readme_has_a_command_for_every_verb():
     verbs = {words_of(command)[1] for command in COMMANDS if words_of(command)[0] == "dllm"}
     assert verbs == {
         *("run", "show", "plan", "preprocess", "train", "evaluate", "generate", "serve", "task", "compare"),
-        *("import", "export"),
+        *("import", "export", "bench"),
     }
 
 

@@ -10,7 +10,7 @@ import json
 import math
 import secrets
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any, ClassVar, Protocol
 
 from ray.exceptions import RayError, RayTaskError
@@ -159,7 +159,7 @@ class Answering:
                 if item is None:
                     yield b": ping\n\n"
                     continue
-                choice, text, is_ended = item
+                choice, text, is_ended, _ = item
                 for opening in choice.opening:
                     yield chunk(opening)
                 choice.opening = []
@@ -176,33 +176,34 @@ class Answering:
 
     async def _frames(self) -> AsyncGenerator[bytes, None]:
         """The canvas after each call, in the shape of Inception's API; then an empty piece for each choice."""
-        is_changes = self._asked.diffusion.frames == "changes"
-        async with contextlib.aclosing(self._told("canvas")) as told:
+        async with contextlib.aclosing(self._told("canvas", self._frame)) as told:
             async for item in told:
-                if item is None:
-                    yield b": ping\n\n"
-                    continue
-                choice, _, is_ended = item
-                meta: dict[str, Any] = {"diffusion_content": True, "diffusion_progress": choice.progress_made(is_ended)}
-                meta["num_calls"] = choice.num_calls
-                delta = {"role": "assistant"}
-                if is_changes:
-                    meta["changed"] = choice.changes()
-                if not is_changes or is_ended:
-                    delta["content"] = choice.whole_text if is_ended else choice.provisional_text()
-                body = {
-                    "index": choice.index,
-                    "delta": delta,
-                    "finish_reason": choice.finish_reason if is_ended else None,
-                }
-                yield _event({**self._body(self._asked.chunk_object, [body]), "diffusion_meta": meta})
+                yield b": ping\n\n" if item is None else _event(item[3])
         for choice in self._choices:
             body = {"index": choice.index, "delta": {}, "finish_reason": None}
             yield _event(self._body(self._asked.chunk_object, [body]))
 
-    async def _told(self, detail: Detail) -> AsyncGenerator[tuple[Choice, str, bool] | None, None]:
-        """New text of whichever choice has some, whether it has ended; None where it is time for a ping."""
-        inbox: asyncio.Queue[tuple[Choice, str | Exception, bool]] = asyncio.Queue()
+    def _frame(self, choice: Choice) -> dict[str, Any]:
+        """The canvas as it stands."""
+        is_ended = choice.finish_reason is not None
+        meta: dict[str, Any] = {"diffusion_content": True, "diffusion_progress": choice.progress_made(is_ended)}
+        meta["num_calls"] = choice.num_calls
+        delta = {"role": "assistant"}
+        if self._asked.diffusion.frames == "changes":
+            meta["changed"] = choice.changes()
+        if self._asked.diffusion.frames == "whole" or is_ended:
+            delta["content"] = choice.whole_text if is_ended else choice.provisional_text()
+        body = {"index": choice.index, "delta": delta, "finish_reason": choice.finish_reason}
+        return {**self._body(self._asked.chunk_object, [body]), "diffusion_meta": meta}
+
+    async def _told(
+        self, detail: Detail, seen: Callable[[Choice], Any] = lambda choice: None
+    ) -> AsyncGenerator[tuple[Choice, str, bool, Any] | None, None]:
+        """New text of whichever choice has some, whether it has ended, and what `seen` made of it just then.
+
+        None where it is time for a ping. A choice goes on while what it told waits to be sent.
+        """
+        inbox: asyncio.Queue[tuple[Choice, str | Exception, bool, Any]] = asyncio.Queue()
 
         async def follow(choice: Choice) -> None:
             try:
@@ -212,13 +213,13 @@ class Answering:
                         is_ended = choice.finish_reason is not None
                         if choice.gap is not None:
                             self._metrics.gap(choice.gap)
-                        inbox.put_nowait((choice, ahead + piece, is_ended))
+                        inbox.put_nowait((choice, ahead + piece, is_ended, seen(choice)))
                         ahead = ""
                         if is_ended:
                             return
                 raise AssertionError("a row ended without saying so")
             except Exception as error:  # noqa: BLE001 (handed to the client as an error event)
-                inbox.put_nowait((choice, error, True))
+                inbox.put_nowait((choice, error, True, None))
 
         tasks = [asyncio.create_task(follow(choice)) for choice in self._choices]
         try:
@@ -226,7 +227,7 @@ class Answering:
             while still_open:
                 left = self._deadline - time.monotonic()
                 try:
-                    choice, piece, is_ended = await asyncio.wait_for(inbox.get(), min(_PING_EVERY_S, left))
+                    choice, piece, is_ended, shown = await asyncio.wait_for(inbox.get(), min(_PING_EVERY_S, left))
                 except TimeoutError:
                     if left <= _PING_EVERY_S:
                         raise late(self._deadline - self._begun) from None
@@ -237,7 +238,7 @@ class Answering:
                 if is_ended:
                     still_open -= 1
                     self._count(choice)
-                yield choice, piece, is_ended
+                yield choice, piece, is_ended, shown
         finally:
             for task in tasks:
                 task.cancel()
