@@ -7,6 +7,7 @@ backend; between checkpoints each rank sees its own share alone.
 import os
 import shutil
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -114,7 +115,7 @@ def prepare(module: Denoiser, config: TrainConfig) -> None:
 
 
 def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
-    """`auto` means bf16 where it is fast: a GPU that has it, a CPU with avx512_bf16 or amx; else fp32."""
+    """`auto` means bf16 where it is fast: a GPU that has it, a CPU with AMX, AMD's with avx512_bf16; else fp32."""
     if precision == "auto":
         if device.type == "cuda":
             return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
@@ -123,7 +124,16 @@ def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
 
 
 def _cpu_has_bf16() -> bool:
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    """On Intel's cores avx512_bf16 alone runs at half of fp32's rate (1,024 rows: 72 against 135 GFLOP/s on a Xeon), on
+    AMD's at more than twice. Told by what the processor is: a measurement might say another thing at a restart.
+    """
+    if torch.cpu._is_amx_tile_supported():
+        return True
+    try:
+        is_amd = "AuthenticAMD" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        is_amd = False
+    return is_amd and bool(torch.cpu._is_avx512_bf16_supported())
 
 
 class LocalBackend:

@@ -29,7 +29,7 @@ class TrainConfig(Frozen):
     )
     activation_checkpointing: bool = Field(False, description="compute blocks again in the backward, keep their inputs")
     compile: bool = Field(False, description="torch.compile each block")
-    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where the machine has it")
+    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where the machine is fast in it")
     learning_rate: float = Field(3e-3, gt=0)
     schedule: Literal["linear", "cosine", "wsd"] = Field("linear", description="how the learning rate falls")
     decay_fraction: float = Field(0.2, gt=0, le=1, description="wsd: the last share of training, in which it falls")

@@ -175,10 +175,15 @@ def start(args: AppArgs) -> str:
 
 
 def _running_port() -> int | None:
-    """Where the cluster's Ray Serve listens; None where it does not run yet."""
-    from ray.serve.context import _get_global_client
+    """Where the cluster's Ray Serve listens; None where it does not run yet.
 
-    client = _get_global_client(raise_if_no_controller_running=False)
+    What this process knows of may be of a cluster that it has left: jobs of private clusters all have the same number.
+    """
+    from ray.serve.context import _check_cached_client_alive, _get_global_client
+
+    client, _ = _check_cached_client_alive()
+    if client is None:
+        client = _get_global_client(raise_if_no_controller_running=False)
     return None if client is None else int(client.http_config.port)
 
 
