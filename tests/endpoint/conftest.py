@@ -1,5 +1,6 @@
 """One Ray cluster and one port for all tests of the served endpoint; each file deploys an application of its own."""
 
+import contextlib
 import socket
 import time
 
@@ -32,10 +33,14 @@ def deployed(cluster):
     stop()
 
 
-def replicas() -> list[psutil.Process]:
-    """The decode replicas' processes."""
-    children = psutil.Process().children(recursive=True)
-    return [child for child in children if "ServeReplica:dllm:DecodeReplica" in " ".join(child.cmdline())]
+def replicas(name: str = "DecodeReplica") -> list[psutil.Process]:
+    """The processes of a deployment's replicas; those that end just now are none."""
+    found = []
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if f"ServeReplica:dllm:{name}" in " ".join(child.cmdline()):
+                found.append(child)
+    return found
 
 
 def metric(url: str, name: str) -> float:

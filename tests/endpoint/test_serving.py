@@ -15,7 +15,6 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import ClassVar
 
 import httpx
-import psutil
 import pytest
 from conftest import runs_by_kind
 
@@ -55,6 +54,7 @@ def ask(url, **more):
 
 
 def cpu_of_replicas() -> dict[int, float]:
+    """By process id, seconds."""
     return {process.pid: sum(process.cpu_times()[:2]) for process in replicas()}
 
 
@@ -247,12 +247,8 @@ def test_memory_and_files_stay_as_they_are(served, is_long):
                 client.post(f"{url}/v1/infill", json=infill).raise_for_status()
                 assert client.post(f"{url}/v1/completions", json={"prompt": number}).status_code == 400
 
-    def ours():
-        children = psutil.Process().children(recursive=True)
-        return [child for child in children if "ServeReplica:dllm" in " ".join(child.cmdline())]
-
     def held():
-        return {p.pid: (p.memory_info().rss, p.num_fds()) for p in ours()}
+        return {p.pid: (p.memory_info().rss, p.num_fds()) for p in replicas("")}
 
     rounds(400 if is_long else 12)
     before = held()
