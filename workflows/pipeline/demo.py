@@ -12,7 +12,10 @@ from workflows.serve.flow import args_of, ask
 def demonstrate(recipe: Recipe, run: RunDir, bar: StageBar) -> list[dict[str, Any]]:
     """The endpoint's answers to the examples, each with its cost."""
     bar.update("starting the endpoint")
-    url = start(args_of(recipe, run))
+    # For its own questions: on this machine, without keys, and without the models that are served beside it later.
+    alone: dict[str, Any] = {"host": "127.0.0.1", "keys_file": None, "models": {}, "models_file": None}
+    asked = recipe.model_copy(update={"serve": recipe.serve.model_copy(update=alone)})
+    url = start(args_of(asked, run))
     answers = []
     try:
         for number, example in enumerate(recipe.serve.examples):
