@@ -1,11 +1,11 @@
 """The verbs that ask a trained model: here, behind an endpoint, and as a load on one."""
 
-import json
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
 
+from dllm_core.config.overrides import parse_json_object
 from dllm_core.errors import ConfigError, DataError
 from workflows.console import Console
 from workflows.verb import OutputOption, OverridesArg, TargetArg, run_verb
@@ -118,7 +118,7 @@ def bench(
                 "seconds": seconds,
                 "slo_ms": slo_ms,
                 "seed": seed,
-                "body": _object("--body", body),
+                "body": parse_json_object(body, "--body"),
             }
         )
         return run_bench(options, out, console)
@@ -141,13 +141,3 @@ def _schema(given: str) -> str:
         return Path(given).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise DataError("--json-schema", f"cannot be read ({error})", given) from None
-
-
-def _object(place: str, text: str) -> dict[str, Any]:
-    try:
-        values = json.loads(text)
-    except ValueError as error:
-        raise ConfigError(place, f"is not JSON ({error})", text) from None
-    if not isinstance(values, dict):
-        raise ConfigError(place, "must be a JSON object", text)
-    return values

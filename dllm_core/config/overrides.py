@@ -1,5 +1,6 @@
 """Read a YAML recipe and apply `dotted.path=value` overrides; values are YAML too (`train.steps=200`)."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,17 @@ def parse_yaml(text: str, place: str) -> Any:
         if isinstance(error, _TwiceError):
             raise ConfigError(where, "the key is there twice", error.problem, "keep one") from None
         raise ConfigError(where, f"not YAML ({getattr(error, 'problem', None) or error})") from None
+
+
+def parse_json_object(text: str, place: str) -> dict[str, Any]:
+    """A JSON object; what is none is named by its place."""
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(place, f"is not JSON ({error})", text) from None
+    if not isinstance(values, dict):
+        raise ConfigError(place, "must be a JSON object", values)
+    return values
 
 
 def read_recipe(path: Path) -> dict[str, Any]:

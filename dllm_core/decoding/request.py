@@ -143,3 +143,20 @@ def with_holes(request: Request, pieces: Sequence[Piece], lengths: Sequence[int]
     for piece in pieces:
         middle.extend([None] * next(left) if isinstance(piece, OpenHole) else piece)
     return replace(request, middle=tuple(middle))
+
+
+def holes_of(request: Request, tokens: Sequence[int]) -> list[list[int]]:
+    """What an answer has put into each hole of `middle`, in order; one behind its end is empty."""
+    return [made for made, is_made in runs(request.middle or (), tokens) if is_made]
+
+
+def runs(middle: Sequence[int | None], tokens: Sequence[int]) -> list[tuple[list[int], bool]]:
+    """The answer's tokens in runs of those that were given and those that were made (True)."""
+    found: list[tuple[list[int], bool]] = []
+    for i, given in enumerate(middle):
+        is_made = given is None
+        if not found or found[-1][1] != is_made:
+            found.append(([], is_made))
+        if i < len(tokens):
+            found[-1][0].append(tokens[i])
+    return found

@@ -9,20 +9,19 @@
 A file has one a line: text is a prompt; a JSON object has the fields of `Asked`.
 """
 
-import json
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
 from pydantic import Field, model_validator
 
 from dllm_core.config.base import FieldProblem, Frozen
+from dllm_core.config.overrides import parse_json_object
 from dllm_core.data.tokenizer import Tokenizer
 from dllm_core.decoding.automaton import schema_regex
 from dllm_core.decoding.config import DecodeConfig
 from dllm_core.decoding.request import OpenHole, Piece, Request, with_holes
-from dllm_core.errors import ConfigError, DataError, RequestError
+from dllm_core.errors import DataError, RequestError
 
 _HOLE = re.compile(r"\[\[(?:(\d+)(?:-(\d+))?)?\]\]")
 _SPAN = re.compile(r"(\d+):(\d+)")
@@ -136,31 +135,5 @@ def read_asked(path: Path, defaults: Asked) -> list[Asked]:
     left_out = defaults.model_dump(exclude_defaults=True)
     if path.suffix != ".jsonl":
         return [Asked.checked({**left_out, "prompt": line}, f"{path}:{i + 1}") for i, line in enumerate(lines) if line]
-    return [_parsed(line, left_out, f"{path}:{i + 1}") for i, line in enumerate(lines) if line.strip()]
-
-
-def _parsed(line: str, left_out: dict[str, object], place: str) -> Asked:
-    try:
-        fields = json.loads(line)
-    except ValueError as error:
-        raise ConfigError(place, f"is not JSON ({error})", line) from None
-    if not isinstance(fields, dict):
-        raise ConfigError(place, "must be a JSON object", fields)
-    return Asked.checked({**left_out, **fields}, place)
-
-
-def holes_of(request: Request, tokens: Sequence[int]) -> list[list[int]]:
-    """What an answer has put into each hole of `middle`, in order; one behind its end is empty."""
-    return [made for made, is_made in runs(request.middle or (), tokens) if is_made]
-
-
-def runs(middle: Sequence[int | None], tokens: Sequence[int]) -> list[tuple[list[int], bool]]:
-    """The answer's tokens in runs of those that were given and those that were made (True)."""
-    found: list[tuple[list[int], bool]] = []
-    for i, given in enumerate(middle):
-        is_made = given is None
-        if not found or found[-1][1] != is_made:
-            found.append(([], is_made))
-        if i < len(tokens):
-            found[-1][0].append(tokens[i])
-    return found
+    given = [(f"{path}:{i + 1}", line) for i, line in enumerate(lines) if line.strip()]
+    return [Asked.checked({**left_out, **parse_json_object(line, place)}, place) for place, line in given]

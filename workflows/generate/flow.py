@@ -17,10 +17,10 @@ from dllm_core.checkpoints.run_dir import RunDir
 from dllm_core.data.tokenizer import Tokenizer
 from dllm_core.decoding.engine import Engine
 from dllm_core.decoding.lengths import Filled, infill
-from dllm_core.decoding.request import Request
+from dllm_core.decoding.request import Request, holes_of, runs
 from dllm_core.errors import DataError
 from workflows.console import Console
-from workflows.generate.asked import Asked, holes_of, runs
+from workflows.generate.asked import Asked
 from workflows.generate.trace import Commit, Decoded, decode, replay, write_traces
 from workflows.generate.unfold import Frame, unfold
 from workflows.recipe import Recipe

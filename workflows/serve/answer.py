@@ -95,7 +95,7 @@ class Answering:
         """begun, deadline: on the monotonic clock, seconds."""
         self._replicas, self._model, self._asked, self._metrics = replicas, model, asked, metrics
         self._begun, self._deadline = begun, deadline
-        self.id = f"{asked.id_prefix}-{secrets.token_hex(12)}"
+        self._id = f"{asked.id_prefix}-{secrets.token_hex(12)}"
         wanted = asked.wanted_logprobs
         self._choices = [Choice(i, row, model.tokenizer, begun, wanted) for i, row in enumerate(rows)]
 
@@ -149,10 +149,8 @@ class Answering:
         def chunk(choice: dict[str, Any]) -> bytes:
             return _event(self._body(shape.chunk_object, [choice]))
 
-        for choice in self._choices:
-            opening = shape.opening(choice.index)
-            if opening is not None:
-                choice.opening = [opening]
+        openings = {c.index: opening for c in self._choices if (opening := shape.opening(c.index)) is not None}
+        ends_empty = bool(openings)  # a chat's last piece is
         detail: Detail = "tokens" if shape.wanted_logprobs is None else "commits"
         async with contextlib.aclosing(self._told(detail)) as told:
             async for item in told:
@@ -160,15 +158,14 @@ class Answering:
                     yield b": ping\n\n"
                     continue
                 choice, text, is_ended, _ = item
-                for opening in choice.opening:
-                    yield chunk(opening)
-                choice.opening = []
+                if choice.index in openings:
+                    yield chunk(openings.pop(choice.index))
                 text += choice.row.tail if is_ended else ""
                 entries = choice.new_entries()
                 if not text and not (entries and entries[0]) and not is_ended:
                     continue
                 probs = None if entries is None else shape.told(*entries)
-                if is_ended and text and shape.opening(0) is not None:  # a chat's last piece is empty
+                if is_ended and text and ends_empty:
                     yield chunk(shape.piece(choice.index, text, probs, None))
                     text, probs = "", None
                 piece = shape.piece(choice.index, text, probs, choice.finish_reason if is_ended else None)
@@ -294,7 +291,7 @@ class Answering:
 
     def _body(self, kind: str, choices: list[dict[str, Any]], usage: Any = None) -> dict[str, Any]:
         """An answer, or one chunk of a stream."""
-        body = {"id": self.id, "object": kind, "created": math.floor(time.time()), "model": self._model.name}
+        body = {"id": self._id, "object": kind, "created": math.floor(time.time()), "model": self._model.name}
         return {**body, "choices": choices, **({"usage": usage} if usage is not None else {})}
 
     def _count(self, choice: Choice) -> None:

@@ -29,6 +29,8 @@ _PROXY_WAITS_S = 10.0  # longer than the gateway, whose own deadline answers in 
 _STARTS = 2
 _SURGE_PERCENT = 25  # an upgrade starts new ones before it stops old ones, one at least
 _DRAINS_S = 30.0  # what a replica that is to go has for the requests that it holds; others are tried again elsewhere
+# Of the section `serve`, what decides nothing in a gateway: a changed list of models must not restart it.
+_NO_REASON = {"models", "models_file", "examples", "host", "port"}
 _POLICY = "workflows.serve.scaling:ByWork"
 _ROUTER = "workflows.serve.routing.LeastWorkRouter"
 
@@ -57,7 +59,6 @@ def build(args: AppArgs) -> Any:
     from workflows.serve.replica import DecodeReplica
 
     placement, settings = args.placement, args.serve
-    version = _version(args)
     models = {name: said.model_dump(mode="json") for name, said in args.models.items()}
     scaling = AutoscalingConfig(
         min_replicas=placement.min_replicas,
@@ -76,21 +77,24 @@ def build(args: AppArgs) -> Any:
             },
         ),
     )
+    shared: dict[str, Any] = {
+        "version": _version(args),
+        "_internal": True,
+        "max_surge_percent": _SURGE_PERCENT,
+        "user_config": models,
+        "max_ongoing_requests": _NO_LIMIT,
+        "graceful_shutdown_timeout_s": min(_DRAINS_S, settings.request_timeout_s),
+    }
     bound = (
         serve.deployment(DecodeReplica)
         .options(
-            version=version,
-            _internal=True,
-            max_surge_percent=_SURGE_PERCENT,
+            **shared,
             autoscaling_config=scaling,
             request_router_config=RequestRouterConfig(request_router_class=_ROUTER),
-            user_config=models,
             ray_actor_options={"num_cpus": placement.cpus_per_replica, "num_gpus": placement.gpus_per_replica},
-            max_ongoing_requests=_NO_LIMIT,
             max_constructor_retry_count=_STARTS,
             health_check_period_s=2,
             health_check_timeout_s=10,
-            graceful_shutdown_timeout_s=min(_DRAINS_S, settings.request_timeout_s),
         )
         .bind(
             {
@@ -104,18 +108,8 @@ def build(args: AppArgs) -> Any:
         )
     )
     deployment: Any = Gateway  # `serve.deployment` made a Deployment of it; its stub says that it is the class still
-    gateway = deployment.options(
-        version=version,
-        _internal=True,
-        max_surge_percent=_SURGE_PERCENT,
-        num_replicas=placement.gateways,
-        user_config=models,
-        ray_actor_options={"num_cpus": 0.1},
-        max_ongoing_requests=_NO_LIMIT,
-        graceful_shutdown_timeout_s=min(_DRAINS_S, settings.request_timeout_s),
-    )
-    # What decides nothing in a gateway is left out: a changed list of models must not restart it.
-    told = settings.model_dump(mode="json", exclude={"models", "models_file", "examples", "host", "port"})
+    gateway = deployment.options(**shared, num_replicas=placement.gateways, ray_actor_options={"num_cpus": 0.1})
+    told = settings.model_dump(mode="json", exclude=_NO_REASON)
     return gateway.bind(bound, {**told, "open": True}, placement.min_replicas == 0)
 
 
@@ -125,9 +119,7 @@ def _version(args: AppArgs) -> str:
     Deployed from Python, Ray Serve 2.60 would make one up each time, and restart all for another model; it takes ours
     only where it is told that it was meant for itself.
     """
-    said = args.model_dump_json(
-        exclude={"models": True, "serve": {"models", "models_file", "examples", "host", "port"}}
-    )
+    said = args.model_dump_json(exclude={"models": True, "serve": _NO_REASON})
     return hashlib.sha256(f"{importlib.metadata.version('dllm')}\n{said}".encode()).hexdigest()[:16]
 
 

@@ -5,6 +5,7 @@ import time
 from typing import Any
 
 from dllm_core.data.tokenizer import Tokenizer
+from dllm_core.decoding.request import holes_of
 from dllm_core.decoding.text import TextStream
 from workflows.serve.dialect.rows import Row
 from workflows.serve.loop import OPEN, Commit, Progress
@@ -22,7 +23,6 @@ class Choice:
         self._told_at: float | None = None
         self.progress: Progress | None = None
         self.finish_reason: str | None = None
-        self.opening: list[dict[str, Any]] = []
         self._tokenizer, self._wants_logprobs = tokenizer, wanted_logprobs is not None
         self._text = TextStream(tokenizer, row.request.stop)
         self._commits: dict[int, Commit] = {}
@@ -67,15 +67,7 @@ class Choice:
     @property
     def holes(self) -> list[str]:
         """What was put into each hole of an infill."""
-        found: list[list[int]] = []
-        was_open = False
-        for i, given in enumerate(self.row.request.middle or ()):
-            if given is None:
-                if not was_open:
-                    found.append([])
-                found[-1] += self._tokens[i : i + 1]
-            was_open = given is None
-        return [self._tokenizer.decode(tokens) for tokens in found]
+        return [self._tokenizer.decode(tokens) for tokens in holes_of(self.row.request, self._tokens)]
 
     def new_entries(self) -> tuple[list[dict[str, Any]], int] | None:
         """Log-probabilities of the answer's tokens that were not told yet, and where in the text the first begins.

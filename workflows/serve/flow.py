@@ -24,7 +24,7 @@ from workflows.console import Console
 from workflows.env import ray_cluster
 from workflows.recipe import Recipe
 from workflows.serve.app import AppArgs, ServedRun, check_port, deploy, start, stop
-from workflows.serve.keys import read_keys
+from workflows.serve.keys import file_stamp, read_keys
 
 _LOOK_EVERY_S = 1.0
 
@@ -63,7 +63,9 @@ def _others(recipe: Recipe) -> dict[str, str]:
         values = parse_yaml(Path(path).read_text(encoding="utf-8"), path)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError("serve.models_file", f"cannot be read ({error})", path) from None
-    if not all(isinstance(name, str) and isinstance(run, str) for name, run in values.items()):
+    if not isinstance(values, dict) or not all(
+        isinstance(name, str) and isinstance(run, str) for name, run in values.items()
+    ):
         raise ConfigError("serve.models_file", "a line is NAME: RUN", path)
     return {**recipe.serve.models, **values}
 
@@ -74,26 +76,18 @@ def serve_forever(recipe: Recipe, run: RunDir, console: Console, find: FindRun) 
     if recipe.serve.keys_file is not None:
         read_keys(Path(recipe.serve.keys_file))
     args = args_of(recipe, run, find)
-    seen = _stamp(recipe)
+    followed = recipe.serve.models_file
+    seen = file_stamp(Path(followed)) if followed is not None else None
     with ray_cluster(cpus_needed(recipe)):
         url = start(args)
         try:
             say_how_to_use(console, url, run.name, recipe)
             while True:
                 time.sleep(_LOOK_EVERY_S)
-                if (now := _stamp(recipe)) != seen:
+                if followed is not None and (now := file_stamp(Path(followed))) != seen:
                     seen, args = now, _deployed_again(recipe, run, console, find, args)
         finally:
             stop()
-
-
-def _stamp(recipe: Recipe) -> tuple[int, int] | None:
-    path = recipe.serve.models_file
-    try:
-        about = Path(path).stat() if path is not None else None
-    except OSError:
-        return None
-    return (about.st_mtime_ns, about.st_size) if about is not None else None
 
 
 def _deployed_again(recipe: Recipe, run: RunDir, console: Console, find: FindRun, before: AppArgs) -> AppArgs:

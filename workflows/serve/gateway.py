@@ -17,14 +17,13 @@ from dllm_core.checkpoints.bundle import read_bundle
 from dllm_core.checkpoints.run_dir import RunDir
 from dllm_core.decoding.config import DecodeConfig
 from dllm_core.errors import DllmError
-from dllm_core.evaluation.answers import Question
 from workflows.serve.answer import Answering, explained
 from workflows.serve.config import ServeConfig
 from workflows.serve.dialect.body import parse_body
 from workflows.serve.dialect.chat import ChatRequest
 from workflows.serve.dialect.completions import CompletionRequest, FimRequest
 from workflows.serve.dialect.errors import ApiError, late, unavailable
-from workflows.serve.dialect.rows import Row, ServedModel
+from workflows.serve.dialect.rows import ServedModel
 from workflows.serve.dialect.score import ScoreRequest
 from workflows.serve.dialect.spans import EditRequest, InfillRequest
 from workflows.serve.edge import Edge, EdgeSettings, answer_errors, guard, log_to_stderr, read_body
@@ -38,8 +37,9 @@ _LARGE = 16 << 10  # bytes of a body that take milliseconds to read
 _NO_REPLICA = (RayError, RayServeException, TimeoutError)
 _STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
-Read = TypeVar("Read")
 Decoding = CompletionRequest | ChatRequest | InfillRequest | EditRequest
+Asked = TypeVar("Asked", bound=Decoding | ScoreRequest)
+Made = TypeVar("Made")
 
 api = Api(
     title="dllm",
@@ -58,11 +58,6 @@ async def _joined(first: bytes, others: AsyncGenerator[bytes, None]) -> AsyncIte
         yield first
         async for other in others:
             yield other
-
-
-async def _aside(read: Callable[[], Read], size: int) -> Read:
-    """What a body says; a large one is read in a thread, beside the answers to others."""
-    return read() if size <= _LARGE else await asyncio.to_thread(read)
 
 
 @serve.deployment
@@ -158,15 +153,9 @@ class Gateway:
         """How likely texts are, with standard errors."""
         try:
             async with asyncio.timeout(self._settings.request_timeout_s):
-                body = await self._body(http)
-
-                def read() -> tuple[ScoreRequest, ServedModel, list[Question]]:
-                    asked = parse_body(ScoreRequest, body, self._settings.limits)
-                    model = self._model(asked.model)
-                    asked.check(self._settings.limits)
-                    return asked, model, asked.questions(model)
-
-                asked, model, questions = await _aside(read, len(body))
+                asked, model, questions = await self._read(
+                    http, ScoreRequest, lambda asked, model: asked.questions(model)
+                )
                 call = (model.name, questions, asked.draws, asked.target_error, asked.seed)
                 try:
                     scores, estimator = await self._replicas.score.remote(*call)
@@ -182,15 +171,7 @@ class Gateway:
         deadline = begun + self._settings.request_timeout_s
         try:
             async with asyncio.timeout(self._settings.request_timeout_s):
-                body = await self._body(http)
-
-                def read() -> tuple[Decoding, ServedModel, list[Row]]:
-                    asked = parse_body(kind, body, self._settings.limits)
-                    model = self._model(asked.model)
-                    asked.check(self._settings.limits)
-                    return asked, model, asked.rows(model)
-
-                asked, model, rows = await _aside(read, len(body))
+                asked, model, rows = await self._read(http, kind, lambda asked, model: asked.rows(model))
                 answering = Answering(self._replicas, model, asked, rows, self._metrics, begun, deadline)
                 if not asked.is_streamed:
                     return JSONResponse(await answering.whole())
@@ -209,8 +190,23 @@ class Gateway:
         except _NO_REPLICA as error:
             return [error]
 
-    async def _body(self, http: Request) -> bytes:
-        return await read_body(http, self._settings.limits.body_bytes)
+    async def _read(
+        self, http: Request, kind: type[Asked], made_of: Callable[[Asked, ServedModel], Made]
+    ) -> tuple[Asked, ServedModel, Made]:
+        """A body, checked, the model that it asks for, and what it asks of it.
+
+        A large one is read in a thread, beside the answers to others.
+        """
+        limits = self._settings.limits
+        body = await read_body(http, limits.body_bytes)
+
+        def read() -> tuple[Asked, ServedModel, Made]:
+            asked = parse_body(kind, body, limits)
+            model = self._model(asked.model)
+            asked.check(limits)
+            return asked, model, made_of(asked, model)
+
+        return read() if len(body) <= _LARGE else await asyncio.to_thread(read)
 
     def _refused(self, error: Exception) -> ApiError:
         """Counted, and as the client is told."""

@@ -23,7 +23,7 @@ class KeyRing:
 
     def __init__(self, path: str) -> None:
         self._path = Path(path)
-        self._names, self._read_at, self._stamp = read_keys(self._path), time.monotonic(), self._seen()
+        self._names, self._read_at, self._stamp = read_keys(self._path), time.monotonic(), file_stamp(self._path)
 
     def name_of(self, authorization: str | None) -> str | None:
         """Whose key an Authorization header holds; None for nobody's. Takes as long for a wrong key as for a right."""
@@ -42,7 +42,7 @@ class KeyRing:
         if now - self._read_at < _LOOK_EVERY_S:
             return
         self._read_at = now
-        stamp = self._seen()
+        stamp = file_stamp(self._path)
         if stamp == self._stamp:
             return
         self._stamp = stamp
@@ -51,12 +51,14 @@ class KeyRing:
         except ConfigError as error:
             _log.error("the keys stay as they were: %s", error)
 
-    def _seen(self) -> tuple[int, int, int] | None:
-        try:
-            about = self._path.stat()
-        except OSError:
-            return None
-        return about.st_mtime_ns, about.st_size, about.st_ino
+
+def file_stamp(path: Path) -> tuple[int, int, int] | None:
+    """What changes when a file does; None where there is none."""
+    try:
+        about = path.stat()
+    except OSError:
+        return None
+    return about.st_mtime_ns, about.st_size, about.st_ino
 
 
 def read_keys(path: Path) -> list[tuple[str, str]]:

@@ -63,9 +63,11 @@ class Progress:
 
 @dataclass
 class _Reader:
-    """Who follows a row."""
+    """Who follows a row, and what it has taken."""
 
+    request: Request
     detail: Detail
+    num_calls: int = 0
     inbox: asyncio.Queue[Progress | Exception] = field(default_factory=asyncio.Queue)
     told: int = -1
     told_at: float = -math.inf
@@ -76,6 +78,7 @@ class _Reader:
     def take(self, update: RowUpdate, eos_id: int, tick_began: float) -> None:
         """Tell of it what is asked for."""
         state = update.state
+        self.num_calls = state.num_calls
         if self.waited_s is None:
             self.waited_s = tick_began - self.asked_at
         is_end = state.finish_reason is not None
@@ -125,9 +128,8 @@ class DecodingLoop:
 
     def __init__(self, engine: Engine, max_waiting: int) -> None:
         self._engine, self._max_waiting = engine, max_waiting
-        self._rows: dict[int, tuple[_Reader, Request]] = {}
-        self._calls: dict[int, int] = {}
-        self._wanted: list[tuple[Request, _Reader, asyncio.Future[int]]] = []
+        self._rows: dict[int, _Reader] = {}
+        self._wanted: list[tuple[_Reader, asyncio.Future[int]]] = []
         self._dropped: list[int] = []
         self._wake = asyncio.Event()
         self._tick_began: float | None = None
@@ -144,9 +146,9 @@ class DecodingLoop:
         waiting = self.load["waiting"]
         if waiting >= self._max_waiting:
             raise BackPressureError(num_queued_requests=waiting, max_queued_requests=self._max_waiting)
-        reader = _Reader(detail)
+        reader = _Reader(request, detail)
         admitted: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        self._wanted.append((request, reader, admitted))
+        self._wanted.append((reader, admitted))
         self._wake.set()
         try:
             await admitted
@@ -161,7 +163,7 @@ class DecodingLoop:
             if admitted.done() and not admitted.cancelled() and admitted.exception() is None:
                 self._dropped.append(admitted.result())
             else:
-                self._wanted = [item for item in self._wanted if item[2] is not admitted]
+                self._wanted = [item for item in self._wanted if item[1] is not admitted]
             self._wake.set()
 
     def check(self) -> None:
@@ -190,8 +192,8 @@ class DecodingLoop:
     def work(self) -> int:
         """Denoiser calls that the rows here are still expected to take, summed over rows."""
         kind = self._engine.is_ancestral
-        begun = sum(max(1, predicted_work(asked, kind) - self._calls[row]) for row, (_, asked) in self._rows.items())
-        return begun + sum(predicted_work(request, kind) for request, _, _ in self._wanted)
+        begun = sum(max(1, predicted_work(one.request, kind) - one.num_calls) for one in self._rows.values())
+        return begun + sum(predicted_work(reader.request, kind) for reader, _ in self._wanted)
 
     def busy_share(self) -> float:
         """The share of the time since this was last asked that the engine was at work."""
@@ -216,9 +218,9 @@ class DecodingLoop:
                 self._tick_began = None
         except BaseException as error:
             failure = RuntimeError(f"decoding failed: {error!r}")
-            for reader, _ in self._rows.values():
+            for reader in self._rows.values():
                 reader.inbox.put_nowait(failure)
-            for _, _, admitted in self._wanted:
+            for _, admitted in self._wanted:
                 if not admitted.done():
                     admitted.set_exception(failure)
             raise
@@ -226,30 +228,25 @@ class DecodingLoop:
     def _exchange(self) -> None:
         """Between ticks: take new rows in, let cancelled ones go."""
         wanted, self._wanted = self._wanted, []
-        for request, reader, admitted in wanted:
+        for reader, admitted in wanted:
             if admitted.done():
                 continue
             try:
-                row = self._engine.add(request)
+                row = self._engine.add(reader.request)
             except RequestError as error:
                 admitted.set_exception(error)
                 continue
-            self._rows[row], self._calls[row] = (reader, request), 0
+            self._rows[row] = reader
             admitted.set_result(row)
         dropped, self._dropped = self._dropped, []
         for row in dropped:
             self._engine.cancel(row)
-            self._forget(row)
+            self._rows.pop(row, None)
 
     def _tell(self, update: RowUpdate, tick_began: float) -> None:
-        if update.row not in self._rows:
+        reader = self._rows.get(update.row)
+        if reader is None:
             return
-        reader, _ = self._rows[update.row]
-        self._calls[update.row] = update.state.num_calls
         reader.take(update, self._engine.eos_id, tick_began)
         if update.state.finish_reason is not None:
-            self._forget(update.row)
-
-    def _forget(self, row: int) -> None:
-        self._rows.pop(row, None)
-        self._calls.pop(row, None)
+            del self._rows[update.row]

@@ -41,7 +41,8 @@ class _Model:
 
     def warm_up(self, decode: DecodeConfig) -> None:
         """One small request to its end: what a first call sets up is set up, and a model that fails fails now."""
-        config = decode.model_copy(update={"max_tokens": min(decode.max_tokens, self.engine.context_length - 1)})
+        most = min(decode.max_tokens, decode.block_length, self.engine.context_length - 1)  # a block shows it all
+        config = decode.model_copy(update={"max_tokens": most})
         [answer] = self.engine.generate([Request((self.engine.eos_id,), config)])
         if answer.finish_reason == "error":
             raise ConfigError("model", "its output is no number", self.bundle.folder.name)
@@ -166,7 +167,7 @@ class DecodeReplica:
     async def load(self) -> dict[str, Any]:
         """Rows running and waiting, and the denoiser calls they are expected to take; raises if a loop is dead."""
         await self.check_health()
-        loops = [model.loop for model in self._models.values() if model.is_started]
+        loops = self._loops
         return {
             "running": sum(loop.load["running"] for loop in loops),
             "waiting": sum(loop.load["waiting"] for loop in loops),
@@ -174,13 +175,17 @@ class DecodeReplica:
         }
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """Called by Ray Serve: what `autoscaling.by_work` scales by."""
-        loops = [model.loop for model in self._models.values() if model.is_started]
+        """Called by Ray Serve: what `scaling.ByWork` scales by."""
+        loops = self._loops
         busy = min(1.0, sum(loop.busy_share() for loop in loops))
         return {"work": float(sum(loop.work for loop in loops)), "busy": busy}
 
     async def check_health(self) -> None:
         """Called by Ray Serve."""
-        for model in self._models.values():
-            if model.is_started:
-                model.loop.check()
+        for loop in self._loops:
+            loop.check()
+
+    @property
+    def _loops(self) -> list[DecodingLoop]:
+        """Of the models that have decoded anything yet."""
+        return [model.loop for model in self._models.values() if model.is_started]

@@ -1,6 +1,5 @@
 """Row: one choice of an answer, as the engine is asked for it; ServedModel: what a gateway knows of a model."""
 
-import json
 from dataclasses import dataclass
 
 from dllm_core.checkpoints.bundle import ModelBundle
@@ -27,9 +26,8 @@ class ServedModel:
     @classmethod
     def of(cls, name: str, bundle: ModelBundle, decode: DecodeConfig, limits: Limits, created: int) -> "ServedModel":
         """Of a verified bundle."""
-        context = int(json.loads((bundle.folder / "config.json").read_bytes())["context_length"])
         objective = bundle.manifest.objective.type
-        return cls(name, bundle.tokenizer(), context, decode, limits, created, objective)
+        return cls(name, bundle.tokenizer(), bundle.config.context_length, decode, limits, created, objective)
 
     @property
     def card(self) -> dict[str, object]:

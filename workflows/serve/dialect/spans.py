@@ -80,7 +80,7 @@ class InfillRequest(_WholeText):
             constraint=self.constraint(model.limits),
         )
         whole = with_holes(request, pieces)
-        return [Row(model.check(_seeded(whole, seed)), head, tail, has_holes=True) for seed in self.seeds(self.n)]
+        return [Row(model.check(replace(whole, seed=seed)), head, tail, has_holes=True) for seed in self.seeds(self.n)]
 
 
 class EditRequest(_WholeText):
@@ -117,7 +117,7 @@ class EditRequest(_WholeText):
             spans=tuple(edited),
             constraint=self.constraint(model.limits),
         )
-        return [Row(model.check(_seeded(request, seed)), head, tail) for seed in self.seeds(self.n)]
+        return [Row(model.check(replace(request, seed=seed)), head, tail) for seed in self.seeds(self.n)]
 
     def _spans(self) -> list[tuple[int, int]]:
         """In order, apart from each other, within the text."""
@@ -132,7 +132,3 @@ class EditRequest(_WholeText):
             if i and span[0] < spans[i - 1][1]:
                 raise RequestError(name, "overlap", [list(spans[i - 1]), list(span)])
         return [(span[0], span[1]) for span in spans]
-
-
-def _seeded(request: Request, seed: int) -> Request:
-    return replace(request, seed=seed)
