@@ -14,6 +14,7 @@ from rich.markup import escape
 
 from dllm_core.errors import ConfigError, DllmError
 from workflows.cli_asking import bench, generate, serve
+from workflows.cli_cluster import doctor, jobs, submit
 from workflows.console import Console
 from workflows.interrupts import Interrupted
 from workflows.verb import EndedError, OutputOption, OverridesArg, TargetArg, failed, run_verb
@@ -146,7 +147,7 @@ def evaluate(target: TargetArg, overrides: OverridesArg = None, output: OutputOp
     run_verb(_stage(target, overrides, lambda p: (p.evaluate(), p.report())[0], needs_bundle=True), output)
 
 
-for _verb in (generate, serve, bench):
+for _verb in (generate, serve, bench, submit, jobs, doctor):
     app.command()(_verb)
 
 

@@ -15,12 +15,11 @@ import psutil
 
 from dllm_core.errors import ConfigError, DataError
 from workflows.interrupts import end_on_sigterm
+from workflows.placement import Demand
 
 _OBJECT_STORE_BYTES = 256 << 20  # references and small results only: shards never pass through it
-_LOCAL = {
+_SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    # A cluster on loopback, also where several interfaces are up: workers would else meet on another one.
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     # Ray Train polls its workers every 2 s by default, and a report waits for the poll.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
@@ -28,6 +27,9 @@ _LOCAL = {
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     "TOKENIZERS_PARALLELISM": "false",
 }
+# A cluster on loopback, also where several interfaces are up: workers would else meet on another one. Of a cluster of
+# several nodes a driver with this setting would not find its own.
+_PRIVATE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 
 _ANSWERS_WITHIN_S = 4
 _NO_GPU = "set gpus_per_worker and gpus_per_replica to 0, or RAY_ADDRESS to a cluster that has them"
@@ -39,7 +41,7 @@ def ray_cluster(cpus: float, gpus: float = 0) -> Iterator[None]:
 
     A private cluster never grows, so GPUs that this machine does not have are refused; another one may.
     """
-    for name, value in _LOCAL.items():
+    for name, value in {**_SETTINGS, **(_PRIVATE if is_private() else {})}.items():
         os.environ.setdefault(name, value)
     import ray
 
@@ -48,13 +50,34 @@ def ray_cluster(cpus: float, gpus: float = 0) -> Iterator[None]:
         _connect(cpus)
         logging.getLogger("ray").setLevel(logging.ERROR)
         found = ray.cluster_resources().get("GPU", 0)
-        if not os.environ.get("RAY_ADDRESS") and found < gpus:
+        if is_private() and found < gpus:
             raise ConfigError("placement", f"asks for {gpus:g} GPUs, this machine has {found:g}", remedy=_NO_GPU)
         if threading.current_thread() is threading.main_thread():
             end_on_sigterm()  # ray.init has put its own handler there, which ends in an abort
         yield
     finally:
         _shut_down(before)
+
+
+def is_private() -> bool:
+    """Whether the cluster is this machine's alone, which does everything."""
+    return not os.environ.get("RAY_ADDRESS")
+
+
+def on_nodes(demand: Demand) -> Demand:
+    """What is asked of the cluster that there is: of a private one no labels and no custom resources."""
+    return Demand(cpus=demand.cpus, gpus=demand.gpus) if is_private() else demand
+
+
+def actor_options(demand: Demand) -> dict[str, Any]:
+    """As Ray takes it for a task, an actor or a deployment."""
+    asked = on_nodes(demand)
+    options: dict[str, Any] = {"num_cpus": asked.cpus, "num_gpus": asked.gpus}
+    if asked.resources:
+        options["resources"] = asked.resources
+    if asked.labels:
+        options["label_selector"] = asked.labels
+    return options
 
 
 def _connect(cpus: float) -> None:

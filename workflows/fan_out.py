@@ -10,9 +10,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
 from dllm_core.errors import DataError, DllmError
+from workflows.env import actor_options
+from workflows.placement import Demand
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+ONE_CORE = Demand()
 _MAX_RETRIES = 3
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
@@ -31,7 +34,7 @@ class FanOut(Protocol):
         *,
         workers: int,
         on_done: Callable[[int, Any], None] = ...,
-        gpus: float = 0,
+        demand: Demand = ONE_CORE,
     ) -> list[Result]:
         """Results in the order of `items`; `on_done(number finished, result)` after each."""
 
@@ -42,12 +45,12 @@ def fan_out(
     *,
     workers: int,
     on_done: Callable[[int, Any], None] = _say_nothing,
-    gpus: float = 0,
+    demand: Demand = ONE_CORE,
 ) -> list[Result]:
     """As Ray tasks on the connected cluster. The first error of ours ends all and is raised as it is."""
     import ray
 
-    task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=_MAX_RETRIES)(_call)
+    task = ray.remote(**actor_options(demand), max_retries=_MAX_RETRIES)(_call)
     shared = ray.put(function)
     results: dict[int, Result] = {}
     running: dict[Any, int] = {}
@@ -80,10 +83,10 @@ def serially(
     *,
     workers: int,
     on_done: Callable[[int, Any], None] = _say_nothing,
-    gpus: float = 0,
+    demand: Demand = ONE_CORE,
 ) -> list[Result]:
     """In this process, one by one: the same results without a cluster."""
-    del workers, gpus
+    del workers, demand
     results = []
     for index, item in enumerate(items):
         results.append(function(item))

@@ -1,19 +1,67 @@
-"""Section `placement`: where work runs and how much of it at once. It may change speed and rounding, nothing else."""
+"""Section `placement`: where work runs and how much of it at once. It may change speed and rounding, nothing else.
+
+`labels` and `resources` say which nodes of a cluster a stage is for: labels of the node (Ray's label selectors), and
+custom resources that a node type offers, of which each task, worker or replica takes so much. Ray's launcher starts
+nodes by resources; labels keep work off nodes that would do and are not meant. A private cluster is one machine that
+does everything, so there neither is asked for.
+"""
 
 from typing import Any, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from dllm_core.config.base import FieldProblem, Frozen
 
+CPUS_OF_GATEWAY = 0.1
+_OWN_FIELDS = ("CPU", "GPU", "memory", "object_store_memory")
 
-class PreprocessPlacement(Frozen):
+
+class Demand(Frozen):
+    """What one task, worker or replica takes of a node, and which nodes it may be on."""
+
+    cpus: float = 1
+    gpus: float = 0
+    resources: dict[str, float] = Field({})
+    labels: dict[str, str] = Field({})
+
+    @property
+    def amounts(self) -> dict[str, float]:
+        """By Ray's names; what is not asked for is left out."""
+        named = {"CPU": self.cpus, "GPU": self.gpus, **self.resources}
+        return {name: amount for name, amount in named.items() if amount}
+
+
+class NodeChoice(Frozen):
+    """Which nodes of a cluster a stage is for."""
+
+    labels: dict[str, str] = Field({}, description="labels that its nodes have, e.g. {dllm-stage: train}")
+    resources: dict[str, float] = Field({}, description="custom resources, of which each task takes so much")
+
+    @field_validator("resources")
+    @classmethod
+    def _are_custom(cls, resources: dict[str, float]) -> dict[str, float]:
+        for name, amount in resources.items():
+            if name in _OWN_FIELDS or not amount > 0:
+                problem = "has a field of its own" if name in _OWN_FIELDS else "must be above 0"
+                raise ValueError(f"{name}={amount:g} {problem}")
+        return resources
+
+    def _demand(self, cpus: float, gpus: float) -> Demand:
+        return Demand(cpus=cpus, gpus=gpus, resources=self.resources, labels=self.labels)
+
+
+class PreprocessPlacement(NodeChoice):
     """`workers` tasks at once, one core each."""
 
     workers: int = Field(2, ge=1, le=1 << 16)
 
+    @property
+    def demand(self) -> Demand:
+        """Of a task."""
+        return self._demand(1, 0)
 
-class TrainPlacement(Frozen):
+
+class TrainPlacement(NodeChoice):
     """One worker process a device. A worker that dies is restarted from the newest checkpoint `max_failures` times."""
 
     workers: int = Field(2, ge=1, le=1 << 16)
@@ -24,15 +72,25 @@ class TrainPlacement(Frozen):
         1800, gt=0, description="a worker that makes no step for so long is ended, with stacks"
     )
 
+    @property
+    def demand(self) -> Demand:
+        """Of a worker."""
+        return self._demand(self.cpus_per_worker, self.gpus_per_worker)
 
-class EvaluatePlacement(Frozen):
-    """`workers` tasks at once."""
+
+class EvaluatePlacement(NodeChoice):
+    """`workers` tasks at once, one core each."""
 
     workers: int = Field(2, ge=1, le=1 << 16)
     gpus_per_worker: float = Field(0, ge=0)
 
+    @property
+    def demand(self) -> Demand:
+        """Of a task."""
+        return self._demand(1, self.gpus_per_worker)
 
-class ServePlacement(Frozen):
+
+class ServePlacement(NodeChoice):
     """Gateways, and decode replicas, whose number is held between the two bounds by the work in hand.
 
     min_replicas 0: none while nobody asks; the first request then waits for one to start.
@@ -46,6 +104,16 @@ class ServePlacement(Frozen):
     down_after_s: float = Field(60, ge=0, description="work that fits into one fewer for so long ends one")
     cpus_per_replica: float = Field(0.5, gt=0)
     gpus_per_replica: float = Field(0, ge=0)
+
+    @property
+    def demand(self) -> Demand:
+        """Of a decode replica."""
+        return self._demand(self.cpus_per_replica, self.gpus_per_replica)
+
+    @property
+    def gateway_demand(self) -> Demand:
+        """Of a gateway, which needs none of the custom resources."""
+        return Demand(cpus=CPUS_OF_GATEWAY, labels=self.labels)
 
     @model_validator(mode="before")
     @classmethod

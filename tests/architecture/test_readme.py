@@ -23,6 +23,8 @@ from workflows.evaluate.harness import HarnessConfig
 from workflows.recipe import Recipe, load_recipe
 from workflows.serve.dialect.body import parse_body
 from workflows.serve.dialect.completions import CompletionRequest
+from workflows.submit.demand import check_room, startable
+from workflows.submit.flow import Submission, prepare
 from workflows.task.flow import write_task
 
 ROOT = Path(__file__).parents[2]
@@ -81,6 +83,17 @@ def test_a_command_of_the_readme_means_something(command, tmp_path):
         if verb == "bench":
             assert target.startswith("http://127.0.0.1:")
             return
+        if verb == "jobs":
+            assert target in {"list", "status", "logs", "stop"}
+            return
+        if verb == "submit":
+            files = {
+                option: Path(rest[rest.index(option) + 1]) for option in ("--placement", "--nodes") if option in rest
+            }
+            placement, nodes = files["--placement"], files["--nodes"]
+            job = prepare(Submission(str(root / target), tuple(overrides), placement=root / placement))
+            assert check_room(job.needs, [], startable(root / nodes))
+            return
         if verb == "import":
             own = [word for word in overrides if "." not in word.partition("=")[0]]
             assert {word.partition("=")[0] for word in own} <= {"mask_id", "eos_id", "dtype"}
@@ -100,7 +113,7 @@ def test_the_readme_has_a_command_for_every_verb():
     verbs = {words_of(command)[1] for command in COMMANDS if words_of(command)[0] == "dllm"}
     assert verbs == {
         *("run", "show", "plan", "preprocess", "train", "evaluate", "generate", "serve", "task", "compare"),
-        *("import", "export", "bench"),
+        *("import", "export", "bench", "submit", "jobs", "doctor"),
     }
 
 

@@ -161,7 +161,7 @@ class Comparison:
                 partial(train_entrant, placement.gpus_per_worker),
                 missing,
                 workers=placement.workers,
-                gpus=placement.gpus_per_worker,
+                demand=placement.demand,
                 on_done=lambda done, result: bar.update(f"{done} of {len(missing)} runs", done, len(missing)),
             )
         self._console.done("train", f"{len(missing)} runs", time.monotonic() - begun)
@@ -188,14 +188,14 @@ class Comparison:
                 answer,
                 missing,
                 workers=placement.workers,
-                gpus=placement.gpus_per_worker,
+                demand=placement.demand,
                 on_done=lambda done, result: bar.update(f"{done} of {len(missing) + 1}", done, len(missing) + 1),
             )
             for question, value in zip(missing, answers, strict=True):
                 result[question.measure][question.model] = self._written(question, value)
             if generation is None:
                 bar.update("generation, one model after the other", len(missing), len(missing) + 1)
-                [value] = self._fan_out(generate, [of_all], workers=1, gpus=placement.gpus_per_worker)
+                [value] = self._fan_out(generate, [of_all], workers=1, demand=placement.demand)
                 generation = self._written(of_all, value)
         self._console.done("measure", f"{len(missing) + 1} measures", time.monotonic() - begun)
         return {**_unwrapped(result), "generation": generation["value"]}

@@ -20,6 +20,7 @@ from dllm_core.config.overrides import apply_overrides, read_recipe
 from dllm_core.errors import ConfigError
 from dllm_core.evaluation.tasks.section import AnyTask
 from dllm_core.storage.store import check_name
+from workflows.placement import EvaluatePlacement
 from workflows.recipe import Recipe, StorageConfig, resolved
 
 TEXT, TASK = "text", "task"
@@ -91,11 +92,8 @@ class TaskConfig(Frozen):
     overrides: tuple[str, ...] = ()
 
 
-class ComparePlacement(Frozen):
+class ComparePlacement(EvaluatePlacement):
     """`workers` tasks at once, one model or run each."""
-
-    workers: int = Field(2, ge=1, le=1 << 16)
-    gpus_per_worker: float = Field(0, ge=0)
 
 
 class CompareRecipe(Frozen):

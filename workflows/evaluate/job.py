@@ -74,7 +74,7 @@ class Evaluation:
 
         self.on_progress(what, 0, len(items))
         task = partial(function, self.job)
-        return self.fan_out(task, items, workers=placement.workers, gpus=placement.gpus_per_worker, on_done=tell)
+        return self.fan_out(task, items, workers=placement.workers, demand=placement.demand, on_done=tell)
 
     def batches(self, items: Items) -> list[Items]:
         """In order, `evaluate.batch_rows` a batch."""

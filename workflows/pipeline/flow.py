@@ -28,6 +28,7 @@ from workflows.console import Console
 from workflows.env import ray_cluster
 from workflows.evaluate.flow import evaluate
 from workflows.evaluate.show import lines, shown_nats
+from workflows.exported import Exported
 from workflows.fan_out import fan_out
 from workflows.pipeline.bundle import bundle_inputs, make_bundle
 from workflows.pipeline.demo import demonstrate
@@ -96,8 +97,16 @@ class Pipeline:
         self._check_room(self._corpus_bytes())
         with self._stage(name) as bar:
             self._cluster()
-            work = Preprocessing(plan, fan_out, bar.update)
+            shown = Exported(plan.fingerprint)
+
+            def tell(what: str, done: float, total: float) -> None:
+                bar.update(what, done, total)
+                shown.progress(what, done, total)
+
+            work = Preprocessing(plan, fan_out, tell)
             manifest = work.run()
+            count = manifest.accounting
+            shown.corpus(count.documents_in, count.num_quarantined, manifest.train.tokens)
         self._console.done(name, _about_corpus(manifest), self._took)
         self._events.add(name, "done", tasks=work.ran, corpus=plan.fingerprint)
         return summary(manifest, work.ran)
@@ -118,6 +127,7 @@ class Pipeline:
         with self._stage(name) as bar:
             self._cluster()
             bar.update("starting the workers")
+            shown = Exported(run.name)
 
             def take(message: dict[str, Any]) -> None:
                 kind = message.pop("kind")
@@ -127,7 +137,9 @@ class Pipeline:
                     if recipe.train.seconds is not None:
                         progress = max(progress, message["seconds"] / recipe.train.seconds)
                     bar.update(step_line(message), min(progress, 1), 1)
+                    shown.step(message, recipe.train.steps, recipe.placement.train.workers)
                 else:
+                    shown.event(kind, message)
                     self._events.add(name, kind, **message)
 
             train(recipe, run, self.target.corpus, take)

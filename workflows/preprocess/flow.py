@@ -50,6 +50,7 @@ from dllm_core.data.units import SourceFiles, Unit, plan_units
 from dllm_core.errors import DataError
 from dllm_core.storage.store import Store
 from workflows.fan_out import FanOut
+from workflows.placement import PreprocessPlacement
 from workflows.recipe import Recipe
 
 OnProgress = Callable[[str, int, int], None]  # what is done, how many, of how many
@@ -135,6 +136,10 @@ class Preprocessing:
     on_progress: OnProgress = lambda what, done, total: None
     ran: int = field(default=0, init=False)
 
+    @property
+    def _placement(self) -> PreprocessPlacement:
+        return self.plan.recipe.placement.preprocess
+
     def run(self) -> CorpusManifest:
         """Make what is missing; the manifest is written last."""
         recipe, plan, job = self.plan.recipe, self.plan, self.plan.job()
@@ -183,7 +188,7 @@ class Preprocessing:
         else:
             self.on_progress("training the tokenizer", 0, 0)
             train = partial(_train_tokenizer, job, units)
-            [tokenizer] = self.fan_out(train, [config], workers=1)
+            [tokenizer] = self.fan_out(train, [config], workers=1, demand=self._placement.demand)
         job.output.put(key, tokenizer.json_text.encode())
         return tokenizer
 
@@ -196,7 +201,7 @@ class Preprocessing:
         if missing or len(_receipts(job, units, decisions_receipt_key, FileReceipt)) < len(units):
             self.on_progress("finding duplicates", 0, 0)
             receipts = [done[unit.index] for unit in units]
-            self.fan_out(partial(decide, job), [receipts], workers=1)
+            self.fan_out(partial(decide, job), [receipts], workers=1, demand=self._placement.demand)
 
     def _tokens(self, job: CorpusJob, tokenizer: Tokenizer, units: list[Unit]) -> list[UnitReceipt]:
         done = _receipts(job, units, unit_receipt_key, UnitReceipt)
@@ -242,8 +247,8 @@ class Preprocessing:
             left = seconds / done * (len(missing) - done)
             self.on_progress(f"{what}  {before + done:,}/{total:,}{told}  {left:.0f} s left", before + done, total)
 
-        workers = self.plan.recipe.placement.preprocess.workers
-        return self.fan_out(function, missing, workers=workers, on_done=tell)
+        placement = self._placement
+        return self.fan_out(function, missing, workers=placement.workers, on_done=tell, demand=placement.demand)
 
     def _accounted(self, receipts: list[UnitReceipt]) -> Accounting:
         total = Accounting()

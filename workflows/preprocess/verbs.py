@@ -76,11 +76,13 @@ def verify(corpus: CorpusPlan, fan_out: FanOut, on_progress: OnProgress) -> list
     tokenizer = read_tokenizer(corpus.store, manifest)
     manifest.accounting.check(f"{corpus.url}/{NAME}")
     checks = checks_of(job, manifest)
+    placement = corpus.recipe.placement.preprocess
     on_progress("shards", 0, len(checks))
     found = fan_out(
         partial(verify_shard, job, manifest, tokenizer.mask_id),
         checks,
-        workers=corpus.recipe.placement.preprocess.workers,
+        workers=placement.workers,
+        demand=placement.demand,
         on_done=lambda done, result: on_progress("shards", done, len(checks)),
     )
     return [problem for problem in found if problem is not None]

@@ -19,6 +19,7 @@ from pydantic import Field
 from dllm_core.config.base import Frozen
 from dllm_core.decoding.config import DecodeConfig
 from dllm_core.errors import ConfigError, DataError
+from workflows.env import actor_options
 from workflows.placement import ServePlacement
 from workflows.serve.config import ServeConfig
 
@@ -91,7 +92,7 @@ def build(args: AppArgs) -> Any:
             **shared,
             autoscaling_config=scaling,
             request_router_config=RequestRouterConfig(request_router_class=_ROUTER),
-            ray_actor_options={"num_cpus": placement.cpus_per_replica, "num_gpus": placement.gpus_per_replica},
+            ray_actor_options=actor_options(placement.demand),
             max_constructor_retry_count=_STARTS,
             health_check_period_s=2,
             health_check_timeout_s=10,
@@ -108,7 +109,9 @@ def build(args: AppArgs) -> Any:
         )
     )
     deployment: Any = Gateway  # `serve.deployment` made a Deployment of it; its stub says that it is the class still
-    gateway = deployment.options(**shared, num_replicas=placement.gateways, ray_actor_options={"num_cpus": 0.1})
+    gateway = deployment.options(
+        **shared, num_replicas=placement.gateways, ray_actor_options=actor_options(placement.gateway_demand)
+    )
     told = settings.model_dump(mode="json", exclude=_NO_REASON)
     return gateway.bind(bound, {**told, "open": True}, placement.min_replicas == 0)
 

@@ -22,6 +22,7 @@ from dllm_core.config.overrides import parse_yaml
 from dllm_core.errors import ConfigError, DataError, DllmError
 from workflows.console import Console
 from workflows.env import ray_cluster
+from workflows.placement import CPUS_OF_GATEWAY
 from workflows.recipe import Recipe
 from workflows.serve.app import AppArgs, ServedRun, check_port, deploy, start, stop
 from workflows.serve.keys import file_stamp, read_keys
@@ -34,7 +35,7 @@ FindRun = Callable[[str], tuple[Recipe, RunDir]]
 def cpus_needed(recipe: Recipe) -> float:
     """Logical CPUs that all replicas and gateways ask for."""
     placement = recipe.placement.serve
-    return placement.max_replicas * placement.cpus_per_replica + 0.1 * placement.gateways + 0.4
+    return placement.max_replicas * placement.cpus_per_replica + CPUS_OF_GATEWAY * placement.gateways + 0.4
 
 
 def args_of(recipe: Recipe, run: RunDir, find: FindRun | None = None) -> AppArgs:

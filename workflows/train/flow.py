@@ -19,6 +19,7 @@ from dllm_core.data.manifest import read_manifest
 from dllm_core.errors import CheckpointError, DataError, DllmError, PreemptedError
 from dllm_core.objective.config import PreferenceConfig
 from dllm_core.training.config import CHECKPOINT_BYTES
+from workflows.env import on_nodes
 from workflows.interrupts import first_sigterm_asks
 from workflows.recipe import Recipe
 from workflows.start import check_start
@@ -124,9 +125,7 @@ def _fit(recipe: Recipe, run: RunDir, corpus: str, mailbox: Any) -> None:
     from ray.train.torch import TorchConfig, TorchTrainer
 
     placement = recipe.placement.train
-    resources: dict[str, float] = {"CPU": placement.cpus_per_worker}
-    if placement.gpus_per_worker:
-        resources["GPU"] = placement.gpus_per_worker
+    asked = on_nodes(placement.demand)
     # Our checkpoints are ours; Ray needs a place for its own small state, which a name used once keeps apart.
     name = f"{run.name}-{time.time_ns()}"
     trainer = TorchTrainer(
@@ -136,7 +135,8 @@ def _fit(recipe: Recipe, run: RunDir, corpus: str, mailbox: Any) -> None:
         scaling_config=ScalingConfig(
             num_workers=placement.workers,
             use_gpu=placement.gpus_per_worker > 0,
-            resources_per_worker=resources,
+            resources_per_worker=asked.amounts,
+            label_selector=asked.labels or None,
         ),
         run_config=RunConfig(
             name=name,

@@ -1,0 +1,109 @@
+"""Whether a cluster has room for a verb's stages: against brute force, and what is said where it has not."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dllm_core.errors import ConfigError, DataError
+from workflows.placement import Demand, PlacementConfig
+from workflows.submit.demand import Need, NodeGroup, busy, check_room, matches, needs, startable
+
+ROOT = Path(__file__).parents[3]
+
+
+@given(
+    st.dictionaries(st.sampled_from(["CPU", "GPU", "x"]), st.integers(0, 9)),
+    st.integers(1, 4),
+    st.integers(1, 4),
+    st.integers(0, 3),
+)
+def test_room_is_what_filling_the_nodes_one_by_one_finds(resources, count, cpus, gpus):
+    demand = Demand(cpus=cpus, gpus=gpus)
+    left, placed = dict(resources), 0
+    while all(left.get(name, 0) >= amount for name, amount in demand.amounts.items()):
+        placed += 1
+        left = {name: left.get(name, 0) - demand.amounts.get(name, 0) for name in {*left, *demand.amounts}}
+    assert NodeGroup(resources, {}, count).room(demand) == count * placed
+
+
+def test_tenths_fill_a_core():
+    assert NodeGroup({"CPU": 1.0}, {}).room(Demand(cpus=0.1)) == 10
+
+
+@pytest.mark.parametrize(
+    ("value", "wanted", "is_so"),
+    [
+        ("train", "train", True),
+        ("serve", "train", False),
+        (None, "train", False),
+        ("train", "!train", False),
+        (None, "!train", True),
+        ("b", "in(a, b)", True),
+        ("c", "in(a,b)", False),
+        ("c", "!in(a,b)", True),
+        (None, "!in(a,b)", True),
+    ],
+)
+def test_labels_are_selected_as_ray_does(value, wanted, is_so):
+    """The same table through Ray's own parser of selectors: each of these is one that it takes."""
+    from ray._private.label_utils import validate_label_selector
+
+    assert validate_label_selector({"dllm-stage": wanted.replace(" ", "")}) is None
+    assert matches(value, wanted) is is_so
+
+
+def test_a_training_s_workers_must_fit_together_and_tasks_queue():
+    placement = PlacementConfig.checked({"preprocess": {"workers": 256}, "train": {"workers": 8, "gpus_per_worker": 1}})
+    found = {(need.stage, need.at_once) for need in needs("train", placement)}
+    assert found == {("preprocess", 1), ("train", 8)}
+    nodes = [NodeGroup({"CPU": 64, "GPU": 4}, {}), NodeGroup({"CPU": 64, "GPU": 4}, {})]
+    assert check_room(needs("train", placement), nodes) == []
+    with pytest.raises(DataError, match=r"placement\.train: needs 8 × CPU=1 GPU=1; there is room for 4"):
+        check_room(needs("train", placement), nodes[:1])
+
+
+def test_what_an_autoscaler_may_start_counts_and_is_told():
+    need = Need("train", 16, Demand(cpus=8, gpus=1, resources={"dllm-train": 1}, labels={"dllm-stage": "train"}))
+    later = startable(ROOT / "cluster.yaml")
+    assert check_room([need], [], later) == [need]
+    assert sum(group.room(need.demand) for group in later) == 32
+    with pytest.raises(DataError, match="there is room for 32"):
+        check_room([Need("train", 33, need.demand)], [], later)
+
+
+def test_a_full_cluster_is_told_by_what_is_missing():
+    need = Need("train", 4, Demand(cpus=1, gpus=1))
+    assert busy([need], {"CPU": (0, 8), "GPU": (2, 8)}) == []
+    assert busy([need], {"CPU": (0, 8), "GPU": (6, 8)}) == ["train needs 4 GPU, of 8 6 are in use"]
+    assert busy([need], {}) == []
+
+
+@pytest.mark.parametrize("text", ["[", "a: 1", "available_node_types: {}", "- x"])
+def test_a_file_that_is_no_launcher_s_is_refused(tmp_path, text):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError):
+        startable(path)
+
+
+def test_a_private_cluster_is_asked_for_neither_labels_nor_resources(monkeypatch):
+    from workflows.env import actor_options
+
+    demand = Demand(cpus=2, gpus=1, resources={"dllm-train": 1}, labels={"dllm-stage": "train"})
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert actor_options(demand) == {"num_cpus": 2, "num_gpus": 1}
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert actor_options(demand) == {
+        "num_cpus": 2,
+        "num_gpus": 1,
+        "resources": {"dllm-train": 1},
+        "label_selector": {"dllm-stage": "train"},
+    }
+
+
+@pytest.mark.parametrize("resources", [{"GPU": 1}, {"x": 0}, {"memory": 5}])
+def test_custom_resources_are_custom(resources):
+    with pytest.raises(ConfigError, match=r"placement\.train\.resources"):
+        PlacementConfig.checked({"train": {"resources": resources}}, "placement")

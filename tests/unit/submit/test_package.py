@@ -1,0 +1,111 @@
+"""What a job takes along: the same bytes for the same content, no data, no secrets, and not too much."""
+
+import io
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from dllm_core.errors import ConfigError, DataError
+from workflows.submit import package
+from workflows.submit.package import RECIPE, pack
+
+ROOT = Path(__file__).parents[3]
+
+
+def names(data: bytes) -> set[str]:
+    return set(zipfile.ZipFile(io.BytesIO(data)).namelist())
+
+
+@pytest.fixture
+def lab(tmp_path):
+    """A user's folder, with all that should stay at home."""
+    folder = tmp_path / "my_lab"
+    (folder / "sub").mkdir(parents=True)
+    (folder / ".git").mkdir()
+    for name in ("noise.py", "sub/tokenizer.py", "settings.yaml"):
+        (folder / name).write_text("x = 1\n")
+    for name in (
+        "corpus.arrow",
+        "weights.safetensors",
+        ".env",
+        "api_keys.txt",
+        "aws_credentials.json",
+        "id_rsa",
+        "a.pem",
+    ):
+        (folder / name).write_text("secret\n")
+    (folder / ".git" / "config.toml").write_text("x")
+    os.symlink("/etc/hostname", folder / "link.txt")
+    return folder
+
+
+def test_our_sources_and_the_recipe_are_in_it():
+    found = names(pack("name: x\n").data)
+    assert {RECIPE, "dllm_core/errors.py", "workflows/cli.py", "workflows/serve/page.html"} <= found
+    assert all(name.split("/")[0] in ("dllm_core", "workflows", RECIPE) for name in found)
+    assert not any("__pycache__" in name or name.endswith(".pyc") for name in found)
+
+
+def test_equal_content_gives_equal_bytes_whenever_it_was_written(lab):
+    first = pack("name: x\n", [lab])
+    os.utime(lab / "noise.py", (1, 1))
+    assert pack("name: x\n", [lab]).data == first.data
+    (lab / "noise.py").write_text("x = 2\n")
+    assert pack("name: x\n", [lab]).digest != first.digest
+    assert pack("name: y\n").digest != pack("name: x\n").digest
+
+
+def test_data_and_secrets_stay_and_are_named(lab):
+    packed = pack(None, [lab])
+    mine = {name for name in packed.files if name.startswith("my_lab/")}
+    assert mine == {"my_lab/noise.py", "my_lab/sub/tokenizer.py", "my_lab/settings.yaml"}
+    assert set(packed.left_out) == {
+        f"my_lab/{name}"
+        for name in (
+            "corpus.arrow",
+            "weights.safetensors",
+            ".env",
+            "api_keys.txt",
+            "aws_credentials.json",
+            "id_rsa",
+            "a.pem",
+        )
+    }
+    assert b"secret" not in packed.data
+
+
+def test_what_is_unpacked_runs(tmp_path):
+    """The package alone is enough: `python -m workflows` in it, from nothing else of ours."""
+    recipe = (ROOT / "workflows/recipes/quickstart.yaml").read_text()
+    zipfile.ZipFile(io.BytesIO(pack(recipe).data)).extractall(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-m", "workflows", "show", RECIPE, "name=quick"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "vocab_size" in done.stdout
+
+
+def test_too_large_a_package_is_refused_by_its_largest_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(package, "MAX_BYTES", 3 << 20)
+    (tmp_path / "big").mkdir()
+    (tmp_path / "big" / "table.json").write_bytes(b"0" * (4 << 20))
+    with pytest.raises(DataError, match=r"big/table\.json 4 MB.*storage\.root"):
+        pack(None, [tmp_path / "big"])
+
+
+def test_what_is_not_there_or_has_our_name_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="no such file"):
+        pack(None, [tmp_path / "nowhere"])
+    (tmp_path / "workflows").mkdir()
+    with pytest.raises(ConfigError, match="package's own"):
+        pack(None, [tmp_path / "workflows"])

@@ -1,0 +1,126 @@
+"""Does a cluster have what a verb's stages ask for: now, or when its autoscaler has started what it may?"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dllm_core.config.overrides import parse_yaml
+from dllm_core.errors import ConfigError, DataError
+from workflows.placement import Demand, PlacementConfig
+
+VERBS = {
+    "run": ("preprocess", "train", "evaluate", "serve"),
+    "preprocess": ("preprocess",),
+    "train": ("preprocess", "train"),
+    "evaluate": ("evaluate",),
+    "serve": ("serve",),
+}
+_EPSILON = 1e-9
+
+
+@dataclass(frozen=True)
+class Need:
+    """`at_once` of a demand must find room together, or the stage waits for ever."""
+
+    stage: str
+    at_once: int
+    demand: Demand
+
+    def __str__(self) -> str:
+        amounts = " ".join(f"{name}={amount:g}" for name, amount in self.demand.amounts.items())
+        labels = "".join(f" {name}={value}" for name, value in self.demand.labels.items())
+        return f"{self.at_once} × {amounts}" + (f" on nodes with{labels}" if labels else "")
+
+
+@dataclass(frozen=True)
+class NodeGroup:
+    """`count` nodes alike."""
+
+    resources: dict[str, float]
+    labels: dict[str, str]
+    count: int = 1
+
+    def room(self, demand: Demand) -> int:
+        """How many such workers all of them take at once."""
+        if not all(matches(self.labels.get(name), wanted) for name, wanted in demand.labels.items()):
+            return 0
+        return self.count * min(
+            (int(self.resources.get(name, 0) / amount + _EPSILON) for name, amount in demand.amounts.items()), default=1
+        )
+
+
+def needs(verb: str, placement: PlacementConfig) -> list[Need]:
+    """What the verb's stages ask for. Tasks queue, so one must fit; workers of a training start together."""
+    every = {
+        "preprocess": [Need("preprocess", 1, placement.preprocess.demand)],
+        "train": [Need("train", placement.train.workers, placement.train.demand)],
+        "evaluate": [Need("evaluate", 1, placement.evaluate.demand)],
+        "serve": [
+            Need("serve", max(1, placement.serve.min_replicas), placement.serve.demand),
+            Need("serve", placement.serve.gateways, placement.serve.gateway_demand),
+        ],
+    }
+    return [need for stage in VERBS[verb] for need in every[stage]]
+
+
+def check_room(wanted: Sequence[Need], now: Sequence[NodeGroup], later: Sequence[NodeGroup] = ()) -> list[Need]:
+    """Those needs that only nodes which are to be started fulfil. DataError for one that nothing fulfils."""
+    waiting = []
+    for need in wanted:
+        if sum(group.room(need.demand) for group in now) >= need.at_once:
+            continue
+        room = max(sum(group.room(need.demand) for group in groups) for groups in (now, later))
+        if room < need.at_once:
+            remedy = "less of it, or a larger cluster"
+            if not later:
+                remedy += "; --nodes cluster.yaml says what an autoscaler may start"
+            raise DataError(f"placement.{need.stage}", f"needs {need}; there is room for {room}", remedy=remedy)
+        waiting.append(need)
+    return waiting
+
+
+def busy(wanted: Sequence[Need], usage: dict[str, tuple[float, float]]) -> list[str]:
+    """What others use now and the job needs first: a line each."""
+    lines = []
+    for need in wanted:
+        for name, amount in need.demand.amounts.items():
+            used, total = usage.get(name, (0.0, 0.0))
+            if used and total - used < amount * need.at_once - _EPSILON:
+                lines.append(f"{need.stage} needs {amount * need.at_once:g} {name}, of {total:g} {used:g} are in use")
+    return lines
+
+
+def live(nodes: Sequence[dict[str, Any]]) -> list[NodeGroup]:
+    """As the job server tells of them."""
+    return [NodeGroup(node["resources_total"] or {}, node["labels"] or {}) for node in nodes]
+
+
+def startable(path: Path) -> list[NodeGroup]:
+    """What the launcher's file lets an autoscaler start, the head left out."""
+    try:
+        config = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+        head, kinds = config["head_node_type"], config["available_node_types"]
+        return [
+            NodeGroup(
+                {name: float(amount) for name, amount in kind["resources"].items()},
+                kind.get("labels", {}),
+                int(kind.get("max_workers", config.get("max_workers", 0))),
+            )
+            for name, kind in kinds.items()
+            if name != head
+        ]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError("--nodes", f"cannot be read ({error})", str(path)) from None
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        problem = f"is no launcher's file with node types ({type(error).__name__}: {error})"
+        raise ConfigError("--nodes", problem, str(path), "cluster.yaml is one") from None
+
+
+def matches(value: str | None, wanted: str) -> bool:
+    """Ray's label selectors: `value`, `!value`, `in(a, b)`, `!in(a, b)`."""
+    is_not, body = wanted.startswith("!"), wanted.removeprefix("!")
+    listed = re.fullmatch(r"in\((.*)\)", body)
+    allowed = {part.strip() for part in listed.group(1).split(",")} if listed else {body}
+    return (value in allowed) != is_not

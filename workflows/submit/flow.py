@@ -1,0 +1,308 @@
+"""The verbs that speak to a cluster's job server: submit, and list, status, logs and stop of what was submitted.
+
+A job's name is its recipe's and a fingerprint of all that it is: verb, recipe, placement, sources. Submitted again, one
+that runs is followed, one that is done is told of, one that failed runs anew.
+"""
+
+import json
+import os
+import re
+import shlex
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from dllm_core.config.fingerprint import fingerprint
+from dllm_core.config.overrides import parse_yaml, read_recipe
+from dllm_core.errors import ConfigError, DataError
+from workflows.console import Console
+from workflows.placement import PlacementConfig
+from workflows.recipe import Recipe, load_recipe
+from workflows.submit.demand import VERBS, Need, busy, check_room, live, needs, startable
+from workflows.submit.package import RECIPE, Package, pack
+from workflows.submit.server import ENDED, JobServer
+from workflows.target import is_run
+
+_STOP_WITHIN_S = 30  # a training saves within 25 s of SIGTERM; Ray's own patience is 3 s
+_RUN, _FINGERPRINT = "dllm-run", "dllm-fingerprint"
+_REMEDY_OF_ROOT = "storage.root=s3://bucket/prefix, or the absolute path of a folder that all nodes see"
+_FAILED, _STOPPED = 3, 143
+
+
+@dataclass(frozen=True)
+class Submission:
+    """What is to run where. environment: variables that the job gets, `NAME` or `NAME=value`."""
+
+    target: str
+    overrides: tuple[str, ...] = ()
+    verb: str = "run"
+    placement: Path | None = None
+    include: tuple[Path, ...] = ()
+    environment: tuple[str, ...] = ()
+    nodes: Path | None = None
+
+    def check(self) -> None:
+        """Refuse a verb that no job is."""
+        if self.verb not in VERBS:
+            raise ConfigError("--verb", "is nothing that a job does", self.verb, f"one of {', '.join(VERBS)}")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A submission with all that it needs; `run`: of two jobs with the same, one waits."""
+
+    name: str
+    entrypoint: str
+    package: Package
+    run: str
+    needs: list[Need]
+    environment: dict[str, str]
+
+    @property
+    def fingerprint(self) -> str:
+        """Of all that decides what the job does."""
+        return fingerprint([self.entrypoint, self.package.digest, self.environment])
+
+
+def prepare(asked: Submission) -> Job:
+    """The job of a submission. Raises ConfigError for whatever can be refused without a cluster."""
+    asked.check()
+    environment = dict(_variable(text) for text in asked.environment)
+    overrides = [*_placement_overrides(asked.placement), *asked.overrides]
+    if is_run(asked.target):
+        return _of_run(asked, overrides, environment)
+    recipe = load_recipe(Path(asked.target), overrides)
+    _check_root(read_recipe(Path(asked.target)), overrides)
+    command = ["python", "-m", "workflows", asked.verb, RECIPE]
+    identity = [recipe.storage.root, recipe.corpus_fingerprint([]), recipe.run_fingerprint("")]
+    package = pack(recipe.to_yaml(), asked.include)
+    wanted = needs(asked.verb, recipe.placement)
+    return Job(recipe.name, shlex.join(command), package, fingerprint(identity), wanted, environment)
+
+
+def submit(
+    asked: Submission, server: JobServer | None, console: Console, *, detach: bool, refuse_busy: bool
+) -> dict[str, Any]:
+    """Send a job and follow it to its end; its exit code is in the result. Without a server: what would be sent."""
+    job = prepare(asked)
+    if server is None:
+        return _say_package(job, console)
+    waiting = check_room(job.needs, live(server.nodes()), startable(asked.nodes) if asked.nodes else ())
+    for need in waiting:
+        console.print(f"  nodes must be started first: {escape(need.stage)} needs {escape(str(need))}")
+    if lines := busy(job.needs, server.usage()):
+        if refuse_busy:
+            raise DataError("--address", f"the cluster is full: {'; '.join(lines)}", server.address, "submit it later")
+        console.print(f"  [yellow]the cluster is busy, the job waits:[/yellow] {escape('; '.join(lines))}")
+    name, known = _named(job, server)
+    if known is not None and known.status == "SUCCEEDED":
+        console.skipped("submit", f"{escape(name)} is done")
+        return _result(known)
+    if known is None:
+        _send(job, name, server)
+        size = f"{len(job.package.files)} files, {len(job.package.data) / 1e3:.0f} kB"
+        console.done("submit", f"[bold]{escape(name)}[/bold] to {escape(server.address)}: {size}")
+    else:
+        console.skipped("submit", f"{escape(name)} runs already")
+    say = f"dllm jobs logs {name} --address {server.address}"
+    if detach:
+        console.print(f"  follow it: [bold]{escape(say)}[/bold]")
+        return {"job": name, "status": "RUNNING", "exit_code": 0}
+    try:
+        return follow(name, server, console)
+    except KeyboardInterrupt:
+        sys.stderr.write(f"\nthe job goes on: {say}; to end it: {say.replace('logs', 'stop', 1)}\n")
+        raise
+
+
+def follow(name: str, server: JobServer, console: Console) -> dict[str, Any]:
+    """Write a job's lines until it has ended."""
+
+    def write(text: str) -> None:
+        console.rich.file.write(text)
+        console.rich.file.flush()
+
+    ended = server.follow(name, write)
+    result = _result(ended)
+    if ended.status == "SUCCEEDED":
+        console.done("job", f"{escape(name)} is done")
+    else:
+        console.stopped("job")
+        sys.stderr.write(f"dllm: job {name}: {_why(ended)}\n")
+    return result
+
+
+def jobs(action: str, name: str | None, server: JobServer, console: Console) -> dict[str, Any]:
+    """One action on what was submitted."""
+    if action == "list":
+        return _say_jobs(server.jobs(), console)
+    if name is None:
+        raise ConfigError("job", "missing", remedy=f"dllm jobs {action} NAME; `dllm jobs list` names them")
+    if action == "logs":
+        return follow(name, server, console)
+    if action == "status":
+        job = server.job(name)
+        _say_jobs([job], console)
+        return {**_result(job), "exit_code": 0}
+    was_running = server.stop(name)
+    give_up = time.monotonic() + _STOP_WITHIN_S + 10
+    while (job := server.job(name)).status not in ENDED and time.monotonic() < give_up:
+        time.sleep(0.5)
+    console.done("stop", f"{escape(name)} " + ("has ended" if was_running else f"had ended: {job.status}"))
+    return {**_result(job), "exit_code": 0}
+
+
+def root_of(target: str | None, overrides: list[str]) -> tuple[Recipe | None, str]:
+    """The recipe and the storage root that a command line means; nothing but `storage.root=...` may stand alone."""
+    if target is None or target.startswith("storage.root="):
+        root = "dllm-runs" if target is None else target.partition("=")[2]
+        return None, root
+    from workflows.target import read_target_recipe
+
+    recipe, _ = read_target_recipe(target, overrides)
+    return recipe, recipe.storage.root
+
+
+def _of_run(asked: Submission, overrides: list[str], environment: dict[str, str]) -> Job:
+    """A run's folder holds its own recipe, which the job reads where it is."""
+    from workflows.target import read_target_recipe
+
+    if not asked.target.startswith("s3://") and not Path(asked.target).is_absolute():
+        raise ConfigError("run", "is a folder of this machine", asked.target, "an absolute path that all nodes see")
+    recipe, run = read_target_recipe(asked.target, overrides)
+    assert run is not None
+    command = ["python", "-m", "workflows", asked.verb, asked.target, *overrides]
+    package = pack(None, asked.include)
+    return Job(
+        run.name, shlex.join(command), package, fingerprint(run.url), needs(asked.verb, recipe.placement), environment
+    )
+
+
+def _placement_overrides(path: Path | None) -> list[str]:
+    """A file of the section, as overrides which those of the command line go over."""
+    if path is None:
+        return []
+    try:
+        values = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError("--placement", f"cannot be read ({error})", str(path)) from None
+    PlacementConfig.checked(values, "placement")
+    return [
+        f"placement.{stage}.{name}={json.dumps(value)}"
+        for stage, section in values.items()
+        for name, value in section.items()
+    ]
+
+
+def _check_root(values: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Refuse a storage root that means another folder, or none, on every node."""
+    section = values.get("storage")
+    root = section.get("root", "dllm-runs") if isinstance(section, dict) else "dllm-runs"
+    for item in overrides:
+        if item.startswith("storage.root="):
+            root = item.partition("=")[2]
+    if not (root.startswith("s3://") or Path(root).is_absolute()):
+        raise ConfigError("storage.root", "is a folder of this machine alone", root, _REMEDY_OF_ROOT)
+
+
+def _variable(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not re.fullmatch(r"[A-Za-z_]\w*", name):
+        raise ConfigError("--env", "is NAME, which is set here, or NAME=value", text)
+    if not equals and name not in os.environ:
+        raise ConfigError("--env", "is not set here", name, f"{name}=value")
+    return name, value if equals else os.environ[name]
+
+
+def _named(job: Job, server: JobServer) -> tuple[str, Any | None]:
+    """A name, and what runs or is done under it already. DataError where another job is at the same run."""
+    same = [known for known in server.jobs() if (known.metadata or {}).get(_FINGERPRINT) == job.fingerprint]
+    at_it = [known for known in server.jobs() if (known.metadata or {}).get(_RUN) == job.run]
+    for known in at_it:
+        if known.status not in ENDED and known not in same:
+            remedy = f"follow it, or end it: dllm jobs stop {known.submission_id} --address {server.address}"
+            raise DataError("job", "another job is at this run", known.submission_id, remedy)
+    if same and same[-1].status not in ("FAILED", "STOPPED"):
+        return same[-1].submission_id, same[-1]
+    return f"{job.name}-{job.fingerprint}-{len(same) + 1}", None
+
+
+def _send(job: Job, name: str, server: JobServer) -> None:
+    environment = {**job.environment, "RAY_JOB_STOP_WAIT_TIME_S": str(_STOP_WITHIN_S), "PYTHONUNBUFFERED": "1"}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, f"{name}.zip")
+        path.write_bytes(job.package.data)
+        server.submit(
+            entrypoint=job.entrypoint,
+            submission_id=name,
+            runtime_env={"working_dir": str(path), "env_vars": environment},
+            metadata={_FINGERPRINT: job.fingerprint, _RUN: job.run},
+        )
+
+
+def _say_package(job: Job, console: Console) -> dict[str, Any]:
+    """What a dry run shows."""
+    console.print(f"would run [bold]{escape(job.entrypoint)}[/bold]")
+    console.print(f"  with {len(job.package.files)} files, {len(job.package.data) / 1e3:.0f} kB")
+    if job.package.left_out:
+        shown = ", ".join(job.package.left_out[:5]) + (", ..." if len(job.package.left_out) > 5 else "")
+        console.print(f"  left out as data or secrets: {escape(shown)}")
+    for need in job.needs:
+        console.print(f"  {need.stage:<11} {escape(str(need))}")
+    return {
+        "job": f"{job.name}-{job.fingerprint}",
+        "entrypoint": job.entrypoint,
+        "files": list(job.package.files),
+        "left_out": list(job.package.left_out),
+        "bytes": len(job.package.data),
+        "needs": [{"stage": need.stage, "at_once": need.at_once, **need.demand.model_dump()} for need in job.needs],
+    }
+
+
+def _say_jobs(found: Sequence[Any], console: Console) -> dict[str, Any]:
+    table = Table(box=None, pad_edge=False)
+    for column in ("job", "status", "started", "seconds", "what it runs"):
+        table.add_column(column, overflow="fold")
+    told = []
+    for job in found:
+        begun, ended = job.start_time, job.end_time
+        seconds = None if begun is None else ((ended or time.time() * 1000) - begun) / 1000
+        when = "" if begun is None else f"{datetime.fromtimestamp(begun / 1000, UTC):%Y-%m-%d %H:%M}"
+        shown = "" if seconds is None else f"{seconds:.0f}"
+        table.add_row(escape(job.submission_id), job.status, when, shown, escape(job.entrypoint))
+        told.append({**_result(job), "seconds": seconds, "entrypoint": job.entrypoint})
+    if told:
+        console.rich.print(table)
+    else:
+        console.print("no job was submitted")
+    return {"jobs": told}
+
+
+def _result(job: Any) -> dict[str, Any]:
+    """exit_code: the job's own, as a shell would have it; 3 where it never ran, 143 where it was stopped."""
+    code = job.driver_exit_code
+    if job.status == "SUCCEEDED":
+        code = 0
+    elif job.status == "STOPPED":
+        code = _STOPPED if code in (None, 0) else code
+    elif job.status == "FAILED":
+        code = _FAILED if code in (None, 0) else code
+    shell_code = None if code is None else code if code >= 0 else 128 - code
+    return {"job": job.submission_id, "status": str(job.status), "exit_code": shell_code}
+
+
+def _why(job: Any) -> str:
+    if job.status == "STOPPED":
+        return "was stopped; what is complete is kept, submit it again to go on"
+    if job.driver_exit_code:
+        return f"ended with exit code {job.driver_exit_code}; its own lines are above"
+    text = (job.message or "failed").strip().splitlines()
+    return text[0] if text else "failed"

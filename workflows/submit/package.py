@@ -1,0 +1,98 @@
+"""What a job takes along: our sources, the recipe and what the user names, as one small zip with the same bytes for the
+same content. Data and secrets stay here.
+"""
+
+import hashlib
+import io
+import zipfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import dllm_core
+import workflows
+from dllm_core.errors import ConfigError, DataError
+
+MAX_BYTES = 20 << 20  # Ray's head keeps packages in its memory and refuses those of hundreds of MB
+RECIPE = "recipe.yaml"
+_KINDS = {".py", ".pyi", ".yaml", ".yml", ".json", ".toml", ".html", ".txt", ".md", ".cfg"}
+_LEFT_OUT = {"__pycache__", ".git", ".venv", "venv", "node_modules", ".ssh", ".aws", ".ray", "dllm-runs"}
+_SECRET_PARTS = ("secret", "credential", "password", "passwd", "token", "keys.", "id_rsa", "id_ed25519", ".env")
+_STAMP = (1980, 1, 1, 0, 0, 0)
+
+
+@dataclass(frozen=True)
+class Package:
+    """The zip; `left_out`: files below an included folder that look like data or secrets."""
+
+    data: bytes
+    files: tuple[str, ...]
+    left_out: tuple[str, ...]
+
+    @property
+    def digest(self) -> str:
+        """Equal content, equal digest."""
+        return hashlib.sha256(self.data).hexdigest()
+
+
+def pack(recipe: str | None, include: Sequence[Path] = ()) -> Package:
+    """Our own sources, a recipe's text, and files and folders of the user's beside them.
+
+    Raises ConfigError for what is not there or has one of our names, DataError for a package that is too large.
+    """
+    found: dict[str, bytes] = {}
+    left_out: list[str] = []
+    for module in (dllm_core, workflows):
+        root = Path(module.__file__ or "").parent
+        for path in (path for path in _sources(root) if path.suffix in _KINDS):
+            found[f"{root.name}/{path.relative_to(root).as_posix()}"] = path.read_bytes()
+    if recipe is not None:
+        found[RECIPE] = recipe.encode()
+    for given in include:
+        top = given.expanduser().resolve()
+        if not top.exists():
+            raise ConfigError("--include", "there is no such file or folder", str(given))
+        if top.name in ("dllm_core", "workflows", RECIPE):
+            raise ConfigError("--include", "has a name of the package's own", str(given))
+        for path in _sources(top) if top.is_dir() else [top]:
+            name = path.relative_to(top.parent).as_posix()
+            if path != top and (path.suffix not in _KINDS or _is_secret(path)):
+                left_out.append(name)
+            else:
+                found[name] = path.read_bytes()
+    _check_size(found)
+    return Package(_zipped(found), tuple(sorted(found)), tuple(sorted(left_out)))
+
+
+def _sources(root: Path) -> Iterator[Path]:
+    for path in sorted(root.rglob("*")):
+        parts = path.relative_to(root).parts
+        if path.is_file() and not path.is_symlink() and not _LEFT_OUT.intersection(parts):
+            yield path
+
+
+def _is_secret(path: Path) -> bool:
+    name = path.name.lower()
+    is_python = path.suffix == ".py"  # a module may well be called tokenizer.py
+    return name.startswith(".") or (not is_python and any(part in name for part in _SECRET_PARTS))
+
+
+def _check_size(found: dict[str, bytes]) -> None:
+    total = sum(map(len, found.values()))
+    if total > MAX_BYTES:
+        largest = sorted(found, key=lambda name: -len(found[name]))[:3]
+        told = ", ".join(f"{name} {len(found[name]) / 1e6:.0f} MB" for name in largest)
+        problem = f"is {total / 1e6:.0f} MB, of which {told}"
+        remedy = f"a package has at most {MAX_BYTES >> 20} MB: data belongs into storage.root, on s3://"
+        raise DataError("package", problem, remedy=remedy)
+
+
+def _zipped(found: dict[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in sorted(found):
+            entry = zipfile.ZipInfo(name, _STAMP)
+            entry.external_attr = 0o644 << 16
+            entry.compress_type = zipfile.ZIP_DEFLATED
+            archive.writestr(entry, found[name])
+    return buffer.getvalue()
