@@ -32,21 +32,24 @@ PLACEMENT |= {"evaluate": PLACEMENT["train"], "serve": {"labels": {"dllm-stage":
 LOSS_WITHIN = 1e-3
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 def recipe_of(folder: Path, root: str, paragraphs: int = 120, **sections: Any) -> Recipe:
     """Of a run on two training nodes. root: storage, a folder that all nodes see, or s3://."""
     corpus = folder / "corpus"
     corpus.mkdir(parents=True, exist_ok=True)
     (corpus / "names.txt").write_text(small_text(paragraphs), encoding="utf-8")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
     train = {"steps": 40, "checkpoint_every": 10, "zero_stage": 2, "log_every": 10, **sections.pop("train", {})}
     return small_recipe(
         folder,
         storage={"root": root},
         train=train,
         evaluate={"calibration": {"rows": 0}, "infill": {"rows": 0}},
-        serve={"port": port, "examples": [{"prompt": "RED "}]},
+        serve={"port": free_port(), "examples": [{"prompt": "RED "}]},
         placement=PLACEMENT,
         **sections,
     )

@@ -1,0 +1,146 @@
+"""One submitted job on a cluster of five nodes makes, trains, evaluates and serves what one process alone does; it
+outlives who submitted it; the doctor asks every node.
+"""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+
+import pytest
+from ray_clusters import LoopbackCluster, NodeKind, new_token
+from submitted import Cli, alone, check_equal, recipe_of, run_of
+
+from dllm_core.checkpoints.run_dir import JsonLines
+from dllm_core.storage.store import LocalStore
+
+pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
+NODES = (NodeKind("preprocess"), NodeKind("train", 1), NodeKind("train", 1), NodeKind("serve", 2))
+
+
+@pytest.fixture(scope="module")
+def cli(tmp_path_factory):
+    with LoopbackCluster(NODES, token=new_token()) as cluster:
+        yield Cli(cluster, tmp_path_factory.mktemp("submit"))
+
+
+@pytest.fixture(scope="module")
+def recipe(cli):
+    return recipe_of(cli.folder, str(cli.folder / "storage"))
+
+
+@pytest.fixture(scope="module")
+def path(cli, recipe):
+    (cli.folder / "small.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    return str(cli.folder / "small.yaml")
+
+
+@pytest.fixture(scope="module")
+def river(cli, path):
+    """What the whole job said."""
+    return cli("submit", path)
+
+
+def test_one_job_runs_all_stages_and_its_result_is_that_of_one_process(cli, river, recipe, tmp_path):
+    done = river
+    assert done.returncode == 0, done.stdout + done.stderr
+    for stage in ("preprocess", "train", "evaluate", "serve", "report"):
+        assert re.search(rf"✓ {stage} ", done.stdout), done.stdout
+    assert not re.search(r"WebSocket|dashboard_sdk", done.stderr)
+    run = run_of(LocalStore(cli.folder / "storage"), "small")
+    check_equal(run, alone(recipe, tmp_path))
+    [started] = [
+        event for event in JsonLines(run, "events.jsonl").read() if event["event"] == "started" and "pid" in event
+    ]
+    assert started["step"] == 0
+
+
+def test_the_same_again_is_told_of_and_nothing_runs(cli, river, path):
+    before = cli.told("jobs", "list")["jobs"]
+    done = cli("submit", path)
+    assert done.returncode == 0
+    assert "is done" in done.stdout
+    assert len(cli.told("jobs", "list")["jobs"]) == len(before)
+    [job] = [job for job in before if job["job"].startswith("small-")]
+    assert (job["status"], job["exit_code"], job["entrypoint"]) == (
+        "SUCCEEDED",
+        0,
+        "python -m workflows run recipe.yaml",
+    )
+    assert cli.told("jobs", "status", job["job"])["exit_code"] == 0
+    assert "✓ report" in cli("jobs", "logs", job["job"]).stdout
+
+
+def test_the_cluster_s_prometheus_sees_what_the_job_counted(cli, river):
+    """Ray's agents still tell the counters when the job is gone; the gauges went with it."""
+    assert river.returncode == 0
+    token = {"Authorization": f"Bearer {cli.cluster.token}"}
+    with urllib.request.urlopen(
+        urllib.request.Request(f"{cli.cluster.dashboard}/api/prometheus/sd", headers=token), timeout=10
+    ) as answer:
+        targets = [target for group in json.load(answer) for target in group["targets"]]
+    told = ""
+    for target in targets:
+        with urllib.request.urlopen(f"http://{target}/metrics", timeout=10) as answer:
+            told += answer.read().decode()
+    assert re.search(
+        r'^ray_dllm_train_checkpoints_total\{[^}]*run="small-[0-9a-f]{12}"[^}]*\} 4\.0$', told, re.MULTILINE
+    )
+    assert re.search(r"^ray_dllm_train_starts_total\{[^}]*\} 1\.0$", told, re.MULTILINE)
+
+
+def test_a_job_outlives_who_submitted_it_and_is_stopped_with_a_checkpoint(cli, path):
+    """Ctrl-C ends the follower alone; a second job at the run is refused; stopping saves, and so ends with 4."""
+    words = ["submit", path, "name=long", "train.steps=100000", "train.checkpoint_every=100000", "--verb", "train"]
+    follower = subprocess.Popen(
+        [sys.executable, "-m", "workflows", *words, "--address", cli.cluster.dashboard],
+        cwd=cli.folder,
+        env=cli.cluster.env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    runs = LocalStore(cli.folder / "storage")
+    give_up = time.monotonic() + 120
+    while not any("/long-" in f"/{item.key}" and item.key.endswith("metrics.jsonl") for item in runs.list("runs")):
+        assert time.monotonic() < give_up
+        assert follower.poll() is None, follower.communicate()
+        time.sleep(0.5)
+    os.kill(follower.pid, signal.SIGINT)
+    _, told = follower.communicate(timeout=20)
+    assert follower.returncode == 130
+    [name] = set(re.findall(r"dllm jobs stop (long-\S+)", told))
+    other = cli(
+        "submit",
+        path,
+        "name=long",
+        "train.steps=100000",
+        "train.checkpoint_every=100000",
+        "placement.train.workers=1",
+    )
+    assert other.returncode == 3
+    assert f"another job is at this run, got '{name}'" in other.stderr
+    assert cli.told("jobs", "status", name)["status"] == "RUNNING"
+    assert cli.told("jobs", "stop", name)["exit_code"] == 0
+    job = cli.told("jobs", "status", name)
+    assert job["status"] == "STOPPED"
+    assert any("/long-" in f"/{item.key}" and "checkpoints" in item.key for item in runs.list("runs"))
+    assert cli("jobs", "logs", name).returncode in (4, 143)
+
+
+def test_the_doctor_asks_every_node(cli):
+    told = cli.told("doctor", f"storage.root={cli.folder / 'storage'}")
+    found = {finding["what"]: finding for finding in told["findings"]}
+    assert found["nodes"]["told"].count("(") == len(NODES) + 1
+    assert all(found[what]["verdict"] == "good" for what in ("cluster", "ray", "versions", "one storage", "clocks"))
+
+
+def test_the_doctor_finds_storage_that_is_not_one(cli):
+    """Planted: a folder that each node has for itself, here by a name that each resolves in its own way."""
+    done = cli("doctor", "storage.root=/proc/self/cwd/mine")
+    assert done.returncode == 3, done.stdout
+    assert re.search(r"one storage .* is another on each of", done.stdout), done.stdout
