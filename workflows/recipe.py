@@ -165,9 +165,12 @@ class Recipe(Frozen):
         if self.start is None or self.start.mask_noise is None:
             return self
         has_masks = self.noise.process.type in ("absorbing", "hybrid")
-        if not isinstance(self.objective, DiffusionOptions) or not has_masks:
-            problem = f"objective.type={self.objective.type} with noise.process.type={self.noise.process.type} "
-            raise FieldProblem("start.mask_noise", problem + "shows no masks", self.start.mask_noise, "leave it out")
+        if not isinstance(self.objective, DiffusionOptions):
+            problem = f"is for objective.type=diffusion and block_diffusion, this is {self.objective.type}"
+            raise FieldProblem("start.mask_noise", problem, self.start.mask_noise, "leave it out")
+        if not has_masks:
+            problem = f"noise.process.type={self.noise.process.type} shows no masks"
+            raise FieldProblem("start.mask_noise", problem, self.start.mask_noise, "leave it out")
         return self
 
     @property

@@ -56,6 +56,8 @@ class MixtureOfExperts(nn.Module):
 
     def __init__(self, model: ModelConfig, config: ExpertsConfig) -> None:
         super().__init__()
+        # Of tensors without numbers nobody can count who is chosen: a plan takes the tokens for evenly spread.
+        self.assumes_even = False
         dim, width, scale = model.dim, config.expert_ffn_dim, (2 * model.layers) ** -0.5
         self.router = Router(dim, config)
         self.gate_up = nn.Parameter(torch.empty(config.num_experts, 2 * width, dim))
@@ -69,7 +71,7 @@ class MixtureOfExperts(nn.Module):
         tokens = x.flatten(0, 1)
         chosen, weights = self.router(tokens)
         order = chosen.flatten().argsort(stable=True)
-        counts = torch.bincount(chosen.flatten(), minlength=len(self.down)).tolist()
+        counts = self._counts(chosen)
         sorted_tokens = tokens[order // chosen.shape[1]]
         # unbind, not an index an expert: the backward of that would add a gradient of all experts for each.
         parts = [
@@ -84,6 +86,14 @@ class MixtureOfExperts(nn.Module):
         if self.shared is not None:
             mixed = mixed + self.shared(x)
         return mixed
+
+    def _counts(self, chosen: Tensor) -> list[int]:
+        """Tokens of each expert."""
+        if self.assumes_even:
+            each, more = divmod(chosen.numel(), len(self.down))
+            return [each + (expert < more) for expert in range(len(self.down))]
+        found: list[int] = torch.bincount(chosen.flatten(), minlength=len(self.down)).tolist()
+        return found
 
 
 def _expert(tokens: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:

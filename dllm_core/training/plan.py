@@ -14,14 +14,17 @@ forward by up to 1e9.
 """
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from dllm_core.model.conditioning import TimeConditioning
 from dllm_core.model.config import DenoiserConfig
 from dllm_core.model.denoiser import Block
+from dllm_core.model.experts import MixtureOfExperts
 from dllm_core.model.pattern import AttentionPattern
 from dllm_core.noise.process import AnyNoise
 from dllm_core.objective.config import AnyObjective, AutoregressiveConfig, MaskedLMConfig
@@ -105,6 +108,7 @@ def forward_memory(
     entering = _FP32 * forward.rows * length * sizes.dim
     # With checkpointing the inputs alone are kept, and one block is computed again at a time.
     activations = sizes.layers * entering + max(blocks) if is_checkpointed else sum(blocks)
+    activations += conditioning_bytes(model, forward.rows, length, forward.bf16)
     read = math.ceil(forward.read_share * forward.rows * forward.seq_len)
     of_logit = 2 if forward.bf16 else _FP32
     head = read * (2 * _FP32 * sizes.dim + of_logit * model.vocab_size)
@@ -117,26 +121,50 @@ def block_bytes(model: DenoiserConfig, number: int, rows: int, length: int, bf16
     Counted on fake tensors of a CPU: shapes and types run through the real code, nothing is computed. On a GPU a fused
     attention keeps no scores.
     """
-    sizes, found = model.model, dict[int, tuple[int, Tensor]]()
+    sizes = model.model
     with FakeTensorMode(), torch.random.fork_rng(devices=[]):
         block = Block(sizes, number)
+        for part in block.modules():
+            if isinstance(part, MixtureOfExperts):
+                part.assumes_even = True
         x = torch.randn(rows, length, sizes.dim, requires_grad=True)
         cos, sin = torch.randn(length, sizes.rope_dim), torch.randn(length, sizes.rope_dim)
         attention = torch.ones(rows, 1, 1, length, dtype=torch.bool)
-        modulation = torch.randn(rows, 1, 6 * sizes.dim, requires_grad=True) if sizes.time_conditioning else None
-        shared = {_storage(tensor) for tensor in (x, cos, sin, attention, *block.parameters())}
+        modulation = torch.randn(rows, length, 6 * sizes.dim, requires_grad=True) if sizes.time_conditioning else None
+        shared = [x, cos, sin, attention, *block.parameters()]
+        return _bytes(x) + _kept(lambda: block(x, cos, sin, attention, False, modulation), shared, bf16)
 
-        def keep(tensor: Tensor) -> Tensor:
-            if (key := _storage(tensor)) not in shared:
-                found[key] = tensor.untyped_storage().nbytes(), tensor  # held, so that no other takes its key
-            return tensor
 
-        with (
-            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-            torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16),
-        ):
-            block(x, cos, sin, attention, False, modulation)
-        return x.untyped_storage().nbytes() + sum(size for size, _ in found.values())
+def conditioning_bytes(model: DenoiserConfig, rows: int, length: int, bf16: bool) -> int:
+    """What autograd keeps of the times' own layers; what they give to blocks is counted with the blocks."""
+    sizes = model.model
+    if not sizes.time_conditioning:
+        return 0
+    with FakeTensorMode(), torch.random.fork_rng(devices=[]):
+        layers = TimeConditioning(sizes)
+        t = torch.rand(rows, length)
+        return _kept(lambda: layers(t), list(layers.parameters()), bf16) + 2 * _FP32 * rows * length * sizes.dim
+
+
+def _kept(forward: Callable[[], object], shared: Sequence[Tensor], bf16: bool) -> int:
+    """Bytes that autograd keeps of a forward, but for those of `shared`."""
+    found, apart = dict[int, tuple[int, Tensor]](), {_storage(tensor) for tensor in shared}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if (key := _storage(tensor)) not in apart:
+            found[key] = _bytes(tensor), tensor  # held, so that no other takes its key
+        return tensor
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16),
+    ):
+        forward()
+    return sum(size for size, _ in found.values())
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.untyped_storage().nbytes()
 
 
 def _storage(tensor: Tensor) -> int:

@@ -196,7 +196,7 @@ def test_noise_is_of_what_the_first_block_reads_and_every_row_has_its_own(root, 
     [
         (
             {"objective": {"type": "autoregressive"}},
-            r"start\.mask_noise: .*type=autoregressive .* shows no masks",
+            r"start\.mask_noise: is for .* this is autoregressive",
         ),
         ({"noise": {"process": {"type": "uniform"}}}, r"start\.mask_noise: .*process\.type=uniform shows no masks"),
         ({"start": {"mask_noise": {"std": 0}}}, r"start\.mask_noise\.std: must be greater than 0"),
