@@ -76,7 +76,7 @@ def test_activations_are_what_a_real_forward_keeps(sizes, bf16):
     real = kept_by_a_real_forward(config, 4, bf16, is_checkpointed=False)
     told, _ = forward_memory(config, FULL, Forward(4, 32, bf16), is_checkpointed=False)
     few = 60_000 if bf16 else 10_000  # ids, rotations, and the head at one position with its copy of weights
-    more = 0.01 * real if "time_conditioning" in sizes else 0  # the last norm's share, of which one position is read
+    more = 0.02 * real if "time_conditioning" in sizes else 0  # the last norm's share, of which one position is read
     assert -more <= real - told <= few
     assert told > 10 * few
 
