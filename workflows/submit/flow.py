@@ -22,6 +22,7 @@ from rich.table import Table
 
 from dllm_core.config.fingerprint import fingerprint
 from dllm_core.config.overrides import parse_yaml, read_recipe
+from dllm_core.data.corpus import HubSource
 from dllm_core.errors import ConfigError, DataError
 from workflows.console import Console
 from workflows.placement import PlacementConfig
@@ -57,7 +58,9 @@ class Submission:
 
 @dataclass(frozen=True)
 class Job:
-    """A submission with all that it needs; `run`: of two jobs with the same, one waits."""
+    """A submission with all that it needs; `run`: of two jobs with the same, one is refused. paths: of the recipe, on
+    a file system that all nodes must see.
+    """
 
     name: str
     entrypoint: str
@@ -65,6 +68,7 @@ class Job:
     run: str
     needs: list[Need]
     environment: dict[str, str]
+    paths: tuple[str, ...] = ()
 
     @property
     def fingerprint(self) -> str:
@@ -85,7 +89,8 @@ def prepare(asked: Submission) -> Job:
     identity = [recipe.storage.root, recipe.corpus_fingerprint([]), recipe.run_fingerprint("")]
     package = pack(recipe.to_yaml(), asked.include)
     wanted = needs(asked.verb, recipe.placement)
-    return Job(recipe.name, shlex.join(command), package, fingerprint(identity), wanted, environment)
+    entrypoint, run = shlex.join(command), fingerprint(identity)
+    return Job(recipe.name, entrypoint, package, run, wanted, environment, _local_paths(recipe))
 
 
 def submit(
@@ -107,6 +112,8 @@ def submit(
         console.skipped("submit", f"{escape(name)} is done")
         return _result(known)
     if known is None:
+        if job.paths:
+            console.print(f"  every node must see {escape(', '.join(job.paths))}")
         _send(job, name, server)
         size = f"{len(job.package.files)} files, {len(job.package.data) / 1e3:.0f} kB"
         console.done("submit", f"[bold]{escape(name)}[/bold] to {escape(server.address)}: {size}")
@@ -213,6 +220,13 @@ def _check_root(values: dict[str, Any], overrides: Sequence[str]) -> None:
         raise ConfigError("storage.root", "is a folder of this machine alone", root, _REMEDY_OF_ROOT)
 
 
+def _local_paths(recipe: Recipe) -> tuple[str, ...]:
+    """What a recipe reads or writes that is neither on S3 nor made by the package."""
+    named = [recipe.storage.root, recipe.tokenizer.path, None if recipe.start is None else recipe.start.run]
+    named += [source.path for source in recipe.corpus.all_sources if not isinstance(source, HubSource)]
+    return tuple(path for path in named if path is not None and Path(path).is_absolute())
+
+
 def _variable(text: str) -> tuple[str, str]:
     name, equals, value = text.partition("=")
     if not re.fullmatch(r"[A-Za-z_]\w*", name):
@@ -257,7 +271,10 @@ def _say_package(job: Job, console: Console) -> dict[str, Any]:
         console.print(f"  left out as data or secrets: {escape(shown)}")
     for need in job.needs:
         console.print(f"  {need.stage:<11} {escape(str(need))}")
+    if job.paths:
+        console.print(f"  every node must see {escape(', '.join(job.paths))}")
     return {
+        "paths": list(job.paths),
         "job": f"{job.name}-{job.fingerprint}",
         "entrypoint": job.entrypoint,
         "files": list(job.package.files),

@@ -107,6 +107,13 @@ def test_a_dry_run_says_what_would_be_sent(capsys):
     assert told["bytes"] < 1 << 20
 
 
+def test_what_all_nodes_must_see_is_named(tmp_path):
+    assert prepare(Submission(QUICKSTART, (S3,))).paths == ()
+    (tmp_path / "corpus").mkdir()
+    job = prepare(Submission(QUICKSTART, (f"storage.root={tmp_path}", f"corpus.path={tmp_path}/corpus")))
+    assert job.paths == (str(tmp_path), f"{tmp_path}/corpus")
+
+
 class Ended:
     submission_id = "x-1"
 
