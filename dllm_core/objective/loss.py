@@ -38,7 +38,8 @@ class LossSum:
     nats: what is minimised once divided by `divisor`; fp32 scalar with its graph. bound_nats: the negative
     log-likelihood or its bound, detached, to be divided by num_tokens; NaN where an objective has none.
     num_tokens: counted tokens, noised or not. levels: fp32 [2 LEVELS], the bound's nats by t, then the counted tokens;
-    None where there is no t.
+    None where there is no t. preferred: fp32 [2], pairs whose chosen answer is preferred, and the sum of their reward
+    margins; None where there are no pairs.
     """
 
     nats: Tensor
@@ -46,6 +47,7 @@ class LossSum:
     num_tokens: int
     divisor: float
     levels: Tensor | None = None
+    preferred: Tensor | None = None
 
 
 class Objective(Protocol):

@@ -68,10 +68,13 @@ class Preference:
         """Sums over pairs. The bound is of chosen answers, and so are the tokens told."""
         margins = self.margins(denoiser, batch)
         tokens = (batch.loss_mask & (documents(batch) == 0)).sum(1)
-        nats = softplus(-self._config.beta * margins.gain).sum()
+        reward = self._config.beta * margins.gain
+        nats = softplus(-reward).sum()
+        preferred = torch.stack([(reward > 0).float().sum(), reward.detach().sum()])
         if self._config.sft_weight:
             nats = nats + self._config.sft_weight * (margins.chosen_nats / self._moved(tokens).clamp(min=1)).sum()
-        return LossSum(nats, margins.chosen_nats.detach().sum(), int(tokens.sum()), self.divisor(batch))
+        bound = margins.chosen_nats.detach().sum()
+        return LossSum(nats, bound, int(tokens.sum()), self.divisor(batch), preferred=preferred)
 
     def divisor(self, batch: Batch) -> float:
         """The number of pairs."""

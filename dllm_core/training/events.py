@@ -14,6 +14,14 @@ class Score:
 
 
 @dataclass(frozen=True)
+class Preferred:
+    """Of pairs: the share whose chosen answer has the higher reward, beta (log pi - log ref), and the mean margin."""
+
+    accuracy: float
+    margin: float
+
+
+@dataclass(frozen=True)
 class StepRecord:
     """One line of `metrics.jsonl`: means over the steps since the last one.
 
@@ -22,6 +30,7 @@ class StepRecord:
     data_wait, save_wait: shares of the time in which rank 0 waited for its batch and for a checkpoint. eta_s: seconds
     to the end of the budget at this speed. heldout: the newest `Score`, if there is one. by_level: the bound's rate at
     t in [0, 0.1), [0.1, 0.2), ..., whose mean is the bound where t is even; None where there is no t or was none there.
+    preference: None but for pairs.
     """
 
     step: int
@@ -39,6 +48,7 @@ class StepRecord:
     eta_s: float
     heldout: Score | None = None
     by_level: tuple[float | None, ...] | None = None
+    preference: Preferred | None = None
 
     def as_json(self) -> dict[str, Any]:
         """Plain data, short floats."""

@@ -148,10 +148,11 @@ class Trainer:
         nats, bound = float(loss.nats.detach()), float(loss.bound_nats)
         is_bad = not math.isfinite(nats)
         levels = [0.0] * (2 * LEVELS) if loss.levels is None or is_bad else loss.levels.flatten().tolist()
+        preferred = [0.0, 0.0] if loss.preferred is None or is_bad else loss.preferred.tolist()
         clock = self._progress(self._clock() - begun) if backend.rank == 0 else 0.0
         mine = [0.0, 0.0, 1.0] if is_bad else [nats, bound, 0.0]
-        mine += [float(loss.num_tokens), loss.divisor, clock, float(self._should_stop()), *levels]
-        nats, bound, num_bad, tokens, divisor, progress, stops, *levels = backend.sum_over_ranks(mine)
+        mine += [float(loss.num_tokens), loss.divisor, clock, float(self._should_stop()), *preferred, *levels]
+        nats, bound, num_bad, tokens, divisor, progress, stops, *more = backend.sum_over_ranks(mine)
         if progress >= 1:
             return True
         learning_rate = config.learning_rate_at(position.step, progress)
@@ -161,7 +162,8 @@ class Trainer:
         norm = backend.step(learning_rate)
         is_taken = math.isfinite(norm)  # a finite loss may still have a gradient that is not
         if is_taken:
-            self._window.add(StepSums(norm, nats, divisor, bound, tokens, learning_rate, levels))
+            pairs = None if loss.preferred is None else more[:2]
+            self._window.add(StepSums(norm, nats, divisor, bound, tokens, learning_rate, more[2:], pairs))
             self._skipped.clear()
             if self._average is not None:
                 self._average.update(backend.shard(), position.step)

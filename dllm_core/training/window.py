@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from dllm_core.checkpoints.store import TrainPosition
 from dllm_core.objective.loss import LEVELS
 from dllm_core.training.config import TrainConfig
-from dllm_core.training.events import Score, StepRecord
+from dllm_core.training.events import Preferred, Score, StepRecord
 
 
 @dataclass(frozen=True)
 class StepSums:
-    """Of one step over all ranks. levels: the bound's nats at each level of t, then the tokens there."""
+    """Of one step over all ranks. levels: the bound's nats at each level of t, then the tokens there. preferred: of its
+    `divisor` pairs, how many prefer the chosen answer, and the sum of their margins.
+    """
 
     grad_norm: float
     nats: float
@@ -20,6 +22,7 @@ class StepSums:
     tokens: float
     learning_rate: float
     levels: list[float]
+    preferred: list[float] | None = None
 
 
 class Window:
@@ -71,6 +74,7 @@ class Window:
             eta_s=self._seconds_left(position, span),
             heldout=self.heldout,
             by_level=self._by_level(),
+            preference=self._preference(divisor),
         )
 
     def _seconds_left(self, position: TrainPosition, span: float) -> float:
@@ -78,6 +82,13 @@ class Window:
         by_steps = (self._config.steps - position.step) * span / (position.step - self._begun.step)
         by_time = math.inf if self._config.seconds is None else self._config.seconds - position.seconds
         return max(0.0, min(by_steps, by_time))
+
+    def _preference(self, pairs: float) -> Preferred | None:
+        told = [one.preferred for one in self._steps if one.preferred is not None]
+        if not told:
+            return None
+        wins, margin = (sum(column) for column in zip(*told, strict=True))
+        return Preferred(wins / max(pairs, 1.0), margin / max(pairs, 1.0))
 
     def _by_level(self) -> tuple[float | None, ...] | None:
         sums = [sum(column) for column in zip(*(one.levels for one in self._steps), strict=True)]

@@ -51,6 +51,8 @@ def step_line(record: dict[str, Any]) -> str:
     parts = [f"step {record['step']:,}", f"loss {record['loss']:.3f}"]
     if record["heldout"] is not None:
         parts.append(f"held-out {record['heldout']['nats']:.3f} ± {record['heldout']['standard_error']:.3f}")
+    if record.get("preference") is not None:
+        parts.append(f"preferred {100 * record['preference']['accuracy']:.0f} %")
     parts += [f"norm {record['grad_norm']:.2f}", f"lr {record['learning_rate']:.1e}"]
     parts += [f"{record['tokens_per_s'] / 1000:.1f}k tok/s", f"MFU {100 * record['mfu']:.0f} %"]
     minutes, seconds = divmod(round(record["eta_s"]), 60)
