@@ -14,7 +14,7 @@ from workflows.fan_out import serially
 from workflows.preprocess.flow import Preprocessing, plan_corpus
 
 
-def scrambled_by_four(function, items, *, workers, on_done=lambda done, result: None, gpus=0):
+def scrambled_by_four(function, items, *, workers, on_done=lambda done, result: None, demand=None):
     """Four workers at once, last item first."""
     with ThreadPoolExecutor(4) as pool:
         results = list(pool.map(function, list(items)[::-1]))[::-1]
