@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 Output = Literal["text", "json"]
 _PLAIN_LINE_EVERY_S = 20.0
+_LOG_WIDTH = 200
 
 
 class StageBar:
@@ -57,6 +58,8 @@ class Console:
     def __init__(self, output: Output = "text") -> None:
         self.output = output
         self.rich = RichConsole(stderr=output == "json", highlight=False, soft_wrap=True, emoji=False)
+        if not self.rich.is_terminal:
+            self.rich.width = _LOG_WIDTH  # a log is as wide as its lines: no column of a table is cut
 
     def print(self, text: str = "") -> None:
         """A line; rich markup is interpreted."""

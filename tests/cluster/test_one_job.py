@@ -13,7 +13,7 @@ import urllib.request
 
 import pytest
 from ray_clusters import LoopbackCluster, NodeKind, new_token
-from submitted import Cli, alone, check_equal, recipe_of, run_of
+from submitted import Cli, Relay, alone, check_equal, recipe_of, run_of
 
 from dllm_core.checkpoints.run_dir import JsonLines
 from dllm_core.storage.store import LocalStore
@@ -75,14 +75,35 @@ def test_the_same_again_is_told_of_and_nothing_runs(cli, river, path):
     assert "✓ report" in cli("jobs", "logs", job["job"]).stdout
 
 
+def asked(cli, path):
+    """What the dashboard answers."""
+    token = {"Authorization": f"Bearer {cli.cluster.token}"}
+    request = urllib.request.Request(f"{cli.cluster.dashboard}{path}", headers=token)
+    with urllib.request.urlopen(request, timeout=10) as answer:
+        return json.load(answer)
+
+
+def listed(cli, what):
+    return asked(cli, f"/api/v0/{what}?limit=10000&detail=true")["data"]["result"]["result"]
+
+
+def test_each_stage_ran_on_its_own_nodes(cli, river):
+    assert river.returncode == 0
+    stages = {node["node_id"]: node["labels"]["dllm-stage"] for node in listed(cli, "nodes")}
+    tasks = {stages[task["node_id"]] for task in listed(cli, "tasks") if task["name"] == "_call" and task["node_id"]}
+    assert tasks == {"preprocess", "train"}  # evaluation asks for training nodes
+    actors = [(actor["class_name"], actor["node_id"]) for actor in listed(cli, "actors") if actor["node_id"]]
+    replicas = {stages[node] for name, node in actors if name.startswith("ServeReplica:dllm:")}
+    assert replicas == {"serve"}
+    workers = [node for name, node in actors if name == "RayTrainWorker"]
+    assert {stages[node] for node in workers} == {"train"}
+    assert len(set(workers)) == 2
+
+
 def test_the_cluster_s_prometheus_sees_what_the_job_counted(cli, river):
     """Ray's agents still tell the counters when the job is gone; the gauges went with it."""
     assert river.returncode == 0
-    token = {"Authorization": f"Bearer {cli.cluster.token}"}
-    with urllib.request.urlopen(
-        urllib.request.Request(f"{cli.cluster.dashboard}/api/prometheus/sd", headers=token), timeout=10
-    ) as answer:
-        targets = [target for group in json.load(answer) for target in group["targets"]]
+    targets = [target for group in asked(cli, "/api/prometheus/sd") for target in group["targets"]]
     told = ""
     for target in targets:
         with urllib.request.urlopen(f"http://{target}/metrics", timeout=10) as answer:
@@ -125,7 +146,24 @@ def test_a_job_outlives_who_submitted_it_and_is_stopped_with_a_checkpoint(cli, p
     assert other.returncode == 3
     assert f"another job is at this run, got '{name}'" in other.stderr
     assert cli.told("jobs", "status", name)["status"] == "RUNNING"
+    relay = Relay(cli.cluster.dashboard_port)
+    again = subprocess.Popen(
+        [sys.executable, "-m", "workflows", "jobs", "logs", name, "--address", f"http://127.0.0.1:{relay.port}"],
+        cwd=cli.folder,
+        env=cli.cluster.env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    for _ in range(3):  # a connection that breaks is made again, and nothing is written twice
+        time.sleep(6)
+        relay.cut()
+    assert relay.cuts == 3
     assert cli.told("jobs", "stop", name)["exit_code"] == 0
+    text, told = again.communicate(timeout=60)
+    relay.close()
+    assert again.returncode in (4, 143), told
+    assert text == cli("jobs", "logs", name).stdout
     job = cli.told("jobs", "status", name)
     assert job["status"] == "STOPPED"
     assert any("/long-" in f"/{item.key}" and "checkpoints" in item.key for item in runs.list("runs"))

@@ -252,7 +252,7 @@ def test_memory_and_files_stay_as_they_are(served, is_long):
 
     rounds(400 if is_long else 12)
     before = held()
-    rounds(8000 if is_long else 16)
+    rounds(2000 if is_long else 16)
     after = held()
     assert before.keys() == after.keys()
     grown = {pid: (after[pid][0] - before[pid][0]) / (1 << 20) for pid in before}

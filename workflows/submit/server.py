@@ -85,18 +85,17 @@ class JobServer:
 
         A connection that breaks is made again, for a minute, and nothing is written twice.
         """
-        written = 0
+        written, lost_at = 0, None
 
         async def tail() -> None:
-            nonlocal written
+            nonlocal written, lost_at
             seen = 0
             async for piece in self._client.tail_job_logs(name):
-                seen += len(piece)
+                lost_at, seen = None, seen + len(piece)
                 if seen > written:
                     write(piece[len(piece) - min(seen - written, len(piece)) :])
                     written = seen
 
-        give_up = time.monotonic() + _PATIENCE_S
         while True:
             try:
                 self._asked(lambda: asyncio.run(tail()), name)
@@ -104,14 +103,15 @@ class JobServer:
             except UnknownJobError:
                 raise
             except DataError as error:
-                if time.monotonic() > give_up:
+                lost_at = lost_at or time.monotonic()
+                if time.monotonic() > lost_at + _PATIENCE_S:
                     remedy = f"the job may go on: dllm jobs logs {name} --address {self.address}"
                     raise DataError("--address", error.problem, self.address, remedy) from error
                 time.sleep(_RETRY_S)
                 continue
             if job.status in ENDED:
                 return job
-            give_up = time.monotonic() + _PATIENCE_S
+            lost_at = None
             time.sleep(_POLL_S)
 
     def _get(self, path: str) -> Any:
