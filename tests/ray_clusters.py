@@ -29,6 +29,7 @@ from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE
 ROOT = Path(__file__).parents[1]
 _RAY = Path(sys.executable).with_name("ray")
 _UP_WITHIN_S = 120
+_STARTS = 2  # Ray gives a head 30 s, which on a busy machine may not be enough
 _STORE_BYTES = 100 << 20
 _FAKE_ENVIRONMENT = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # "this machine" is 127.0.0.1 then, and not an address of a network's
@@ -102,35 +103,40 @@ class LoopbackCluster:
     autoscaling: dict[str, Any] | None = None
 
     def __enter__(self) -> "LoopbackCluster":
+        for attempt in range(_STARTS):
+            try:
+                self._begin()
+            except BaseException as error:
+                self.__exit__()
+                if attempt == _STARTS - 1 or not isinstance(error, AssertionError):
+                    raise
+            else:
+                break
+        return self
+
+    def _begin(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # short: sockets' paths have 107 characters
         self.port, self.dashboard_port = _free_ports(2)
-        self.head_ip = _HEAD
-        if self.autoscaling is not None:
-            self.head_ip = "127.0.0.1"
+        self.head_ip = "127.0.0.1" if self.autoscaling is not None else _HEAD
         self.address = f"{self.head_ip}:{self.port}"
         self.dashboard = f"http://127.0.0.1:{self.dashboard_port}"
         self.started: list[Node] = []
         self._addresses = 0
-        try:
-            self.head = self._start(
-                self.head_ip,
-                [
-                    "--head",
-                    f"--port={self.port}",
-                    "--include-dashboard=true",
-                    "--dashboard-host=127.0.0.1",
-                    f"--dashboard-port={self.dashboard_port}",
-                    *([] if self.autoscaling is None else [f"--autoscaling-config={self._written()}"]),
-                    *(["--num-cpus=0", "--labels=dllm-stage=head"] if self.autoscaling is None else ["--num-cpus=0"]),
-                ],
-            )
-            self._wait(lambda: self.alive() is not None, "the head")
-            for kind in self.nodes:  # one after another: two that start at once now and then take each other's ports
-                self.add(kind)
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
+        self.head = self._start(
+            self.head_ip,
+            [
+                "--head",
+                f"--port={self.port}",
+                "--include-dashboard=true",
+                "--dashboard-host=127.0.0.1",
+                f"--dashboard-port={self.dashboard_port}",
+                "--num-cpus=0",
+                *(["--labels=dllm-stage=head"] if self.autoscaling is None else [self._autoscaling_option()]),
+            ],
+        )
+        self._wait(lambda: self.alive() is not None, "the head")
+        for kind in self.nodes:  # one after another: two that start at once now and then take each other's ports
+            self.add(kind)
 
     def __exit__(self, *error: object) -> None:
         for node in reversed(self.started):
@@ -204,11 +210,11 @@ class LoopbackCluster:
         self.started.append(Node(process, ip))
         return self.started[-1]
 
-    def _written(self) -> Path:
+    def _autoscaling_option(self) -> str:
         path = self.folder / "autoscaling.json"
         config = {**self.autoscaling, "provider": {**self.autoscaling["provider"], "gcs_address": self.address}}
         path.write_text(json.dumps(config), encoding="utf-8")
-        return path
+        return f"--autoscaling-config={path}"
 
     def _wait(self, is_so: Any, what: str) -> None:
         give_up = time.monotonic() + _UP_WITHIN_S

@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import json
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -138,10 +139,13 @@ def nodes_with(cluster: LoopbackCluster, stage: str, what: str) -> list[Node]:
 
 
 class Relay:
-    """A way to a port of loopback that can be cut: connections that stand are reset, and new ones are let through."""
+    """A way to a port of loopback that can be cut: connections that stand are reset, and new ones are let through.
 
-    def __init__(self, to: int) -> None:
-        self._to, self._open = to, list[socket.socket]()
+    tls: what it speaks to who comes; behind it all is plain.
+    """
+
+    def __init__(self, to: int, tls: ssl.SSLContext | None = None) -> None:
+        self._to, self._tls, self._open = to, tls, list[socket.socket]()
         self._listening = socket.create_server(("127.0.0.1", 0))
         self.port = int(self._listening.getsockname()[1])
         self.cuts = 0
@@ -165,6 +169,12 @@ class Relay:
                 here, _ = self._listening.accept()
             except OSError:
                 return
+            if self._tls is not None:
+                try:
+                    here = self._tls.wrap_socket(here, server_side=True)
+                except (ssl.SSLError, OSError):  # who speaks no TLS, or trusts another certificate
+                    here.close()
+                    continue
             there = socket.create_connection(("127.0.0.1", self._to))
             self._open += [here, there]
             for source, sink in ((here, there), (there, here)):

@@ -146,6 +146,9 @@ def test_a_job_outlives_who_submitted_it_and_is_stopped_with_a_checkpoint(cli, p
     assert other.returncode == 3
     assert f"another job is at this run, got '{name}'" in other.stderr
     assert cli.told("jobs", "status", name)["status"] == "RUNNING"
+    full = cli("submit", path, "name=third", "--verb", "train", "--refuse-busy")
+    assert full.returncode == 3
+    assert re.fullmatch(r"dllm: --address: the cluster is full: train needs 2 \S+, .*submit it later\n", full.stderr)
     relay = Relay(cli.cluster.dashboard_port)
     again = subprocess.Popen(
         [sys.executable, "-m", "workflows", "jobs", "logs", name, "--address", f"http://127.0.0.1:{relay.port}"],

@@ -2,11 +2,13 @@
 
 import re
 import socket
+import ssl
+import subprocess
 
 import pytest
 from conftest import small_recipe, small_text
 from ray_clusters import LoopbackCluster, NodeKind, new_token
-from submitted import Cli, free_port
+from submitted import Cli, Relay, free_port
 
 NODES = (NodeKind("train", 2),)
 
@@ -37,6 +39,26 @@ def test_no_token_and_one_that_does_not_hold_are_a_line(cli, token):
     assert done.returncode == 3
     assert re.fullmatch(r"dllm: --address: refuses the token .*RAY_AUTH_TOKEN.*\n", done.stderr), done.stderr
     assert cli.cluster.token not in done.stdout + done.stderr
+
+
+def test_tls_is_spoken_with_who_is_known(cli, tmp_path):
+    """A proxy before the head ends TLS, as on a cluster that is reached from outside."""
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    words = ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1", "-out", str(certificate)]
+    made = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-keyout", str(key), *words]
+    subprocess.run(made, check=True, capture_output=True)
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(certificate, key)
+    relay = Relay(cli.cluster.dashboard_port, tls)
+    address = f"https://127.0.0.1:{relay.port}"
+    assert cli("jobs", "list", "--ca-file", str(certificate), address=address).returncode == 0
+    unknown = cli("jobs", "list", address=address)
+    assert unknown.returncode == 3
+    assert re.fullmatch(r"dllm: --address: no TLS with it .*--ca-file.*\n", unknown.stderr), unknown.stderr
+    plain = cli("jobs", "list", address=address.replace("https", "http"))
+    assert plain.returncode == 3
+    assert re.fullmatch(r"dllm: --address: does not answer as it should .*\n", plain.stderr), plain.stderr
+    relay.close()
 
 
 def test_what_the_cluster_has_no_room_for_is_refused_before_it_is_sent(cli, path):

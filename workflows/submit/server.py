@@ -144,11 +144,14 @@ class JobServer:
             if error.status in (401, 403):
                 raise DataError("--address", f"refuses the token ({error})", self.address, _TOKEN_REMEDY) from None
             raise (_unknown(job) if job is not None and error.status == 404 else self._lost(error)) from None
-        except (requests.exceptions.SSLError, ssl.SSLError) as error:
-            remedy = "https:// where TLS is spoken, with --ca-file for a certificate of your own"
-            raise DataError("--address", f"no TLS with it ({_first_line(error)})", self.address, remedy) from None
         except (requests.exceptions.RequestException, aiohttp.ClientError, OSError) as error:
-            raise self._lost(error) from None
+            found: BaseException | None = error
+            while found is not None and not isinstance(found, requests.exceptions.SSLError | ssl.SSLError):
+                found = found.__context__  # Ray says of all that it could not connect
+            if found is None:
+                raise self._lost(error) from None
+            remedy = "https:// where TLS is spoken, with --ca-file for a certificate of your own"
+            raise DataError("--address", f"no TLS with it ({_first_line(found)})", self.address, remedy) from None
         except RuntimeError as error:
             if job is not None and ("404" in str(error) or "does not exist" in str(error)):
                 raise _unknown(job) from None
