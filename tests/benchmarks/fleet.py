@@ -21,7 +21,6 @@ import heapq
 import itertools
 import math
 import random
-import sys
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -125,19 +124,10 @@ class Replica:
             self.busy_s += now - self.since
         self.since = now
 
-    def next_end(self) -> float:
-        """When the first of the rows is ready."""
-        return self.since + max(0.0, self.rows[0][0] - self.calls) * self.tick_s
-
     def admit(self, row: Row, number: int) -> None:
         """Into the batch, at `since`. A call is under way: half of one goes by before its first."""
         row.waited = self.since - row.at + (self.tick_s / 2 if self.rows else 0.0)
         heapq.heappush(self.rows, (self.calls + row.calls, number, row))
-
-    @property
-    def work(self) -> float:
-        """Denoiser calls that its rows are still expected to take."""
-        return max(0.0, self.held - self.done)
 
 
 class Fleet:
@@ -193,7 +183,8 @@ class Fleet:
     def _plan(self, replica: Replica) -> None:
         replica.version += 1
         if replica.rows:
-            heapq.heappush(self._ends, (replica.next_end(), next(self._number), replica.version, replica))
+            first = replica.since + max(0.0, replica.rows[0][0] - replica.calls) * replica.tick_s
+            heapq.heappush(self._ends, (first, next(self._number), replica.version, replica))
 
     def _end_until(self, now: float) -> None:
         while self._ends and self._ends[0][0] <= now:
@@ -219,7 +210,7 @@ class Fleet:
             replica.busy_s = 0.0
         self._leaving = [replica for replica in self._leaving if replica.rows]
         self.up_s += len(self.replicas) + len(self._leaving)
-        self._told.append((sum(replica.work for replica in self.replicas), busy))
+        self._told.append((sum(replica.held - replica.done for replica in self.replicas), busy))
         self.start(sum(at <= now for at in self._starting))
         self._starting = [at for at in self._starting if at > now]
         self.sizes.append(len(self.replicas) + len(self._starting) + len(self._leaving))
@@ -248,11 +239,10 @@ def theory(rate: float, mean_calls: float, call_s: float, row_s: float) -> tuple
 
 def checked(load: Load, replica: tuple[float, float], seed: int) -> dict[str, float]:
     """Sixteen replicas at 0.7 of what they can do, for ten minutes after two: simulated over computed."""
-    count = 16
     rate = 0.7 * ROWS / (replica[0] + replica[1] * ROWS) / load.mean_calls
-    steady = Load(count * rate, 720.0, load.calls_p50, load.calls_p95, burst_at=2.0, trough=1.0)
+    steady = Load(16 * rate, 720.0, load.calls_p50, load.calls_p95, burst_at=2.0, trough=1.0)
     fleet = Fleet(steady, replica, None, 0.0, seed)
-    fleet.start(count)
+    fleet.start(16)
     fleet.run(0, 120)
     fleet.busy_s = fleet.up_s = 0.0
     fleet.run(120, 720)
@@ -278,8 +268,8 @@ def main() -> None:
     capacity = ROWS / (replica[0] + replica[1] * ROWS) / load.mean_calls
     at_top = load.peak / capacity
     maximum = math.ceil(3 * at_top) if asked.maximum is None else math.ceil(asked.maximum / asked.part)
-    minimum, down_after_s = min(maximum, math.ceil(load.trough * at_top)), asked.down_after_s * asked.part
-    rule = ScalingRule(minimum, maximum, asked.target_work, PLACEMENT.up_after_s, down_after_s)
+    minimum, down_s = min(maximum, math.ceil(load.trough * at_top)), asked.down_after_s * asked.part
+    rule = ScalingRule(minimum, maximum, asked.target_work, PLACEMENT.up_after_s, down_s)
     fleet = Fleet(load, replica, rule, asked.start_s, asked.seed)
     fleet.start(min(maximum, math.ceil(load.trough * at_top / 0.7)))
     fleet.run(0, asked.day_s)
@@ -310,4 +300,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
