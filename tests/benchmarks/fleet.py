@@ -48,7 +48,7 @@ OPTIONS = (
     ("target-work", PLACEMENT.target_work, "as in the section `placement.serve`"),
     ("down-after-s", 2.0, "of the whole fleet; a part has as much longer for one as it is smaller"),
     ("day-s", 7200, "of the wave"),
-    ("burst-at", 0.25, "of the day; 0.5 is the top"),
+    ("burst-at", 0.25, "of the day; 0.5 is the top, 2 never comes"),
     ("seed", 0, "of everything"),
 )
 
@@ -141,11 +141,9 @@ class Fleet:
         self._starting: list[float] = []
         self._number = itertools.count()  # heaps never compare rows or replicas
         self._told: deque[tuple[float, float]] = deque(maxlen=LOOK_BACK)
-        self.replicas: list[Replica] = []
-        self._leaving: list[Replica] = []
+        self.replicas, self._leaving = list[Replica](), list[Replica]()
         self.ended: list[tuple[float, float, float]] = []  # came, waited, took
-        self.refused: list[float] = []
-        self.sizes: list[int] = []
+        self.refused, self.sizes = list[float](), list[int]()
         self.changes, self.busy_s, self.up_s = 0, 0.0, 0.0
 
     def start(self, count: int) -> None:
@@ -204,7 +202,7 @@ class Fleet:
         """Once a second: replicas report, Ray Serve's controller asks the policy and starts or ends some."""
         for replica in [*self.replicas, *self._leaving]:
             replica.advance(now)
-        busy = sum(replica.busy_s for replica in self.replicas)
+        busy = sum(replica.busy_s for replica in self.replicas)  # time in calls, however few rows they have
         for replica in [*self.replicas, *self._leaving]:
             self.busy_s += replica.busy_s
             replica.busy_s = 0.0
@@ -252,12 +250,11 @@ def checked(load: Load, replica: tuple[float, float], seed: int) -> dict[str, fl
 
 
 def quantiles(values: NDArray[np.float64]) -> list[float]:
-    """p50, p95, p99."""
-    return [round(float(value), 3) for value in np.percentile(values, (50, 95, 99))]
+    """p50, p95, p99; of nothing none."""
+    return [round(float(value), 3) for value in np.percentile(values, (50, 95, 99))] if len(values) else []
 
 
 def main() -> None:
-    """Simulate and tell."""
     parser = argparse.ArgumentParser()
     for name, default, meaning in OPTIONS:
         parser.add_argument(f"--{name}", type=type(default), default=default, help=meaning)
@@ -268,7 +265,7 @@ def main() -> None:
     capacity = ROWS / (replica[0] + replica[1] * ROWS) / load.mean_calls
     at_top = load.peak / capacity
     maximum = math.ceil(3 * at_top) if asked.maximum is None else math.ceil(asked.maximum / asked.part)
-    minimum, down_s = min(maximum, math.ceil(load.trough * at_top)), asked.down_after_s * asked.part
+    minimum, down_s = math.ceil(load.trough * at_top), asked.down_after_s * asked.part
     rule = ScalingRule(minimum, maximum, asked.target_work, PLACEMENT.up_after_s, down_s)
     fleet = Fleet(load, replica, rule, asked.start_s, asked.seed)
     fleet.start(min(maximum, math.ceil(load.trough * at_top / 0.7)))
