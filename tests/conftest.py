@@ -1,5 +1,6 @@
 """What many tests start from: a small corpus on disk, made by the real preprocessing without a cluster."""
 
+import socket
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,13 @@ class SmallCorpus:
     store: LocalStore
     manifest: CorpusManifest
     tokenizer: Tokenizer
+
+
+def free_port() -> int:
+    """A port of loopback that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def small_text(paragraphs: int = 120) -> str:

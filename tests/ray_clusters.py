@@ -18,8 +18,8 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -75,14 +75,13 @@ class Node:
     process: subprocess.Popen[bytes]
     ip: str
     kind: NodeKind | None = None
+    is_killed: bool = False
 
     def processes(self) -> list[psutil.Process]:
         with contextlib.suppress(psutil.NoSuchProcess):
             top = psutil.Process(self.process.pid)
             return [top, *top.children(recursive=True)]
         return []
-
-    is_killed: bool = False
 
     def kill(self) -> None:
         """As a power cut does: nothing of it is told that it ends."""
@@ -99,7 +98,6 @@ class LoopbackCluster:
 
     nodes: Sequence[NodeKind] = ()
     token: str | None = None
-    environment: Mapping[str, str] = field(default_factory=dict)
     autoscaling: dict[str, Any] | None = None
 
     def __enter__(self) -> "LoopbackCluster":
@@ -154,7 +152,7 @@ class LoopbackCluster:
     @property
     def env(self) -> dict[str, str]:
         """For whoever speaks to the cluster."""
-        found = {**os.environ, **_ENVIRONMENT, **self.environment, "PYTHONPATH": str(ROOT)}
+        found = {**os.environ, **_ENVIRONMENT, "PYTHONPATH": str(ROOT)}
         if self.autoscaling is not None:
             found |= _FAKE_ENVIRONMENT
         found["PATH"] = f"{_RAY.parent}:{found['PATH']}"

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from conftest import small_recipe, small_text
+from conftest import free_port, small_recipe, small_text
 from ray_clusters import LoopbackCluster, Node
 from starts import Prepared
 
@@ -32,12 +32,6 @@ PLACEMENT = {
 }
 PLACEMENT |= {"evaluate": PLACEMENT["train"], "serve": {"labels": {"dllm-stage": "serve"}}}
 LOSS_WITHIN = 1e-3
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def recipe_of(folder: Path, root: str, paragraphs: int = 120, **sections: Any) -> Recipe:
@@ -67,15 +61,30 @@ class Cli:
     def __call__(
         self, *words: str, address: str | None = None, timeout: float = 280, **environment: str
     ) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
+        begun = self.begin(*words, address=address, **environment)
+        try:
+            out, err = begun.communicate(timeout=timeout)
+        except BaseException:
+            begun.kill()
+            raise
+        return subprocess.CompletedProcess(begun.args, begun.returncode, out, err)
+
+    def begin(self, *words: str, address: str | None = None, **environment: str) -> subprocess.Popen[str]:
+        """The command, while it goes on."""
+        return subprocess.Popen(
             [sys.executable, "-m", "workflows", *words, "--address", address or self.cluster.dashboard],
             cwd=self.folder,
             env={**self.cluster.env, **environment},
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
-            timeout=timeout,
-            check=False,
         )
+
+    def written(self, recipe: Recipe, name: str = "small.yaml") -> str:
+        """A file with the recipe; its path."""
+        path = self.folder / name
+        path.write_text(recipe.to_yaml(), encoding="utf-8")
+        return str(path)
 
     def told(self, *words: str, **options: Any) -> dict[str, Any]:
         """The JSON object of a verb that ends well."""
@@ -108,7 +117,7 @@ def shards(manifest: CorpusManifest) -> Iterator[tuple[str, str]]:
         yield shard.key, shard.sha256
 
 
-def check_equal(run: RunDir, other: Prepared, workers: int = 2) -> None:
+def check_equal(run: RunDir, other: Prepared) -> None:
     """Bitwise the data, within 1e-3 the losses, the same text."""
     bundle = read_bundle(run)
     assert bundle.manifest.lineage.corpus == other.corpus
@@ -118,7 +127,7 @@ def check_equal(run: RunDir, other: Prepared, workers: int = 2) -> None:
     assert [record["step"] for record in ours] == [record["step"] for record in theirs]
     for mine, single in zip(ours, theirs, strict=True):
         assert abs(mine["loss"] - single["loss"]) <= LOSS_WITHIN
-    assert json.loads(run.store.read(run.key("run.json")))["workers"] == workers
+    assert json.loads(run.store.read(run.key("run.json")))["workers"] == 2
     prompts = [tuple(bundle.tokenizer().encode(text)) for text in ("RED ", "HEAVY", "BLUE STAR 7\n")]
     texts = []
     for part in (bundle, read_bundle(other.run)):

@@ -70,11 +70,10 @@ def test_nodes_come_for_preprocessing_and_go_after_it(tmp_path):
     nodes = tmp_path / "cluster.yaml"
     nodes.write_text(yaml.safe_dump(config))
     recipe = recipe_of(tmp_path, str(tmp_path / "storage"), paragraphs=8000)
-    path = tmp_path / "small.yaml"
-    path.write_text(recipe.to_yaml(), encoding="utf-8")
     with LoopbackCluster(token=new_token(), autoscaling=config) as cluster:
         cli = Cli(cluster, tmp_path)
-        refused = cli("submit", str(path), "--verb", "preprocess")
+        path = cli.written(recipe)
+        refused = cli("submit", path, "--verb", "preprocess")
         assert refused.returncode == 3
         assert "there is room for 0" in refused.stderr
         assert not stages(cluster)
@@ -88,7 +87,7 @@ def test_nodes_come_for_preprocessing_and_go_after_it(tmp_path):
         watching = threading.Thread(target=watch)
         watching.start()
         try:
-            done = cli("submit", str(path), "--verb", "preprocess", "--nodes", str(nodes))
+            done = cli("submit", path, "--verb", "preprocess", "--nodes", str(nodes))
             assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
             assert "nodes must be started first: preprocess" in done.stdout
             give_up = time.monotonic() + 120

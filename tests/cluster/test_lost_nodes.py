@@ -4,8 +4,6 @@ Storage is a real S3 server, which all that is written goes through.
 """
 
 import re
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -67,13 +65,12 @@ def killers(cli: Cli, store: Store, killed: dict[str, Node]) -> None:
 def test_a_node_lost_in_each_stage_changes_nothing(cli, tmp_path):
     root = f"s3://{new_bucket()}/lab"
     recipe = recipe_of(cli.folder, root, paragraphs=1500, train={"steps": 240, "checkpoint_every": 40})
-    path = cli.folder / "small.yaml"
-    path.write_text(recipe.to_yaml(), encoding="utf-8")
+    path = cli.written(recipe)
     store, killed = open_store("root", root), dict[str, Node]()
     killing = threading.Thread(target=killers, args=(cli, store, killed), daemon=True)
     begun = time.monotonic()
     killing.start()
-    done = cli("submit", str(path), timeout=800)
+    done = cli("submit", path, timeout=800)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert set(killed) == {"preprocess", "train", "serve"}
     check_equal(run_of(store, "small"), alone(recipe, tmp_path))
@@ -84,18 +81,16 @@ def test_a_node_lost_in_each_stage_changes_nothing(cli, tmp_path):
 def test_a_lost_head_is_one_line(cli, tmp_path):
     """The follower waits a minute for one that comes back."""
     recipe = small_recipe(tmp_path, corpus={"path": str(cli.folder / "corpus")}, storage={"root": str(tmp_path / "s")})
-    path = cli.folder / "head.yaml"
-    path.write_text(recipe.to_yaml(), encoding="utf-8")
-    words = ["submit", str(path), "--verb", "train", "train.steps=100000", "train.checkpoint_every=100000"]
+    words = [
+        "submit",
+        cli.written(recipe, "head.yaml"),
+        "--verb",
+        "train",
+        "train.steps=100000",
+        "train.checkpoint_every=100000",
+    ]
     words += ["placement.train.workers=1", "placement.train.labels={dllm-stage: train}"]
-    follower = subprocess.Popen(
-        [sys.executable, "-m", "workflows", *words, "--address", cli.cluster.dashboard],
-        cwd=cli.folder,
-        env=cli.cluster.env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    follower = cli.begin(*words)
     time.sleep(25)
     assert follower.poll() is None
     cli.cluster.head.kill()

@@ -6,8 +6,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 import urllib.request
 
@@ -35,8 +33,7 @@ def recipe(cli):
 
 @pytest.fixture(scope="module")
 def path(cli, recipe):
-    (cli.folder / "small.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
-    return str(cli.folder / "small.yaml")
+    return cli.written(recipe)
 
 
 @pytest.fixture(scope="module")
@@ -116,15 +113,8 @@ def test_the_cluster_s_prometheus_sees_what_the_job_counted(cli, river):
 
 def test_a_job_outlives_who_submitted_it_and_is_stopped_with_a_checkpoint(cli, path):
     """Ctrl-C ends the follower alone; a second job at the run is refused; stopping saves, and so ends with 4."""
-    words = ["submit", path, "name=long", "train.steps=100000", "train.checkpoint_every=100000", "--verb", "train"]
-    follower = subprocess.Popen(
-        [sys.executable, "-m", "workflows", *words, "--address", cli.cluster.dashboard],
-        cwd=cli.folder,
-        env=cli.cluster.env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    words = ["submit", path, "name=long", "train.steps=100000", "train.checkpoint_every=100000"]
+    follower = cli.begin(*words, "--verb", "train")
     runs = LocalStore(cli.folder / "storage")
     give_up = time.monotonic() + 120
     while not any("/long-" in f"/{item.key}" and item.key.endswith("metrics.jsonl") for item in runs.list("runs")):
@@ -135,14 +125,7 @@ def test_a_job_outlives_who_submitted_it_and_is_stopped_with_a_checkpoint(cli, p
     _, told = follower.communicate(timeout=20)
     assert follower.returncode == 130
     [name] = set(re.findall(r"dllm jobs stop (long-\S+)", told))
-    other = cli(
-        "submit",
-        path,
-        "name=long",
-        "train.steps=100000",
-        "train.checkpoint_every=100000",
-        "placement.train.workers=1",
-    )
+    other = cli(*words, "placement.train.workers=1")
     assert other.returncode == 3
     assert f"another job is at this run, got '{name}'" in other.stderr
     assert cli.told("jobs", "status", name)["status"] == "RUNNING"
@@ -150,14 +133,7 @@ def test_a_job_outlives_who_submitted_it_and_is_stopped_with_a_checkpoint(cli, p
     assert full.returncode == 3
     assert re.fullmatch(r"dllm: --address: the cluster is full: train needs 2 \S+, .*submit it later\n", full.stderr)
     relay = Relay(cli.cluster.dashboard_port)
-    again = subprocess.Popen(
-        [sys.executable, "-m", "workflows", "jobs", "logs", name, "--address", f"http://127.0.0.1:{relay.port}"],
-        cwd=cli.folder,
-        env=cli.cluster.env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    again = cli.begin("jobs", "logs", name, address=f"http://127.0.0.1:{relay.port}")
     for _ in range(3):  # a connection that breaks is made again, and nothing is written twice
         time.sleep(6)
         relay.cut()

@@ -6,9 +6,9 @@ import ssl
 import subprocess
 
 import pytest
-from conftest import small_recipe, small_text
+from conftest import free_port, small_recipe, small_text
 from ray_clusters import LoopbackCluster, NodeKind, new_token
-from submitted import Cli, Relay, free_port
+from submitted import Cli, Relay
 
 NODES = (NodeKind("train", 2),)
 
@@ -28,8 +28,7 @@ def recipe(cli):
 
 @pytest.fixture(scope="module")
 def path(cli, recipe):
-    (cli.folder / "small.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
-    return str(cli.folder / "small.yaml")
+    return cli.written(recipe)
 
 
 @pytest.mark.parametrize("token", ["", "0" * 64])

@@ -8,7 +8,6 @@ import itertools
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -17,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_small_corpus, small_recipe
+from conftest import free_port, make_small_corpus, small_recipe
 
 from dllm_core.checkpoints.bundle import BundleManifest
 from dllm_core.checkpoints.run_dir import JsonLines
@@ -30,12 +29,6 @@ from workflows.pipeline.flow import Pipeline
 from workflows.target import open_target
 
 STEPS = 240
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def kill_rank_0_after_its_first_checkpoint(events: JsonLines, killed: list[int]) -> None:

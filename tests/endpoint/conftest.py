@@ -1,12 +1,12 @@
 """One Ray cluster and one port for all tests of the served endpoint; each file deploys an application of its own."""
 
 import contextlib
-import socket
 import time
 
 import httpx
 import psutil
 import pytest
+from conftest import free_port
 
 from workflows.env import ray_cluster
 from workflows.serve.app import start, stop
@@ -15,9 +15,7 @@ from workflows.serve.app import start, stop
 @pytest.fixture(scope="package")
 def port():
     """Ray Serve keeps the port that it was started with, whatever is deployed next."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    return free_port()
 
 
 @pytest.fixture(scope="package")

@@ -2,11 +2,9 @@
 
 import json
 import shlex
-import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from rich.markup import escape
@@ -91,16 +89,11 @@ def _same_ray(server: JobServer) -> Finding:
 def _asked_by_job(server: JobServer, root: str) -> list[dict[str, Any]]:
     name = f"doctor-{time.time_ns()}"
     command = ["python", "-m", "workflows", "doctor", f"storage.root={root}", "--only-nodes", "--output", "json"]
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, f"{name}.zip")
-        path.write_bytes(pack(None).data)
-        server.submit(entrypoint=shlex.join(command), submission_id=name, runtime_env={"working_dir": str(path)})
-    give_up = time.monotonic() + _JOB_WITHIN_S
-    while (job := server.job(name)).status not in ENDED:
-        if time.monotonic() > give_up:
-            server.stop(name)
-            raise DataError("doctor", f"its job did not end within {_JOB_WITHIN_S:.0f} s", name)
-        time.sleep(0.5)
+    server.submit(name, shlex.join(command), pack(None).data)
+    job = server.wait(name, _JOB_WITHIN_S)
+    if job.status not in ENDED:
+        server.stop(name)
+        raise DataError("doctor", f"its job did not end within {_JOB_WITHIN_S:.0f} s", name)
     for line in reversed(server.logs(name).splitlines()):
         if line.startswith('{"findings"'):
             findings: list[dict[str, Any]] = json.loads(line)["findings"]

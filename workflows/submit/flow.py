@@ -9,7 +9,6 @@ import os
 import re
 import shlex
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,16 +20,16 @@ from rich.markup import escape
 from rich.table import Table
 
 from dllm_core.config.fingerprint import fingerprint
-from dllm_core.config.overrides import parse_yaml, read_recipe
+from dllm_core.config.overrides import apply_overrides, parse_yaml, read_recipe
 from dllm_core.data.corpus import HubSource
 from dllm_core.errors import ConfigError, DataError
 from workflows.console import Console
 from workflows.placement import PlacementConfig
-from workflows.recipe import Recipe, load_recipe
+from workflows.recipe import Recipe, StorageConfig, load_recipe
 from workflows.submit.demand import VERBS, Need, busy, check_room, live, needs, startable
 from workflows.submit.package import RECIPE, Package, pack
 from workflows.submit.server import ENDED, JobServer
-from workflows.target import is_run
+from workflows.target import is_run, read_target_recipe
 
 _STOP_WITHIN_S = 30  # a training saves within 25 s of SIGTERM; Ray's own patience is 3 s
 _RUN, _FINGERPRINT = "dllm-run", "dllm-fingerprint"
@@ -84,7 +83,7 @@ def prepare(asked: Submission) -> Job:
     if is_run(asked.target):
         return _of_run(asked, overrides, environment)
     recipe = load_recipe(Path(asked.target), overrides)
-    _check_root(read_recipe(Path(asked.target)), overrides)
+    _check_root(apply_overrides(read_recipe(Path(asked.target)), overrides))
     command = ["python", "-m", "workflows", asked.verb, RECIPE]
     identity = [recipe.storage.root, recipe.corpus_fingerprint([]), recipe.run_fingerprint("")]
     package = pack(recipe.to_yaml(), asked.include)
@@ -112,8 +111,7 @@ def submit(
         console.skipped("submit", f"{escape(name)} is done")
         return _result(known)
     if known is None:
-        if job.paths:
-            console.print(f"  every node must see {escape(', '.join(job.paths))}")
+        _say_paths(job, console)
         _send(job, name, server)
         size = f"{len(job.package.files)} files, {len(job.package.data) / 1e3:.0f} kB"
         console.done("submit", f"[bold]{escape(name)}[/bold] to {escape(server.address)}: {size}")
@@ -160,9 +158,7 @@ def jobs(action: str, name: str | None, server: JobServer, console: Console) -> 
         _say_jobs([job], console)
         return {**_result(job), "exit_code": 0}
     was_running = server.stop(name)
-    give_up = time.monotonic() + _STOP_WITHIN_S + 10
-    while (job := server.job(name)).status not in ENDED and time.monotonic() < give_up:
-        time.sleep(0.5)
+    job = server.wait(name, _STOP_WITHIN_S + 10)
     console.done("stop", f"{escape(name)} " + ("has ended" if was_running else f"had ended: {job.status}"))
     return {**_result(job), "exit_code": 0}
 
@@ -170,18 +166,13 @@ def jobs(action: str, name: str | None, server: JobServer, console: Console) -> 
 def root_of(target: str | None, overrides: list[str]) -> tuple[Recipe | None, str]:
     """The recipe and the storage root that a command line means; nothing but `storage.root=...` may stand alone."""
     if target is None or target.startswith("storage.root="):
-        root = "dllm-runs" if target is None else target.partition("=")[2]
-        return None, root
-    from workflows.target import read_target_recipe
-
+        return None, StorageConfig().root if target is None else target.partition("=")[2]
     recipe, _ = read_target_recipe(target, overrides)
     return recipe, recipe.storage.root
 
 
 def _of_run(asked: Submission, overrides: list[str], environment: dict[str, str]) -> Job:
     """A run's folder holds its own recipe, which the job reads where it is."""
-    from workflows.target import read_target_recipe
-
     if not asked.target.startswith("s3://") and not Path(asked.target).is_absolute():
         raise ConfigError("run", "is a folder of this machine", asked.target, "an absolute path that all nodes see")
     recipe, run = read_target_recipe(asked.target, overrides)
@@ -209,13 +200,9 @@ def _placement_overrides(path: Path | None) -> list[str]:
     ]
 
 
-def _check_root(values: dict[str, Any], overrides: Sequence[str]) -> None:
-    """Refuse a storage root that means another folder, or none, on every node."""
-    section = values.get("storage")
-    root = section.get("root", "dllm-runs") if isinstance(section, dict) else "dllm-runs"
-    for item in overrides:
-        if item.startswith("storage.root="):
-            root = item.partition("=")[2]
+def _check_root(values: dict[str, Any]) -> None:
+    """Refuse a storage root that means another folder, or none, on every node; in the recipe it is absolute already."""
+    root = StorageConfig.checked(values.get("storage", {}), "storage").root
     if not (root.startswith("s3://") or Path(root).is_absolute()):
         raise ConfigError("storage.root", "is a folder of this machine alone", root, _REMEDY_OF_ROOT)
 
@@ -238,10 +225,11 @@ def _variable(text: str) -> tuple[str, str]:
 
 def _named(job: Job, server: JobServer) -> tuple[str, Any | None]:
     """A name, and what runs or is done under it already. DataError where another job is at the same run."""
-    same = [known for known in server.jobs() if (known.metadata or {}).get(_FINGERPRINT) == job.fingerprint]
-    at_it = [known for known in server.jobs() if (known.metadata or {}).get(_RUN) == job.run]
-    for known in at_it:
-        if known.status not in ENDED and known not in same:
+    submitted = server.jobs()
+    same = [known for known in submitted if (known.metadata or {}).get(_FINGERPRINT) == job.fingerprint]
+    for known in submitted:
+        is_at_it = known.status not in ENDED and (known.metadata or {}).get(_RUN) == job.run
+        if is_at_it and known not in same:
             remedy = f"follow it, or end it: dllm jobs stop {known.submission_id} --address {server.address}"
             raise DataError("job", "another job is at this run", known.submission_id, remedy)
     if same and same[-1].status not in ("FAILED", "STOPPED"):
@@ -251,15 +239,13 @@ def _named(job: Job, server: JobServer) -> tuple[str, Any | None]:
 
 def _send(job: Job, name: str, server: JobServer) -> None:
     environment = {**job.environment, "RAY_JOB_STOP_WAIT_TIME_S": str(_STOP_WITHIN_S), "PYTHONUNBUFFERED": "1"}
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, f"{name}.zip")
-        path.write_bytes(job.package.data)
-        server.submit(
-            entrypoint=job.entrypoint,
-            submission_id=name,
-            runtime_env={"working_dir": str(path), "env_vars": environment},
-            metadata={_FINGERPRINT: job.fingerprint, _RUN: job.run},
-        )
+    metadata = {_FINGERPRINT: job.fingerprint, _RUN: job.run}
+    server.submit(name, job.entrypoint, job.package.data, environment, metadata)
+
+
+def _say_paths(job: Job, console: Console) -> None:
+    if job.paths:
+        console.print(f"  every node must see {escape(', '.join(job.paths))}")
 
 
 def _say_package(job: Job, console: Console) -> dict[str, Any]:
@@ -271,8 +257,7 @@ def _say_package(job: Job, console: Console) -> dict[str, Any]:
         console.print(f"  left out as data or secrets: {escape(shown)}")
     for need in job.needs:
         console.print(f"  {need.stage:<11} {escape(str(need))}")
-    if job.paths:
-        console.print(f"  every node must see {escape(', '.join(job.paths))}")
+    _say_paths(job, console)
     return {
         "paths": list(job.paths),
         "job": f"{job.name}-{job.fingerprint}",

@@ -9,8 +9,9 @@ import os
 import re
 import socket
 import ssl
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -68,9 +69,33 @@ class JobServer:
         """What the server knows of a job."""
         return self._asked(lambda: self._client.get_job_info(name), name)
 
-    def submit(self, **job: Any) -> None:
-        """Hand a job over; see Ray's `submit_job`."""
-        self._asked(lambda: self._client.submit_job(**job))
+    def submit(
+        self,
+        name: str,
+        entrypoint: str,
+        package: bytes,
+        environment: Mapping[str, str] | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        """Hand a job over. package: the zip that is unpacked where it runs."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, f"{name}.zip")
+            path.write_bytes(package)
+            self._asked(
+                lambda: self._client.submit_job(
+                    entrypoint=entrypoint,
+                    submission_id=name,
+                    runtime_env={"working_dir": str(path), "env_vars": dict(environment or {})},
+                    metadata=dict(metadata or {}),
+                )
+            )
+
+    def wait(self, name: str, within_s: float) -> Any:
+        """What the server knows of a job when it has ended, or when its time is over."""
+        give_up = time.monotonic() + within_s
+        while (job := self.job(name)).status not in ENDED and time.monotonic() < give_up:
+            time.sleep(_POLL_S)
+        return job
 
     def stop(self, name: str) -> bool:
         """Whether it was running still. It is told to end, and killed a few seconds later."""

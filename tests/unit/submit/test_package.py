@@ -14,6 +14,7 @@ from workflows.submit import package
 from workflows.submit.package import RECIPE, pack
 
 ROOT = Path(__file__).parents[3]
+STAYS = ("corpus.arrow", "weights.safetensors", ".env", "api_keys.txt", "aws_credentials.json", "id_rsa", "a.pem")
 
 
 def names(data: bytes) -> set[str]:
@@ -28,15 +29,7 @@ def lab(tmp_path):
     (folder / ".git").mkdir()
     for name in ("noise.py", "sub/tokenizer.py", "settings.yaml"):
         (folder / name).write_text("x = 1\n")
-    for name in (
-        "corpus.arrow",
-        "weights.safetensors",
-        ".env",
-        "api_keys.txt",
-        "aws_credentials.json",
-        "id_rsa",
-        "a.pem",
-    ):
+    for name in STAYS:
         (folder / name).write_text("secret\n")
     (folder / ".git" / "config.toml").write_text("x")
     os.symlink("/etc/hostname", folder / "link.txt")
@@ -63,18 +56,7 @@ def test_data_and_secrets_stay_and_are_named(lab):
     packed = pack(None, [lab])
     mine = {name for name in packed.files if name.startswith("my_lab/")}
     assert mine == {"my_lab/noise.py", "my_lab/sub/tokenizer.py", "my_lab/settings.yaml"}
-    assert set(packed.left_out) == {
-        f"my_lab/{name}"
-        for name in (
-            "corpus.arrow",
-            "weights.safetensors",
-            ".env",
-            "api_keys.txt",
-            "aws_credentials.json",
-            "id_rsa",
-            "a.pem",
-        )
-    }
+    assert set(packed.left_out) == {f"my_lab/{name}" for name in STAYS}
     assert b"secret" not in packed.data
 
 
