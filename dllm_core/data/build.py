@@ -2,19 +2,17 @@
 
 `sign_unit` and `decide`: which documents are duplicates, in the whole corpus (skipped if the recipe asks for none).
 `tokenize_unit`: records -> token shards, quarantine, receipt. `noise_shard`: a token shard -> its noise of an epoch.
-A receipt is written after its files; a step whose receipt stands is not run again.
+Each leaves a receipt last (`receipts.py`).
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from dllm_core.config.base import Frozen
-from dllm_core.config.fingerprint import seal, unseal
 from dllm_core.data.corpus import AnyCorpus, ChatRecord, HubSource, PairRecord, PreferenceRecord
 from dllm_core.data.dedup import Signatures, duplicates, signatures
 from dllm_core.data.encoding import encode_documents
@@ -24,6 +22,15 @@ from dllm_core.data.noising import CorpusNoise, pack_bits, token_flags
 from dllm_core.data.packing import AnyPacking, Rows, pack
 from dllm_core.data.quarantine import Removed, removed_lines
 from dllm_core.data.readers import read_unit
+from dllm_core.data.receipts import (
+    DECISIONS,
+    SIGNATURES,
+    TOKENS,
+    FileReceipt,
+    Receipts,
+    UnitReceipt,
+    noise_step,
+)
 from dllm_core.data.records import BadRecord, Document, is_blank
 from dllm_core.data.shard import ShardInfo, id_type, map_shard, put_shard, to_arrow
 from dllm_core.data.tokenizer import Tokenizer
@@ -33,25 +40,6 @@ from dllm_core.storage.store import Store
 
 SPLITS = ("train", "heldout")
 _WEIGHT = 1  # the salt of another decision about the same text
-
-
-class UnitReceipt(Frozen):
-    """What became of one unit."""
-
-    unit: int
-    accounting: Accounting
-    train: ShardInfo
-    heldout: ShardInfo
-    quarantine: str | None
-
-
-class FileReceipt(Frozen):
-    """A step that made one shard-like file."""
-
-    shard: ShardInfo
-
-
-AnyReceipt = TypeVar("AnyReceipt", UnitReceipt, FileReceipt)
 
 
 @dataclass(frozen=True)
@@ -67,6 +55,11 @@ class CorpusJob:
     def key(self, name: str) -> str:
         """Full key of something in the corpus's folder."""
         return f"{self.prefix}/{name}"
+
+    @property
+    def receipts(self) -> Receipts:
+        """What is done."""
+        return Receipts(self.output, self.prefix)
 
 
 def _share(text: str, salt: int = 0) -> float:
@@ -129,11 +122,6 @@ def decisions_key(unit: int) -> str:
     return f"dedup/decisions-{unit:06d}.arrow"
 
 
-def signature_receipt_key(unit: int) -> str:
-    """Where the receipt of a unit's signatures stands."""
-    return f"receipts/signatures/unit-{unit:06d}.json"
-
-
 def sign_unit(job: CorpusJob, unit: Unit) -> FileReceipt:
     """First pass: the signatures of a unit's documents that no filter drops, in order."""
     assert job.corpus.dedup is not None
@@ -143,13 +131,8 @@ def sign_unit(job: CorpusJob, unit: Unit) -> FileReceipt:
     name = signature_key(unit.index)
     info = put_shard(job.output, job.prefix, name, data, unit=unit.index, rows=len(texts), tokens=0)
     receipt = FileReceipt(shard=info)
-    job.output.put(job.key(signature_receipt_key(unit.index)), seal(receipt))
+    job.receipts.write(SIGNATURES, unit.index, receipt)
     return receipt
-
-
-def decisions_receipt_key(unit: int) -> str:
-    """Where the receipt of a unit's decisions stands."""
-    return f"receipts/decisions/unit-{unit:06d}.json"
 
 
 def decide(job: CorpusJob, receipts: Sequence[FileReceipt]) -> None:
@@ -162,22 +145,17 @@ def decide(job: CorpusJob, receipts: Sequence[FileReceipt]) -> None:
         columns["is_exact"] = found.is_exact.astype(np.uint8)
         data, rows = to_arrow(columns, {"unit": str(unit)}), len(found.representative)
         info = put_shard(job.output, job.prefix, decisions_key(unit), data, unit=unit, rows=rows, tokens=0)
-        job.output.put(job.key(decisions_receipt_key(unit)), seal(FileReceipt(shard=info)))
+        job.receipts.write(DECISIONS, unit, FileReceipt(shard=info))
 
 
 def _decisions(job: CorpusJob, unit: Unit) -> dict[str, NDArray[Any]] | None:
     if job.corpus.dedup is None:
         return None
-    receipt = finished(job, decisions_receipt_key(unit.index), FileReceipt)
+    receipt = job.receipts.finished(DECISIONS, unit.index)
     if receipt is None:
         key = job.key(decisions_key(unit.index))
         raise DataError(key, "went away or changed", remedy="run `dllm preprocess` again")
     return map_shard(job.output, job.prefix, receipt.shard)
-
-
-def unit_receipt_key(unit: int) -> str:
-    """Where the receipt of a unit's tokens stands."""
-    return f"receipts/tokens/unit-{unit:06d}.json"
 
 
 @dataclass
@@ -217,7 +195,7 @@ def tokenize_unit(job: CorpusJob, tokenizer: Tokenizer, unit: Unit) -> UnitRecei
         quarantine = f"quarantine/unit-{unit.index:06d}.jsonl"
         job.output.put(job.key(quarantine), removed_lines(found.removed))
     receipt = UnitReceipt(unit=unit.index, accounting=accounting, **shards, quarantine=quarantine)
-    job.output.put(job.key(unit_receipt_key(unit.index)), seal(receipt))
+    job.receipts.write(TOKENS, unit.index, receipt)
     return receipt
 
 
@@ -270,11 +248,6 @@ def _token_shard(job: CorpusJob, tokenizer: Tokenizer, unit: Unit, split: str, r
     return put_shard(job.output, job.prefix, name, data, unit=unit.index, rows=len(rows.ids), tokens=tokens)
 
 
-def noise_receipt_key(epoch: int, unit: int) -> str:
-    """Where the receipt of a unit's noise stands."""
-    return f"receipts/noise/epoch-{epoch:03d}/unit-{unit:06d}.json"
-
-
 def noise_shard(job: CorpusJob, noise: CorpusNoise, tokens: ShardInfo, first_row: int, epoch: int) -> FileReceipt:
     """Write down the noise of one token shard for one epoch, then the receipt."""
     sample_ids = first_row + np.arange(tokens.rows, dtype=np.int64)
@@ -283,7 +256,7 @@ def noise_shard(job: CorpusJob, noise: CorpusNoise, tokens: ShardInfo, first_row
     name = f"noise/epoch-{epoch:03d}/train-{tokens.unit:06d}.arrow"
     info = put_shard(job.output, job.prefix, name, data, unit=tokens.unit, rows=tokens.rows, tokens=tokens.tokens)
     receipt = FileReceipt(shard=info)
-    job.output.put(job.key(noise_receipt_key(epoch, tokens.unit)), seal(receipt))
+    job.receipts.write(noise_step(epoch), tokens.unit, receipt)
     return receipt
 
 
@@ -299,32 +272,3 @@ def _noise_columns(
     views = map_shard(job.output, job.prefix, tokens)
     x0 = views["ids"]  # as stored: int64 would be four times the bytes to move
     return noise.columns(x0, *noise.corrupt(epoch, sample_ids, x0, **token_flags(views, x0.shape[1])))
-
-
-def shards_of(receipt: UnitReceipt | FileReceipt) -> list[ShardInfo]:
-    """The files that a receipt vouches for; a split without rows has none."""
-    if isinstance(receipt, FileReceipt):
-        return [receipt.shard]
-    return [shard for shard in (receipt.train, receipt.heldout) if shard.rows]
-
-
-def receipt_of(job: CorpusJob, receipt_key: str, kind: type[AnyReceipt]) -> AnyReceipt | None:
-    """The receipt of a step that was completed once, whatever became of its files."""
-    key = job.key(receipt_key)
-    if not job.output.exists(key):
-        return None
-    try:
-        return kind.model_validate(unseal(job.output.read(key)))
-    except ValueError:
-        return None
-
-
-def finished(job: CorpusJob, receipt_key: str, kind: type[AnyReceipt]) -> AnyReceipt | None:
-    """The receipt of a step if it was completed and its files have the promised sizes, else None."""
-    receipt = receipt_of(job, receipt_key, kind)
-    return receipt if receipt is not None and all(_stands(job, info) for info in shards_of(receipt)) else None
-
-
-def _stands(job: CorpusJob, info: ShardInfo) -> bool:
-    found = job.output.stat(job.key(info.key))
-    return found is not None and found.size == info.bytes

@@ -6,7 +6,9 @@ a record belongs to the unit in which it starts.
 
 import re
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,7 +18,7 @@ from dllm_core.data.corpus import ArrowSource, CorpusBase, HubSource, ParquetSou
 from dllm_core.data.hub import num_shards
 from dllm_core.errors import DataError
 from dllm_core.storage.file import StoredFile
-from dllm_core.storage.store import Store, StoredObject
+from dllm_core.storage.store import READERS, Store, StoredObject
 
 COMPRESSED = (".gz", ".zst")
 
@@ -87,14 +89,17 @@ def plan_units(corpus: CorpusBase, listed: Sequence[SourceFiles]) -> list[Unit]:
 
 def _segments(source: SourceBase, listed: SourceFiles, unit_bytes: int) -> Iterable[tuple[Segment, int, bool]]:
     """(segment, bytes, whether it is the source's last). A byte range ends where its unit is full."""
+    if isinstance(source, ParquetSource | ArrowSource):
+        with ThreadPoolExecutor(READERS, thread_name_prefix="indexes") as pool:  # an index is two requests of a store
+            for number, sizes in enumerate(pool.map(partial(_table_parts, source, listed.store), listed.files)):
+                item, is_last_file = listed.files[number], number == len(listed.files) - 1
+                for part, size in enumerate(sizes):
+                    is_last = is_last_file and part == len(sizes) - 1
+                    yield Segment(key=item.key, start=part, stop=part + 1), size, is_last
+        return
     filled = 0
     for number, item in enumerate(listed.files):
         is_last_file = number == len(listed.files) - 1
-        if isinstance(source, ParquetSource | ArrowSource):
-            sizes = _table_parts(source, listed.store, item)
-            for part, size in enumerate(sizes):
-                yield Segment(key=item.key, start=part, stop=part + 1), size, is_last_file and part == len(sizes) - 1
-            continue
         whole = item.key.endswith(COMPRESSED) or (isinstance(source, TextSource) and source.document == "file")
         start = 0
         while start < item.size:

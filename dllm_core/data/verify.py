@@ -8,18 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from dllm_core.data.build import (
-    CorpusJob,
-    FileReceipt,
-    decisions_receipt_key,
-    noise_receipt_key,
-    receipt_of,
-    signature_receipt_key,
-    unit_receipt_key,
-)
+from dllm_core.data.build import CorpusJob
 from dllm_core.data.loader import corpus_noise, evenly
 from dllm_core.data.manifest import CorpusManifest, first_rows
 from dllm_core.data.noising import token_flags
+from dllm_core.data.receipts import DECISIONS, SIGNATURES, TOKENS, noise_step
 from dllm_core.data.shard import ShardInfo, id_type, map_shard
 from dllm_core.errors import DataError
 
@@ -53,16 +46,16 @@ class Problem:
 def checks_of(job: CorpusJob, manifest: CorpusManifest) -> list[ShardCheck]:
     """Every shard of a corpus: tokens, held-out tokens, noise; then what the search for duplicates left."""
     shards_of_tokens = (*manifest.train.shards, *manifest.heldout.shards)
-    checks = [ShardCheck(shard, unit_receipt_key(shard.unit)) for shard in shards_of_tokens]
+    checks = [ShardCheck(shard, TOKENS.key(shard.unit)) for shard in shards_of_tokens]
     starts = first_rows(manifest.train.shards)
     for epoch, shards in enumerate(manifest.noise_epochs):
         for shard, tokens, first_row in zip(shards, manifest.train.shards, starts, strict=True):
-            checks.append(ShardCheck(shard, noise_receipt_key(epoch, shard.unit), epoch, tokens, first_row))
+            checks.append(ShardCheck(shard, noise_step(epoch).key(shard.unit), epoch, tokens, first_row))
     if job.corpus.dedup is not None:
-        for unit in range(manifest.units):
-            for key in (signature_receipt_key(unit), decisions_receipt_key(unit)):
-                receipt = receipt_of(job, key, FileReceipt)
-                checks += [] if receipt is None else [ShardCheck(receipt.shard, key, is_intermediate=True)]
+        for step in (SIGNATURES, DECISIONS):
+            for unit, receipt in sorted(job.receipts.of_all(step).items()):
+                if unit < manifest.units:
+                    checks.append(ShardCheck(receipt.shard, step.key(unit), is_intermediate=True))
     return checks
 
 

@@ -26,7 +26,7 @@ from urllib3.exceptions import HTTPError
 
 from dllm_core.errors import ConfigError, DataError
 from dllm_core.storage.cache import cached_copy
-from dllm_core.storage.store import StoredObject
+from dllm_core.storage.store import READERS, StoredObject
 
 Answer = TypeVar("Answer")
 _WRITER = "dllm-writer"  # metadata by which a retry that finds the object there knows it as its own
@@ -55,6 +55,7 @@ def _new_client(connect_seconds: float, read_seconds: float) -> Any:
         retries=once,
         connect_timeout=connect_seconds,
         read_timeout=read_seconds,
+        max_pool_connections=READERS,
         request_checksum_calculation="when_required",
     )
     return boto3.client("s3", config=config)

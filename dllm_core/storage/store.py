@@ -10,7 +10,8 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from stat import S_ISREG
@@ -18,7 +19,9 @@ from typing import Protocol
 
 from dllm_core.errors import ConfigError, DataError
 
+READERS = 32  # requests at once where many objects are read: of 30 ms each they are a thousand a second
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
+_KEYS_AT_ONCE = 1 << 12
 
 
 def check_name(place: str, name: str) -> str:
@@ -253,6 +256,22 @@ def fetch_intact(store: Store, key: str, sha256_hex: str) -> Path | None:
     path.unlink()
     path = store.fetch(key)
     return path if file_sha256(path) == sha256_hex else None
+
+
+def read_each(store: Store, keys: Sequence[str]) -> Iterator[bytes | None]:
+    """The objects of many keys in their order, some read at once; None for one that is gone."""
+
+    def read(key: str) -> bytes | None:
+        try:
+            return store.read(key)
+        except DataError:
+            if store.exists(key):
+                raise
+            return None
+
+    with ThreadPoolExecutor(READERS, thread_name_prefix="read-each") as pool:
+        for start in range(0, len(keys), _KEYS_AT_ONCE):  # so that what was read and not yet taken is bounded
+            yield from pool.map(read, keys[start : start + _KEYS_AT_ONCE])
 
 
 def _is_encodable(key: str) -> bool:

@@ -12,9 +12,10 @@ import pytest
 from conftest import SmallCorpus, make_small_corpus
 from survival import corpus_folder, hashes
 
-from dllm_core.data.build import CorpusJob, FileReceipt, decide, finished, signature_receipt_key, tokenize_unit
+from dllm_core.data.build import CorpusJob, decide, tokenize_unit
 from dllm_core.data.loader import Loader, split_rows
 from dllm_core.data.manifest import read_manifest, read_tokenizer
+from dllm_core.data.receipts import SIGNATURES
 from dllm_core.errors import DataError
 from dllm_core.storage.store import LocalStore
 from workflows.fan_out import serially
@@ -92,7 +93,7 @@ def link(patient: Patient) -> None:
     """What reads signatures."""
     job = patient.plan.job()
     units = patient.plan.units()
-    receipts = [finished(job, signature_receipt_key(unit.index), FileReceipt) for unit in units]
+    receipts = [job.receipts.finished(SIGNATURES, unit.index) for unit in units]
     if None in receipts:
         raise DataError("receipts", "a file of another size is made again")
     decide(job, [receipt for receipt in receipts if receipt is not None])

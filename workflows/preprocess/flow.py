@@ -15,23 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from dllm_core.data.build import (
-    AnyReceipt,
-    CorpusJob,
-    FileReceipt,
-    UnitReceipt,
-    decide,
-    decisions_receipt_key,
-    finished,
-    noise_receipt_key,
-    noise_shard,
-    sample_texts,
-    shards_of,
-    sign_unit,
-    signature_receipt_key,
-    tokenize_unit,
-    unit_receipt_key,
-)
+from dllm_core.data.build import CorpusJob, decide, noise_shard, sample_texts, sign_unit, tokenize_unit
 from dllm_core.data.loader import corpus_noise
 from dllm_core.data.manifest import (
     Accounting,
@@ -43,6 +27,7 @@ from dllm_core.data.manifest import (
     read_manifest,
     write_manifest,
 )
+from dllm_core.data.receipts import DECISIONS, SIGNATURES, TOKENS, FileReceipt, UnitReceipt, noise_step, shards_of
 from dllm_core.data.shard import ShardInfo, id_type
 from dllm_core.data.sources import find_files
 from dllm_core.data.tokenizer import Tokenizer
@@ -194,40 +179,35 @@ class Preprocessing:
 
     def _duplicates(self, job: CorpusJob, units: list[Unit]) -> None:
         """The first pass over all documents, and what follows from it."""
-        done = _receipts(job, units, signature_receipt_key, FileReceipt)
+        done, decided = job.receipts.all_finished(SIGNATURES, DECISIONS)
         missing = [unit for unit in units if unit.index not in done]
         for receipt in self._tasks("signatures", partial(sign_unit, job), missing, units):
             done[receipt.shard.unit] = receipt
-        if missing or len(_receipts(job, units, decisions_receipt_key, FileReceipt)) < len(units):
+        if missing or any(unit.index not in decided for unit in units):
             self.on_progress("finding duplicates", 0, 0)
             receipts = [done[unit.index] for unit in units]
             self.fan_out(partial(decide, job), [receipts], workers=1, demand=self._placement.demand)
 
     def _tokens(self, job: CorpusJob, tokenizer: Tokenizer, units: list[Unit]) -> list[UnitReceipt]:
-        done = _receipts(job, units, unit_receipt_key, UnitReceipt)
+        [done] = job.receipts.all_finished(TOKENS)
         missing = [unit for unit in units if unit.index not in done]
         for receipt in self._tasks("tokens", partial(tokenize_unit, job, tokenizer), missing, units):
             done[receipt.unit] = receipt
         return [done[unit.index] for unit in units]
 
     def _noise(self, job: CorpusJob, manifest: CorpusManifest, mask_id: int) -> tuple[tuple[ShardInfo, ...], ...]:
-        shards = manifest.train.shards
+        shards, epochs = manifest.train.shards, range(self.plan.recipe.noise.epochs)
         wanted = [
             _NoiseTask(shard, first_row, epoch)
-            for epoch in range(self.plan.recipe.noise.epochs)
+            for epoch in epochs
             for shard, first_row in zip(shards, first_rows(shards), strict=True)
         ]
-        done: dict[tuple[int, int], ShardInfo] = {}
-        for task in wanted:
-            receipt = finished(job, noise_receipt_key(task.epoch, task.tokens.unit), FileReceipt)
-            if receipt is not None:
-                done[task.epoch, task.tokens.unit] = receipt.shard
-        missing = [task for task in wanted if (task.epoch, task.tokens.unit) not in done]
+        done = job.receipts.all_finished(*map(noise_step, epochs))
+        missing = [task for task in wanted if task.tokens.unit not in done[task.epoch]]
         draw = partial(_draw_noise, job, manifest, mask_id)
         for task, made in zip(missing, self._tasks("noise", draw, missing, wanted), strict=True):
-            done[task.epoch, task.tokens.unit] = made.shard
-        epochs = range(self.plan.recipe.noise.epochs)
-        return tuple(tuple(done[epoch, shard.unit] for shard in shards) for epoch in epochs)
+            done[task.epoch][task.tokens.unit] = made
+        return tuple(tuple(done[epoch][shard.unit].shard for shard in shards) for epoch in epochs)
 
     def _tasks(self, what: str, function: Callable[[Any], Any], missing: list[Any], wanted: list[Any]) -> list[Any]:
         before, total = len(wanted) - len(missing), len(wanted)
@@ -271,14 +251,6 @@ class Preprocessing:
             fraction = self.plan.recipe.corpus.heldout_fraction
             remedy = "raise it, or cut documents finer: corpus.document=paragraph or line"
             raise DataError("corpus.heldout_fraction", "fewer than 2 held-out rows to evaluate on", fraction, remedy)
-
-
-def _receipts(
-    job: CorpusJob, units: list[Unit], key_of: Callable[[int], str], kind: type[AnyReceipt]
-) -> dict[int, AnyReceipt]:
-    """What was completed before, by unit."""
-    found = {unit.index: finished(job, key_of(unit.index), kind) for unit in units}
-    return {index: receipt for index, receipt in found.items() if receipt is not None}
 
 
 @dataclass(frozen=True)

@@ -8,18 +8,9 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-from dllm_core.data.build import (
-    FileReceipt,
-    UnitReceipt,
-    decisions_receipt_key,
-    finished,
-    noise_receipt_key,
-    sample_texts,
-    shards_of,
-    signature_receipt_key,
-    unit_receipt_key,
-)
+from dllm_core.data.build import sample_texts
 from dllm_core.data.manifest import NAME, read_manifest, read_tokenizer
+from dllm_core.data.receipts import DECISIONS, SIGNATURES, TOKENS, Step, noise_step, shards_of
 from dllm_core.data.tokenizer import Tokenizer
 from dllm_core.data.verify import Problem, checks_of, verify_shard
 from dllm_core.errors import DataError
@@ -36,7 +27,8 @@ _WORKER_MIB = 420
 def plan(corpus: CorpusPlan) -> dict[str, Any]:
     """What a run would read and make. Nothing is written; a sample of at most 1 MB is tokenized for the estimates."""
     recipe, job, units = corpus.recipe, corpus.job(), corpus.units()
-    done = sum(finished(job, unit_receipt_key(unit.index), UnitReceipt) is not None for unit in units)
+    [finished] = job.receipts.all_finished(TOKENS)
+    done = sum(unit.index in finished for unit in units)
     texts = sample_texts(job, units[:1], _SAMPLE_BYTES)
     sample = sum(len(text.encode()) for text in texts)
     if not texts:
@@ -118,16 +110,12 @@ def _without_manifest(corpus: CorpusPlan, error: DataError) -> list[Problem]:
         problems.append(Problem("tokenizer.json", "cannot be read", "tokenizer.json"))
     if "tokenizer" in error.problem:
         problems.append(Problem("tokenizer.json", error.problem, "tokenizer.json"))
-
-    def look(key: str, receipt: UnitReceipt | FileReceipt | None) -> None:
-        for shard in shards_of(receipt) if receipt is not None else ():
-            if sha256(job.output.read(job.key(shard.key))) != shard.sha256:
-                problems.append(Problem(shard.key, "does not match its sha256", key))
-
-    for unit in corpus.units():
-        key = unit_receipt_key(unit.index)
-        look(key, finished(job, key, UnitReceipt))
-        noise = [noise_receipt_key(epoch, unit.index) for epoch in range(corpus.recipe.noise.epochs)]
-        for key in (signature_receipt_key(unit.index), decisions_receipt_key(unit.index), *noise):
-            look(key, finished(job, key, FileReceipt))
+    of_files = (SIGNATURES, DECISIONS, *map(noise_step, range(corpus.recipe.noise.epochs)))
+    found: list[tuple[Step[Any], dict[int, Any]]] = [(TOKENS, job.receipts.all_finished(TOKENS)[0])]
+    found += zip(of_files, job.receipts.all_finished(*of_files), strict=True)
+    for step, receipts in found:
+        for unit, receipt in receipts.items():
+            for shard in shards_of(receipt):
+                if sha256(job.output.read(job.key(shard.key))) != shard.sha256:
+                    problems.append(Problem(shard.key, "does not match its sha256", step.key(unit)))
     return problems
