@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 
 from dllm_core.data.corpus import AnyCorpus, ChatRecord, HubSource, PairRecord, PreferenceRecord
 from dllm_core.data.dedup import Signatures, duplicates, signatures
-from dllm_core.data.encoding import encode_documents
+from dllm_core.data.encoding import Encoder
 from dllm_core.data.filters import first_reason
 from dllm_core.data.manifest import Accounting
 from dllm_core.data.noising import CorpusNoise, pack_bits, token_flags
-from dllm_core.data.packing import AnyPacking, Rows, pack
+from dllm_core.data.packing import AnyPacking, Rows
 from dllm_core.data.quarantine import Removed, removed_lines
 from dllm_core.data.readers import read_unit
 from dllm_core.data.receipts import (
@@ -32,7 +32,7 @@ from dllm_core.data.receipts import (
     noise_step,
 )
 from dllm_core.data.records import BadRecord, Document, is_blank
-from dllm_core.data.shard import ShardInfo, id_type, map_shard, put_shard, to_arrow
+from dllm_core.data.shard import ShardInfo, map_shard, put_shard, to_arrow
 from dllm_core.data.tokenizer import Tokenizer
 from dllm_core.data.units import Unit
 from dllm_core.errors import DataError
@@ -162,7 +162,7 @@ def _decisions(job: CorpusJob, unit: Unit) -> dict[str, NDArray[Any]] | None:
 class _Sorted:
     """A unit's documents by where they go."""
 
-    documents: dict[str, list[Document]] = field(default_factory=lambda: {split: [] for split in SPLITS})
+    encoders: dict[str, Encoder]
     removed: list[Removed] = field(default_factory=list)
     bytes_in: int = 0
     documents_in: int = 0
@@ -170,38 +170,30 @@ class _Sorted:
 
 def tokenize_unit(job: CorpusJob, tokenizer: Tokenizer, unit: Unit) -> UnitReceipt:
     """Read, sift, encode and pack one unit; write its two shards, its quarantine and, last, its receipt."""
-    found = _sort(job, unit)
-    shards, kept = {}, {}
-    weight = job.corpus.all_sources[unit.source].weight
-    for split, documents in found.documents.items():
-        times = [copies(d.text, weight) if split == "train" else 1 for d in documents]
-        repeated = [document for document, n in zip(documents, times, strict=True) for _ in range(n)]
-        rows = pack(job.packing, encode_documents(tokenizer, repeated), tokenizer.eos_id)
-        left_out = {id(repeated[index]) for index in rows.left_out.tolist()}
-        for document, n in zip(documents, times, strict=True):
-            if not n or id(document) in left_out:
-                rule = "packing.too_long" if n else "weight"
-                found.removed.append(Removed.of(document, "filtered", rule))
-        kept[split] = sum(n > 0 and id(d) not in left_out for d, n in zip(documents, times, strict=True))
-        shards[split] = _token_shard(job, tokenizer, unit, split, rows)
+    found = _sort(job, tokenizer, unit)
+    encoders = found.encoders
+    shards = {split: _token_shard(job, tokenizer, unit, split, encoders[split].rows()) for split in SPLITS}
+    removed = [*found.removed, *(item for split in SPLITS for item in encoders[split].removed)]
     accounting = Accounting(
         bytes_in=found.bytes_in,
         documents_in=found.documents_in,
-        **kept,
-        **{kind: _counted(found.removed, kind) for kind in ("filtered", "duplicates", "quarantined")},
+        **{split: encoders[split].kept for split in SPLITS},
+        **{kind: _counted(removed, kind) for kind in ("filtered", "duplicates", "quarantined")},
     )
     quarantine = None
-    if found.removed:
+    if removed:
         quarantine = f"quarantine/unit-{unit.index:06d}.jsonl"
-        job.output.put(job.key(quarantine), removed_lines(found.removed))
+        job.output.put(job.key(quarantine), removed_lines(removed))
     receipt = UnitReceipt(unit=unit.index, accounting=accounting, **shards, quarantine=quarantine)
     job.receipts.write(TOKENS, unit.index, receipt)
     return receipt
 
 
-def _sort(job: CorpusJob, unit: Unit) -> _Sorted:
-    found, decisions, ordinal = _Sorted(bytes_in=unit.num_bytes), _decisions(job, unit), -1
-    is_hub = isinstance(job.corpus.all_sources[unit.source], HubSource)
+def _sort(job: CorpusJob, tokenizer: Tokenizer, unit: Unit) -> _Sorted:
+    found = _Sorted({split: Encoder(tokenizer, job.packing) for split in SPLITS}, bytes_in=unit.num_bytes)
+    decisions, ordinal = _decisions(job, unit), -1
+    source = job.corpus.all_sources[unit.source]
+    is_hub = isinstance(source, HubSource)
     for record, reason in _sifted(job, unit):
         found.documents_in += 1
         if is_hub:  # of files the unit knows
@@ -216,10 +208,10 @@ def _sort(job: CorpusJob, unit: Unit) -> _Sorted:
         if decisions is not None and decisions["representative"][ordinal] >= 0:
             kind = "exact" if decisions["is_exact"][ordinal] else "near"
             found.removed.append(Removed.of(record, "duplicates", kind))
-            continue
-        found.documents["heldout" if is_heldout(record.subject, job.corpus.heldout_fraction) else "train"].append(
-            record
-        )
+        elif is_heldout(record.subject, job.corpus.heldout_fraction):
+            found.encoders["heldout"].add(record)
+        else:
+            found.encoders["train"].add(record, copies(record.text, source.weight))
     return found
 
 
@@ -236,7 +228,7 @@ def _token_shard(job: CorpusJob, tokenizer: Tokenizer, unit: Unit, split: str, r
     if not len(rows.ids):
         return ShardInfo(key=name, unit=unit.index, rows=0, tokens=0, bytes=0, sha256="")
     columns: dict[str, NDArray[Any]] = {
-        "ids": rows.ids.astype(id_type(tokenizer.vocab_size)),
+        "ids": rows.ids,
         "num_tokens": rows.num_tokens,
     }
     if rows.starts is not None:

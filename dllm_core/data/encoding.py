@@ -9,9 +9,55 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from dllm_core.data.packing import Ids, TokenRun
+from dllm_core.data.packing import Ids, PackingBase, Rows, TokenRun, joined, pack_ended, too_long, with_end
+from dllm_core.data.quarantine import Removed
 from dllm_core.data.records import Document, Part
+from dllm_core.data.shard import id_type
 from dllm_core.data.tokenizer import Tokenizer
+
+_CHARS_AT_ONCE = 1 << 22  # a call of the tokenizer costs nothing beside so many
+
+
+class Encoder:
+    """Documents as they come -> packed rows. Text is let go once it is encoded, so a unit of any number of documents
+    takes the memory of its ids, two bytes each where they fit, and not that of its texts, eight times as much.
+
+    kept: documents that made tokens; removed: the others, in order.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, packing: PackingBase) -> None:
+        self._tokenizer, self._packing = tokenizer, packing
+        self._waiting: list[tuple[Document, int]] = []
+        self._chars = 0
+        self._runs: list[TokenRun] = []
+        self.kept = 0
+        self.removed: list[Removed] = []
+
+    def add(self, document: Document, times: int = 1) -> None:
+        """Take a document so many times."""
+        self._waiting.append((document, times))
+        self._chars += len(document.text)
+        if self._chars >= _CHARS_AT_ONCE:
+            self._encode()
+
+    def rows(self) -> Rows:
+        """All that was added, packed; the encoder is empty then."""
+        self._encode()
+        run = joined(self._runs, id_type(self._tokenizer.vocab_size))
+        return pack_ended(self._packing, run, self._tokenizer.eos_id)
+
+    def _encode(self) -> None:
+        waiting, self._waiting, self._chars = self._waiting, [], 0
+        repeated = [document for document, times in waiting for _ in range(times)]
+        run = with_end(encode_documents(self._tokenizer, repeated), self._tokenizer.eos_id)
+        left_out = {id(repeated[index]) for index in too_long(self._packing, run).tolist()}
+        for document, times in waiting:
+            if times and id(document) not in left_out:
+                self.kept += 1
+            else:
+                self.removed.append(Removed.of(document, "filtered", "packing.too_long" if times else "weight"))
+        ids = run.ids.astype(id_type(self._tokenizer.vocab_size))
+        self._runs.append(TokenRun(ids, run.offsets, run.is_learned))
 
 
 def encode_documents(tokenizer: Tokenizer, documents: Sequence[Document]) -> TokenRun:

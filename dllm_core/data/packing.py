@@ -15,7 +15,7 @@ from pydantic import BeforeValidator, Field
 from dllm_core.config.base import Frozen
 from dllm_core.seeding import Bools
 
-Ids = NDArray[np.uint32]
+Ids = NDArray[np.unsignedinteger[Any]]
 
 
 class PackingBase(Frozen):
@@ -97,28 +97,55 @@ class Rows:
 
 def pack(config: PackingBase, run: TokenRun, eos_id: int) -> Rows:
     """Every document is followed by one end token, which counts as its last token."""
-    run = _with_end(run, eos_id)
+    return pack_ended(config, with_end(run, eos_id), eos_id)
+
+
+def pack_ended(config: PackingBase, run: TokenRun, eos_id: int) -> Rows:
+    """`pack` of documents that have their end token."""
     if isinstance(config, WrapPacking):
         return _wrap(run, config.seq_len, eos_id)
     if isinstance(config, IsolatedPacking):
         return _place(run, *_best_fit(np.diff(run.offsets), config.seq_len), config.seq_len, eos_id)
     if isinstance(config, PairsPacking):
-        return _pairs(run, config.seq_len, eos_id)
+        return _pairs(run, config, eos_id)
     assert isinstance(config, PaddedPacking)
     return _pad(run, config, eos_id)
 
 
-def _with_end(run: TokenRun, eos_id: int) -> TokenRun:
+def too_long(config: PackingBase, run: TokenRun) -> NDArray[np.int64]:
+    """Of documents that have their end token, by number (of pairs, records): those that fit no row."""
+    lengths = np.diff(run.offsets)
+    if isinstance(config, PairsPacking):
+        lengths = lengths.reshape(-1, 2).sum(1)
+    elif not isinstance(config, PaddedPacking):
+        return np.empty(0, np.int64)
+    return np.flatnonzero(lengths > config.seq_len)
+
+
+def with_end(run: TokenRun, eos_id: int) -> TokenRun:
+    """An end token after every document; it is learned."""
     offsets = run.offsets + np.arange(len(run.offsets))
     is_text = np.ones(len(run.ids) + run.num_documents, dtype=bool)
     is_text[offsets[1:] - 1] = False
-    ids = np.full(len(is_text), eos_id, dtype=np.uint32)
+    ids = np.full(len(is_text), eos_id, dtype=run.ids.dtype)
     ids[is_text] = run.ids
     is_learned = None
     if run.is_learned is not None:
         is_learned = np.ones(len(ids), dtype=bool)
         is_learned[is_text] = run.is_learned
     return TokenRun(ids, offsets, is_learned)
+
+
+def joined(runs: list[TokenRun], dtype: type[np.unsignedinteger[Any]]) -> TokenRun:
+    """One run of several, which the list then holds no more: so the whole of the tokens is there twice, not thrice."""
+    lengths = [np.diff(run.offsets) for run in runs]
+    learned = None
+    if any(run.is_learned is not None for run in runs):
+        every = [np.ones(len(run.ids), bool) if run.is_learned is None else run.is_learned for run in runs]
+        learned = np.concatenate(every)
+    ids = np.concatenate([np.empty(0, dtype), *(run.ids for run in runs)])
+    runs.clear()
+    return TokenRun(ids, np.cumsum(np.concatenate([np.zeros(1, np.int64), *lengths])), learned)
 
 
 def _wrap(run: TokenRun, seq_len: int, eos_id: int) -> Rows:
@@ -173,7 +200,7 @@ def _best_fit(lengths: NDArray[np.int64], seq_len: int) -> tuple[NDArray[np.int6
 
 def _place(run: TokenRun, pieces: NDArray[np.int64], rows: NDArray[np.int64], seq_len: int, eos_id: int) -> Rows:
     num_rows = int(rows[-1]) + 1 if len(rows) else 0
-    ids = np.full((num_rows, seq_len), eos_id, dtype=np.uint32)
+    ids = np.full((num_rows, seq_len), eos_id, dtype=run.ids.dtype)
     starts = np.zeros((num_rows, seq_len), dtype=bool)
     learned = None if run.is_learned is None else np.zeros((num_rows, seq_len), dtype=bool)
     used = np.zeros(num_rows, dtype=np.int32)
@@ -200,15 +227,14 @@ def _pad(run: TokenRun, config: PaddedPacking, eos_id: int) -> Rows:
         if learned is not None:
             learned |= np.arange(config.seq_len) >= num_tokens[:, None]
         num_tokens = np.full_like(num_tokens, config.seq_len)
-    return Rows(packed.ids, num_tokens, None, learned, np.flatnonzero(lengths > config.seq_len))
+    return Rows(packed.ids, num_tokens, None, learned, too_long(config, run))
 
 
-def _pairs(run: TokenRun, seq_len: int, eos_id: int) -> Rows:
+def _pairs(run: TokenRun, config: PairsPacking, eos_id: int) -> Rows:
     """Documents 2k and 2k + 1 are those of record k."""
-    lengths = np.diff(run.offsets).reshape(-1, 2)
-    fits = lengths.sum(1) <= seq_len
-    kept = np.flatnonzero(fits)
+    lengths, left_out = np.diff(run.offsets).reshape(-1, 2), too_long(config, run)
+    kept = np.setdiff1d(np.arange(len(lengths)), left_out)
     documents = (2 * kept[:, None] + [0, 1]).ravel()
     pieces = np.stack([documents, np.zeros_like(documents), lengths[kept].ravel()], axis=1)
-    packed = _place(run, pieces, np.repeat(np.arange(len(kept)), 2), seq_len, eos_id)
-    return replace(packed, left_out=np.flatnonzero(~fits))
+    packed = _place(run, pieces, np.repeat(np.arange(len(kept)), 2), config.seq_len, eos_id)
+    return replace(packed, left_out=left_out)

@@ -33,7 +33,9 @@ from dllm_core.storage.store import Store
 
 _NEWLINES = {"line": 1, "paragraph": 2}
 _READ_AHEAD = 1 << 16
+_PIECE_BYTES = 16 << 20  # of a unit at once: two of these are held, and 30 ms for each are a twentieth of a task's time
 _INFLATE_BYTES = 1 << 20
+_ROWS_AT_ONCE = 1 << 10
 Record = Document | BadRecord
 RawRecord = tuple[int, bytes]
 
@@ -77,36 +79,40 @@ def _separator(newlines: int) -> re.Pattern[bytes]:
 
 
 def _split_records(store: Store, segment: Segment, newlines: int) -> Iterator[RawRecord]:
-    """(offset, bytes) of the records that start in [start, stop): runs of >= `newlines` line ends part them."""
+    """(offset, bytes) of the records that start in [start, stop): runs of >= `newlines` line ends part them.
+
+    Read in pieces, of which no more stays than the record that is not closed yet.
+    """
     separator = _separator(newlines)
-    base = max(0, segment.start - 4 * newlines)  # enough to see whether a record starts exactly at `start`
-    data = store.read(segment.key, base, segment.stop)
-    ended = len(data) < segment.stop - base
-    starts_here = segment.start == 0 or any(
-        segment.start <= base + match.end() < segment.stop for match in separator.finditer(data)
-    )
-    if not starts_here:
-        return
+    at = max(0, segment.start - 4 * newlines)  # of data[0]: enough to see whether a record starts exactly at `start`
+    data, begins_here = b"", at == 0  # whether data[0] begins a record
+    open_end = -1  # where a record may start, if the separator before it does not go on in the next piece
     ahead = _READ_AHEAD
-    while not ended and not _closed(separator, data, segment.stop - base):
-        more = store.read(segment.key, base + len(data), base + len(data) + ahead)
-        ended = len(more) < ahead
+    while True:
+        stop = min(segment.stop, at + len(data) + max(_PIECE_BYTES, len(data)))
+        if at + len(data) >= segment.stop:
+            if not ((begins_here and at >= segment.start) or segment.start <= open_end < segment.stop):
+                return  # what goes on is no record of this unit
+            stop = at + len(data) + ahead
+            ahead *= 2  # a record longer than the unit costs a logarithmic number of reads
+        more = store.read(segment.key, at + len(data), stop)
+        is_end = len(more) < stop - at - len(data)
         data += more
-        ahead *= 2  # a record longer than the unit costs a logarithmic number of reads
-    begin = 0
-    for match in [*separator.finditer(data), None]:
-        end = match.start() if match else len(data)
-        offset = base + begin
-        owned = segment.start <= offset < segment.stop and (begin > 0 or base == 0)
-        if owned and end > begin:
-            yield offset, data[begin:end].rstrip(b"\r\n")
-        if match:
-            begin = match.end()
-
-
-def _closed(separator: re.Pattern[bytes], data: bytes, stop: int) -> bool:
-    """Whether the record that crosses `stop` ends inside `data` (a separator at its very end may still go on)."""
-    return any(match.end() >= stop and match.end() < len(data) for match in separator.finditer(data, max(0, stop - 8)))
+        begin, open_end = 0, -1
+        for match in separator.finditer(data):
+            if not is_end and data[match.end() : match.end() + 2] in {b"", b"\r"}:
+                open_end = at + match.end()
+                break
+            if begins_here and at + begin >= segment.start and match.start() > begin:
+                yield at + begin, data[begin : match.start()].rstrip(b"\r\n")
+            begin, begins_here = match.end(), True
+            if at + begin >= segment.stop:
+                return
+        if is_end:
+            if begins_here and at + begin >= segment.start and begin < len(data):
+                yield at + begin, data[begin:].rstrip(b"\r\n")
+            return
+        data, at = data[begin:], at + begin
 
 
 def _inflated_records(store: Store, segment: Segment, newlines: int, *, whole: bool) -> Iterator[RawRecord | BadRecord]:
@@ -164,7 +170,7 @@ def _read_table(source: ParquetSource | ArrowSource, store: Store, segment: Segm
                     for row in range(first_row, first_row + table.num_rows):
                         yield BadRecord(segment.key, row, table.reason, b"")
                     continue
-                for row, values in _rows(table, first_row):
+                for row, values in _rows_in_parts(table, first_row):
                     if isinstance(values, UnicodeDecodeError):
                         yield BadRecord(segment.key, row, f"not UTF-8 ({values.reason})", values.object)
                     else:
@@ -184,6 +190,12 @@ class _Lost:
 
 def _why(error: Exception) -> str:
     return f"cannot be read ({str(error).splitlines()[0]})"
+
+
+def _rows_in_parts(table: Any, first_row: int) -> Iterator[tuple[int, Any]]:
+    """`_rows`, some at a time: as Python objects they take many times the memory of the table."""
+    for start in range(0, table.num_rows, _ROWS_AT_ONCE):
+        yield from _rows(table.slice(start, _ROWS_AT_ONCE), first_row + start)
 
 
 def _rows(table: Any, first_row: int) -> Iterator[tuple[int, Any]]:

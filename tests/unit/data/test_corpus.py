@@ -81,17 +81,27 @@ def test_a_record_is_what_stands_between_line_ends(new_store, data, kind):
 
 
 @settings(max_examples=300, deadline=None)
-@given(one=texts, two=texts, kind=kinds, unit_bytes=st.integers(1, 30), ahead=st.integers(1, 9))
-@example(one=b"a\r\n\r\n\r\nb\n\n\n\nc", two=b"", kind="paragraph", unit_bytes=2, ahead=1)
-@example(one=b"a\n\r", two=b"\nb", kind="line", unit_bytes=1, ahead=1)
+@given(
+    one=texts,
+    two=texts,
+    kind=kinds,
+    unit_bytes=st.integers(1, 30),
+    ahead=st.integers(1, 9),
+    piece=st.sampled_from([1, 2, 3, 5, 100]),
+)
+@example(one=b"a\r\n\r\n\r\nb\n\n\n\nc", two=b"", kind="paragraph", unit_bytes=2, ahead=1, piece=100)
+@example(one=b"a\n\r", two=b"\nb", kind="line", unit_bytes=1, ahead=1, piece=100)
+@example(one=b"a\n\rb", two=b"", kind="line", unit_bytes=3, ahead=1, piece=100)
+@example(one=b"a\n\n\r\nb\n\n\rc", two=b"", kind="paragraph", unit_bytes=30, ahead=1, piece=1)
 def test_units_of_any_size_hold_every_record_once_as_it_is_in_the_whole_file(
-    new_store, one, two, kind, unit_bytes, ahead
+    new_store, one, two, kind, unit_bytes, ahead, piece
 ):
     store = new_store(one=one, two=two)
     corpus = TextCorpus(path="x", document=kind).model_copy(update={"unit_bytes": unit_bytes})
     units = planned(corpus, [item for item in store.list() if item.size])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(readers, "_READ_AHEAD", ahead)
+        patch.setattr(readers, "_PIECE_BYTES", piece)
         found = read(corpus, store, units)
     assert found == [*records_of("one", kind, one), *records_of("two", kind, two)]
 
