@@ -16,7 +16,7 @@ from dllm_core.data.manifest import CorpusManifest, Split, corpus_prefix, first_
 from dllm_core.data.noising import CorpusNoise, token_flags
 from dllm_core.data.order import SampleOrder
 from dllm_core.data.packing import PairsPacking
-from dllm_core.data.shard import ShardInfo, map_shard
+from dllm_core.data.shard import OpenShards, ShardInfo
 from dllm_core.seeding import Bools, Floats, Ints
 from dllm_core.storage.store import Store
 
@@ -24,19 +24,20 @@ _ORDER_AHEAD = 1 << 13
 
 
 class SplitReader:
-    """Random access to the rows of one split; a shard is mapped and its sha256 checked when first touched."""
+    """Random access to the rows of one split; of its shards the `shards.most` used last are mapped."""
 
-    def __init__(self, store: Store, prefix: str, shards: tuple[ShardInfo, ...]) -> None:
-        self._store, self._prefix, self._shards = store, prefix, shards
-        self._first_rows = np.array(first_rows(shards), np.int64)
-        self._mapped: dict[int, dict[str, NDArray[Any]]] = {}
+    def __init__(
+        self, store: Store, prefix: str, infos: tuple[ShardInfo, ...], shards: OpenShards | None = None
+    ) -> None:
+        self._infos, self._shards = infos, OpenShards(store, prefix) if shards is None else shards
+        self._first_rows = np.array(first_rows(infos), np.int64)
 
     def read(self, columns: tuple[str, ...], rows: Ints) -> dict[str, NDArray[Any]]:
         """Those of the columns that are stored, at global row ids [N]: each [N] or [N K], in the order asked for."""
         shard_of = np.searchsorted(self._first_rows, rows, side="right") - 1
         result: dict[str, NDArray[Any]] = {}
         for shard in np.unique(shard_of).tolist():
-            views, at = self._views(shard), shard_of == shard
+            views, at = self._shards.views(self._infos[shard]), shard_of == shard
             local = rows[at] - self._first_rows[shard]
             for name in columns:
                 if name in views:
@@ -44,11 +45,6 @@ class SplitReader:
                         result[name] = np.empty((len(rows), *views[name].shape[1:]), views[name].dtype)
                     result[name][at] = views[name][local]
         return result
-
-    def _views(self, shard: int) -> dict[str, NDArray[Any]]:
-        if shard not in self._mapped:
-            self._mapped[shard] = map_shard(self._store, self._prefix, self._shards[shard])
-        return self._mapped[shard]
 
 
 class TokenRows:
@@ -99,9 +95,10 @@ class Loader:
     """Batches of the training split with their noise, read where it was written down and computed where not."""
 
     def __init__(self, store: Store, manifest: CorpusManifest, noise: CorpusNoise) -> None:
-        self._tokens = reader(store, manifest, manifest.train)
         prefix = corpus_prefix(manifest.fingerprint)
-        self._written = [SplitReader(store, prefix, shards) for shards in manifest.noise_epochs]
+        shards = OpenShards(store, prefix)  # of tokens and noise together: what is bounded is a process's
+        self._tokens = SplitReader(store, prefix, manifest.train.shards, shards)
+        self._written = [SplitReader(store, prefix, infos, shards) for infos in manifest.noise_epochs]
         self._noise, self._seq_len = noise, manifest.seq_len
         self._ahead: tuple[int, Ints, Ints] = (0, np.empty(0, np.int64), np.empty(0, np.int64))
 

@@ -3,6 +3,9 @@
 Columns are fixed-size lists of uint16 or uint32 ids and packed uint8 bits; Arrow's bool cannot be mapped as bytes.
 """
 
+import contextlib
+import threading
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,8 @@ from numpy.typing import NDArray
 from dllm_core.config.base import Frozen
 from dllm_core.errors import DataError
 from dllm_core.storage.store import Store, fetch_intact, sha256
+
+_FETCHES = 8
 
 
 class ShardInfo(Frozen):
@@ -57,16 +62,72 @@ def put_shard(store: Store, prefix: str, key: str, data: bytes, *, unit: int, ro
 
 def map_shard(store: Store, prefix: str, info: ShardInfo) -> dict[str, NDArray[Any]]:
     """Read-only numpy views [N] or [N K] into the mapped file, after its sha256 has been checked."""
+    return _mapped(store, prefix, info)[0]
+
+
+def _mapped(store: Store, prefix: str, info: ShardInfo) -> tuple[dict[str, NDArray[Any]], Path]:
+    """The views and their file. What another process drops from the cache before it is mapped is fetched again."""
     key, again = f"{prefix}/{info.key}", f"delete {store.url}/{prefix} and run `dllm preprocess` again"
-    try:
-        path = fetch_intact(store, key, info.sha256)
-        if path is not None:
-            return _views(path)
-    except DataError as error:
-        raise DataError(error.place, error.problem, remedy=error.remedy or again) from error
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{store.url}/{key}", f"cannot be read ({error})", remedy=again) from error
+    for attempt in range(_FETCHES):
+        try:
+            path = fetch_intact(store, key, info.sha256)
+            if path is not None:
+                return _views(path), path
+        except DataError as error:
+            raise DataError(error.place, error.problem, remedy=error.remedy or again) from error
+        except (OSError, pa.ArrowException) as error:
+            if isinstance(error, FileNotFoundError) and attempt < _FETCHES - 1:
+                continue
+            raise DataError(f"{store.url}/{key}", f"cannot be read ({error})", remedy=again) from error
+        break
     raise DataError(f"{store.url}/{key}", "does not match its sha256 in the manifest", remedy=again)
+
+
+class OpenShards:
+    """Mapped shards of one corpus, the `most` that were used last: a process has 65,530 mappings (vm.max_map_count).
+
+    A shard is hashed when it is first mapped. One that was let go and is mapped again is not, nor is S3 asked, where
+    its file is still the very same: then it costs what opening a file does.
+    """
+
+    def __init__(self, store: Store, prefix: str, most: int = 1 << 14) -> None:
+        self._store, self._prefix, self._most = store, prefix, most
+        self._open: OrderedDict[str, dict[str, NDArray[Any]]] = OrderedDict()
+        self._checked: dict[str, tuple[Path, tuple[int, ...]]] = {}
+        self._turn = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def views(self, info: ShardInfo) -> dict[str, NDArray[Any]]:
+        """The views of `map_shard`. Who keeps one keeps its mapping."""
+        with self._turn:  # a prefetching thread may be at it
+            views = self._open.get(info.key)
+            if views is None:
+                if len(self._open) >= self._most:
+                    self._open.popitem(last=False)
+                views = self._open[info.key] = self._again(info) or self._first(info)
+            self._open.move_to_end(info.key)
+            return views
+
+    def _first(self, info: ShardInfo) -> dict[str, NDArray[Any]]:
+        views, path = _mapped(self._store, self._prefix, info)
+        with contextlib.suppress(FileNotFoundError):  # dropped from the cache since: hashed again next time
+            self._checked[info.key] = path, _identity(path)
+        return views
+
+    def _again(self, info: ShardInfo) -> dict[str, NDArray[Any]] | None:
+        path, identity = self._checked.get(info.key, (None, ()))
+        try:
+            return _views(path) if path is not None and _identity(path) == identity else None
+        except (OSError, pa.ArrowException):
+            return None
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    """Changes when a file is replaced. Not its time: a use of the cache sets that."""
+    stat = path.stat()
+    return stat.st_dev, stat.st_ino, stat.st_size
 
 
 def _views(path: Path) -> dict[str, NDArray[Any]]:

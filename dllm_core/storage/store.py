@@ -253,7 +253,7 @@ def fetch_intact(store: Store, key: str, sha256_hex: str) -> Path | None:
         return path
     if isinstance(store, LocalStore):
         return None
-    path.unlink()
+    path.unlink(missing_ok=True)  # another process may have seen it first
     path = store.fetch(key)
     return path if file_sha256(path) == sha256_hex else None
 
