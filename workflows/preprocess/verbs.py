@@ -56,7 +56,7 @@ def plan(corpus: CorpusPlan) -> dict[str, Any]:
         "rows": rows,
         "disk_bytes": corpus.disk_bytes(rows),
         "seconds": round(seconds, 1),
-        "memory_bytes": workers * ((_WORKER_MIB << 20) + 12 * recipe.corpus.unit_bytes),
+        "memory_bytes": workers * ((_WORKER_MIB << 20) + 8 * recipe.corpus.unit_bytes),
         "workers": workers,
         "tokenizer_engine": tokenizer.engine,
     }
