@@ -16,6 +16,7 @@ from dllm_core.data.tokenizer import Tokenizer, TokenizerConfig
 from dllm_core.model.denoiser import Denoiser
 from dllm_core.storage.store import open_store
 from dllm_core.training.backend import LocalBackend
+from dllm_core.training.config import TrainConfig
 from dllm_core.training.loop import Trainer
 from workflows.console import Console
 from workflows.fan_out import serially
@@ -110,16 +111,17 @@ class Prepared:
         """A trainer at the newest checkpoint. seen: is shown the module before training has it; stops: after a step."""
         config = self.recipe.train.model_copy(update=train)
 
-        def backend_of(module: Denoiser) -> LocalBackend:
-            seen(module)
-            return LocalBackend(module, config)
+        class Shown(LocalBackend):
+            def __init__(self, module: Denoiser, config: TrainConfig) -> None:
+                seen(module)
+                super().__init__(module, config)
 
         return open_session(
             self.recipe.model_copy(update={"train": config}),
             self.run,
             read_manifest(self.run.store, self.corpus),
             torch.device("cpu"),
-            backend_of=backend_of,
+            backend=Shown,
             events_of=lambda step: MetricsLog(self.run, step),
             on_damage=lambda error: pytest.fail(str(error)),
             should_stop=lambda: stops,

@@ -1,5 +1,7 @@
 """Denoiser: noised ids -> logits over clean ids, each position seeing what the AttentionPattern lets it see."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -58,23 +60,33 @@ class Denoiser(nn.Module):
 
     For absorbing noise the masks themselves tell t (MDLM, section 3.3); where noise is made of tokens, t helps.
     checkpoints_blocks: keep each block's input for the backward alone, and compute the rest again: memory for time.
+    made: is shown each part (the embedding, a block, the head, ...) as soon as it has its weights and before the next
+    one is made, so that who holds but a share of them can let go of the rest: a whole model need never exist.
     """
 
     checkpoints_blocks = False
 
-    def __init__(self, config: DenoiserConfig) -> None:
+    def __init__(self, config: DenoiserConfig, made: Callable[[nn.Module], None] = lambda part: None) -> None:
         super().__init__()
         model = config.model
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, model.dim)
         nn.init.normal_(self.embed.weight, std=model.dim**-0.5 if model.tie_embeddings else 1.0)
-        self.blocks = nn.ModuleList(Block(model, number) for number in range(model.layers))
+        made(self.embed)
+        self.blocks = nn.ModuleList()
+        for number in range(model.layers):
+            self.blocks.append(Block(model, number))
+            made(self.blocks[number])
         self.norm = RMSNorm(model.dim, model.norm_eps)
         self.head = Linear(model.dim, config.vocab_size)
         if model.tie_embeddings:
             self.head.weight = self.embed.weight
+        made(self.norm)
+        made(self.head)
         # Made last: from one seed, all other weights are those of the unconditioned model.
         self.time = TimeConditioning(model) if model.time_conditioning else None
+        if self.time is not None:
+            made(self.time)
         self._tables: tuple[Tensor, Tensor] | None = None
 
     def forward(

@@ -1,6 +1,7 @@
 """A denoiser in a folder: `config.json` + `model.safetensors`, fp32, names as in `Denoiser.state_dict()`."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from dllm_core.errors import CheckpointError, ConfigError
 from dllm_core.model.config import DenoiserConfig
 from dllm_core.model.denoiser import Denoiser
+from dllm_core.model.tensor_file import shapes_of
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -35,18 +37,32 @@ def read_denoiser(folder: Path, device: str = "cpu") -> Denoiser:
 def assign_weights(denoiser: Denoiser, weights: dict[str, Tensor], place: str) -> None:
     """Give the denoiser these tensors; missing, unknown and misshapen ones are refused by name."""
     expected = {name: tensor.shape for name, tensor in weights_of(denoiser).items()}
-    wrong = [f"missing {name}" for name in expected.keys() - weights.keys()]
-    wrong += [f"unknown {name}" for name in weights.keys() - expected.keys()]
-    wrong += [
-        f"{name} is {list(weights[name].shape)}, must be {list(shape)}"
-        for name, shape in expected.items()
-        if name in weights and weights[name].shape != shape
-    ]
-    if wrong:
-        raise CheckpointError(place, "; ".join(sorted(wrong)[:8]))
+    check_weights(expected, shapes_of(weights), place)
     denoiser.load_state_dict(weights, strict=False, assign=True)
     if denoiser.config.model.tie_embeddings:
         denoiser.head.weight = denoiser.embed.weight
+
+
+@torch.no_grad()
+def copy_weights(denoiser: Denoiser, weights: Mapping[str, Tensor], place: str) -> None:
+    """As `assign_weights`, into the tensors that the denoiser has: one is held beside them at a time."""
+    own = weights_of(denoiser)
+    check_weights({name: tensor.shape for name, tensor in own.items()}, shapes_of(weights), place)
+    for name, tensor in own.items():
+        tensor.copy_(weights[name])
+
+
+def check_weights(expected: Mapping[str, torch.Size], found: Mapping[str, torch.Size], place: str) -> None:
+    """Raises CheckpointError that lists what is missing, unknown and misshapen."""
+    wrong = [f"missing {name}" for name in expected.keys() - found.keys()]
+    wrong += [f"unknown {name}" for name in found.keys() - expected.keys()]
+    wrong += [
+        f"{name} is {list(found[name])}, must be {list(shape)}"
+        for name, shape in expected.items()
+        if name in found and found[name] != shape
+    ]
+    if wrong:
+        raise CheckpointError(place, "; ".join(sorted(wrong)[:8]))
 
 
 def weights_of(denoiser: Denoiser) -> dict[str, Tensor]:

@@ -7,7 +7,8 @@ bit for bit.
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -119,6 +120,48 @@ def read_into(file: BinaryIO, header: Header, name: str, target: Tensor) -> None
         raise CheckpointError(file.name, f"ends within {name}", remedy="fetch the file again")
     if direct is not target:
         target.copy_(direct)
+
+
+class LazyTensors(Mapping[str, Tensor]):
+    """Tensors by name on the CPU, each made when it is asked for and held by who asked alone."""
+
+    @property
+    @abstractmethod
+    def shapes(self) -> Mapping[str, torch.Size]:
+        """Of all there are, without making one."""
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+
+class TensorFile(LazyTensors):
+    """Those of a file, each read when it is asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._header = path, read_header(path)
+
+    @property
+    def shapes(self) -> dict[str, torch.Size]:
+        """As the header says."""
+        return {name: torch.Size(entry.shape) for name, entry in self._header.entries.items()}
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Of the file's type."""
+        entry = self._header.entries[name]
+        found = torch.empty(entry.shape, dtype=entry.dtype)
+        with self._path.open("rb") as file:
+            read_into(file, self._header, name, found)
+        return found
+
+
+def shapes_of(tensors: Mapping[str, Tensor]) -> Mapping[str, torch.Size]:
+    """By name."""
+    if isinstance(tensors, LazyTensors):
+        return tensors.shapes
+    return {name: tensor.shape for name, tensor in tensors.items()}
 
 
 def write_file(path: Path, header: Header, tensors: Iterable[Tensor]) -> None:

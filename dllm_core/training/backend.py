@@ -6,6 +6,7 @@ backend; between checkpoints each rank sees its own share alone.
 
 import os
 import shutil
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
@@ -14,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from dllm_core.errors import ConfigError
+from dllm_core.model.config import DenoiserConfig
 from dllm_core.model.denoiser import Denoiser
-from dllm_core.model.pretrained import weights_of
+from dllm_core.model.pretrained import copy_weights, weights_of
 from dllm_core.objective.loss import DenoiserLike
 from dllm_core.training.config import TrainConfig
 
@@ -54,26 +56,54 @@ class Backend(Protocol):
         """
 
     def gather(self, shard: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Whole tensors on rank 0, nothing elsewhere, from such shares of all ranks. Collective."""
+        """Of such shares of all ranks whole tensors, on rank 0's CPU and the caller's own; else nothing. Collective."""
 
-    def scatter(self, whole: dict[str, Tensor]) -> dict[str, Tensor]:
+    def scatter(self, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A rank's share of whole tensors that every rank was given: undoes `gather`."""
 
     def optimizer_state(self) -> dict[str, Tensor]:
-        """`<moment>.<parameter>` for Adam's two moments, whole, fp32, on rank 0's CPU, else nothing. Collective."""
+        """`<moment>.<parameter>` for Adam's two moments, whole, fp32, on rank 0's CPU, the caller's own; else nothing.
+        Collective.
+        """
 
-    def load_optimizer_state(self, state: dict[str, Tensor], step: int) -> None:
+    def load_optimizer_state(self, state: Mapping[str, Tensor], step: int) -> None:
         """Take such a state, as after `step` updates. Collective."""
 
 
-def new_optimizer(module: nn.Module, config: TrainConfig, device: torch.device) -> torch.optim.AdamW:
+class BackendKind(Protocol):
+    """How a backend's denoiser comes to be, in the form in which the backend holds it; called, the backend around it.
+
+    Between `new_denoiser` and the call, only what is here is done with a denoiser that may be cut.
+    """
+
+    def __call__(self, module: Denoiser, config: TrainConfig) -> Backend:
+        """The backend."""
+
+    def new_denoiser(self, model: DenoiserConfig, config: TrainConfig, device: torch.device) -> Denoiser:
+        """A denoiser with weights from torch's generator, the same for every backend. Collective."""
+
+    def assign(self, module: Denoiser, weights: Mapping[str, Tensor], place: str) -> None:
+        """Give a new denoiser these weights, one tensor at a time. Raises CheckpointError for another model's."""
+
+    def frozen(self, module: Denoiser, config: TrainConfig) -> DenoiserLike:
+        """A denoiser that is asked and never trained, in the precision of what is."""
+
+    def alone(self, module: Denoiser, device: torch.device) -> Denoiser:
+        """One that a rank runs by itself: the module, or of one that is cut the first of its blocks."""
+
+
+def new_optimizer(
+    module: nn.Module, config: TrainConfig, device: torch.device, shape_of: Callable[[Tensor], torch.Size] | None = None
+) -> torch.optim.AdamW:
     """AdamW; matrices decay, norms' weights do not. device: where it works, which may be the CPU for a GPU's weights.
 
-    On a GPU torch's own fused kernel, which comes with torch; nothing is compiled. On a CPU the plain one.
+    On a GPU torch's own fused kernel, which comes with torch; nothing is compiled. On a CPU the plain one. shape_of: of
+    a parameter before it was cut.
     """
     trained = [p for p in module.parameters() if p.requires_grad]
-    decaying = [p for p in trained if p.ndim >= 2]
-    others = [p for p in trained if p.ndim < 2]
+    decaying, others = list[Tensor](), list[Tensor]()
+    for p in trained:
+        (decaying if len(shape_of(p) if shape_of else p.shape) >= 2 else others).append(p)
     groups = [
         {"params": decaying, "weight_decay": config.weight_decay},
         {"params": others, "weight_decay": 0.0},
@@ -144,6 +174,27 @@ class LocalBackend:
 
     rank, world_size = 0, 1
 
+    @staticmethod
+    def new_denoiser(model: DenoiserConfig, config: TrainConfig, device: torch.device) -> Denoiser:
+        """A whole one."""
+        with device:
+            return Denoiser(model)
+
+    @staticmethod
+    def assign(module: Denoiser, weights: Mapping[str, Tensor], place: str) -> None:
+        """Copied."""
+        copy_weights(module, weights, place)
+
+    @staticmethod
+    def frozen(module: Denoiser, config: TrainConfig) -> DenoiserLike:
+        """Itself, under autocast where it is asked."""
+        return module.eval().requires_grad_(False)
+
+    @staticmethod
+    def alone(module: Denoiser, device: torch.device) -> Denoiser:
+        """Itself."""
+        return module
+
     def __init__(self, module: Denoiser, config: TrainConfig) -> None:
         self.module, self.device = module, module.device
         self.denoiser: DenoiserLike = module
@@ -179,10 +230,10 @@ class LocalBackend:
         return trained_weights(self.module)
 
     def gather(self, shard: dict[str, Tensor]) -> dict[str, Tensor]:
-        """It is whole."""
-        return shard
+        """It is whole, and copied."""
+        return copied(shard)
 
-    def scatter(self, whole: dict[str, Tensor]) -> dict[str, Tensor]:
+    def scatter(self, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """All, on the module's device."""
         return {name: tensor.to(self.device) for name, tensor in whole.items()}
 
@@ -190,9 +241,14 @@ class LocalBackend:
         """From torch's own state; zeros before the first step."""
         return moments_of(self.module, self._optimizer)
 
-    def load_optimizer_state(self, state: dict[str, Tensor], step: int) -> None:
+    def load_optimizer_state(self, state: Mapping[str, Tensor], step: int) -> None:
         """Into torch's own state."""
         set_moments(self.module, self._optimizer, state, step)
+
+
+def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies on the CPU, which training does not change."""
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
 
 def moments_of(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -205,7 +261,7 @@ def moments_of(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str,
     }
 
 
-def set_moments(module: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Tensor], step: int) -> None:
+def set_moments(module: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Tensor], step: int) -> None:
     """Set Adam's moments of an unpartitioned optimizer."""
     for name, p in ((name, p) for name, p in module.named_parameters() if p.requires_grad):
         moments = {moment: state[f"{moment}.{name}"].to(p.device, torch.float32).clone() for moment in MOMENTS}

@@ -5,6 +5,7 @@ It joins the process group that exists (Ray Train's, torchrun's), builds no comp
 
 import logging
 import os
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -16,14 +17,19 @@ from deepspeed.utils import (
     safe_set_full_optimizer_state,
     safe_set_local_optimizer_state,
 )
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
+from dllm_core.model.config import DenoiserConfig
 from dllm_core.model.denoiser import Denoiser
+from dllm_core.model.pretrained import check_weights, copy_weights, weights_of
+from dllm_core.model.tensor_file import shapes_of
 from dllm_core.objective.loss import DenoiserLike
 from dllm_core.training.backend import (
     BUCKET_ELEMENTS,
     MOMENTS,
+    LocalBackend,
+    copied,
     moments_of,
     new_optimizer,
     new_state,
@@ -40,54 +46,75 @@ logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 class DeepSpeedBackend:
     """ZeRO stage 0 to 3 over the default process group; below 3 each rank holds whole fp32 weights.
 
-    At stage 3 the module is given whole, made or loaded alike on every rank, and DeepSpeed cuts it. Its `zero.Init`
-    would never hold it whole, but a parent's constructor that fills weights then fills cut ones, to no effect and
-    without a word. So of the 16 bytes a parameter that are cut, 4 must fit at the start.
+    At stage 3 no rank ever holds more than a part of the module whole. The module is cut part by part while it is made,
+    each once it is filled: DeepSpeed's `zero.Init` around a constructor cuts weights before a parent's constructor
+    fills them, to no effect and without a word.
     """
+
+    @staticmethod
+    def new_denoiser(model: DenoiserConfig, config: TrainConfig, device: torch.device) -> Denoiser:
+        """Whole below stage 3; there each part is cut when it is made."""
+        if config.zero_stage < 3:
+            return LocalBackend.new_denoiser(model, config, device)
+        settings = _settings(model, config, device)
+
+        def cut(part: nn.Module) -> None:
+            deepspeed.zero.Init(module=part, config_dict_or_path=settings)
+
+        with device:
+            return Denoiser(model, cut)
+
+    @staticmethod
+    def assign(module: Denoiser, weights: Mapping[str, Tensor], place: str) -> None:
+        """Copied; of what is cut, a rank's own part."""
+        if not _is_cut(module):
+            copy_weights(module, weights, place)
+            return
+        own = weights_of(module)
+        parameters: dict[str, Any] = {name: p for name, p in module.named_parameters() if name in own}
+        check_weights({name: _shape(parameters.get(name, t)) for name, t in own.items()}, shapes_of(weights), place)
+        for name, tensor in own.items():
+            if name in parameters:
+                parameters[name].ds_tensor.copy_(_part(parameters[name], weights[name]))
+            else:
+                tensor.copy_(weights[name])
+
+    @staticmethod
+    def frozen(module: Denoiser, config: TrainConfig) -> DenoiserLike:
+        """Behind an engine of its own, which gathers what is cut and knows the precision."""
+        settings = _settings(module.config, config, module.device)
+        module.eval().requires_grad_(False)
+        if not _is_cut(module):
+            settings["zero_optimization"] = {"stage": 0}
+        engine: DenoiserLike
+        engine, *_ = deepspeed.initialize(model=module, config=settings)
+        return engine
+
+    @staticmethod
+    def alone(module: Denoiser, device: torch.device) -> Denoiser:
+        """At stage 3 a new one with two blocks at most, of the weights' own sizes."""
+        if not _is_cut(module):
+            return module
+        model = module.config.model
+        shallow = model.model_copy(update={"layers": min(2, model.layers)})
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
+            return Denoiser(module.config.model_copy(update={"model": shallow}))
 
     def __init__(self, module: Denoiser, config: TrainConfig) -> None:
         self.device = module.device
-        if self.device.type == "cpu":
-            # Built for inference only, never used in training; it would cost a compiler and 30 s at every start.
-            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-            os.environ.setdefault("DS_ACCELERATOR", "cpu")
         prepare(module, config)
-        precision = resolve_precision(config.precision, self.device)
-        world_size = torch.distributed.get_world_size()
-        settings: dict[str, Any] = {
-            "train_batch_size": config.batch_rows,
-            "train_micro_batch_size_per_gpu": config.batch_rows // world_size,
-            "zero_optimization": self._zero_section(module, config),
-            "zero_allow_untested_optimizer": True,  # torch's own AdamW: DeepSpeed's would be compiled
-            "zero_force_ds_cpu_optimizer": False,
-            "gradient_clipping": config.clip_norm,
-            "torch_autocast": {"enabled": precision is not torch.float32, "dtype": "bfloat16"},
-            "steps_per_print": 1 << 40,
-        }
+        settings = _settings(module.config, config, self.device)
         self._engine: Any
         updated_on = self.device if config.offload == "none" else torch.device("cpu")
-        optimizer = new_optimizer(module, config, updated_on)
+        optimizer = new_optimizer(module, config, updated_on, _shape)
         self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
         self._stage = config.zero_stage
         self.module = module
         self.denoiser: DenoiserLike = self._engine
         self.rank: int = torch.distributed.get_rank()
-        self.world_size = world_size
+        self.world_size: int = torch.distributed.get_world_size()
         if self._stage > 0:
             self._make_partitions()
-
-    def _zero_section(self, module: Denoiser, config: TrainConfig) -> dict[str, Any]:
-        """DeepSpeed's `zero_optimization`."""
-        in_memory = {"device": "cpu", "pin_memory": self.device.type == "cuda"}
-        offloaded = {"none": (), "optimizer": ("optimizer",), "parameters": ("optimizer", "param")}[config.offload]
-        return {
-            "stage": config.zero_stage,
-            # DeepSpeed takes the whole bucket on a GPU even for a small model.
-            "reduce_bucket_size": min(BUCKET_ELEMENTS, sum(p.numel() for p in module.parameters())),
-            # Norms' weights stay whole, matrices are cut; below DeepSpeed's 100,000 elements small models stay whole.
-            "stage3_param_persistence_threshold": 10 * module.config.model.dim,
-            **{f"offload_{what}": in_memory for what in offloaded},
-        }
 
     def autocast(self) -> AbstractContextManager[object]:
         """Nothing: the engine's own forward runs under autocast."""
@@ -128,15 +155,17 @@ class DeepSpeedBackend:
 
     def gather(self, shard: dict[str, Tensor]) -> dict[str, Tensor]:
         """Parameter by parameter, so that no rank but the first ever holds more than one whole."""
-        if self._stage < 3:
-            return shard
-        return self._on_rank_0({**shard, **{name: self._joined(p, shard[name]) for name, p in self._parameters()}})
+        cut = dict(self._parameters()) if self._stage == 3 else {}
+        joined = {name: self._joined(p, shard[name]) for name, p in cut.items()}
+        rest = copied({name: tensor for name, tensor in shard.items() if name not in cut})
+        return self._on_rank_0({**rest, **joined})
 
-    def scatter(self, whole: dict[str, Tensor]) -> dict[str, Tensor]:
+    def scatter(self, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Copies of the parts that are this rank's."""
         cut = dict(self._parameters()) if self._stage == 3 else {}
-        rest = {name: tensor.to(self.device) for name, tensor in whole.items() if name not in cut}
-        return {**self._on_rank_0(rest), **{name: self._part(p, whole[name]) for name, p in cut.items()}}
+        rest = [name for name in whole if name not in cut] if self.rank == 0 else []
+        shares = {name: whole[name].to(self.device) for name in rest}
+        return {**shares, **{name: _part(p, whole[name]) for name, p in cut.items()}}
 
     def optimizer_state(self) -> dict[str, Tensor]:
         """Each parameter's moments, gathered from the ranks that own their parts."""
@@ -152,7 +181,7 @@ class DeepSpeedBackend:
                 state[f"{moment}.{name}"] = found.cpu() if self.rank == 0 else found[:0]
         return self._on_rank_0(state)
 
-    def load_optimizer_state(self, state: dict[str, Tensor], step: int) -> None:
+    def load_optimizer_state(self, state: Mapping[str, Tensor], step: int) -> None:
         """Each rank copies the parts that it owns."""
         if self._stage == 0:
             set_moments(self.module, self._base_optimizer(), state, step)
@@ -163,7 +192,7 @@ class DeepSpeedBackend:
             for moment in MOMENTS:
                 whole = state[f"{moment}.{name}"]
                 if self._stage == 3:
-                    safe_set_local_optimizer_state(p, self._part(p, whole), moment)
+                    safe_set_local_optimizer_state(p, _part(p, whole), moment)
                 else:
                     safe_set_full_optimizer_state(p, whole.to(self.device), moment)
 
@@ -173,13 +202,6 @@ class DeepSpeedBackend:
     def _parameters(self) -> list[tuple[str, Any]]:
         """Those that train by name, each once; DeepSpeed hangs attributes on them that no type knows."""
         return [(name, p) for name, p in self.module.named_parameters() if p.requires_grad]
-
-    def _part(self, p: Any, whole: Tensor) -> Tensor:
-        """What is this rank's of a parameter that stage 3 cut: flat and equal, the last filled up with 0."""
-        own: Tensor = p.ds_tensor
-        size = own.numel()
-        flat = functional.pad(whole.flatten(), (0, size * self.world_size - whole.numel()))
-        return flat[self.rank * size : (self.rank + 1) * size].to(own.device, torch.float32, copy=True)
 
     def _joined(self, p: Any, part: Tensor) -> Tensor:
         """The whole parameter on rank 0's CPU from every rank's part, an empty tensor elsewhere. Collective."""
@@ -220,3 +242,50 @@ class DeepSpeedBackend:
             )
         if self._stage < 3:  # stage 3 looks them up
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def _settings(model: DenoiserConfig, config: TrainConfig, device: torch.device) -> dict[str, Any]:
+    """What DeepSpeed is told. The first thing that is done with it, so its surroundings are set here."""
+    if device.type == "cpu":
+        # Built for inference only, never used in training; it would cost a compiler and 30 s at every start.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    in_memory = {"device": "cpu", "pin_memory": device.type == "cuda"}
+    offloaded = {"none": (), "optimizer": ("optimizer",), "parameters": ("optimizer", "param")}[config.offload]
+    return {
+        "train_batch_size": config.batch_rows,
+        "train_micro_batch_size_per_gpu": config.batch_rows // torch.distributed.get_world_size(),
+        "zero_optimization": {
+            "stage": config.zero_stage,
+            # DeepSpeed takes the whole bucket on a GPU even for a small model.
+            "reduce_bucket_size": min(BUCKET_ELEMENTS, model.model.num_parameters(model.vocab_size)),
+            # Norms' weights stay whole, matrices are cut; below DeepSpeed's 100,000 elements small models stay whole.
+            "stage3_param_persistence_threshold": 10 * model.model.dim,
+            **{f"offload_{what}": in_memory for what in offloaded},
+        },
+        "zero_allow_untested_optimizer": True,  # torch's own AdamW: DeepSpeed's would be compiled
+        "zero_force_ds_cpu_optimizer": False,
+        "gradient_clipping": config.clip_norm,
+        "torch_autocast": {
+            "enabled": resolve_precision(config.precision, device) is not torch.float32,
+            "dtype": "bfloat16",
+        },
+        "steps_per_print": 1 << 40,
+    }
+
+
+def _is_cut(module: Denoiser) -> bool:
+    return hasattr(module.embed.weight, "ds_tensor")
+
+
+def _shape(p: Any) -> torch.Size:
+    """A parameter's, whether it was cut or not; DeepSpeed hangs attributes on them that no type knows."""
+    return torch.Size(getattr(p, "ds_shape", p.shape))
+
+
+def _part(p: Any, whole: Tensor) -> Tensor:
+    """What is this rank's of a parameter that stage 3 cut: flat and equal, the last filled up with 0."""
+    own: Tensor = p.ds_tensor
+    size, first = own.numel(), torch.distributed.get_rank() * own.numel()
+    flat = whole.flatten()[first : first + size]
+    return functional.pad(flat, (0, size - len(flat))).to(own.device, torch.float32, copy=True)

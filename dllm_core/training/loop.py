@@ -9,12 +9,12 @@ from collections.abc import Callable
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from dllm_core.checkpoints.store import Checkpoint, CheckpointStore, TrainPosition
 from dllm_core.data.loader import Batches
 from dllm_core.errors import DataError, DivergedError
 from dllm_core.model.pretrained import WEIGHTS_NAME
+from dllm_core.model.tensor_file import TensorFile
 from dllm_core.objective.loss import LEVELS, Objective
 from dllm_core.training.backend import Backend
 from dllm_core.training.config import TrainConfig
@@ -91,8 +91,8 @@ class Trainer:
         self._position = checkpoint.manifest.position
         self._durable = self._position.step
         updates = self._position.step - self._position.skipped_steps
-        self._backend.load_optimizer_state(load_file(checkpoint.files[OPTIMIZER_NAME]), updates)
-        averaged = self._backend.scatter(load_file(checkpoint.files[EMA_NAME]))
+        self._backend.load_optimizer_state(TensorFile(checkpoint.files[OPTIMIZER_NAME]), updates)
+        averaged = self._backend.scatter(TensorFile(checkpoint.files[EMA_NAME]))
         self._average = WeightAverage(averaged, self._config.ema_decay)
 
     def run(self) -> TrainPosition:
@@ -200,17 +200,20 @@ class Trainer:
         return None if heldout is None or heldout.step != self._position.step else heldout.nats
 
     def _save(self) -> None:
-        """Start to write a checkpoint. The gathering is collective, the rest rank 0's."""
+        """Start to write a checkpoint. The gathering is collective, the rest rank 0's.
+
+        The write before is waited for first: two checkpoints would not fit where one does, 16 bytes a parameter.
+        """
         if self._config.average_from == "best" and self._newest_score() is None:
             self._score_heldout()
         begun = self._clock()
+        self._tell_of_save(wait=True)
         assert self._average is not None
         parts = {
             WEIGHTS_NAME: self._backend.gather(self._backend.shard()),
             EMA_NAME: self._backend.gather(self._average.weights),
             OPTIMIZER_NAME: self._backend.optimizer_state(),
         }
-        self._tell_of_save(wait=True)
         if self._writer is not None:
             self._writer.submit(self._position, parts, self._newest_score())
         self._window.save_wait += self._clock() - begun

@@ -54,7 +54,7 @@ def assign_adapters(module: Denoiser, adapters: Mapping[str, Tensor], place: str
     module.load_state_dict(dict(adapters), strict=False, assign=True)
 
 
-def merged(weights: dict[str, Tensor], adapters: Mapping[str, Tensor], config: LoraConfig) -> dict[str, Tensor]:
+def merged(weights: Mapping[str, Tensor], adapters: Mapping[str, Tensor], config: LoraConfig) -> dict[str, Tensor]:
     """Weights by the denoiser's names with the adapters added, fp32. Raises CheckpointError for another model's."""
     result = dict(weights)
     for name, a in adapters.items():

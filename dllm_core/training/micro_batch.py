@@ -15,10 +15,12 @@ import torch
 from dllm_core.data.batch import Batch
 from dllm_core.data.loader import Batches
 from dllm_core.errors import DataError
+from dllm_core.model.config import DenoiserConfig
 from dllm_core.model.denoiser import Denoiser
 from dllm_core.objective.loss import LossSum, Objective
 from dllm_core.training.backend import Backend, prepare, resolve_precision
 from dllm_core.training.config import TrainConfig
+from dllm_core.training.plan import Forward, device_memory
 
 _TRIALS = 2
 _AS_FAST = 1.05
@@ -50,18 +52,41 @@ def accumulated(backend: Backend, objective: Objective, batch: Batch, micro_rows
     return total
 
 
-def chosen_micro_rows(config: TrainConfig, module: Denoiser, objective: Objective, loader: Batches) -> int | None:
+def chosen_micro_rows(
+    config: TrainConfig,
+    model: DenoiserConfig,
+    alone: Callable[[], Denoiser],
+    objective: Objective,
+    loader: Batches,
+    *,
+    device_bytes: int | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> int | None:
     """What `micro_rows` says, and where it says `auto`, what is fastest on this rank's device with its first batch.
 
-    To be asked before a backend cuts the module: nothing in it is collective, so no rank waits for one that has run
-    out of memory. Ranks may find different numbers.
+    model: what is trained; alone: a denoiser that a rank runs without the others, so that none waits for one that has
+    run out of memory. It may have fewer layers, where the rest of the model is on other ranks; then what fits into
+    `device_bytes`, by default all of a GPU's, is told by `device_memory`. Ranks may find different numbers.
     """
     if config.micro_rows != "auto":
         return config.micro_rows
     rank, world_size = 0, 1
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return fastest_micro_rows(config, module, objective, loader.batch(0, config.batch_rows, rank, world_size))
+    module, batch = alone(), loader.batch(0, config.batch_rows, rank, world_size)
+    if module.config == model:
+        return fastest_micro_rows(config, module, objective, batch, clock)
+    if device_bytes is None and module.device.type == "cuda":
+        device_bytes = torch.cuda.get_device_properties(module.device).total_memory
+    is_bf16 = resolve_precision(config.precision, module.device) is torch.bfloat16
+
+    def fits(rows: int) -> bool:
+        forward = Forward(rows, model.context_length, is_bf16, read_share=1.0)
+        stage = config.zero_stage
+        needed = device_memory(config, model, objective.pattern, forward, stage=stage, workers=world_size)
+        return device_bytes is None or needed.total <= device_bytes
+
+    return fastest_micro_rows(config, module, objective, batch, clock, fits)
 
 
 def fastest_micro_rows(
@@ -70,19 +95,23 @@ def fastest_micro_rows(
     objective: Objective,
     batch: Batch,
     clock: Callable[[], float] = time.perf_counter,
+    fits: Callable[[int], bool] | None = None,
 ) -> int:
     """The largest number of rows whose forward and backward take the least time a row, within 5 %.
 
     Asked of powers of two that divide the batch, and of the whole batch; larger ones than the first that does not fit
     into memory are not tried. Leaves weights as they are and no gradient. Costs three passes over twice the batch.
+    fits: whether so many rows do, where memory cannot be tried out because the module is but a part.
     """
     prepare(module, config)
     rows = len(batch.x0)
     sizes = [1 << k for k in range(rows.bit_length()) if rows % (1 << k) == 0 and 1 << k < rows]
     seconds: dict[int, float] = {}
     with suppress(torch.OutOfMemoryError):
-        reserve = _reserved(module)  # noqa: F841 (held, not read)
+        reserve = _reserved(module) if fits is None else None  # noqa: F841 (held, not read)
         for size in [*sizes, rows]:
+            if fits is not None and not fits(size):
+                break
             seconds[size] = _seconds(config, module, objective, batch.parts(size)[0], clock) / size
     module.zero_grad(set_to_none=True)
     if module.device.type == "cuda":

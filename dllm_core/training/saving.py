@@ -17,11 +17,7 @@ Parts = Mapping[str, Mapping[str, Tensor]]
 
 
 class CheckpointWriter:
-    """Hands copies of the tensors to a thread that hashes, stores and prunes. Rank 0's.
-
-    Training waits for the copy alone, and for the write before if it is still going on. Costs the parts' bytes once
-    more in host memory, 16 a parameter.
-    """
+    """Hands tensors to a thread that hashes, stores and prunes. Rank 0's."""
 
     def __init__(self, checkpoints: CheckpointStore, *, keep: int, keep_every: int | None, keep_best: int = 0) -> None:
         self._checkpoints = checkpoints
@@ -39,10 +35,11 @@ class CheckpointWriter:
         return None if self._writing is None else self._writing[0]
 
     def submit(self, position: TrainPosition, parts: Parts, heldout: float | None = None) -> None:
-        """Copy `file name -> tensors` and start to write them. The save before must have been told by `ended`."""
+        """Start to write `file name -> tensors`, which are the writer's from here on. The save before must have been
+        told by `ended`.
+        """
         assert self._writing is None, "one at a time"
-        copies = {name: {key: t.detach().cpu().clone() for key, t in part.items()} for name, part in parts.items()}
-        self._writing = position.step, self._thread.submit(self._write, position, copies, heldout)
+        self._writing = position.step, self._thread.submit(self._write, position, parts, heldout)
 
     def ended(self, *, wait: bool) -> bool:
         """Whether the save is committed since. Raises what made it fail."""

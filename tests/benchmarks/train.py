@@ -109,7 +109,7 @@ def shipped(rank: int, world_size: int, recipe: Recipe, corpus: str, name: str, 
         run,
         read_manifest(run.store, corpus),
         CPU,
-        backend_of=lambda module: DeepSpeedBackend(module, recipe.train),
+        backend=DeepSpeedBackend,
         events_of=lambda step: Silence() if rank else MetricsLog(run, step),
         on_damage=lambda error: None,
     ).run()

@@ -3,6 +3,7 @@
 Nearly all time is the start of processes, so one start runs many trainings, one after the other.
 """
 
+import gc
 import json
 import os
 import shutil
@@ -15,7 +16,7 @@ import pytest
 import torch
 import yaml
 from conftest import SmallCorpus, small_recipe
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from starts import Prepared, qwen2_folder, texts, values_of
 
 from dllm_core.checkpoints.run_dir import RunDir
@@ -23,13 +24,15 @@ from dllm_core.checkpoints.store import CheckpointStore
 from dllm_core.data.batch import Batch
 from dllm_core.data.loader import Loader
 from dllm_core.data.manifest import CorpusManifest, read_manifest
+from dllm_core.errors import CheckpointError
 from dllm_core.model.config import DenoiserConfig
 from dllm_core.model.denoiser import Denoiser
-from dllm_core.model.pretrained import assign_weights, weights_of
+from dllm_core.model.pretrained import weights_of
+from dllm_core.model.tensor_file import TensorFile
 from dllm_core.objective.diffusion import Diffusion
 from dllm_core.objective.loss import DenoiserLike, LossSum, Objective
 from dllm_core.storage.store import open_store
-from dllm_core.training.backend import Backend, LocalBackend
+from dllm_core.training.backend import Backend, BackendKind, LocalBackend
 from dllm_core.training.config import TrainConfig
 from dllm_core.training.events import StepRecord
 from dllm_core.training.loop import Trainer
@@ -119,12 +122,85 @@ def train_rank(rank: int, jobs: tuple[Job, ...]) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(first.world_size), MASTER_ADDR="127.0.0.1")
     rendezvous = f"file://{first.run_root}/{first.run}.{first.world_size}.rendezvous"
     torch.distributed.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=first.world_size)
+    if first.world_size == 2:
+        folder = Path(first.run_root, f"start-{rank}")
+        folder.mkdir(exist_ok=True)
+        check_start(folder)
     for job in jobs:
         train_job(rank, job)
     torch.distributed.destroy_process_group()
     # DeepSpeed keeps the group's threads; at the interpreter's own end they sometimes abort the process
     # ("terminate called without an active exception"), after all work is done.
     os._exit(0)
+
+
+def check_start(root: Path) -> None:
+    """At stage 3 a module is made and filled with one part of it whole at a time, and has the weights of a whole one."""
+    import deepspeed
+
+    from dllm_core.training.deepspeed_backend import DeepSpeedBackend
+
+    sizes = {"dim": 128, "layers": 12, "heads": 4, "ffn_dim": 384, "tie_embeddings": False, "time_conditioning": True}
+    model = DenoiserConfig.checked(
+        {"model": sizes, "vocab_size": 512, "context_length": 16, "mask_id": 0, "eos_id": 1, "pad_id": 2}
+    )
+    train, cpu, world_size = TrainConfig(zero_stage=3, batch_rows=2), torch.device("cpu"), 2
+    torch.manual_seed(9)
+    whole = Denoiser(model)
+    largest = max(sum(p.numel() for p in part.parameters()) for part in [*whole.blocks, whole.embed, whole.time])
+    total = sum(p.numel() for p in whole.parameters())
+    expected = {name: tensor.clone() for name, tensor in weights_of(whole).items()}
+    other = {name: tensor + 1 for name, tensor in expected.items()}
+    save_file(other, root / "other.safetensors")
+    before, init, held = live_elements(), deepspeed.zero.Init, list[int]()
+
+    def cut(**given: Any) -> None:
+        held.append(live_elements() - before)
+        init(**given)
+
+    class Watched(TensorFile):
+        def __getitem__(self, name: str) -> torch.Tensor:
+            tensor = super().__getitem__(name)
+            held.append(live_elements() - before)
+            return tensor
+
+    deepspeed.zero.Init = cut
+    try:
+        torch.manual_seed(9)
+        module = DeepSpeedBackend.new_denoiser(model, train, cpu)
+    finally:
+        deepspeed.zero.Init = init
+    settings = {name: p.ds_shape for name, p in module.named_parameters()}
+    assert settings == {name: t.shape for name, t in expected.items()}
+    assert len(held) == model.model.layers + 4  # embedding, norm, head and times
+    found = {name: joined(p) for name, p in module.named_parameters()}
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    del found
+    file = Watched(root / "other.safetensors")
+    DeepSpeedBackend.assign(module, file, "other")
+    found = {name: joined(p) for name, p in module.named_parameters()}
+    assert all(torch.equal(found[name], tensor) for name, tensor in other.items())
+    assert len(held) == model.model.layers + 4 + len(other)
+    assert max(held) <= total / world_size + 1.1 * largest < 0.85 * total
+    with pytest.raises(CheckpointError, match=r"missing norm\.weight"):
+        DeepSpeedBackend.assign(module, {n: t for n, t in other.items() if n != "norm.weight"}, "place")
+
+
+def live_elements() -> int:
+    """Of all tensors that live in this process, each storage once."""
+    storages = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+        for t in gc.get_objects()
+        if issubclass(type(t), torch.Tensor)  # isinstance would ask objects for their class, and some warn
+    }
+    return sum(storages.values()) // 4
+
+
+def joined(p: Any) -> torch.Tensor:
+    """A parameter that was cut, from both ranks' parts."""
+    parts = [torch.empty_like(p.ds_tensor) for _ in range(2)]
+    torch.distributed.all_gather(parts, p.ds_tensor.contiguous())
+    return torch.cat(parts)[: p.ds_numel].view(p.ds_shape)
 
 
 def train_job(rank: int, job: Job) -> None:
@@ -144,19 +220,15 @@ def train_job(rank: int, job: Job) -> None:
         eos_id=eos_id,
         pad_id=pad_id,
     )
-    module = Denoiser(config)
+    kind = kind_of(job)
+    module = kind.new_denoiser(config, job.train, torch.device("cpu"))
     module.register_buffer("noted", torch.tensor([1.0, 2.0, 3.0]))  # what is no parameter is kept too
     checkpoints = CheckpointStore(RunDir(open_store("root", job.run_root), job.run))
     newest = checkpoints.newest(lambda error: pytest.fail(str(error)))
     if newest is not None:
-        assign_weights(module, load_file(newest.files["model.safetensors"]), "checkpoint")
-    backend: Backend
-    if job.local:
-        backend = LocalBackend(module, job.train)
-    else:
-        from dllm_core.training.deepspeed_backend import DeepSpeedBackend
-
-        backend = DeepSpeedBackend(module, job.train)
+        kind.assign(module, TensorFile(newest.files["model.safetensors"]), "checkpoint")
+    backend: Backend = kind(module, job.train)
+    if not job.local:
         check_settings(backend._engine, job.train)
         check_shares(backend, {**weights_of(Denoiser(config)), "noted": torch.tensor([4.0, 5.0, 6.0])})
     told = Quiet()
@@ -180,10 +252,17 @@ def train_job(rank: int, job: Job) -> None:
         Path(job.run_root, f"{job.run}.losses").write_text(json.dumps([record.loss for record in told.records]))
 
 
-def train_session(rank: int, job: Job, manifest: CorpusManifest) -> None:
-    """As a worker does it, from the recipe."""
+def kind_of(job: Job) -> BackendKind:
+    """DeepSpeed takes seconds to import."""
+    if job.local:
+        return LocalBackend
     from dllm_core.training.deepspeed_backend import DeepSpeedBackend
 
+    return DeepSpeedBackend
+
+
+def train_session(rank: int, job: Job, manifest: CorpusManifest) -> None:
+    """As a worker does it, from the recipe."""
     told = Quiet()
     recipe = Recipe.checked(yaml.safe_load(job.recipe or "")).model_copy(update={"train": job.train})
     trainer = open_session(
@@ -191,7 +270,7 @@ def train_session(rank: int, job: Job, manifest: CorpusManifest) -> None:
         RunDir(open_store("root", job.corpus_root), job.run),
         manifest,
         torch.device("cpu"),
-        backend_of=lambda module: (LocalBackend if job.local else DeepSpeedBackend)(module, job.train),
+        backend=kind_of(job),
         events_of=lambda step: told,
         on_damage=lambda error: pytest.fail(str(error)),
     )

@@ -32,13 +32,12 @@ def train_rank(rank: int, prepared: dict[str, Prepared], rendezvous: str) -> Non
     from dllm_core.training.deepspeed_backend import DeepSpeedBackend
 
     for one in prepared.values():
-        config = one.recipe.train
         open_session(
             one.recipe,
             one.run,
             read_manifest(one.run.store, one.corpus),
             torch.device("cpu"),
-            backend_of=lambda module, config=config: DeepSpeedBackend(module, config),
+            backend=DeepSpeedBackend,
             events_of=lambda step, run=one.run: MetricsLog(run, step) if rank == 0 else Silence(),
             on_damage=lambda error: pytest.fail(str(error)),
         ).run()

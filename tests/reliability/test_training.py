@@ -75,7 +75,7 @@ def train(small_corpus: SmallCorpus) -> Train:
             run,
             small_corpus.manifest,
             torch.device("cpu"),
-            backend_of=lambda module: LocalBackend(module, section),
+            backend=LocalBackend,
             events_of=lambda step: MetricsLog(run, step),
             on_damage=on_damage,
         )

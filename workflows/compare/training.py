@@ -75,7 +75,7 @@ def train_entrant(gpus: float, entrant: Entrant) -> dict[str, Any]:
             run,
             manifest,
             device,
-            backend_of=lambda module: LocalBackend(module, recipe.train),
+            backend=LocalBackend,
             events_of=lambda step: MetricsLog(run, step),
             on_damage=damaged.append,
         )

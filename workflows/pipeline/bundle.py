@@ -9,7 +9,6 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file
 
 from dllm_core.checkpoints.bundle import write_bundle
@@ -27,7 +26,7 @@ from dllm_core.training.average import average_weights
 from dllm_core.training.config import TrainConfig
 from dllm_core.training.loop import EMA_NAME
 from dllm_core.training.lora import merged
-from dllm_core.training.started import open_start, started_weights
+from dllm_core.training.started import StartedWeights, open_start
 from workflows.recipe import Recipe
 from workflows.train.job import denoiser_config
 
@@ -104,7 +103,7 @@ def _merged(recipe: Recipe, config: DenoiserConfig, trained: Path) -> Iterator[P
     if recipe.start is None or recipe.start.lora is None:
         yield trained
         return
-    base = started_weights(open_start(recipe.start), config, torch.device("cpu"))
+    base = StartedWeights(open_start(recipe.start), config)
     with tempfile.TemporaryDirectory(prefix="dllm-merge-") as scratch:
         target = Path(scratch, WEIGHTS_NAME)
         write_weights(target, merged(base, load_file(trained), recipe.start.lora))

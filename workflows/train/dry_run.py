@@ -55,7 +55,6 @@ def dry_run(recipe: Recipe, console: Console) -> dict[str, Any]:
     import torch
 
     from dllm_core.checkpoints.store import CheckpointStore
-    from dllm_core.model.denoiser import Denoiser
     from dllm_core.training.backend import resolve_precision
     from dllm_core.training.deepspeed_backend import DeepSpeedBackend
     from dllm_core.training.loop import Trainer, measure_peak_flops
@@ -107,8 +106,7 @@ def dry_run(recipe: Recipe, console: Console) -> dict[str, Any]:
     with _alone(), tempfile.TemporaryDirectory(prefix="dllm-dry-run-") as scratch:
         before = torch.cuda.memory_allocated(device) if is_gpu else _reset_peak_rss()
         torch.manual_seed(recipe.seed)
-        with device:
-            module = Denoiser(model)
+        module = DeepSpeedBackend.new_denoiser(model, config, device)
         objective = objective_of(recipe, model, device, share)
         backend = DeepSpeedBackend(module, config)
         checkpoints = CheckpointStore(RunDir(LocalStore(Path(scratch)), "dry-run"))

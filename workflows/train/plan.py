@@ -198,7 +198,8 @@ def _show(result: dict[str, Any], recipe: Recipe, machine: Machine, console: Con
         f"{_duration(result['seconds'] * (1 + saved['lost']))} with failures"
     )
     console.print(
-        f"a checkpoint {_gib(saved['bytes'])} GiB, written in {_duration(saved['write_seconds'])}; best every "
+        f"a checkpoint {_gib(saved['bytes'])} GiB, as much of rank 0's host memory, written in "
+        f"{_duration(saved['write_seconds'])}; best every "
         f"{_duration(saved['every_seconds'])} ({saved['every_steps']:,} steps): "
         f"{100 * saved['lost']:.2g} % lost to failures"
     )

@@ -8,7 +8,6 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 
 from dllm_core.checkpoints.bundle import ModelBundle
 from dllm_core.checkpoints.run_dir import JsonLines, RunDir
@@ -20,20 +19,21 @@ from dllm_core.errors import CheckpointError, DivergedError
 from dllm_core.evaluation.estimators import Draw, Estimator, HeldoutRows, estimator_of
 from dllm_core.model.denoiser import Denoiser
 from dllm_core.model.foreign import LAYOUT_NAME
-from dllm_core.model.pretrained import WEIGHTS_NAME, assign_weights
+from dllm_core.model.pretrained import WEIGHTS_NAME
+from dllm_core.model.tensor_file import TensorFile
 from dllm_core.objective.build import new_objective
 from dllm_core.objective.config import DiffusionOptions, PreferenceConfig
 from dllm_core.objective.loss import DenoiserLike
 from dllm_core.objective.warmup import StagedBatches
 from dllm_core.seeding import Doubles
-from dllm_core.training.backend import Backend, resolve_precision
+from dllm_core.training.backend import Backend, BackendKind, resolve_precision
 from dllm_core.training.events import StepRecord, TrainEvents
 from dllm_core.training.heldout import HeldoutScorer
 from dllm_core.training.loop import Trainer, measure_peak_flops
 from dllm_core.training.lora import adapt, assign_adapters
 from dllm_core.training.mask_noise import MaskNoise
 from dllm_core.training.micro_batch import chosen_micro_rows
-from dllm_core.training.started import open_start, started_denoiser, started_weights
+from dllm_core.training.started import StartedWeights, open_start
 from workflows.recipe import Recipe
 from workflows.train.job import check_rows, denoiser_config
 
@@ -47,7 +47,7 @@ def open_session(
     manifest: CorpusManifest,
     device: torch.device,
     *,
-    backend_of: Callable[[Denoiser], Backend],
+    backend: BackendKind,
     events_of: Callable[[int], TrainEvents],
     on_damage: Callable[[CheckpointError], None],
     should_stop: Callable[[], bool] = lambda: False,
@@ -60,16 +60,18 @@ def open_session(
     tokenizer = read_tokenizer(run.store, manifest)
     mask_id, config = tokenizer.mask_id, denoiser_config(recipe, manifest, tokenizer)
     torch.manual_seed(recipe.seed)
-    with device:
-        module = Denoiser(config)
+    module = backend.new_denoiser(config, recipe.train, device)
     checkpoints = CheckpointStore(run, manifest.rows_digest)
     newest = checkpoints.newest(on_damage)
     if newest is not None:
         check_rows(newest.manifest, manifest, recipe.train.accept_corpus)
-    bundle, reference = _load(recipe, module, newest), None
+    bundle, reference = _load(recipe, backend, module, newest), None
     if isinstance(recipe.objective, PreferenceConfig):  # after a resume too: a checkpoint's weights were tuned
         assert recipe.start is not None
-        reference = started_denoiser(bundle or open_start(recipe.start), config, device)
+        told = bundle or open_start(recipe.start)
+        untrained = backend.new_denoiser(config, recipe.train, device)
+        backend.assign(untrained, StartedWeights(told, config), recipe.start.run)
+        reference = backend.frozen(untrained, recipe.train)
     process = manifest.process.bind(mask_id, manifest.vocab_size)
     noise = {"block_length": manifest.block_length, "steps": manifest.steps}
     batch_rows = recipe.train.batch_rows
@@ -89,22 +91,22 @@ def open_session(
     has_time = config.model.time_conditioning
     estimator = estimator_of(recipe.model_kind, process, device, time_conditioning=has_time, **noise)
     loader = _batches(recipe, run, manifest, mask_id)
-    micro_rows = chosen_micro_rows(recipe.train, module, objective, loader)
-    backend = backend_of(module)
-    if backend.rank == 0 and bundle is not None and newest is None and LAYOUT_NAME in bundle.manifest.files:
+    micro_rows = chosen_micro_rows(recipe.train, config, lambda: backend.alone(module, device), objective, loader)
+    trained = backend(module, recipe.train)
+    if trained.rank == 0 and bundle is not None and newest is None and LAYOUT_NAME in bundle.manifest.files:
         run.store.put_file(run.key(LAYOUT_NAME), bundle.folder / LAYOUT_NAME)
     peak = measure_peak_flops(resolve_precision(recipe.train.precision, device), device)
-    [peak, rows] = backend.sum_over_ranks([peak, (micro_rows or 0) if backend.rank == 0 else 0])  # rank 0 decides
+    [peak, rows] = trained.sum_over_ranks([peak, (micro_rows or 0) if trained.rank == 0 else 0])  # rank 0 decides
     trainer = Trainer(
         recipe.train.model_copy(update={"micro_rows": int(rows) or None}),
-        backend,
+        trained,
         objective,
         Prefetcher(loader),
         checkpoints,
         events_of(newest.manifest.position.step if newest else 0),
         samples_per_epoch=manifest.train.rows,
         peak_flops=peak,
-        heldout=heldout_scorer(recipe, run, manifest, estimator, backend),
+        heldout=heldout_scorer(recipe, run, manifest, estimator, trained),
         should_stop=should_stop,
         beat=beat,
     )
@@ -113,22 +115,22 @@ def open_session(
     return trainer
 
 
-def _load(recipe: Recipe, module: Denoiser, newest: Checkpoint | None) -> ModelBundle | None:
+def _load(recipe: Recipe, backend: BackendKind, module: Denoiser, newest: Checkpoint | None) -> ModelBundle | None:
     """Give the module the weights of the checkpoint, else of the start, whose bundle is returned where it was read.
 
     Adapters are a checkpoint's alone; what they stand beside is the start's each time.
     """
-    start, device, bundle = recipe.start, module.device, None
+    start, bundle = recipe.start, None
     lora = None if start is None else start.lora
     if start is not None and (newest is None or lora is not None):
         bundle = open_start(start)
-        assign_weights(module, started_weights(bundle, module.config, device), start.run)
+        backend.assign(module, StartedWeights(bundle, module.config), start.run)
     if lora is not None:
         torch.manual_seed(recipe.seed)  # every rank draws the same adapters
         adapt(module, lora)
     if newest is not None:
-        assign = assign_weights if lora is None else assign_adapters
-        assign(module, load_file(newest.files[WEIGHTS_NAME], device=str(device)), newest.name)
+        assign = backend.assign if lora is None else assign_adapters
+        assign(module, TensorFile(newest.files[WEIGHTS_NAME]), newest.name)
     return bundle
 
 

@@ -53,7 +53,7 @@ def train_worker(config: dict[str, Any]) -> None:
             job.run,
             manifest,
             device,
-            backend_of=lambda module: DeepSpeedBackend(module, recipe.train),
+            backend=DeepSpeedBackend,
             events_of=listen,
             on_damage=report_damage,
             should_stop=StopWatch(job.mailbox) if rank == 0 else lambda: False,

@@ -1,6 +1,7 @@
 """Laws of micro-batches: a batch's gradient and sums do not tell how it was cut, and `auto` takes the fastest cut."""
 
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,6 +21,7 @@ from dllm_core.storage.store import LocalStore
 from dllm_core.training.backend import LocalBackend, new_optimizer, new_state, prepare
 from dllm_core.training.config import TrainConfig
 from dllm_core.training.micro_batch import accumulated, chosen_micro_rows, fastest_micro_rows
+from dllm_core.training.plan import Forward, device_memory
 from workflows.train.session import Silence, open_session
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -85,6 +87,7 @@ class Costly:
     def __init__(self, seconds: dict[int, float]) -> None:
         self.seconds, self.now, self.asked = seconds, 0.0, []
         self._objective = diffusion(LINEAR)
+        self.pattern = self._objective.pattern
 
     def loss(self, denoiser: Denoiser, batch: Batch):
         rows = len(batch.x0)
@@ -131,9 +134,33 @@ def test_a_number_is_taken_and_only_auto_is_measured():
     batches = SimpleNamespace(batch=lambda *_: some_batch(1, 4))
     for micro_rows in (None, 1, 2):
         config = TrainConfig(micro_rows=micro_rows)
-        assert chosen_micro_rows(config, new_denoiser(), Costly({}), batches) == micro_rows
+        assert chosen_micro_rows(config, new_denoiser().config, new_denoiser, Costly({}), batches) == micro_rows
     auto = TrainConfig(micro_rows="auto", batch_rows=4, precision="fp32")
-    assert chosen_micro_rows(auto, new_denoiser(), diffusion(LINEAR), batches) in {1, 2, 4}
+    assert chosen_micro_rows(auto, new_denoiser().config, new_denoiser, diffusion(LINEAR), batches) in {1, 2, 4}
+
+
+@pytest.mark.parametrize(("room", "fitting"), [(None, 8), (0.999, 4), (0.0, 0)])
+def test_of_a_model_that_no_rank_holds_a_part_is_timed_and_what_fits_is_reckoned(room, fitting):
+    part = new_denoiser()
+    model = part.config.model_copy(update={"model": part.config.model.model_copy(update={"layers": 40})})
+    config = TrainConfig(micro_rows="auto", batch_rows=8, precision="fp32", zero_stage=3)
+    costly = Costly({rows: 1 for rows in (1, 2, 4, 8)})  # the more, the better
+    batches = SimpleNamespace(batch=lambda *_: some_batch(1, 8))
+
+    def needed(rows: int) -> int:
+        forward = Forward(rows, model.context_length, bf16=False, read_share=1.0)
+        return device_memory(config, model, costly.pattern, forward, stage=3, workers=1).total
+
+    device_bytes = None if room is None else int(room * needed(8))
+    given = {"device_bytes": device_bytes, "clock": costly.clock}
+    asked = partial(chosen_micro_rows, config, model, lambda: part, costly, batches, **given)
+    assert needed(4) < 0.999 * needed(8)
+    if not fitting:
+        with pytest.raises(DataError, match="not one row fits"):
+            asked()
+        return
+    assert asked() == fitting
+    assert max(costly.asked) == fitting
 
 
 def kept_for_the_backward(module: Denoiser, batch: Batch) -> int:
@@ -238,7 +265,7 @@ def test_a_session_measures_and_takes_the_steps_of_a_whole_batch(small_corpus, t
             run,
             small_corpus.manifest,
             torch.device("cpu"),
-            backend_of=lambda module, config=train: LocalBackend(module, config),
+            backend=LocalBackend,
             events_of=lambda step: Silence(),
             on_damage=lambda error: pytest.fail(str(error)),
         )

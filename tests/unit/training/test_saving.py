@@ -192,7 +192,7 @@ def test_other_rows_than_before_are_refused_unless_they_are_named(small_corpus: 
             run,
             given,
             torch.device("cpu"),
-            backend_of=lambda module: LocalBackend(module, train),
+            backend=LocalBackend,
             events_of=lambda step: Silence(),
             on_damage=lambda error: pytest.fail(str(error)),
         )
