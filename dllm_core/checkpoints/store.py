@@ -15,6 +15,7 @@ from dllm_core.checkpoints.run_dir import RunDir
 from dllm_core.config.base import Frozen
 from dllm_core.config.fingerprint import fingerprint, seal, unseal
 from dllm_core.errors import CheckpointError, ConfigError, DataError
+from dllm_core.storage.cache import hold
 from dllm_core.storage.store import LocalStore, Store, fetch_intact, file_sha256
 
 _FOLDER = "checkpoints"
@@ -184,6 +185,8 @@ def verified_file(store: Store, key: str, entry: FileEntry, place: str) -> Path:
     try:
         path = fetch_intact(store, key, entry.sha256)
         if path is not None:
+            if not isinstance(store, LocalStore):
+                hold(path)  # until all of them are read: the next one may be more than the cache is to hold
             return path
     except (DataError, OSError) as error:
         raise CheckpointError(place, f"cannot be read ({error})") from error

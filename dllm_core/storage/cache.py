@@ -1,13 +1,16 @@
 """Copies of remote objects on this machine, for libraries that map a file: each is whole, the oldest are dropped."""
 
 import contextlib
+import fcntl
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from dllm_core.storage.store import LocalStore
 
 _CACHE_BYTES = 20 << 30
+_HELD: dict[Path, BinaryIO] = {}
 
 
 def cache_folder() -> Path:
@@ -16,20 +19,65 @@ def cache_folder() -> Path:
 
 
 def cached_copy(name: str, size: int, pieces: Callable[[], Iterable[bytes]]) -> Path:
-    """The copy named `name`, of `size` bytes; `pieces` is asked for its content only where it is not there yet."""
+    """The copy named `name`, of `size` bytes; `pieces` is asked for its content only where it is not there yet.
+
+    Of processes that want the same at once, one asks and the others wait for it: the workers of a node that all restart
+    from one checkpoint fetch it once.
+    """
     cached, key = LocalStore(cache_folder()), f"objects/{name}"
-    stat = cached.stat(key)
-    if stat is None or stat.size != size:
-        cached.put_pieces(key, pieces())
-        _prune(cached, key)
+    if not _is_there(cached, key, size):
+        with _alone(cached.path(f"locks/{name[:2]}")):
+            if not _is_there(cached, key, size):
+                cached.put_pieces(key, pieces())
+                _prune(cached, key)
     path = cached.path(key)
     with contextlib.suppress(OSError):
         os.utime(path)  # the cache drops what was used longest ago
     return path
 
 
+def hold(path: Path) -> None:
+    """Keep a copy for as long as this process lives, whatever the cache's limit: a checkpoint may be larger than it.
+
+    For files that are few: each stays open, with a shared lock that whoever prunes finds.
+    """
+    if path not in _HELD:
+        with contextlib.suppress(OSError):
+            _HELD[path] = file = path.open("rb")
+            fcntl.flock(file, fcntl.LOCK_SH)
+
+
+def _is_held(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def _is_there(cached: LocalStore, key: str, size: int) -> bool:
+    stat = cached.stat(key)
+    return stat is not None and stat.size == size
+
+
+@contextlib.contextmanager
+def _alone(lock: Path) -> Iterator[None]:
+    """One process or thread at a time, on this machine; a killed one lets go. Where nothing can be locked, all at once:
+    that costs time and is right too.
+    """
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(lock.open("wb"))
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def _prune(cached: LocalStore, keep: str) -> None:
-    """Drop what was used longest ago until the cache holds $DLLM_CACHE_BYTES (20 GiB) at most.
+    """Drop what was used longest ago until the cache holds $DLLM_CACHE_BYTES (20 GiB) at most, or what is held.
 
     A file that is mapped stays readable for who has it open.
     """
@@ -39,6 +87,6 @@ def _prune(cached: LocalStore, keep: str) -> None:
     for item in items:
         if total <= limit:
             return
-        if item.key != keep:
+        if item.key != keep and not _is_held(cached.path(item.key)):
             cached.delete(item.key)
             total -= item.size

@@ -135,7 +135,7 @@ def train_rank(rank: int, jobs: tuple[Job, ...]) -> None:
 
 
 def check_start(root: Path) -> None:
-    """At stage 3 a module is made and filled with one part of it whole at a time, and has the weights of a whole one."""
+    """At stage 3 a module is made and filled with one part of it whole at a time, and equals one that was whole."""
     import deepspeed
 
     from dllm_core.training.deepspeed_backend import DeepSpeedBackend

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import boto3
@@ -28,7 +29,7 @@ from s3_server import s3_server
 
 from dllm_core.errors import DataError
 from dllm_core.storage import s3
-from dllm_core.storage.cache import cache_folder
+from dllm_core.storage.cache import cache_folder, hold
 from dllm_core.storage.s3 import S3Store, _client
 from dllm_core.storage.store import sha256
 
@@ -312,6 +313,36 @@ def test_what_was_fetched_is_not_downloaded_again_unless_its_copy_was_cut_short(
     assert server.requests == before + 1  # the question for its ETag
     copy.write_bytes(b"byt")
     assert store.fetch("a").read_bytes() == b"bytes"
+
+
+def test_of_many_that_want_an_object_at_once_one_asks_for_it(server, store):
+    store.put("a", b"bytes" * 1000)
+    begun = server.requests
+    together = threading.Barrier(8)
+
+    def fetched(_):
+        together.wait()
+        return store.fetch("a").read_bytes()
+
+    with ThreadPoolExecutor(8) as pool:
+        assert set(pool.map(fetched, range(8))) == {b"bytes" * 1000}
+    assert server.requests == begun + 8 + 1  # each asks for its ETag, one for its bytes
+
+
+def test_what_is_held_is_not_dropped_whatever_the_cache_may_hold(store, monkeypatch, tmp_path):
+    monkeypatch.setenv("DLLM_CACHE", str(tmp_path))
+    for name in "abc":
+        store.put(name, name.encode() * 100)
+    monkeypatch.setenv("DLLM_CACHE_BYTES", "150")
+    held, loose = store.fetch("a"), store.fetch("b")
+    assert not held.exists()
+    held = store.fetch("a")
+    assert not loose.exists()
+    hold(held)
+    loose = store.fetch("b")
+    store.fetch("c")
+    assert held.read_bytes() == b"a" * 100
+    assert not loose.exists()
 
 
 def test_the_cache_holds_what_it_may_and_drops_what_was_used_longest_ago(server, store, monkeypatch):
