@@ -11,6 +11,7 @@ import os
 import random
 import time
 import uuid
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ _READ_SECONDS, _PROBE_SECONDS = 60.0, 2.0
 _PASSING_STATUS = {408, 409, 429, 500, 502, 503, 504}  # 409: another writer is at the object now
 _PASSING_ERRORS = (ConnectError, HTTPClientError, IncompleteReadError, HTTPError)  # the last: TLS breaks in a body
 _NOT_FOUND, _PRECONDITION_FAILED, _NO_SUCH_RANGE = 404, 412, 416
-_PIECE_BYTES = 64 << 20  # read at once by `fetch`
+_PIECE_BYTES, _PIECE_THREADS = 16 << 20, 8  # read at once by `fetch`
 _PART_BYTES, _MAX_PARTS, _PART_THREADS = 8 << 20, 10_000, 8  # of an upload; S3 takes no more parts than this
 
 
@@ -176,9 +177,28 @@ class S3Store:
         raise DataError(f"{self.url}/{key}", "is replaced again and again while it is fetched")
 
     def _pieces(self, key: str, head: dict[str, Any]) -> Iterator[bytes]:
-        """One version of an object, piece by piece: what breaks off costs a piece, and no object must fit in memory."""
-        for start in range(0, head["ContentLength"], _PIECE_BYTES):
-            yield self._get(key, Range=f"bytes={start}-{start + _PIECE_BYTES - 1}", IfMatch=head["ETag"])
+        """One version of an object, piece by piece: what breaks off costs a piece, and no object must fit in memory.
+
+        Some are on their way at once: S3 gives a connection some 90 MB/s, and a host a hundred times that.
+        """
+
+        def piece(start: int) -> bytes:
+            return self._get(key, Range=f"bytes={start}-{start + _PIECE_BYTES - 1}", IfMatch=head["ETag"])
+
+        starts = range(0, head["ContentLength"], _PIECE_BYTES)
+        if len(starts) < 2:
+            yield from map(piece, starts)
+            return
+        with ThreadPoolExecutor(_PIECE_THREADS, thread_name_prefix="fetch") as pool:
+            coming = deque(pool.submit(piece, start) for start in starts[:_PIECE_THREADS])
+            try:
+                for start in starts[_PIECE_THREADS:]:
+                    yield coming.popleft().result()
+                    coming.append(pool.submit(piece, start))
+                while coming:
+                    yield coming.popleft().result()
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
 
     def put(self, key: str, data: bytes) -> None:
         """One PUT: S3 shows an object whole or not at all."""
