@@ -1,5 +1,7 @@
 """Self-attention with rotary positions, over whatever keys a query may see."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -7,6 +9,9 @@ from torch.nn import functional
 from dllm_core.model.cache import LayerKeyValues
 from dllm_core.model.config import ModelConfig
 from dllm_core.model.layers import Linear, RMSNorm
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 _SHORT = 256
 _CHUNK = 128
@@ -47,11 +52,12 @@ class Attention(nn.Module):
         x: Tensor,
         cos: Tensor,
         sin: Tensor,
-        attention: Tensor | None,
+        attention: "Tensor | BlockMask | None",
         is_causal: bool,
         cache: LayerKeyValues | None = None,
     ) -> Tensor:
-        """[B L D] -> [B L D]. attention: bool [B|1 1 L|1 L], True where a query may see a key; None: all see all.
+        """[B L D] -> [B L D]. attention: bool [B|1 1 L|1 L], True where a query may see a key, or as much by tiles;
+        None: all see all.
 
         cos, sin: [L d] or, where rows have positions of their own, [B 1 L d]. is_causal, without `attention`: a query
         sees itself and what stands before it. With a cache, whose keys stand before the new ones, attention is its
@@ -68,7 +74,13 @@ class Attention(nn.Module):
         v = v.to(q.dtype)
         if cache is not None:
             k, v = cache.extend(k, v)
-        seen = _attend(q, k, v, attention, is_causal, is_kept=cache is not None).transpose(1, 2).flatten(2)
+        if attention is None or isinstance(attention, Tensor):
+            seen = _attend(q, k, v, attention, is_causal, is_kept=cache is not None)
+        else:
+            from dllm_core.model.flex import attend_by_tiles
+
+            seen = attend_by_tiles(q, k, v, attention)
+        seen = seen.transpose(1, 2).flatten(2)
         if len(seen) < rows:
             seen = functional.pad(seen, (0, 0, 0, 0, 0, rows - len(seen)))
         mixed: Tensor = self.out(seen)

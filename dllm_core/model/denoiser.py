@@ -1,6 +1,7 @@
 """Denoiser: noised ids -> logits over clean ids, each position seeing what the AttentionPattern lets it see."""
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,9 @@ from dllm_core.model.experts import MixtureOfExperts
 from dllm_core.model.layers import MIN_ROWS, Linear, RMSNorm, SwiGLU, pad_rows
 from dllm_core.model.pattern import FULL, AttentionPattern
 from dllm_core.model.visibility import predecessors, visible_keys
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 _LONGEST_TABLE = 8192  # positions that are prepared for unasked: contexts of 131,072 would take 134 MB
 
@@ -38,7 +42,7 @@ class Block(nn.Module):
         x: Tensor,
         cos: Tensor,
         sin: Tensor,
-        attention: Tensor | None,
+        attention: "Tensor | BlockMask | None",
         is_causal: bool,
         modulation: Tensor | None,
         cache: LayerKeyValues | None = None,
@@ -125,9 +129,7 @@ class Denoiser(nn.Module):
             if odd:
                 raise ValueError(f"input_ids: block diffusion takes [xt ; x0], of even length, got {2 * length + 1}")
         is_causal = pattern.kind == "causal" and is_real is None and segment_ids is None
-        attention = None if is_causal else visible_keys(pattern, length, input_ids.device, is_real, segment_ids)
-        if attention is not None:
-            attention = attention[:, None]
+        attention = None if is_causal else self._visible(pattern, length, is_real, segment_ids)
         cos, sin = self._rope(length, input_ids.device, positions, 2 if pattern.has_clean_half else 1)
         x = self._embedded(input_ids)
         *of_blocks, of_norm = self._modulations(t, length, pattern, x.dtype)
@@ -177,6 +179,18 @@ class Denoiser(nn.Module):
         if read is None:
             return self._logits(x, None, of_norm)[:rows]
         return self._logits(x[:rows], read, None if of_norm is None else of_norm[:rows])
+
+    def _visible(
+        self, pattern: AttentionPattern, length: int, is_real: Tensor | None, segment_ids: Tensor | None
+    ) -> "Tensor | BlockMask | None":
+        """Who sees whom: a table [B|1 1 Q|1 K], or in training on a GPU tiles of it; None where all see all."""
+        if self.device.type == "cuda" and torch.is_grad_enabled():
+            from dllm_core.model.flex import has_tiles, visible_tiles  # a second that a CPU need not pay
+
+            if has_tiles(self.device, self.config.model.head_dim):
+                return visible_tiles(pattern, length, self.device, is_real, segment_ids)
+        table = visible_keys(pattern, length, self.device, is_real, segment_ids)
+        return None if table is None else table[:, None]
 
     def _embedded(self, input_ids: Tensor) -> Tensor:
         """[B L] -> [B L D], of about unit size."""

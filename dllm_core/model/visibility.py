@@ -28,7 +28,7 @@ def visible_keys(
     same_document = _all_equal(labels) if labels else None
     if pattern.kind == "full":
         return same_document
-    block = _offsets(labels, length, device) // (pattern.block_length or 1)
+    block = offsets(labels, length, device) // (pattern.block_length or 1)
     up_to_own = block[:, :, None] >= block[:, None, :]
     if same_document is not None:
         up_to_own &= same_document
@@ -53,7 +53,7 @@ def predecessors(
     by its clean predecessor, which is what stands before the block when it is decoded.
     """
     labels = [label for label in (is_real, segment_ids) if label is not None]
-    offset = _offsets(labels, length, device)
+    offset = offsets(labels, length, device)
     index = torch.arange(length, device=device)
     teller = torch.where(offset == 0, index, index - 1)
     if pattern.has_clean_half:
@@ -77,7 +77,7 @@ def _all_equal(labels: list[Tensor]) -> Tensor:
     return equal[0] if len(equal) == 1 else equal[0] & equal[1]
 
 
-def _offsets(labels: list[Tensor], length: int, device: torch.device) -> Tensor:
+def offsets(labels: list[Tensor], length: int, device: torch.device) -> Tensor:
     """How many tokens of its document stand before a position: int [B or 1, L]."""
     index = torch.arange(length, device=device)[None]
     if not labels:

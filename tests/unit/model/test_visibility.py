@@ -16,10 +16,13 @@ from tiny import (
     timed_denoiser,
     times_of,
 )
+from torch.nn.attention import flex_attention
+from torch.nn.attention.flex_attention import create_mask
 from torch.utils.flop_counter import FlopCounterMode
 
 from dllm_core.model.config import ModelConfig
 from dllm_core.model.denoiser import Denoiser
+from dllm_core.model.flex import has_tiles, visible_tiles
 from dllm_core.model.pattern import CAUSAL, FULL, AttentionPattern
 from dllm_core.model.visibility import visible_keys
 
@@ -100,6 +103,39 @@ def test_a_pair_sees_each_other_by_the_definition(layout: Layout, pattern):
         expected = defined(pattern, documents, pattern.block_length or 1)
         assert torch.equal(visible[row][real], expected[real]), "of a real query"
         assert visible[row].any(-1).all(), "no softmax is over nothing"
+
+
+@settings(max_examples=40, deadline=None)
+@given(layout=layouts(), pattern=patterns)
+def test_the_rule_by_tiles_is_the_table(layout: Layout, pattern):
+    table, tiles = (which(pattern, layout.width, CPU, **layout.isolation) for which in (visible_keys, visible_tiles))
+    assert (table is None) == (tiles is None)
+    if tiles is not None:
+        size = layout.width * (2 if pattern.has_clean_half else 1)
+        told = create_mask(tiles.mask_mod, tiles.shape[0], 1, size, size, device="cpu")
+        assert torch.equal(told[:, 0].expand(layout.num_rows, -1, -1), table.expand(layout.num_rows, size, size))
+
+
+@settings(max_examples=15, deadline=None)
+@given(layout=layouts(), pattern=patterns, seed=seeds)
+def test_attention_by_tiles_gives_the_logits_that_the_table_gives(layout: Layout, pattern, seed):
+    """As on a GPU, but for its kernels; heads that share keys too."""
+    model = new_denoiser(kv_heads=1)
+    ids = ids_of(layout.num_rows, layout.width * (2 if pattern.has_clean_half else 1), seed=seed)
+    given_ = {"pattern": pattern, **layout.isolation}
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)  # plain operations
+        by_table = model(ids, **given_)
+        patch.setattr(model, "_visible", lambda pattern, length, *labels: visible_tiles(pattern, length, CPU, *labels))
+        by_tiles = model(ids, **given_)
+    real = layout.isolation.get("is_real")
+    at = slice(None) if real is None else real
+    closely(by_tiles[at], by_table[at])
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_without_a_gpu_that_agrees_with_the_table_it_is_the_table(kind):
+    assert has_tiles(torch.device(kind), 64) == (kind == "cuda" and torch.cuda.is_available())
 
 
 @settings(max_examples=60, deadline=None)
