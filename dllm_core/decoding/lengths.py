@@ -1,23 +1,35 @@
 """Holes of unknown length: decoded at several lengths at once, grown and shrunk to where the model is surest.
 
 A masked model fills the positions it is given; how many there should be it only says by how sure it is of what it puts
-there. So the lengths of a ladder are decoded as rows of one batch, and from the best rung on the hole grows and shrinks
-by halves of what is untried, till neither makes the model surer. What is compared is the mean log-confidence of the
-tokens that calls committed, each at the call that did. CAL, arXiv:2602.00476, searches without training too, by the
-first call alone. Several such holes take turns, the others as they stand.
+there. What is compared is the mean log-confidence of the tokens that calls committed, each at the call that did. Where
+a call commits one token, and the denoiser is exact, that is the answer's log-likelihood a token, given its length.
+Where a call commits more, of confidence c_i each, it is known to lie between sum log(1 - sum(1 - c_i)) and
+sum log(min c_i) over calls, divided by the tokens (Frechet's bounds: a call does not see how its tokens hang together).
+
+Up to 8 lengths are all decoded, and the surest of all is the answer. Of more lengths one call each is asked first,
+whose proposals are taken at once: every length up to 63 above the least, then steps of a 32nd of what was added. CAL,
+arXiv:2602.00476, searches by that first call alone. The surest four of it are decoded with a ladder of doubling steps
+as rows of one batch, and from the best one on the hole grows and shrinks by halves of what is untried, till neither
+makes the model surer. The first call finds a length that alone is right, which no slope leads to. Several such holes
+take turns, the others as they stand.
 """
 
 import itertools
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from dllm_core.decoding.config import DecodeConfig
 from dllm_core.decoding.engine import Answer, Engine, answer_of
 from dllm_core.decoding.request import OpenHole, Piece, Request, with_holes
+from dllm_core.decoding.unmask import LowConfidencePolicy
 from dllm_core.errors import RequestError
 
 _MAX_SWEEPS = 3
+_FEW = 8  # lengths, all of which are decoded
+_PROMISING = 4  # lengths of the first calls that are
+_EVERY_OF = 32  # a first call for every length up to 63 above the least, then of one in more and more
 _LEAST_CONFIDENCE = 1e-12
 _NOTHING = Answer([], "error", 0, 0)  # of a length that cannot be
 
@@ -27,7 +39,7 @@ class Filled:
     """The best answer, the request that it answers, and the lengths of its holes in order.
 
     log_confidence: mean over the committed tokens, nats. num_rows, num_calls, num_positions: what the search took, all
-    lengths tried.
+    lengths tried and those of which one call was asked.
     """
 
     answer: Answer
@@ -65,6 +77,7 @@ class _Search:
         self._engine, self._request, self._pieces = engine, request, pieces
         self.holes = [piece for piece in pieces if isinstance(piece, OpenHole)]
         self._done: dict[tuple[int, ...], tuple[float, Answer]] = {}
+        self._glanced: dict[tuple[int, ...], tuple[float, Answer]] = {}  # by one call that fills all
         self._refusal: RequestError | None = None  # a length at which no answer keeps the constraint
         given = len(request.prompt) + len(request.suffix) + sum(len(p) for p in pieces if isinstance(p, tuple))
         self._room = engine.context_length - given
@@ -89,7 +102,7 @@ class _Search:
         score, answer = self._done[tuple(lengths)]
         if score == -np.inf and self._refusal is not None:
             raise self._refusal
-        answers = [done for _, done in self._done.values()]
+        answers = [done for _, done in [*self._done.values(), *self._glanced.values()]]
         return Filled(
             answer=answer,
             request=with_holes(self._request, self._pieces, lengths),
@@ -104,7 +117,12 @@ class _Search:
         """The best length of hole i, the others as they are."""
         hole, others = self.holes[i], sum(lengths) - lengths[i]
         most = min(hole.most, self._room - others)
-        tried = _ladder(hole.least, most)
+        tried = list(range(hole.least, most + 1))
+        if len(tried) > _FEW:
+            glanced = {n: (*lengths[:i], n, *lengths[i + 1 :]) for n in _spaced(hole.least, most)}
+            self._decode(glanced.values(), at_once=True)
+            promising = sorted(glanced, key=lambda n: -self._glanced[glanced[n]][0])[:_PROMISING]
+            tried = sorted({*_ladder(hole.least, most), *promising})
         while True:
             keys = {n: (*lengths[:i], n, *lengths[i + 1 :]) for n in tried}
             self._decode(keys.values())
@@ -119,19 +137,20 @@ class _Search:
                 return best
             tried = sorted({*tried, *wanted})
 
-    def _decode(self, wanted: Iterable[tuple[int, ...]]) -> None:
-        """Decode at lengths that were not yet, as one batch."""
+    def _decode(self, wanted: Iterable[tuple[int, ...]], *, at_once: bool = False) -> None:
+        """Decode at lengths that were not yet, as one batch; at_once: by a single call that fills all."""
         if self._engine.num_active or self._engine.num_waiting:
             raise RequestError("infill", "the engine is busy", remedy="give the search one of its own")
+        request, done = (self._in_one_call(), self._glanced) if at_once else (self._request, self._done)
         rows: dict[int, tuple[int, ...]] = {}
         for lengths in wanted:
-            if lengths not in self._done:
+            if lengths not in done:
                 try:
-                    rows[self._engine.add(with_holes(self._request, self._pieces, lengths))] = lengths
+                    rows[self._engine.add(with_holes(request, self._pieces, lengths))] = lengths
                 except RequestError as error:
                     if error.place != "constraint":
                         raise
-                    self._done[lengths], self._refusal = (-np.inf, _NOTHING), error
+                    done[lengths], self._refusal = (-np.inf, _NOTHING), error
         sure: dict[int, list[float]] = {row: [] for row in rows}
         while rows and (updates := self._engine.step()):
             for update in updates:
@@ -140,7 +159,14 @@ class _Search:
                     answer = answer_of(update.state, self._engine.eos_id)
                     logs = np.log(np.maximum(sure[update.row], _LEAST_CONFIDENCE))
                     score = -np.inf if answer.finish_reason == "error" else float(logs.mean())
-                    self._done[rows[update.row]] = (score, answer)
+                    done[rows[update.row]] = (score, answer)
+
+    def _in_one_call(self) -> Request:
+        """The request in one block and one step, which must commit all of it; the likeliest tokens, nothing drawn."""
+        alike = self._request.config.model_dump(include={"guidance", "max_tokens"})
+        length = self._engine.context_length
+        config = DecodeConfig(policy=LowConfidencePolicy(), block_length=length, steps_per_block=1, **alike)
+        return replace(self._request, config=config, stop=())
 
 
 def _ladder(least: int, most: int) -> list[int]:
@@ -149,4 +175,12 @@ def _ladder(least: int, most: int) -> list[int]:
     while lengths[-1] < most:
         lengths.append(min(lengths[-1] + step, most))
         step *= 2
+    return lengths
+
+
+def _spaced(least: int, most: int) -> list[int]:
+    """Lengths to ask of: every one at first, then ever wider apart, both ends among them."""
+    lengths = [least]
+    while lengths[-1] < most:
+        lengths.append(min(lengths[-1] + max(1, (lengths[-1] - least) // _EVERY_OF), most))
     return lengths

@@ -1,5 +1,6 @@
 """Holes of unknown length are grown and shrunk to where the model is surest, and are then like any others."""
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +11,7 @@ from rows import EOS, MASK, PAD, VOCABULARY, new_denoiser, new_engine, requests
 
 from dllm_core.decoding.config import DecodeConfig
 from dllm_core.decoding.engine import Engine
-from dllm_core.decoding.lengths import infill
+from dllm_core.decoding.lengths import _spaced, infill
 from dllm_core.decoding.request import OpenHole, Request, with_holes
 from dllm_core.errors import RequestError
 from dllm_core.model.denoiser import Denoiser
@@ -71,9 +72,20 @@ def test_an_open_end_takes_its_full_length_in_one_decode(denoiser):
 
 def test_a_search_is_cheaper_than_trying_every_length(denoiser):
     found = infill(new_engine(denoiser), REQUEST, [OpenHole(1, 40)])
-    assert found.num_rows <= 20
-    assert found.num_calls > found.answer.num_calls
+    every = [with_holes(REQUEST, [OpenHole(1, 40)], (n,)) for n in range(1, 41)]
+    answers = new_engine(denoiser).generate(every)
+    assert found.answer in answers
+    assert found.num_rows <= 40 + 24  # a first call of each, and those that are decoded
+    assert found.answer.num_calls < found.num_calls < 0.7 * sum(answer.num_calls for answer in answers)
     assert found.num_positions > found.answer.num_positions
+
+
+def test_a_first_call_is_asked_of_every_length_up_to_63_above_the_least_and_then_of_fewer():
+    assert _spaced(3, 66) == list(range(3, 67))
+    lengths = _spaced(1, 100_000)
+    assert (lengths[0], lengths[-1]) == (1, 100_000)
+    assert len(lengths) < 320
+    assert all((after - before) / before <= 1 / 32 for before, after in itertools.pairwise(lengths[64:]))
 
 
 def test_a_hole_longer_than_the_context_is_cut_to_what_fits(denoiser):
