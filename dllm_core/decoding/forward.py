@@ -10,9 +10,10 @@ from torch import Tensor
 
 from dllm_core.decoding.state import DecodeState, Span
 from dllm_core.model.cache import KeyValueStore
-from dllm_core.model.denoiser import Denoiser
+from dllm_core.model.denoiser import Denoiser, Part
 
-_PAD_TO = 16  # few lengths, so few forwards; and no matrix product has fewer rows than `Denoiser` asks for
+_PAD_TO = 16  # few lengths, so few shapes; and no matrix product has fewer rows than `Denoiser` asks for
+_PAD_KEPT_TO = 8  # beside kept keys the denoiser itself sees to its rows
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,10 @@ class Pass:
 
     @property
     def width(self) -> int:
-        """Positions that it takes; a single one beside kept ones needs no padding."""
-        return 1 if self.span.needs_keys and self.span.width == 1 else padded_length(self.span.width)
+        """Positions that it takes; a single one beside kept ones needs no padding, and a few need less."""
+        if self.span.needs_keys and self.span.width == 1:
+            return 1
+        return padded_length(self.span.width, _PAD_TO if self.slot is None else _PAD_KEPT_TO)
 
 
 def passes_of(state: DecodeState, store: KeyValueStore | None) -> list[Pass]:
@@ -39,9 +42,9 @@ def passes_of(state: DecodeState, store: KeyValueStore | None) -> list[Pass]:
     return passes
 
 
-def padded_length(length: int) -> int:
+def padded_length(length: int, to: int = _PAD_TO) -> int:
     """The positions that a row of this length takes in a forward."""
-    return -(-length // _PAD_TO) * _PAD_TO
+    return -(-length // to) * to
 
 
 def forwards(
@@ -49,24 +52,30 @@ def forwards(
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Which rows, and fp32 logits [n V] at the open positions of each one's current block, row after row.
 
-    One forward for each padded width, so that a row's own span alone decides its padding: one that is padded to its
-    longest neighbour would be summed in another order, and exact ties of confidence, which a canvas of masks is full
-    of, would fall another way. An answer would depend on its neighbours in its last bit.
+    Grouped by padded width, so that a row's own span alone decides its padding: one that is padded to its longest
+    neighbour would be summed in another order, and exact ties of confidence, which a canvas of masks is full of, would
+    fall another way. An answer would depend on its neighbours in its last bit. Groups go through the denoiser together
+    where it can join them, else one by one.
     """
     groups = defaultdict[tuple[int, bool], list[tuple[int, Pass]]](list)
     for i, row in enumerate(rows):
         for one in passes_of(row, store):
             groups[one.width, one.slot is not None].append((i, one))
-    for (width, has_slots), group in sorted(groups.items(), key=lambda item: item[0]):
-        passes = [one for _, one in group]
-        logits = _logits(denoiser, passes, width, store if has_slots else None)
-        yield [i for i, one in group if not one.is_blind], _guided(logits, passes)
+    in_order = [(width, group) for (width, _), group in sorted(groups.items(), key=lambda item: item[0])]
+    joins = len(in_order) > 1 and getattr(denoiser, "can_join", False)
+    for some in [in_order] if joins else [[one] for one in in_order]:
+        passes = [[one for _, one in group] for _, group in some]
+        parts = [_part(denoiser, own, width, store) for own, (width, _) in zip(passes, some, strict=True)]
+        logits = _logits(denoiser, passes, parts)
+        yield (
+            [i for _, group in some for i, one in group if not one.is_blind],
+            _guided(logits, [one for own in passes for one in own]),
+        )
 
 
-def _logits(denoiser: Denoiser, passes: Sequence[Pass], width: int, store: KeyValueStore | None) -> Tensor:
-    """One forward: fp32 [n V] at the open positions of each pass's current block, pass after pass."""
+def _part(denoiser: Denoiser, passes: Sequence[Pass], width: int, store: KeyValueStore | None) -> Part:
+    """What passes of one width show the denoiser."""
     mask_id, pad_id = denoiser.config.mask_id, denoiser.config.pad_id
-    pattern = passes[0].state.pattern
     ids = np.full((len(passes), width), pad_id, dtype=np.int64)
     is_real = np.zeros((len(passes), width), dtype=bool)
     read = np.zeros((len(passes), width), dtype=bool)
@@ -74,18 +83,29 @@ def _logits(denoiser: Denoiser, passes: Sequence[Pass], width: int, store: KeyVa
         ids[i, : one.span.width] = one.state.input_ids(mask_id, one.span, is_blind=one.is_blind)
         is_real[i, : one.span.width] = True
         read[i, one.state.open_in_block() - one.span.begin] = True
-    given = [torch.from_numpy(part).to(denoiser.device) for part in (ids, is_real, read)]
-    cache = None
-    if store is not None:
-        begins = [one.span.begin for one in passes] if pattern.kind == "full" else None
-        cache = store.rows([one.slot for one in passes if one.slot is not None], begins)
-    when = {}
-    if denoiser.config.model.time_conditioning:
-        when["t"] = torch.tensor([one.state.times[1] for one in passes], device=denoiser.device)
-    logits: Tensor = denoiser(*given, pattern=pattern, cache=cache, **when).float()
-    if cache is not None and pattern.kind != "full":
-        cache.commit([one.state.settled_stop - one.span.begin for one in passes])
-    return logits
+    cache, slots = None, [one.slot for one in passes if one.slot is not None]
+    if store is not None and slots:
+        is_full = passes[0].state.pattern.kind == "full"
+        cache = store.rows(slots, [one.span.begin for one in passes] if is_full else None)
+    ids_, is_real_, read_ = (torch.from_numpy(given).to(denoiser.device) for given in (ids, is_real, read))
+    return Part(ids_, is_real_, read_, cache)
+
+
+def _logits(denoiser: Denoiser, passes: Sequence[Sequence[Pass]], parts: Sequence[Part]) -> Tensor:
+    """One forward: fp32 [n V] at the open positions of each pass's current block, pass after pass."""
+    pattern = passes[0][0].state.pattern
+    if len(parts) > 1:
+        logits = denoiser.together(parts, pattern)
+    else:
+        when = {}
+        if denoiser.config.model.time_conditioning:
+            when["t"] = torch.tensor([one.state.times[1] for one in passes[0]], device=denoiser.device)
+        part = parts[0]
+        logits = denoiser(part.input_ids, part.is_real, part.read, pattern=pattern, cache=part.cache, **when)
+    for own, part in zip(passes, parts, strict=True):
+        if part.cache is not None and pattern.kind != "full":
+            part.cache.commit([one.state.settled_stop - one.span.begin for one in own])
+    return logits.float()
 
 
 def _guided(logits: Tensor, passes: Sequence[Pass]) -> Tensor:

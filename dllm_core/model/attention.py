@@ -1,12 +1,14 @@
 """Self-attention with rotary positions, over whatever keys a query may see."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dllm_core.model.cache import LayerKeyValues
+from dllm_core.model.cache import LayerKeyValues, NewPositions
 from dllm_core.model.config import ModelConfig
 from dllm_core.model.layers import Linear, RMSNorm
 
@@ -35,6 +37,39 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
 
 
+@dataclass(frozen=True)
+class Strip:
+    """Rows that lie behind one another in a joined batch, as a batch of their own has them.
+
+    shape: (B, W); new: where rows that keep keys and values have theirs; attention: as `Attention` takes it beside.
+    """
+
+    shape: tuple[int, int]
+    attention: Tensor | None
+    new: NewPositions | None
+
+
+@dataclass(frozen=True)
+class JoinedRows:
+    """Strips of one layer: what is done a position is done for all at once, attention for each strip alone."""
+
+    strips: Sequence[Strip]
+    number: int
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """[1 H|G N d] each -> [1 N H d]. Positions behind the last strip are padding and get zeros."""
+        seen, begin = [], 0
+        for strip in self.strips:
+            stop = begin + strip.shape[0] * strip.shape[1]
+            own = [part[0, :, begin:stop].view(-1, *strip.shape, q.shape[-1]).transpose(0, 1) for part in (q, k, v)]
+            if strip.new is not None:
+                own[1:] = strip.new.layer(self.number).extend(own[1], own[2])
+            found = _attend(own[0], own[1], own[2], strip.attention, is_kept=strip.new is not None)
+            seen.append(found.transpose(1, 2).flatten(0, 1))
+            begin = stop
+        return functional.pad(torch.cat(seen), (0, 0, 0, 0, 0, q.shape[2] - begin))[None]
+
+
 class Attention(nn.Module):
     """Every position sees the positions that `attention` allows."""
 
@@ -54,24 +89,28 @@ class Attention(nn.Module):
         sin: Tensor,
         attention: "Tensor | BlockMask | None",
         is_causal: bool,
-        cache: LayerKeyValues | None = None,
+        cache: LayerKeyValues | JoinedRows | None = None,
     ) -> Tensor:
         """[B L D] -> [B L D]. attention: bool [B|1 1 L|1 L], True where a query may see a key, or as much by tiles;
         None: all see all.
 
         cos, sin: [L d] or, where rows have positions of their own, [B 1 L d]. is_causal, without `attention`: a query
         sees itself and what stands before it. With a cache, whose keys stand before the new ones, attention is its
-        sum to scores [B 1 L K], and rows of x behind the cache's are padding, which gets anything.
+        sum to scores [B 1 L K], and rows of x behind the cache's are padding, which gets anything. Joined rows are one
+        row of x and say themselves what is seen.
         """
         rows, length, _ = x.shape
         qkv = self.qkv(x).view(rows, length, -1, self.head_dim)
-        if cache is not None:
+        if isinstance(cache, LayerKeyValues):
             qkv = qkv[: cache.num_rows]
         q, k, v = (part.transpose(1, 2) for part in qkv.split(self.heads, dim=2))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         v = v.to(q.dtype)
+        if isinstance(cache, JoinedRows):
+            joined: Tensor = self.out(cache.attend(q, k, v).flatten(2))
+            return joined
         if cache is not None:
             k, v = cache.extend(k, v)
         if attention is None or isinstance(attention, Tensor):

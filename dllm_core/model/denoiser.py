@@ -1,6 +1,7 @@
 """Denoiser: noised ids -> logits over clean ids, each position seeing what the AttentionPattern lets it see."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from dllm_core.model.attention import Attention, rope_tables
+from dllm_core.model.attention import Attention, JoinedRows, Strip, rope_tables
 from dllm_core.model.cache import KeyValues, LayerKeyValues
 from dllm_core.model.conditioning import TimeConditioning, modulated
 from dllm_core.model.config import DenoiserConfig, ModelConfig
@@ -45,7 +46,7 @@ class Block(nn.Module):
         attention: "Tensor | BlockMask | None",
         is_causal: bool,
         modulation: Tensor | None,
-        cache: LayerKeyValues | None = None,
+        cache: LayerKeyValues | JoinedRows | None = None,
     ) -> Tensor:
         """[B L D] -> [B L D]. modulation: [B L|1 6D], shift, scale and gate of either half."""
         if modulation is None:
@@ -57,6 +58,16 @@ class Block(nn.Module):
         x = x + (1 + gate1) * mixed
         out = x + (1 + gate2) * self.ffn(modulated(self.norm2(x), shift2, scale2))
         return out
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a forward is given of rows that are of one width: input_ids, is_real, read [B W]."""
+
+    input_ids: Tensor
+    is_real: Tensor
+    read: Tensor
+    cache: KeyValues | None = None
 
 
 class Denoiser(nn.Module):
@@ -191,6 +202,39 @@ class Denoiser(nn.Module):
                 return visible_tiles(pattern, length, self.device, is_real, segment_ids)
         table = visible_keys(pattern, length, self.device, is_real, segment_ids)
         return None if table is None else table[:, None]
+
+    @property
+    def can_join(self) -> bool:
+        """Whether `together` is for it: one that is not told t, and whose logits are not shifted."""
+        return self.time is None and not self.config.model.shifted
+
+    def together(self, parts: Sequence[Part], pattern: AttentionPattern = FULL) -> Tensor:
+        """Logits [n V] where each part reads, part after part: to the bit what a forward of each gives, without
+        gradients. Every weight is read once and meets all positions; attention alone is done part by part.
+        """
+        strips: list[Strip] = []
+        tables: list[tuple[Tensor, Tensor]] = []
+        for part in parts:
+            shape = (part.input_ids.shape[0], part.input_ids.shape[1])
+            if part.cache is None:
+                seen = visible_keys(pattern, shape[1], part.input_ids.device, part.is_real)
+                strips.append(Strip(shape, None if seen is None else seen[:, None], None))
+                at = torch.arange(shape[1], device=part.input_ids.device).expand(shape)
+                cos, sin = self._rope(shape[1], part.input_ids.device, None, 1)
+            else:
+                new = part.cache.open(pattern, shape[1], part.is_real)
+                strips.append(Strip(shape, new.attention, new))
+                at = new.offsets
+                cos, sin = self._rope(new.reach, part.input_ids.device, None, 1)
+            tables.append((cos[at.flatten()], sin[at.flatten()]))
+        ids = torch.cat([part.input_ids.flatten() for part in parts])
+        missing = max(0, MIN_ROWS - len(ids))
+        cos, sin = (functional.pad(torch.cat(both), (0, 0, 0, missing)) for both in zip(*tables, strict=True))
+        x = self._embedded(functional.pad(ids, (0, missing)))[None]
+        for number, block in enumerate(self.blocks):
+            x = block(x, cos, sin, None, False, None, JoinedRows(strips, number))
+        read = torch.cat([part.read.flatten() for part in parts])
+        return self._logits(x[:, : len(ids)], read[None], None)
 
     def _embedded(self, input_ids: Tensor) -> Tensor:
         """[B L] -> [B L D], of about unit size."""

@@ -87,21 +87,26 @@ class Bench:
                 self._denoiser, AbsorbingProcess(mask_id=self._denoiser.config.mask_id), MAX_BATCH_TOKENS
             )
             inside, begun = 0.0, time.perf_counter()
-            forward = self._denoiser.forward
+            forwards = {name: getattr(self._denoiser, name) for name in ("forward", "together")}
 
-            def timed(*given: object, **options: object) -> torch.Tensor:
-                nonlocal inside
-                start = time.perf_counter()
-                out = forward(*given, **options)
-                inside += time.perf_counter() - start
-                return out
+            def timed(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+                def called(*given: object, **options: object) -> torch.Tensor:
+                    nonlocal inside
+                    start = time.perf_counter()
+                    out = forward(*given, **options)
+                    inside += time.perf_counter() - start
+                    return out
 
-            self._denoiser.forward = timed
+                return called
+
+            for name, forward in forwards.items():
+                setattr(self._denoiser, name, timed(forward))
             try:
                 batches = [requests] if together else [[request] for request in requests]
                 answers = [answer for batch in batches for answer in engine.generate(batch)]
             finally:
-                del self._denoiser.forward
+                for name in forwards:
+                    delattr(self._denoiser, name)
             cost = {
                 "calls": sum(answer.num_calls for answer in answers),
                 "positions": sum(answer.num_positions for answer in answers),

@@ -13,7 +13,7 @@ from dllm_core.decoding.engine import Engine
 from dllm_core.decoding.request import Request
 from dllm_core.decoding.unmask import LowConfidencePolicy, ThresholdPolicy
 from dllm_core.errors import ConfigError
-from dllm_core.model.config import DenoiserConfig
+from dllm_core.model.config import DenoiserConfig, ModelConfig
 from dllm_core.model.denoiser import Denoiser
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -190,3 +190,51 @@ def test_slots_are_for_those_who_asked_and_are_given_back():
     engine.generate([Request((5,), DecodeConfig(max_tokens=8, cache="dual")) for _ in range(3)])
     assert engine._store.num_taken == 0
     assert engine._store.capacity < CONTEXT
+
+
+@pytest.fixture(scope="module", params=["one", "two"])
+def wide(request) -> Denoiser:
+    """Heads and products as wide as a real model's, whose kernels differ from a tiny one's; on one thread and two."""
+    torch.manual_seed(1)
+    config = DenoiserConfig(
+        model=ModelConfig(dim=192, layers=2, heads=3, ffn_dim=256, tie_embeddings=False),
+        vocab_size=512,
+        context_length=192,
+        mask_id=MASK,
+        eos_id=EOS,
+        pad_id=PAD,
+    )
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if request.param == "one" else 2)
+    yield Denoiser(config).eval().requires_grad_(False)
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("cache", ["none", "dual"])
+def test_rows_of_any_length_have_the_same_bits_alone_and_together(wide, cache):
+    """Rows whose widths differ are one joined forward a call; every confidence is compared to the last bit."""
+    rng = np.random.default_rng(2)
+    batch = []
+    for _ in range(12):
+        prompt = tuple(map(int, rng.integers(3, 512, rng.integers(1, 40))))
+        config = DecodeConfig(
+            policy=LowConfidencePolicy(),
+            block_length=32,
+            steps_per_block=int(rng.integers(2, 8)),
+            max_tokens=int(rng.integers(8, 120)),
+            cache=cache,
+        )
+        batch.append(Request(prompt, config))
+
+    def commits(requests: list[Request]) -> dict[int, list[tuple[int, int, float]]]:
+        engine, found = new_engine(wide, 1 << 14), {}
+        for request in requests:
+            found[engine.add(request)] = []
+        while updates := engine.step():
+            for update in updates:
+                found[update.row] += update.commits
+        return found
+
+    together = commits(batch)
+    for row, request in enumerate(batch):
+        assert commits([request])[0] == together[row]

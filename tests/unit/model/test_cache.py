@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tiny import VOCABULARY, closely, ids_of, mixed_denoiser, new_denoiser, timed_denoiser, times_of
 
 from dllm_core.model.cache import KeyValueStore
-from dllm_core.model.denoiser import Denoiser
+from dllm_core.model.denoiser import Denoiser, Part
 from dllm_core.model.pattern import CAUSAL, FULL, AttentionPattern
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -199,3 +199,44 @@ def test_what_has_no_exact_cache_is_refused():
     shifted = new_denoiser(shifted=True)
     with torch.inference_mode(), pytest.raises(ValueError, match="told by the position before it"):
         shifted(ids, pattern=AttentionPattern("block_causal", 2), cache=store_for(shifted, 2, 16).rows([0, 1]))
+
+
+strips = st.lists(
+    st.tuples(st.integers(1, 3), st.sampled_from([1, 3, 8, 16, 24, 32, 48]), st.booleans(), st.integers(0, 40)),
+    min_size=1,
+    max_size=5,
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(strips=strips, pattern=patterns | st.just(FULL), seed=st.integers(0, 999))
+@torch.inference_mode()
+@pytest.mark.parametrize("make", [new_denoiser, mixed_denoiser])
+def test_parts_of_any_widths_joined_have_the_bits_and_leave_the_keys_of_each_one_s_forward(make, strips, pattern, seed):
+    """A strip: rows, width, whether it keeps keys, and how many it has kept; what keeps none has at least 16."""
+    denoiser, rng = make(dim=64), np.random.default_rng(seed)
+    total = sum(rows for rows, *_ in strips)
+    stores = [store_for(denoiser, total, 96) for _ in range(2)]
+    joined, apart, first = [], [], 0
+    for rows, width, keeps, kept in strips:
+        width = width if keeps else -(-width // 16) * 16
+        begin = kept if pattern.kind == "causal" else kept // 8 * 8 // (pattern.block_length or 1)
+        begin *= pattern.block_length or 1
+        begin = min(begin, 40 // (pattern.block_length or 1) * (pattern.block_length or 1))
+        ids, slots = ids_of(rows, width, seed=seed), list(range(first, first + rows))
+        is_real = torch.arange(width) < torch.from_numpy(rng.integers(1, width + 1, rows))[:, None]
+        read = is_real & torch.from_numpy(rng.random((rows, width)) < 0.5)
+        for store, parts in zip(stores, (joined, apart), strict=True):
+            begins = [begin] * rows if pattern.kind == "full" else None
+            if keeps and begin:
+                cache = store.rows(slots, [0] * rows if begins else None)
+                denoiser(ids_of(rows, begin, seed=seed), pattern=pattern, cache=cache)
+                if not begins:
+                    cache.commit([begin] * rows)
+            parts.append(Part(ids, is_real, read, store.rows(slots, begins) if keeps else None))
+        first += rows
+    found = denoiser.together(joined, pattern)
+    each = [denoiser(part.input_ids, part.is_real, part.read, pattern=pattern, cache=part.cache) for part in apart]
+    assert torch.equal(found, torch.cat(each))
+    assert torch.equal(stores[0].slots, stores[1].slots)
+    assert stores[0].lengths.tolist() == stores[1].lengths.tolist()
