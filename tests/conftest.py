@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from rados_gateway import Gateway, missing_programs, rados_gateway
+from ranks import Ranks
 
 from dllm_core.checkpoints.bundle import Lineage, write_bundle
 from dllm_core.checkpoints.run_dir import RunDir
@@ -162,6 +163,21 @@ def rados() -> Iterator[Gateway]:
         pytest.skip(missing_programs())
     with rados_gateway() as gateway:
         yield gateway
+
+
+@pytest.fixture(scope="session")
+def worlds() -> Iterator[Callable[[int], Ranks]]:
+    """Processes that train together, by their number; started when they are first asked for, or when they are gone."""
+    known: dict[int, Ranks] = {}
+
+    def of(world_size: int) -> Ranks:
+        if world_size not in known or not known[world_size].is_up:
+            known[world_size] = Ranks(world_size)
+        return known[world_size]
+
+    yield of
+    for world in known.values():
+        world.close()
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,10 @@
 """DeepSpeed ZeRO on gloo takes the steps that plain PyTorch takes, at any stage and world size, and resumes exactly.
 
-Nearly all time is the start of processes, so one start runs many trainings, one after the other.
+Nearly all time is the start of processes, so a process takes many trainings, one after the other.
 """
 
 import gc
 import json
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ import pytest
 import torch
 import yaml
 from conftest import SmallCorpus, small_recipe
+from ranks import Ranks
 from safetensors.torch import load_file, save_file
 from starts import Prepared, qwen2_folder, texts, values_of
 
@@ -41,12 +41,13 @@ from workflows.recipe import Recipe
 from workflows.train.session import open_session
 from workflows.transfer.flow import import_checkpoint
 
+Worlds = Callable[[int], Ranks]
 pytestmark = pytest.mark.timeout(900)  # one setup trains all: a minute, more where other work takes the cores
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a spawned rank needs."""
+    """What a rank needs."""
 
     corpus_root: str
     fingerprint: str
@@ -115,26 +116,13 @@ class Quiet:
         pass
 
 
-def train_rank(rank: int, jobs: tuple[Job, ...]) -> None:
-    """All that processes of one world do, in their order."""
-    torch.set_num_threads(1)
-    first = jobs[0]
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(first.world_size), MASTER_ADDR="127.0.0.1")
-    rendezvous = f"file://{first.run_root}/{first.run}.{first.world_size}.rendezvous"
-    torch.distributed.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=first.world_size)
-    if first.world_size == 2:
-        folder = Path(first.run_root, f"start-{rank}")
-        folder.mkdir(exist_ok=True)
-        check_start(folder)
+def train_jobs(rank: int, jobs: list[Job]) -> None:
+    """All that a process of a world does, in its order."""
     for job in jobs:
         train_job(rank, job)
-    torch.distributed.destroy_process_group()
-    # DeepSpeed keeps the group's threads; at the interpreter's own end they sometimes abort the process
-    # ("terminate called without an active exception"), after all work is done.
-    os._exit(0)
 
 
-def check_start(root: Path) -> None:
+def check_start(rank: int, root: Path) -> None:
     """At stage 3 a module is made and filled with one part of it whole at a time, and equals one that was whole."""
     import deepspeed
 
@@ -151,7 +139,7 @@ def check_start(root: Path) -> None:
     total = sum(p.numel() for p in whole.parameters())
     expected = {name: tensor.clone() for name, tensor in weights_of(whole).items()}
     other = {name: tensor + 1 for name, tensor in expected.items()}
-    save_file(other, root / "other.safetensors")
+    save_file(other, root / f"other-{rank}.safetensors")
     before, init, held = live_elements(), deepspeed.zero.Init, list[int]()
 
     def cut(**given: Any) -> None:
@@ -176,7 +164,7 @@ def check_start(root: Path) -> None:
     found = {name: joined(p) for name, p in module.named_parameters()}
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     del found
-    file = Watched(root / "other.safetensors")
+    file = Watched(root / f"other-{rank}.safetensors")
     DeepSpeedBackend.assign(module, file, "other")
     found = {name: joined(p) for name, p in module.named_parameters()}
     assert all(torch.equal(found[name], tensor) for name, tensor in other.items())
@@ -326,13 +314,13 @@ def job_of(
     )
 
 
-def result_of(root: Path, name: str):
+def result_of(root: Path, name: str, last: int = 10):
     """The tensors of a run's last checkpoint, and the losses of its last steps."""
     newest = CheckpointStore(RunDir(open_store("root", str(root)), name)).newest(lambda error: None)
     assert newest is not None
     found = {part: load_file(newest.files[f"{part}.safetensors"]) for part in ("model", "ema", "optimizer")}
     losses = json.loads((root / f"{name}.losses").read_text())
-    return {**found, "losses": {str(-k): torch.tensor(losses[-k]) for k in range(1, min(len(losses), 10) + 1)}}
+    return {**found, "losses": {str(-k): torch.tensor(losses[-k]) for k in range(1, min(len(losses), last) + 1)}}
 
 
 def conversion(root: Path, **start: object) -> Callable[..., Job]:
@@ -361,18 +349,16 @@ def conversion(root: Path, **start: object) -> Callable[..., Job]:
     return job
 
 
-def train_all(jobs: list[Job]) -> None:
-    """Run jobs of one world one after the other, in as many real processes: most of a test's time is their start."""
-    if jobs[0].local:
-        for job in jobs:
-            train_job(0, job)
-        return
-    torch.multiprocessing.spawn(train_rank, (tuple(jobs),), nprocs=jobs[0].world_size, join=True)
+def train(worlds: Worlds, corpus: SmallCorpus, root: Path, runs: dict[str, dict[str, Any]], **fields: Any) -> None:
+    """Train the runs, by name, in one world; `fields` are those of all."""
+    jobs = [job_of(corpus, root, name, **{**fields, **run}) for name, run in runs.items()]
+    worlds(jobs[0].world_size).run(train_jobs, jobs)
 
 
-def train(corpus: SmallCorpus, root: Path, name: str, **fields: object):
-    train_all([job_of(corpus, root, name, **fields)])
-    return result_of(root, name)
+def train_plain(corpus: SmallCorpus, root: Path, **fields: Any) -> dict[str, dict[str, torch.Tensor]]:
+    """The tensors of a run of plain PyTorch in this process."""
+    train_job(0, job_of(corpus, root, "plain", local=True, **fields))
+    return result_of(root, "plain")
 
 
 def assert_same(left: dict[str, dict[str, torch.Tensor]], right: dict[str, dict[str, torch.Tensor]], atol: float):
@@ -415,7 +401,7 @@ POISONED: dict[str, dict[str, object]] = {
     "micro-offload": {"zero_stage": 2, "offload": "optimizer", **MICRO},
     "micro-parameters": {"zero_stage": 3, "offload": "parameters", **MICRO},
 }
-STEPS = 20
+STEPS, LONG_STEPS, SKIPPED_STEPS = 12, 20, 6
 CONVERTED: dict[str, dict[str, object]] = {
     **{f"converted-{stage}": {"zero_stage": stage} for stage in (0, 2, 3)},
     "converted-micro": {"zero_stage": 3, "micro_rows": 1, "activation_checkpointing": True},
@@ -424,8 +410,8 @@ ADAPTED = {name.replace("converted", "adapted"): fields for name, fields in CONV
 
 
 @pytest.fixture(scope="module")
-def runs(small_corpus, tmp_path_factory) -> Path:
-    """A folder with every run, and a relay: ZeRO 3 on two ranks, from its step 5 ZeRO 1 on one, from 10 back again."""
+def runs(small_corpus, tmp_path_factory, worlds) -> Path:
+    """A folder with every run, and a relay: ZeRO 3 on two ranks, from its step 4 ZeRO 1 on one, from 8 back again."""
     root = tmp_path_factory.mktemp("zero")
 
     def jobs(world_size: int, runs: dict[str, dict[str, object]], **fields: object) -> list[Job]:
@@ -436,18 +422,24 @@ def runs(small_corpus, tmp_path_factory) -> Path:
         source, target = (root / "runs" / run / "checkpoints" / f"step-{step:08d}" for run in (giver, taker))
         shutil.copytree(source, target)
 
-    often = {"checkpoint_every": 5, "keep_checkpoints": 9}
-    skipped = {name: {**fields, "steps": 8} for name, fields in POISONED.items()}
+    one, two = worlds(1), worlds(2)
+    often = {"checkpoint_every": 4, "keep_checkpoints": 9}
+    two.run(check_start, root)
+    two.begin(train_jobs, jobs(2, {"first": {"zero_stage": 3, **often}}))
     converted, adapted = conversion(root), conversion(root, lora={"rank": 3})
-    train_all(jobs(1, {"plain": {}, "plain-skipped": {"steps": 8, **LOSS}}, local=True))
-    train_all([converted("converted", 1, local=True), adapted("adapted", 1, local=True)])
-    two = [converted(name, **fields) for name, fields in CONVERTED.items()]
-    two += [adapted(name, **fields) for name, fields in ADAPTED.items()]
-    train_all(jobs(2, {**WORLD_2, **skipped, "first": {"zero_stage": 3, **often}}) + two)
-    relay(5, "first", "second")
-    train_all(jobs(1, {**WORLD_1, "second": {"zero_stage": 1, **often}}))
-    relay(10, "second", "third")
-    train_all(jobs(2, {"third": {"zero_stage": 3, "offload": "parameters"}}))
+    one.begin(train_jobs, [converted("converted", 1, local=True), adapted("adapted", 1, local=True)])
+    train_jobs(0, jobs(1, {"plain": {}, "plain-skipped": {"steps": SKIPPED_STEPS, **LOSS}}, local=True))
+    one.join()
+    two.join()
+    relay(4, "first", "second")
+    one.begin(train_jobs, jobs(1, {"second": {"zero_stage": 1, **often}, **WORLD_1}))
+    skipped = {name: {**fields, "steps": SKIPPED_STEPS} for name, fields in POISONED.items()}
+    started = [converted(name, **fields) for name, fields in CONVERTED.items()]
+    started += [adapted(name, **fields) for name, fields in ADAPTED.items()]
+    two.run(train_jobs, jobs(2, {**WORLD_2, **skipped}) + started)
+    one.join()
+    relay(8, "second", "third")
+    two.run(train_jobs, jobs(2, {"third": {"zero_stage": 3, "offload": "parameters"}}))
     return root
 
 
@@ -477,42 +469,41 @@ def test_a_step_that_is_no_number_on_one_rank_is_skipped_by_all(runs, name):
     assert_same(result_of(runs, "plain-skipped"), found, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["first", "second", "third"])
-def test_a_run_that_goes_on_at_another_stage_and_world_size_ends_where_an_uninterrupted_one_does(runs, name):
-    assert_same(result_of(runs, "plain"), result_of(runs, name), atol=1e-5)
+@pytest.mark.parametrize(("name", "last"), [("first", 10), ("second", STEPS - 4), ("third", STEPS - 8)])
+def test_a_run_that_goes_on_at_another_stage_and_world_size_ends_where_an_uninterrupted_one_does(runs, name, last):
+    assert_same(result_of(runs, "plain", last), result_of(runs, name, last), atol=1e-5)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_every_combination_takes_the_same_steps(small_corpus, tmp_path, world_size):
-    plain = train(small_corpus, tmp_path, "plain", local=True, steps=STEPS)
-    given = {"world_size": world_size, "steps": STEPS}
-    train_all([job_of(small_corpus, tmp_path, name, **given, **fields) for name, fields in MORE.items()])
+def test_every_combination_takes_the_same_steps(worlds, small_corpus, tmp_path, world_size):
+    plain = train_plain(small_corpus, tmp_path, steps=LONG_STEPS)
+    train(worlds, small_corpus, tmp_path, MORE, world_size=world_size, steps=LONG_STEPS)
     for name in MORE:
         assert_same(plain, result_of(tmp_path, name), atol=1e-5)
 
 
 @pytest.mark.long
-def test_parts_that_do_not_divide_evenly_are_filled_up_and_cut_again(small_corpus, tmp_path):
-    plain = train(small_corpus, tmp_path, "plain", local=True, batch_rows=9, steps=10)
-    train_all([job_of(small_corpus, tmp_path, "three", world_size=3, zero_stage=3, batch_rows=9, steps=10)])
+def test_parts_that_do_not_divide_evenly_are_filled_up_and_cut_again(worlds, small_corpus, tmp_path):
+    fields = {"batch_rows": 9, "steps": 10}
+    plain = train_plain(small_corpus, tmp_path, **fields)
+    train(worlds, small_corpus, tmp_path, {"three": {"zero_stage": 3}}, world_size=3, **fields)
     assert_same(plain, result_of(tmp_path, "three"), atol=1e-5)
 
 
 @pytest.mark.long
-def test_in_bf16_stages_differ_by_no_more_than_rounding_does(small_corpus, tmp_path):
-    options = {"world_size": 2, "precision": "bf16", "steps": STEPS}
+def test_in_bf16_stages_differ_by_no_more_than_rounding_does(worlds, small_corpus, tmp_path):
     runs = {"whole": {"zero_stage": 0}, "cut": {"zero_stage": 3}, "micro": {"zero_stage": 3, "micro_rows": 1}}
-    train_all([job_of(small_corpus, tmp_path, name, **options, **fields) for name, fields in runs.items()])
+    train(worlds, small_corpus, tmp_path, runs, world_size=2, precision="bf16", steps=LONG_STEPS)
     whole = result_of(tmp_path, "whole")
     for name in ("cut", "micro"):
         assert_same(whole, result_of(tmp_path, name), atol=1e-2)
 
 
 @pytest.mark.long
-def test_compiled_blocks_take_the_same_steps(small_corpus, tmp_path):
-    plain = train(small_corpus, tmp_path, "plain", local=True, steps=10)
+def test_compiled_blocks_take_the_same_steps(worlds, small_corpus, tmp_path):
+    plain = train_plain(small_corpus, tmp_path, steps=10)
     runs = {f"compiled-{stage}": {"zero_stage": stage, "compile": True} for stage in (2, 3)}
-    train_all([job_of(small_corpus, tmp_path, name, steps=10, **fields) for name, fields in runs.items()])
+    train(worlds, small_corpus, tmp_path, runs, steps=10)
     for name in runs:
         assert_same(plain, result_of(tmp_path, name), atol=1e-4)

@@ -1,6 +1,5 @@
 """Preference tuning over two ranks of DeepSpeed takes the steps that one process takes, also where weights are cut."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +24,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def train_rank(rank: int, prepared: dict[str, Prepared], rendezvous: str) -> None:
-    torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
-    torch.distributed.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
+def train_rank(rank: int, prepared: list[Prepared]) -> None:
     from dllm_core.training.deepspeed_backend import DeepSpeedBackend
 
-    for one in prepared.values():
+    for one in prepared:
         open_session(
             one.recipe,
             one.run,
@@ -41,8 +37,6 @@ def train_rank(rank: int, prepared: dict[str, Prepared], rendezvous: str) -> Non
             events_of=lambda step, run=one.run: MetricsLog(run, step) if rank == 0 else Silence(),
             on_damage=lambda error: pytest.fail(str(error)),
         ).run()
-    torch.distributed.destroy_process_group()
-    os._exit(0)  # as in test_deepspeed.py: threads of the group may abort the interpreter's own end
 
 
 def weights(prepared: Prepared) -> dict[str, torch.Tensor]:
@@ -50,7 +44,7 @@ def weights(prepared: Prepared) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> dict[str, Prepared]:
+def trained(tmp_path_factory, worlds) -> dict[str, Prepared]:
     """The same tuning in one process and, under each setting, in two."""
     root: Path = tmp_path_factory.mktemp("ranks")
     sizes = {"tokenizer": {"vocab_size": 300}, "model": {"dim": 32, "layers": 2, "heads": 2, "ffn_dim": 64}}
@@ -62,9 +56,10 @@ def trained(tmp_path_factory) -> dict[str, Prepared]:
     values |= {"packing": {"type": "pairs", "seq_len": 48}, "train": {**values["train"], **train}}
     settings: dict[str, dict[str, Any]] = {"one": {}, **SETTINGS}
     found = {n: Prepared({**values, "name": n, "train": {**values["train"], **own}}) for n, own in settings.items()}
+    two = worlds(2)
+    two.begin(train_rank, [found[name] for name in SETTINGS])
     found["one"].session().run()
-    several = {name: found[name] for name in SETTINGS}
-    torch.multiprocessing.spawn(train_rank, (several, f"file://{root}/rendezvous"), nprocs=2, join=True)
+    two.join()
     return found
 
 
