@@ -12,18 +12,34 @@ from pathlib import Path
 
 import psutil
 import pytest
+import ray
 import yaml
 from conftest import make_small_bundle, make_small_corpus, small_recipe, small_text
 
 from dllm_core.checkpoints.run_dir import JsonLines, RunDir
 from dllm_core.checkpoints.store import CheckpointStore
 from dllm_core.storage.store import open_store
+from workflows.cli import run_command_line
 
 DLLM = [sys.executable, "-m", "workflows"]
 
 
 def dllm(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*DLLM, *words], capture_output=True, text=True, check=False, timeout=120)
+
+
+@pytest.fixture
+def here(capsys):
+    """`dllm WORDS` in this process: as from a shell, but for the start of Python and torch, which is seconds each."""
+
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
+        capsys.readouterr()
+        code = run_command_line(list(words))
+        told = capsys.readouterr()
+        assert not ray.is_initialized()
+        return subprocess.CompletedProcess(words, code, told.out, told.err)
+
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +77,8 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(("code", "override", "line"), MISTAKES, ids=[override for _, override, _ in MISTAKES])
-def test_a_mistake_gets_one_line_and_its_exit_code_before_anything_starts(root, code, override, line):
-    told = dllm("run", str(root / "small.yaml"), override)
+def test_a_mistake_gets_one_line_and_its_exit_code_before_anything_starts(root, here, code, override, line):
+    told = here("run", str(root / "small.yaml"), override)
     assert told.returncode == code
     assert told.stderr.startswith(line)
     assert told.stderr.count("\n") == 1
@@ -91,7 +107,7 @@ def test_a_port_that_is_taken_is_refused_before_training(root):
 
 
 @pytest.mark.parametrize("verb", ["generate", "serve"])
-def test_a_bundle_that_fails_its_sha256_is_refused_by_its_file(small_bundle, tmp_path, verb):
+def test_a_bundle_that_fails_its_sha256_is_refused_by_its_file(small_bundle, here, tmp_path, verb):
     run = tmp_path / "runs" / small_bundle.name
     for item in small_bundle.store.list(small_bundle.prefix):
         target = tmp_path / item.key
@@ -101,16 +117,16 @@ def test_a_bundle_that_fails_its_sha256_is_refused_by_its_file(small_bundle, tmp
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
-    told = dllm(verb, str(run))
+    told = here(verb, str(run))
     assert told.returncode == 3
     assert told.stderr == f"dllm: {weights}: does not match its sha256: the file was changed or damaged\n"
 
 
 @pytest.mark.parametrize("verb", [["generate"], ["serve"]])
-def test_a_model_without_decoder_is_refused_before_anything_starts(tmp_path, verb):
+def test_a_model_without_decoder_is_refused_before_anything_starts(here, tmp_path, verb):
     corpus = make_small_corpus(tmp_path, objective={"type": "masked_lm"}, noise={"epochs": 0})
     run = make_small_bundle(corpus, corpus.store.root)
-    told = dllm(*verb, run.url)
+    told = here(*verb, run.url)
     assert told.returncode == 2
     line = "dllm: objective.type: there is no decoder for such a model yet, got 'masked_lm': it can be trained"
     assert told.stderr.startswith(line)
@@ -136,8 +152,8 @@ BLOCKS = ["objective.type=block_diffusion", "noise.block_length=4", "corpus.held
     ],
     ids=["block_length", "suffix"],
 )
-def test_what_a_model_of_blocks_could_not_be_asked_is_refused_before_anything_starts(root, overrides, line):
-    told = dllm("run", str(root / "small.yaml"), *BLOCKS, *overrides)
+def test_what_a_model_of_blocks_could_not_be_asked_is_refused_before_anything_starts(root, here, overrides, line):
+    told = here("run", str(root / "small.yaml"), *BLOCKS, *overrides)
     assert (told.returncode, told.stderr) == (2, f"dllm: {line}\n")
     assert not list((root / "storage").glob("runs/*/events.jsonl"))
 
@@ -180,12 +196,12 @@ def test_what_reads_left_to_right_is_trained_and_generates(root, kind, refusals)
         assert told.stderr.count("\n") == 1
 
 
-def test_with_json_the_last_line_is_one_object_for_an_answer_and_for_an_error(small_bundle):
+def test_with_json_the_last_line_is_one_object_for_an_answer_and_for_an_error(small_bundle, here):
     told = dllm("generate", small_bundle.url, "--prompt", "RED ", "--seed", "3", "--output", "json")
     assert told.returncode == 0
     answer = json.loads(told.stdout.splitlines()[-1])
     assert answer["tokens_per_call"] == pytest.approx(answer["num_tokens"] / answer["num_calls"], abs=1e-3)
-    again = dllm("generate", small_bundle.url, "--prompt", "RED ", "--seed", "3", "--output", "json")
+    again = here("generate", small_bundle.url, "--prompt", "RED ", "--seed", "3", "--output", "json")
     assert json.loads(again.stdout.splitlines()[-1])["text"] == answer["text"]
     by_ids = [
         "--prompt-ids",
@@ -193,16 +209,16 @@ def test_with_json_the_last_line_is_one_object_for_an_answer_and_for_an_error(sm
         "decode.policy.type=margin",
         "decode.cache=dual",
     ]
-    told = dllm("generate", small_bundle.url, *by_ids, "--output", "json")
+    told = here("generate", small_bundle.url, *by_ids, "--output", "json")
     other = json.loads(told.stdout.splitlines()[-1])
     assert (other["prompt_ids"], other["policy"]["type"]) == (answer["prompt_ids"], "margin")
     assert len(other["calls"]) == other["num_calls"]
     committed = {one["position"]: one["token"] for call in other["calls"] for one in call}
     first = len(other["prompt_ids"])
     assert [committed[first + i] for i in range(len(other["token_ids"]))] == other["token_ids"]
-    told = dllm("generate", small_bundle.url, "--prompt-ids", "1,x")
+    told = here("generate", small_bundle.url, "--prompt-ids", "1,x")
     assert (told.returncode, told.stderr.startswith("dllm: --prompt-ids: must be numbers")) == (2, True)
-    told = dllm("generate", small_bundle.url, "decode.max_tokens=0", "--output", "json")
+    told = here("generate", small_bundle.url, "decode.max_tokens=0", "--output", "json")
     error = json.loads(told.stdout.splitlines()[-1])
     assert (told.returncode, error["exit_code"], error["error"]["place"]) == (2, 2, "decode.max_tokens")
 
@@ -217,8 +233,8 @@ def test_with_json_the_last_line_is_one_object_for_an_answer_and_for_an_error(sm
         (["show", "x" * 300], "cannot be read"),
     ],
 )
-def test_a_mistake_in_the_words_themselves_is_one_line(words, line):
-    told = dllm(*words)
+def test_a_mistake_in_the_words_themselves_is_one_line(here, words, line):
+    told = here(*words)
     assert told.returncode == 2
     assert line in told.stderr
     assert told.stderr.count("\n") == 1
