@@ -20,6 +20,8 @@ from dllm_core.checkpoints.run_dir import JsonLines, RunDir
 from dllm_core.checkpoints.store import CheckpointStore
 from dllm_core.storage.store import open_store
 from workflows.cli import run_command_line
+from workflows.fan_out import serially
+from workflows.preprocess.flow import Preprocessing, plan_corpus
 
 DLLM = [sys.executable, "-m", "workflows"]
 
@@ -299,6 +301,8 @@ def interrupted_while_training(
 
 def test_sigterm_while_training_saves_and_leaves_nothing_running(root):
     """That the next run goes on from there, on other workers too: tests/reliability/test_training_storm.py."""
+    corpus = plan_corpus(small_recipe(root), open_store("storage.root", str(root / "storage")))
+    Preprocessing(corpus, serially).run()  # here, as no cluster is needed for it
     words = [*DLLM, "train", str(root / "small.yaml"), "train.steps=4000", "train.checkpoint_every=10"]
     code, told, run = interrupted_while_training(words, root, 0, signal.SIGTERM)
     assert code == 4
