@@ -24,8 +24,8 @@ from workflows.preprocess.flow import Preprocessing, plan_corpus
 from workflows.recipe import Recipe
 from workflows.train.job import denoiser_config
 
-# How fast examples are drawn says how busy the machine is, nothing about the project.
-settings.register_profile("dllm", suppress_health_check=[HealthCheck.too_slow])
+# How fast examples are drawn and tried says how busy the machine is, nothing about the project.
+settings.register_profile("dllm", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("dllm")
 
 COLOURS = ("RED", "GREEN", "BLUE", "WHITE", "BLACK")
