@@ -18,7 +18,15 @@ from workflows.interrupts import end_on_sigterm
 from workflows.placement import Demand
 
 _OBJECT_STORE_BYTES = 256 << 20  # references and small results only: shards never pass through it
+# How Ray Serve 2.60 carries requests: from proxy to gateway to replica by gRPC and not as tasks and objects, and in one
+# event loop a process instead of three. Measured, dllm_core/DECISIONS.md; the serving image sets the same.
+SERVING = {
+    "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+}
 _SETTINGS = {
+    **SERVING,
     "RAY_USAGE_STATS_ENABLED": "0",
     # Ray Train polls its workers every 2 s by default, and a report waits for the poll.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",

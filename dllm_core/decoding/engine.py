@@ -30,6 +30,8 @@ from dllm_core.noise.absorbing import AbsorbingProcess
 from dllm_core.noise.process import NoiseProcess
 from dllm_core.seeding import Bools, Floats, Ints, Purpose, uniforms, uniforms64
 
+MAX_ROWS = 64  # of a batch, where nobody says otherwise
+
 
 @dataclass(frozen=True)
 class RowUpdate:
@@ -119,7 +121,7 @@ class Engine:
         denoiser: Denoiser,
         process: NoiseProcess,
         max_batch_tokens: int = 4096,
-        max_rows: int = 64,
+        max_rows: int = MAX_ROWS,
         *,
         pattern: AttentionPattern = FULL,
         is_ancestral: bool = False,
@@ -144,6 +146,7 @@ class Engine:
         self._served: dict[int, int] = {}  # the tick that each active row last took part in
         self._automata = AutomatonCache(getattr(tokenizer, "token_bytes", lambda: None))
         self._next_row = self._tick = 0
+        self._fill = 0.0
 
     @property
     def denoiser(self) -> Denoiser:
@@ -164,6 +167,11 @@ class Engine:
     def num_waiting(self) -> int:
         """Rows not yet admitted."""
         return len(self._waiting)
+
+    @property
+    def fill(self) -> float:
+        """The share of a tick's room, in rows or in positions, that the last one took; 1 where any row did without."""
+        return self._fill
 
     @property
     def eos_id(self) -> int:
@@ -285,6 +293,8 @@ class Engine:
                 break
             self._active[row].num_positions += width
             due.append(row)
+        is_full = len(due) < len(self._active) or bool(self._waiting)
+        self._fill = 1.0 if is_full else max(len(due) / self._max_rows, taken / self._max_batch_tokens)
         return sorted(due)
 
     def _width(self, state: DecodeState) -> int:

@@ -1,10 +1,8 @@
-"""Answering: rows in, text out. Retries, deadlines, streams and frames; no routes.
+"""Answering: rows in, text out. Deadlines, streams and frames; no routes.
 
-A replica that dies costs a retry, not an answer: the seed is fixed before the first try, so the text is the same.
 Whatever ends a request early (a deadline, a refusal, a client that left) frees all of its rows.
 """
 
-import asyncio
 import contextlib
 import json
 import math
@@ -13,20 +11,21 @@ import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any, ClassVar, Protocol
 
-from ray.exceptions import RayError, RayTaskError
-from ray.serve.exceptions import BackPressureError, RayServeException
+from ray.exceptions import RayError
+from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 
 from dllm_core.errors import DllmError
+from workflows.serve.calls import News, news_of
 from workflows.serve.choice import Choice
 from workflows.serve.dialect.errors import ApiError, busy, late, unavailable
 from workflows.serve.dialect.fields import DiffusionOptions, StreamOptions
 from workflows.serve.dialect.rows import Row, ServedModel
-from workflows.serve.loop import Detail, Progress
 from workflows.serve.metrics import GatewayMetrics
+from workflows.serve.progress import Detail
+from workflows.serve.room import Places
 
-_TRIES = 4
-_PING_EVERY_S = 15.0
+_PING = b": ping\n\n"
 
 
 class Dialect(Protocol):
@@ -89,12 +88,13 @@ class Answering:
         asked: Dialect,
         rows: Sequence[Row],
         metrics: GatewayMetrics,
+        places: Places,
         begun: float,
         deadline: float,
     ) -> None:
-        """begun, deadline: on the monotonic clock, seconds."""
+        """places: the rows', given back as they end; begun, deadline: on the monotonic clock, seconds."""
         self._replicas, self._model, self._asked, self._metrics = replicas, model, asked, metrics
-        self._begun, self._deadline = begun, deadline
+        self._places, self._begun, self._deadline = places, begun, deadline
         self._id = f"{asked.id_prefix}-{secrets.token_hex(12)}"
         wanted = asked.wanted_logprobs
         self._choices = [Choice(i, row, model.tokenizer, begun, wanted) for i, row in enumerate(rows)]
@@ -102,20 +102,9 @@ class Answering:
     async def whole(self) -> dict[str, Any]:
         """All choices, decoded to their end; the first that fails ends the others."""
         detail: Detail = "end" if self._asked.wanted_logprobs is None else "commits"
-
-        async def follow(choice: Choice) -> None:
-            async for _ in self._followed(choice, detail, is_whole=True):
+        async with contextlib.aclosing(self._told(detail)) as told:
+            async for _ in told:
                 pass
-            self._count(choice)
-
-        tasks = [asyncio.create_task(follow(choice)) for choice in self._choices]
-        try:
-            await asyncio.gather(*tasks)
-        except (RayError, RayServeException) as error:
-            raise self._explained(error) from error
-        finally:
-            for task in tasks:
-                task.cancel()
         return self._body(self._asked.object, [self._finished(choice) for choice in self._choices], self.usage)
 
     def _finished(self, choice: Choice) -> dict[str, Any]:
@@ -153,29 +142,36 @@ class Answering:
         ends_empty = bool(openings)  # a chat's last piece is
         detail: Detail = "tokens" if shape.wanted_logprobs is None else "commits"
         async with contextlib.aclosing(self._told(detail)) as told:
-            async for item in told:
-                if item is None:
-                    yield b": ping\n\n"
-                    continue
-                choice, text, is_ended, _ = item
-                if choice.index in openings:
-                    yield chunk(openings.pop(choice.index))
-                text += choice.row.tail if is_ended else ""
-                entries = choice.new_entries()
-                if not text and not (entries and entries[0]) and not is_ended:
-                    continue
-                probs = None if entries is None else shape.told(*entries)
-                if is_ended and text and ends_empty:
-                    yield chunk(shape.piece(choice.index, text, probs, None))
-                    text, probs = "", None
-                piece = shape.piece(choice.index, text, probs, choice.finish_reason if is_ended else None)
-                yield chunk({**piece, "holes": choice.holes} if is_ended and choice.row.has_holes else piece)
+            async for together in told:
+                pieces = list[bytes]()
+                for news in together:
+                    choice, text = news.choice, news.text
+                    if news.gap is not None:
+                        self._metrics.gap(news.gap)
+                    if choice.index in openings:
+                        pieces.append(chunk(openings.pop(choice.index)))
+                    text += choice.row.tail if news.is_ended else ""
+                    entries = choice.new_entries()
+                    if not text and not (entries and entries[0]) and not news.is_ended:
+                        continue
+                    probs = None if entries is None else shape.told(*entries)
+                    if news.is_ended and text and ends_empty:
+                        pieces.append(chunk(shape.piece(choice.index, text, probs, None)))
+                        text, probs = "", None
+                    piece = shape.piece(choice.index, text, probs, choice.finish_reason if news.is_ended else None)
+                    is_whole = news.is_ended and choice.row.has_holes
+                    pieces.append(chunk({**piece, "holes": choice.holes} if is_whole else piece))
+                if pieces or not together:
+                    yield b"".join(pieces) or _PING
 
     async def _frames(self) -> AsyncGenerator[bytes, None]:
         """The canvas after each call, in the shape of Inception's API; then an empty piece for each choice."""
         async with contextlib.aclosing(self._told("canvas", self._frame)) as told:
-            async for item in told:
-                yield b": ping\n\n" if item is None else _event(item[3])
+            async for together in told:
+                for news in together:
+                    if news.gap is not None:
+                        self._metrics.gap(news.gap)
+                yield b"".join(_event(news.shown) for news in together) or _PING
         for choice in self._choices:
             body = {"index": choice.index, "delta": {}, "finish_reason": None}
             yield _event(self._body(self._asked.chunk_object, [body]))
@@ -195,90 +191,23 @@ class Answering:
 
     async def _told(
         self, detail: Detail, seen: Callable[[Choice], Any] = lambda choice: None
-    ) -> AsyncGenerator[tuple[Choice, str, bool, Any] | None, None]:
-        """New text of whichever choice has some, whether it has ended, and what `seen` made of it just then.
-
-        None where it is time for a ping. A choice goes on while what it told waits to be sent.
-        """
-        inbox: asyncio.Queue[tuple[Choice, str | Exception, bool, Any]] = asyncio.Queue()
-
-        async def follow(choice: Choice) -> None:
-            try:
-                ahead = choice.row.head  # with the first piece: what is refused has no text
-                async with contextlib.aclosing(self._followed(choice, detail, is_whole=False)) as pieces:
-                    async for piece in pieces:
-                        is_ended = choice.finish_reason is not None
-                        if choice.gap is not None:
-                            self._metrics.gap(choice.gap)
-                        inbox.put_nowait((choice, ahead + piece, is_ended, seen(choice)))
-                        ahead = ""
-                        if is_ended:
-                            return
-                raise AssertionError("a row ended without saying so")
-            except Exception as error:  # noqa: BLE001 (handed to the client as an error event)
-                inbox.put_nowait((choice, error, True, None))
-
-        tasks = [asyncio.create_task(follow(choice)) for choice in self._choices]
+    ) -> AsyncGenerator[list[News], None]:
+        """What comes in together; nothing where it is time for a ping. A choice's place is free when it has ended."""
+        call = (self._replicas, self._model.name, self._choices, detail, self._deadline, seen)
         try:
-            still_open = len(tasks)
-            while still_open:
-                left = self._deadline - time.monotonic()
-                try:
-                    choice, piece, is_ended, shown = await asyncio.wait_for(inbox.get(), min(_PING_EVERY_S, left))
-                except TimeoutError:
-                    if left <= _PING_EVERY_S:
-                        raise late(self._deadline - self._begun) from None
-                    yield None
-                    continue
-                if isinstance(piece, Exception):
-                    raise self._explained(piece) from piece
-                if is_ended:
-                    still_open -= 1
-                    self._count(choice)
-                yield choice, piece, is_ended, shown
+            async with contextlib.aclosing(news_of(*call)) as coming:
+                async for together in coming:
+                    for news in together:
+                        if news.is_ended:
+                            self._places.give_back()
+                            self._count(news.choice)
+                    yield together
+        except TimeoutError:
+            raise late(self._deadline - self._begun) from None
+        except Exception as error:
+            raise self._explained(error) from error
         finally:
-            for task in tasks:
-                task.cancel()
-
-    async def _followed(self, choice: Choice, detail: Detail, *, is_whole: bool) -> AsyncGenerator[str, None]:
-        """New text as it is committed, or once at its end.
-
-        A dead replica is tried again elsewhere. The text is the same there, and the choice knows how much of it was
-        given, so only what lies behind that follows.
-        """
-        for attempt in range(_TRIES):
-            choice.begin()
-            try:
-                progress_of = self._whole_row if is_whole else self._row
-                async with contextlib.aclosing(progress_of(choice, detail)) as told:
-                    async for progress in told:
-                        yield choice.take(progress)
-                        if choice.finish_reason is not None:
-                            return
-                return
-            except RayTaskError:  # the replica lives and says no
-                raise
-            except RayError:
-                if attempt == _TRIES - 1:
-                    raise
-                await asyncio.sleep(0.1 * 4**attempt)
-
-    async def _whole_row(self, choice: Choice, detail: Detail) -> AsyncGenerator[Progress, None]:
-        """A row's end alone, which costs one message. Leaving early frees the row."""
-        answer = self._replicas.generate.remote(self._model.name, choice.row.request, detail)
-        try:
-            yield await answer
-        finally:
-            answer.cancel()
-
-    async def _row(self, choice: Choice, detail: Detail) -> AsyncGenerator[Progress, None]:
-        """A replica's progress with one row. Leaving early frees the row."""
-        answers = self._replicas.options(stream=True).stream.remote(self._model.name, choice.row.request, detail)
-        try:
-            async for progress in answers:
-                yield progress
-        finally:
-            answers.cancel()
+            self._places.end()
 
     def _explained(self, error: BaseException) -> ApiError:
         """As `explained`; a constraint is called as the request called it."""

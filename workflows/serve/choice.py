@@ -8,7 +8,7 @@ from dllm_core.data.tokenizer import Tokenizer
 from dllm_core.decoding.request import holes_of
 from dllm_core.decoding.text import TextStream
 from workflows.serve.dialect.rows import Row
-from workflows.serve.loop import OPEN, Commit, Progress
+from workflows.serve.progress import OPEN, Commit, Progress
 
 PLACEHOLDER = "\u2591"  # a light shade: an open position in a frame's text
 

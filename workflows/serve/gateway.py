@@ -16,6 +16,7 @@ from ray.serve.handle import DeploymentHandle
 from dllm_core.checkpoints.bundle import read_bundle
 from dllm_core.checkpoints.run_dir import RunDir
 from dllm_core.decoding.config import DecodeConfig
+from dllm_core.decoding.engine import MAX_ROWS
 from dllm_core.errors import DllmError
 from workflows.serve.answer import Answering, explained
 from workflows.serve.config import ServeConfig
@@ -23,7 +24,7 @@ from workflows.serve.dialect.body import parse_body
 from workflows.serve.dialect.chat import ChatRequest
 from workflows.serve.dialect.completions import CompletionRequest, FimRequest
 from workflows.serve.dialect.errors import ApiError, late, unavailable
-from workflows.serve.dialect.rows import ServedModel
+from workflows.serve.dialect.rows import Row, ServedModel
 from workflows.serve.dialect.score import ScoreRequest
 from workflows.serve.dialect.spans import EditRequest, InfillRequest
 from workflows.serve.edge import Edge, EdgeSettings, answer_errors, guard, log_to_stderr, read_body
@@ -31,6 +32,8 @@ from workflows.serve.keys import KeyRing
 from workflows.serve.metrics import GatewayMetrics
 from workflows.serve.openapi import ERRORS, Api, takes
 from workflows.serve.page import PAGE, PAGE_HEADERS
+from workflows.serve.room import Places, Room
+from workflows.serve.routing import num_replicas
 
 _LOAD_WITHIN_S = 5.0
 _LARGE = 16 << 10  # bytes of a body that take milliseconds to read
@@ -74,6 +77,7 @@ class Gateway:
         self._models: dict[str, ServedModel] = {}
         self._said: dict[str, dict[str, Any]] = {}
         self._metrics = GatewayMetrics()
+        self._room = Room(MAX_ROWS + self._settings.max_queued_requests, num_replicas)
         keys = self._settings.keys_file
         ring = KeyRing(keys) if keys is not None else None
         guard(EdgeSettings(ring, frozenset(self._settings.allow_origins), self._settings.limits))
@@ -171,16 +175,32 @@ class Gateway:
         deadline = begun + self._settings.request_timeout_s
         try:
             async with asyncio.timeout(self._settings.request_timeout_s):
-                asked, model, rows = await self._read(http, kind, lambda asked, model: asked.rows(model))
-                answering = Answering(self._replicas, model, asked, rows, self._metrics, begun, deadline)
-                if not asked.is_streamed:
-                    return JSONResponse(await answering.whole())
-                events = answering.events()
-                # What is refused before the first event still has its own status.
-                told = _joined(await anext(events), events)
-                return StreamingResponse(told, media_type="text/event-stream", headers=_STREAM_HEADERS)
+                asked, model, (places, rows) = await self._read(http, kind, self._admitted)
+                try:
+                    shared = (self._replicas, model, asked, rows, self._metrics, places, begun, deadline)
+                    answering = Answering(*shared)
+                    if not asked.is_streamed:
+                        return JSONResponse(await answering.whole())
+                    events = answering.events()
+                    # What is refused before the first event still has its own status.
+                    first = await anext(events)
+                except BaseException:
+                    places.end()
+                    raise
+                return StreamingResponse(
+                    _joined(first, events), media_type="text/event-stream", headers=_STREAM_HEADERS
+                )
         except (DllmError, ApiError, TimeoutError) as error:
             raise self._refused(error) from error
+
+    def _admitted(self, asked: Decoding, model: ServedModel) -> tuple[Places, list[Row]]:
+        """The rows of a request and places for them; whether there are any is asked first, since it costs nothing."""
+        places = self._room.take(model.name, asked.num_rows)
+        try:
+            return places, asked.rows(model)
+        except BaseException:
+            places.end()
+            raise
 
     async def _loads(self) -> list[Any]:
         """What each replica says of its rows, or what went wrong there."""

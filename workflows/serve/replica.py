@@ -5,10 +5,10 @@ work. A model's first call is made before the replica says that it is ready.
 """
 
 import asyncio
+import contextlib
 import sys
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from typing import Any
 
 from ray.serve.exceptions import BackPressureError
@@ -22,7 +22,8 @@ from dllm_core.errors import ConfigError, RequestError
 from dllm_core.evaluation.answers import AnswerScore, AnswerScorer, Question
 from dllm_core.evaluation.estimators import estimator_of_bundle
 from workflows.serve.compiling import Compiler
-from workflows.serve.loop import DecodingLoop, Detail, Progress
+from workflows.serve.loop import DecodingLoop
+from workflows.serve.progress import Detail, Told
 
 _SWITCH_S = 5e-4  # the event loop waits so long for a decoding thread that computes in Python, 5 ms by default
 _MOST_SCORING = 8  # requests for scores that wait or run; each may take seconds
@@ -134,22 +135,16 @@ class DecodeReplica:
             raise RequestError("model", "is not served here", name)
         return self._models[name]
 
-    async def generate(self, name: str, request: Request, detail: Detail = "end") -> Progress:
-        """Decode one row to its end."""
-        last: Progress | None = None
-        commits: list[Any] = []
-        async for progress in self.stream(name, request, detail):
-            last = progress
-            commits += progress.commits
-        assert last is not None
-        return replace(last, commits=tuple(commits))
-
-    async def stream(self, name: str, request: Request, detail: Detail = "tokens") -> AsyncIterator[Progress]:
-        """Decode one row, telling its progress."""
+    async def decode(
+        self, name: str, requests: Sequence[Request], detail: Detail, end_id: int | None = None
+    ) -> AsyncIterator[Told]:
+        """Decode rows together, telling their progress: one message a tick, for all of them."""
         model = self._model(name)
-        await model.prepare(request)
-        async for progress in model.loop.stream(request, detail):
-            yield progress
+        for request in {request.constraint: request for request in requests}.values():
+            await model.prepare(request)
+        async with contextlib.aclosing(model.loop.stream(requests, detail, end_id)) as progress:
+            async for told in progress:
+                yield told
 
     async def score(
         self, name: str, questions: Sequence[Question], draws: int, target_error: float | None, seed: int

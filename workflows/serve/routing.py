@@ -13,6 +13,13 @@ from ray.serve.request_router import FIFOMixin, PendingRequest, ReplicaID, Reque
 from dllm_core.decoding.request import Request
 from workflows.serve.work import Ledger, predicted_work
 
+_num_replicas = 0  # of this process's one router
+
+
+def num_replicas() -> int:
+    """How many there are to send to, as far as this process has been told; 1 where it is none: one will start."""
+    return max(1, _num_replicas)
+
 
 class LeastWorkRouter(FIFOMixin, RequestRouter):  # type: ignore[misc]
     """What a deployment's handle asks for each request."""
@@ -30,10 +37,17 @@ class LeastWorkRouter(FIFOMixin, RequestRouter):  # type: ignore[misc]
         by_id = {str(replica.replica_id): replica for replica in candidate_replicas}
         return [[by_id[name]] for name in order]
 
+    def update_replicas(self, replicas: list[RunningReplica]) -> None:
+        """Called by Ray Serve whenever there are others."""
+        global _num_replicas
+        super().update_replicas(replicas)
+        _num_replicas = len(replicas)
+
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
         """Count its work until it has come back, whatever ends it."""
         name, number = str(replica_id), pending_request.metadata.internal_request_id
-        work = sum(predicted_work(value) for value in pending_request.args if isinstance(value, Request))
+        rows = (row for value in pending_request.args if isinstance(value, tuple) for row in value)
+        work = sum(predicted_work(row) for row in rows if isinstance(row, Request))
         with self._lock:
             self._ledger.begin(name, number, work or 1)
 

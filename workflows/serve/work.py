@@ -10,6 +10,9 @@ from dataclasses import dataclass
 
 from dllm_core.decoding.request import Request
 
+_KEPT = 1 - 1 / 1024  # of what earlier calls say, with each call
+_LEAST_SPREAD = 0.25  # rows^2: below it a line through calls is chance
+
 
 def predicted_work(request: Request, is_ancestral: bool = False) -> int:
     """The most denoiser calls that a row can take; a policy may need fewer, and a few more only for edits.
@@ -74,6 +77,42 @@ class Scaler:
             return current
         self.below = now  # the next one has its own time to wait
         return fewer
+
+
+class Fullness:
+    """How much of what it could do an engine does: its time in calls, less what fuller batches would have shared.
+
+    A call over n rows takes a + b n seconds, of which a is the same for every n: nearly all on a GPU, half of one row's
+    on a core. Batches that are full to a share f do in (f a + b n) what they take a + b n for. a and b are the line
+    through the calls so far, old ones forgotten; before their rows have varied, a call counts as all its time.
+    """
+
+    def __init__(self) -> None:
+        self._sums = (0.0, 0.0, 0.0, 0.0, 0.0)  # of 1, n, n^2, t, n t
+        self._taken_s = 0.0
+
+    def tick(self, rows: int, seconds: float, fill: float) -> None:
+        """A call. fill: the share of the batch's room that it took."""
+        if not rows:
+            return
+        now = (1.0, rows, rows * rows, seconds, rows * seconds)
+        self._sums = tuple(_KEPT * old + new for old, new in zip(self._sums, now, strict=True))  # type: ignore[assignment]
+        self._taken_s += seconds - (1.0 - min(1.0, fill)) * min(seconds, self.fixed_s)
+
+    @property
+    def fixed_s(self) -> float:
+        """What a call takes whatever its rows: a."""
+        count, n, nn, t, nt = self._sums
+        spread = nn / count - (n / count) ** 2 if count else 0.0
+        if spread < _LEAST_SPREAD:
+            return 0.0
+        slope = (nt / count - n * t / count**2) / spread
+        return min(t / count, max(0.0, (t - slope * n) / count))
+
+    def taken_s(self) -> float:
+        """Seconds of full calls since this was last asked."""
+        taken, self._taken_s = self._taken_s, 0.0
+        return taken
 
 
 class Ledger:

@@ -32,6 +32,7 @@ class StuckEngine:
     def __init__(self):
         self.released = threading.Event()
         self.num_active, self.num_waiting, self.cancelled, self.is_ancestral = 0, 0, [], False
+        self.fill, self.eos_id = 0.0, 0
 
     def add(self, request):
         self.num_waiting += 1
@@ -47,15 +48,24 @@ class StuckEngine:
         return []
 
 
+async def ends_of(loop, requests, **options):
+    """What each row of a call ends with."""
+    ends = [None] * len(requests)
+    async for told in loop.stream(requests, **options):
+        for place, one in told:
+            ends[place] = one
+    return ends
+
+
 def test_a_row_too_many_is_refused_at_once_while_the_loop_is_busy_and_leaving_makes_room():
     async def scenario():
         engine = StuckEngine()
         loop = DecodingLoop(engine, max_waiting=2)
-        rows = [asyncio.create_task(anext(loop.stream(REQUEST))) for _ in range(2)]
+        rows = [asyncio.create_task(anext(loop.stream([REQUEST]))) for _ in range(2)]
         await asyncio.sleep(0.05)
         assert loop.load == {"running": 0, "waiting": 2}
         with pytest.raises(BackPressureError) as refused:
-            await anext(loop.stream(REQUEST))
+            await anext(loop.stream([REQUEST]))
         assert str(pickle.loads(pickle.dumps(refused.value))) == str(refused.value)
         for row in rows:
             row.cancel()
@@ -65,7 +75,7 @@ def test_a_row_too_many_is_refused_at_once_while_the_loop_is_busy_and_leaving_ma
             await asyncio.sleep(0.01)
         assert engine.cancelled == [1, 2]
         with pytest.raises(TimeoutError):  # admitted: it waits for its tokens
-            await asyncio.wait_for(anext(loop.stream(REQUEST)), 0.1)
+            await asyncio.wait_for(anext(loop.stream([REQUEST])), 0.1)
 
     asyncio.run(asyncio.wait_for(scenario(), 10))
 
@@ -81,7 +91,7 @@ def test_rows_that_share_the_loop_are_told_what_each_engine_answers_alone(small_
         loop = DecodingLoop(Engine(bundle), max_waiting=8)
 
         async def last(request):
-            told = [progress async for progress in loop.stream(request)]
+            told = [progress async for [(_, progress)] in loop.stream([request])]
             assert all(progress.tokens == told[-1].tokens[: len(progress.tokens)] for progress in told)
             return told[-1]
 
@@ -106,14 +116,18 @@ def test_a_row_whose_output_is_no_number_is_told_so_and_its_neighbours_are_not(s
     async def scenario():
         loop = DecodingLoop(engine, max_waiting=8)
         told = await asyncio.gather(
-            *(anext(loop.stream(request)) for request in (bad, good)),
-            return_exceptions=True,
+            *(anext(loop.stream([request])) for request in (bad, good)),
         )
-        assert not isinstance(told[0], RequestError)  # it is not the client's fault
+        [[(_, failure)], _] = told
+        assert not isinstance(failure, RequestError)  # it is not the client's fault
         with pytest.raises(DllmError, match="model: its output for this request is no number"):
-            raise told[0]
-        progress = [one async for one in loop.stream(good)]
-        return progress[-1]
+            raise failure
+        # In one call too it fails alone, as does a row that cannot be decoded.
+        ends = await ends_of(loop, [good, bad, replace(good, prompt=(1,) * 999), good])
+        assert [isinstance(end, Exception) for end in ends] == [False, True, True, False]
+        assert isinstance(pickle.loads(pickle.dumps(ends[2])), RequestError)
+        assert ends[0].tokens == ends[3].tokens
+        return ends[0]
 
     assert asyncio.run(asyncio.wait_for(scenario(), 30)).tokens == alone.tokens
 
@@ -125,7 +139,7 @@ def test_a_loop_that_hangs_is_unhealthy_and_an_idle_one_is_not(monkeypatch):
         for _ in range(3):
             await asyncio.sleep(0.05)
             loop.check()  # idle, for longer than a tick may take
-        row = asyncio.create_task(anext(loop.stream(REQUEST)))
+        row = asyncio.create_task(anext(loop.stream([REQUEST])))
         await asyncio.sleep(0.01)
         loop.check()
         await asyncio.sleep(0.1)
@@ -145,7 +159,7 @@ def test_a_loop_tells_the_calls_that_are_still_to_come_and_how_busy_it_was(small
     async def scenario():
         loop = DecodingLoop(Engine(read_bundle(small_bundle)), max_waiting=8)
         assert loop.work == 0
-        told, left = loop.stream(Request((7, 8), config, seed=1), "canvas"), []
+        told, left = loop.stream([Request((7, 8), config, seed=1)], "canvas"), []
         async for _ in told:
             left.append(loop.work)
         assert left == sorted(left, reverse=True)
@@ -158,3 +172,94 @@ def test_a_loop_tells_the_calls_that_are_still_to_come_and_how_busy_it_was(small
         await loop.close()
 
     asyncio.run(asyncio.wait_for(scenario(), 30))
+
+
+@EVERY_DECODER
+def test_rows_of_a_call_are_told_in_one_message_a_tick_what_each_engine_answers_alone(small_bundle, said):
+    bundle = read_bundle(small_bundle)
+    bundle = replace(bundle, manifest=bundle.manifest.model_copy(update=said))
+    config = DecodeConfig(block_length=4, steps_per_block=4, max_tokens=9, temperature=1)
+    requests = [Request(prompt=(7, 8, 9)[: n % 4], config=config, seed=n) for n in range(12)]
+
+    async def scenario():
+        loop = DecodingLoop(Engine(bundle), max_waiting=8)
+        messages = [told async for told in loop.stream(requests, "canvas")]
+        ends = await ends_of(loop, requests, detail="end")
+        await loop.close()
+        return messages, ends
+
+    messages, ends = asyncio.run(asyncio.wait_for(scenario(), 30))
+    assert max(len(told) for told in messages) == len(requests)
+    assert len(messages) == max(end.num_calls for end in ends)
+    for end, request in zip(ends, requests, strict=True):
+        [answer] = Engine(bundle).generate([request])
+        assert (end.tokens, end.num_calls) == (answer.tokens, answer.num_calls)
+
+
+def test_leaving_a_call_frees_all_of_its_rows_before_the_next_tick_and_no_other(small_bundle):
+    config = DecodeConfig(block_length=1, steps_per_block=1, max_tokens=24, policy={"type": "low_confidence"})
+    requests = [Request((7, 8), config, seed=seed) for seed in range(12)]
+
+    async def scenario():
+        engine = Engine(read_bundle(small_bundle))
+        loop = DecodingLoop(engine, max_waiting=64)
+        neighbour = asyncio.create_task(ends_of(loop, requests[:1]))
+        await asyncio.sleep(0)  # its row is asked for: both are taken in by the same tick
+        call = loop.stream(requests[1:], "canvas")
+        await anext(call)
+        assert engine.num_active == 12
+        ticks = engine._tick
+        await call.aclose()
+        while engine.num_active > 1:
+            await asyncio.sleep(0)
+        assert engine._tick <= ticks + 1
+        waiting = asyncio.create_task(anext(loop.stream(requests[1:])))  # left before it was taken in
+        await asyncio.sleep(0)
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+        [end] = await neighbour
+        assert loop.load == {"running": 0, "waiting": 0}
+        assert loop.work == 0
+        return end
+
+    [alone] = Engine(read_bundle(small_bundle)).generate(requests[:1])
+    assert asyncio.run(asyncio.wait_for(scenario(), 30)).tokens == alone.tokens
+
+
+def test_a_request_larger_than_the_queue_is_let_in_where_nothing_waits_and_refused_whole_where_something_does():
+    async def scenario():
+        engine = StuckEngine()
+        loop = DecodingLoop(engine, max_waiting=4)
+        large = asyncio.create_task(anext(loop.stream([REQUEST] * 6)))
+        await asyncio.sleep(0.05)
+        assert loop.load["waiting"] == 6
+        with pytest.raises(BackPressureError):
+            await anext(loop.stream([REQUEST] * 2))
+        assert loop.load["waiting"] == 6
+        large.cancel()
+        engine.released.set()
+        await asyncio.wait([large])
+
+    asyncio.run(asyncio.wait_for(scenario(), 10))
+
+
+def test_a_token_that_ends_the_answer_ends_its_row_and_frees_it(small_bundle):
+    config = DecodeConfig(block_length=1, steps_per_block=1, max_tokens=24, temperature=1)
+    request = Request((7, 8), config, seed=5)
+    [alone] = Engine(read_bundle(small_bundle)).generate([request])
+    end_id = alone.tokens[3]
+
+    async def scenario():
+        engine = Engine(read_bundle(small_bundle))
+        loop = DecodingLoop(engine, max_waiting=8)
+        ended, other = await asyncio.gather(
+            ends_of(loop, [request] * 2, detail="end", end_id=end_id), ends_of(loop, [request])
+        )
+        assert loop.load == {"running": 0, "waiting": 0}
+        return ended, other
+
+    ended, [other] = asyncio.run(asyncio.wait_for(scenario(), 30))
+    at = alone.tokens.index(end_id)
+    for one in ended:
+        assert (one.tokens, one.finish_reason, one.num_calls) == (alone.tokens[: at + 1], "stop", at + 1)
+    assert other.tokens == alone.tokens

@@ -7,41 +7,52 @@ from types import SimpleNamespace
 import httpx
 import pytest
 from ray import serve
-from ray.exceptions import ActorDiedError, RayTaskError
+from ray.exceptions import ActorDiedError, RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError
 
 from workflows.serve.config import ServeConfig
 from workflows.serve.gateway import Gateway, api
-from workflows.serve.loop import Progress
+from workflows.serve.progress import Progress
 
 TEXT = "RED CIRCLE 17"
 
 
 class Call:
-    """A call of a replica, as Ray Serve hands it to the gateway."""
+    """A call of a replica, as Ray Serve hands it to the gateway: rows whose every step is scripted, told as they come.
 
-    def __init__(self, steps):
-        self._steps, self.is_open = steps, True
+    What is wrong with Ray ends the call, anything else its row alone.
+    """
 
-    def __aiter__(self):
-        return self._steps
+    def __init__(self, requests, rows):
+        self.requests, self._rows, self.is_open = requests, rows, True
 
-    def __await__(self):
-        return self._end().__await__()
+    async def __aiter__(self):
+        told = asyncio.Queue()
 
-    async def _end(self):
-        return [step async for step in self._steps][-1]
+        async def follow(place, steps):
+            try:
+                async for step in steps:
+                    told.put_nowait([(place, step)])
+            except Exception as error:  # noqa: BLE001 (told, as a replica does)
+                told.put_nowait(error if isinstance(error, RayError) else [(place, error)])
+
+        tasks = [asyncio.create_task(follow(place, steps)) for place, steps in enumerate(self._rows)]
+        while tasks:
+            message = await told.get()
+            if isinstance(message, Exception):
+                raise message
+            yield message
 
     def cancel(self):
         self.is_open = False
 
 
 class Replicas:
-    """Answers the i-th call of its life with `script(i)`."""
+    """Decodes the i-th row of its life as `script(i)` says."""
 
     def __init__(self, script, loads=()):
         self._script, self._loads, self.calls = script, loads, []
-        self.stream = self.generate = SimpleNamespace(remote=self._call)
+        self.decode = SimpleNamespace(remote=self._decode)
 
     def options(self, stream):
         return self
@@ -52,8 +63,10 @@ class Replicas:
 
         return SimpleNamespace(results_async=results_async)
 
-    def _call(self, name, request, detail):
-        self.calls.append(Call(self._script(len(self.calls))))
+    def _decode(self, name, requests, detail, end_id):
+        begun = sum(len(call.requests) for call in self.calls)
+        rows = [self._script(begun + place) for place in range(len(requests))]
+        self.calls.append(Call(requests, rows))
         return self.calls[-1]
 
 
@@ -62,25 +75,36 @@ def served(small_bundle, small_corpus, monkeypatch):
     """A function: scripted replicas -> a function that sends one request to a gateway in front of them."""
     ours = Gateway.func_or_class.__mro__[1]  # below Ray's own wrapping
 
-    def of(replicas, timeout_s=30.0, may_rest=False):
+    def of(replicas, timeout_s=30.0, may_rest=False, **settings):
         decode = small_corpus.recipe.decode.model_dump(mode="json")
-        gateway = ours(replicas, ServeConfig(request_timeout_s=timeout_s).model_dump(mode="json"), may_rest)
+        told = ServeConfig(request_timeout_s=timeout_s, **settings).model_dump(mode="json")
+        gateway = ours(replicas, told, may_rest)
         gateway.reconfigure({small_bundle.name: {"run": small_bundle.url, "decode": decode}})
         monkeypatch.setattr(serve, "get_replica_context", lambda: SimpleNamespace(servable_object=gateway))
 
-        def send(path="/v1/completions", **body):
+        def together(bodies, path="/v1/completions"):
+            """Answers to these, each sent when what the one before has begun is done."""
+
             async def sent():
                 transport = httpx.ASGITransport(app=api)
                 async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:
-                    if not body:
-                        return await client.get(path)
-                    answer = await client.post(path, json={"model": small_bundle.name, **body})
+                    tasks = []
+                    for body in bodies:
+                        model = {"model": small_bundle.name}
+                        post = client.post(path, json={**model, **body}) if body else client.get(path)
+                        tasks.append(asyncio.create_task(post))
+                        await asyncio.sleep(0.1 if len(bodies) > 1 else 0)
+                    answers = await asyncio.gather(*tasks)
                 await asyncio.sleep(0.05)
                 replicas.left_open = [call.is_open for call in replicas.calls]  # the end of the loop closes all
-                return answer
+                return answers
 
             return asyncio.run(sent())
 
+        def send(path="/v1/completions", **body):
+            return together([body], path)[0]
+
+        send.together = together
         return send
 
     return of
@@ -88,13 +112,16 @@ def served(small_bundle, small_corpus, monkeypatch):
 
 @pytest.fixture
 def steps(small_corpus):
-    """A function: token counts -> a row's progress at these; an exception is raised, None never ends."""
+    """A function: token counts -> a row's progress at these; an exception is raised, None never ends, a float waits."""
     ids = small_corpus.tokenizer.encode(TEXT)
 
     async def run(*script):
         for step in script:
             if isinstance(step, Exception):
                 raise step
+            if isinstance(step, float):
+                await asyncio.sleep(step)
+                continue
             if step is None:
                 await asyncio.Event().wait()
             count = len(ids) if step == "end" else step
@@ -131,6 +158,67 @@ def test_a_replica_that_dies_in_mid_answer_is_tried_again_and_no_text_comes_twic
     assert len(replicas.calls) == 3
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_only_the_rows_that_were_open_when_their_replica_died_are_tried_again(served, steps, stream):
+    first = [("end",), (2, None), (1, 0.05, ActorDiedError()), ("end",)]
+    replicas = Replicas(lambda i: steps(*first[i]) if i < 4 else steps(1, 3, "end"))
+    answer = served(replicas)(prompt="RED", n=4, seed=3, stream=stream)
+    if stream:
+        texts = dict.fromkeys(range(4), "")
+        for event in events(answer)[:-1]:
+            [choice] = json.loads(event)["choices"]
+            texts[choice["index"]] += choice["text"]
+        assert texts == dict.fromkeys(range(4), TEXT)
+    else:
+        assert [choice["text"] for choice in answer.json()["choices"]] == [TEXT] * 4
+    died, again = replicas.calls
+    assert again.requests == died.requests[1:3]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_call_that_its_replica_gave_up_is_tried_again(served, steps, stream):
+    """As Ray Serve tells of a replica that is shut down: by a cancellation that nobody here has asked for."""
+
+    class GivesUp(Call):
+        async def __aiter__(self):
+            yield [(0, await anext(self._rows[0]))]
+            raise asyncio.CancelledError
+
+    class Stopping(Replicas):
+        def _decode(self, *call):
+            made = super()._decode(*call)
+            if len(self.calls) == 1:
+                self.calls[0] = made = GivesUp(made.requests, made._rows)
+            return made
+
+    answer = served(Stopping(lambda i: steps(1, 3, "end")), timeout_s=5.0)(prompt="RED", stream=stream)
+    assert answer.status_code == 200
+    assert "error" not in answer.text
+
+
+def test_rows_for_which_there_is_no_room_are_refused_before_anything_is_sent(served, steps, monkeypatch):
+    """A replica has 64 in a batch and lets as many wait as is said."""
+    monkeypatch.setattr("workflows.serve.routing._num_replicas", 2)
+    replicas = Replicas(lambda i: steps(*((None,) if i < 128 else ("end",))))
+    send = served(replicas, timeout_s=1.0, max_queued_requests=1)
+    many = {"prompt": ["RED"] * 8, "n": 8}
+    answers = send.together([many, many, {"prompt": "RED", "n": 3}, {"prompt": "RED", "n": 3, "stream": True}])
+    assert [answer.status_code for answer in answers] == [408, 408, 429, 429]
+    assert {answer.headers["retry-after"] for answer in answers[2:]} == {"1"}
+    assert [len(call.requests) for call in replicas.calls] == [32] * 4  # in a call for each replica
+    assert send(prompt="RED", n=2).status_code == 200
+
+
+def test_places_are_given_back_by_rows_that_end_and_by_requests_that_are_refused(served, steps):
+    replicas = Replicas(lambda i: steps(*((None,) if i < 63 else ("end",))))
+    send = served(replicas, timeout_s=0.6, max_queued_requests=1)
+    whole, other = send.together([{"prompt": ["RED"] * 8, "n": 8}, {"prompt": "RED", "n": 2}])  # of 65; one has ended
+    assert (whole.status_code, other.status_code) == (408, 200)
+    for body in ({"prompt": "RED", "max_tokens": 999}, {"prompt": ["RED " * 90] * 8, "n": 8}) * 3:
+        assert send(**body).status_code == 400
+    assert [answer.status_code for answer in send.together([{"prompt": "RED", "n": 8}] * 2)] == [200, 200]
+
+
 def test_replicas_that_keep_dying_end_a_stream_with_an_error_event(served, steps):
     answer = served(Replicas(lambda i: steps(4, ActorDiedError())))(prompt="RED", stream=True)
     assert is_refusal(json.loads(events(answer)[-1]), "server_error")
@@ -142,7 +230,7 @@ def test_an_answer_that_takes_too_long_is_a_408_and_frees_its_rows(served, steps
     answer = served(replicas, timeout_s=0.2)(prompt="RED", n=3, stream=stream)
     assert answer.status_code == 408
     assert is_refusal(answer.json(), "timeout_error", "request_timeout")
-    assert replicas.left_open == [False] * 3
+    assert replicas.left_open == [False]
 
 
 def test_a_stream_that_takes_too_long_ends_with_an_error_event_and_frees_its_rows(served, steps):
@@ -150,7 +238,7 @@ def test_a_stream_that_takes_too_long_ends_with_an_error_event_and_frees_its_row
     told = events(served(replicas, timeout_s=0.5)(prompt="RED", n=3, stream=True))
     assert [json.loads(event)["choices"][0]["index"] for event in told[:-1]] == [0, 1, 2]
     assert is_refusal(json.loads(told[-1]), "timeout_error", "request_timeout")
-    assert replicas.left_open == [False] * 3
+    assert replicas.left_open == [False]
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -161,7 +249,7 @@ def test_a_choice_that_is_refused_frees_the_others(served, steps, stream):
     assert answer.status_code == 429
     assert answer.headers["retry-after"] == "1"
     assert is_refusal(answer.json(), "rate_limit_error", "rate_limit_exceeded")
-    assert replicas.left_open == [False] * 3
+    assert replicas.left_open == [False]
 
 
 def test_the_load_is_the_sum_over_the_replicas_that_answer(served, steps):

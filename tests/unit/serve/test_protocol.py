@@ -66,11 +66,11 @@ def test_a_body_that_is_no_request_is_refused_in_one_line(body):
 
 def test_neutral_values_of_what_is_not_supported_are_fine():
     request = parse(logprobs=None, presence_penalty=0, best_of=1, logit_bias={})
-    assert request.prompts(LIMITS) == ["p"]
+    assert request.prompts == ["p"]
 
 
 def test_brackets_in_a_prompt_are_text():
-    assert parse(prompt="[" * 500).prompts(LIMITS) == ["[" * 500]
+    assert parse(prompt="[" * 500).prompts == ["[" * 500]
 
 
 def test_seeds_of_choices_differ_and_the_first_is_the_one_asked_for():
@@ -101,8 +101,8 @@ def test_options_override_the_recipe_and_impossible_ones_name_themselves():
 
 
 def test_a_request_holds_at_most_64_rows_and_says_which_parameter_makes_them():
-    assert len(parse(prompt=["p"] * 8, n=8).rows_of(LIMITS)) == 64
-    assert parse(prompt=["a", "b"], n=2).rows_of(LIMITS) == ["a", "a", "b", "b"]
+    assert parse(prompt=["p"] * 8, n=8).num_rows == 64
+    assert parse(prompt=[7, 8], n=2).num_rows == 2
     for fields, place in [({"prompt": ["p"] * 9, "n": 8}, "n"), ({"prompt": ["p"] * 65}, "prompt")]:
         with pytest.raises(RequestError) as caught:
             parse(**fields)

@@ -74,10 +74,8 @@ class ChatRequest(DecodingFields):
             ids += [tokenizer.role_id(message.marker), *tokenizer.encode(message.text), tokenizer.end_of_turn_id]
         ids.append(tokenizer.role_id("assistant"))
         constraint = self.constraint(model.limits)
-        return [
-            Row(of_prompt(self, model, tuple(ids), (), seed, constraint), end_id=tokenizer.end_of_turn_id)
-            for seed in self.seeds(self.n)
-        ]
+        requests = of_prompt(self, model, tuple(ids), (), self.seeds(self.n), constraint)
+        return [Row(request, end_id=tokenizer.end_of_turn_id) for request in requests]
 
     def choice(self, index: int, text: str, logprobs: Any, finish_reason: str | None) -> dict[str, Any]:
         """One choice of an answer."""

@@ -27,40 +27,38 @@ class CompletionRequest(DecodingFields):
         """`logprobs`."""
         return self.logprobs
 
-    def check(self, limits: Limits) -> None:
-        """Beside what is refused everywhere: more rows than one request may ask for."""
-        super().check(limits)
-        self.rows_of(limits)
+    @property
+    def num_rows(self) -> int:
+        """Prompts times choices."""
+        return len(self.prompts) * self.n
 
-    def prompts(self, limits: Limits) -> list[str | list[int]]:
+    def check(self, limits: Limits) -> None:
+        """Beside what is refused everywhere: no prompt, and more rows than one request may ask for."""
+        super().check(limits)
+        if not self.prompt and not isinstance(self.prompt, str):
+            raise RequestError("prompt", "is an empty list")
+        if len(self.prompts) > limits.rows:
+            raise RequestError("prompt", f"at most {limits.rows} prompts", len(self.prompts))
+        if self.num_rows > limits.rows:
+            problem = f"{len(self.prompts)} in prompt times n must be at most {limits.rows}"
+            raise RequestError("n", problem, self.n, "ask for fewer choices or split the list in prompt")
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
         """One or many prompts, as text or token ids."""
         prompt = self.prompt
-        if isinstance(prompt, str):
-            return [prompt]
-        if not prompt:
-            raise RequestError("prompt", "is an empty list")
-        if len(prompt) > limits.rows and not isinstance(prompt[0], int):
-            raise RequestError("prompt", f"at most {limits.rows} prompts", len(prompt))
-        return [prompt] if isinstance(prompt[0], int) else list(prompt)
-
-    def rows_of(self, limits: Limits) -> list[str | list[int]]:
-        """Each prompt `n` times: what is decoded."""
-        prompts = self.prompts(limits)
-        if len(prompts) * self.n > limits.rows:
-            problem = f"{len(prompts)} in prompt times n must be at most {limits.rows}"
-            raise RequestError("n", problem, self.n, "ask for fewer choices or split the list in prompt")
-        return [prompt for prompt in prompts for _ in range(self.n)]
+        return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else list(prompt)
 
     def rows(self, model: ServedModel) -> list[Row]:
         """N rows for each prompt."""
         constraint, tokenizer = self.constraint(model.limits), model.tokenizer
         suffix = tuple(tokenizer.encode(self.suffix)) if self.suffix else ()
-        prompts, found = self.rows_of(model.limits), []
-        for prompt, seed in zip(prompts, self.seeds(len(prompts)), strict=True):
+        seeds, found = self.seeds(self.num_rows), list[Row]()
+        for number, prompt in enumerate(self.prompts):
             ids = tuple(tokenizer.encode(prompt)) if isinstance(prompt, str) else tuple(prompt)
-            request = of_prompt(self, model, ids, suffix, seed, constraint)
             head = (prompt if isinstance(prompt, str) else tokenizer.decode(ids)) if self.echo else ""
-            found.append(Row(request, head=head))
+            own = seeds[number * self.n : (number + 1) * self.n]
+            found += [Row(request, head) for request in of_prompt(self, model, ids, suffix, own, constraint)]
         return found
 
     def choice(self, index: int, text: str, logprobs: Any, finish_reason: str | None) -> dict[str, Any]:

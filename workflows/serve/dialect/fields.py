@@ -113,6 +113,11 @@ class DecodingFields(Part):
         return None
 
     @property
+    def num_rows(self) -> int:
+        """How many rows are decoded; known before anything is encoded."""
+        return self.n
+
+    @property
     def is_streamed(self) -> bool:
         """Whether the answer comes as events."""
         return self.stream or self.diffusing

@@ -1,6 +1,7 @@
 """Row: one choice of an answer, as the engine is asked for it; ServedModel: what a gateway knows of a model."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from dllm_core.checkpoints.bundle import ModelBundle
 from dllm_core.data.tokenizer import Tokenizer
@@ -68,19 +69,22 @@ def of_prompt(
     model: ServedModel,
     prompt: tuple[int, ...],
     suffix: tuple[int, ...],
-    seed: int,
+    seeds: Sequence[int],
     constraint: str | None,
-) -> Request:
-    """A canvas between a prompt and a suffix, refused where it cannot be decoded."""
+) -> list[Request]:
+    """A canvas between a prompt and a suffix for each seed, refused where it cannot be decoded.
+
+    All share what they hold, so that they are checked once and little larger than one when they are sent.
+    """
     model.check_room(len(prompt), len(suffix))
-    return model.check(
+    first = model.check(
         Request(
             prompt=prompt,
             config=asked.decode_config(model.decode, model.context - len(prompt) - len(suffix)),
             suffix=suffix,
-            seed=seed,
             stop=asked.stops,
             constraint=constraint,
             top_logprobs=asked.wanted_logprobs or 0,
         )
     )
+    return [replace(first, seed=seed) for seed in seeds]

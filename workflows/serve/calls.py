@@ -1,0 +1,143 @@
+"""Calls: a request's rows on their way to replicas and back, in as few messages as keep the replicas evenly loaded.
+
+A replica that dies costs a retry, not an answer: the rows that were not finished are sent again, and since the seed is
+fixed before the first try, each choice knows how much of its text it has given already.
+"""
+
+import asyncio
+import contextlib
+import itertools
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import grpc  # type: ignore[import-untyped]
+from ray.exceptions import RayError, RayTaskError
+from ray.serve.handle import DeploymentHandle
+
+from workflows.serve.choice import Choice
+from workflows.serve.progress import Detail, Told
+from workflows.serve.routing import num_replicas
+
+_TRIES = 4
+_LEAST_ROWS = 8  # of a call, where a request has them: its messages cost as much for one row as for many
+_PING_EVERY_S = 15.0
+
+
+@dataclass(frozen=True)
+class News:
+    """New text of a choice, whether it has ended, and what `seen` made of it just then."""
+
+    choice: Choice
+    text: str
+    is_ended: bool
+    shown: Any = None
+    gap: float | None = None
+
+
+class _GoneError(RayError):  # type: ignore[misc]
+    """A replica ended a call that nobody here has given up."""
+
+
+async def news_of(
+    replicas: DeploymentHandle,
+    model: str,
+    choices: Sequence[Choice],
+    detail: Detail,
+    deadline: float,
+    seen: Callable[[Choice], Any] = lambda choice: None,
+) -> AsyncGenerator[list[News], None]:
+    """What comes in together of whichever choices, until all have ended; nothing where it is time for a ping.
+
+    Choices go on while what they told waits to be sent. Raises TimeoutError at `deadline`, on the monotonic clock, and
+    whatever ended a row; leaving frees all rows.
+    """
+    inbox: asyncio.Queue[list[News] | BaseException] = asyncio.Queue()
+
+    async def follow(part: Sequence[Choice]) -> None:
+        try:
+            async for news in _followed(replicas, model, part, detail, seen):
+                inbox.put_nowait(news)
+        except Exception as error:  # noqa: BLE001 (raised where it is waited for)
+            inbox.put_nowait(error)
+
+    tasks = [asyncio.create_task(follow(part)) for part in parts_of(choices, num_replicas())]
+    still_open = len(choices)
+    try:
+        while still_open:
+            left = deadline - time.monotonic()
+            try:
+                async with asyncio.timeout(min(_PING_EVERY_S, left)):
+                    news = await inbox.get()
+            except TimeoutError:
+                if left <= _PING_EVERY_S:
+                    raise
+                yield []
+                continue
+            if isinstance(news, BaseException):
+                raise news
+            still_open -= sum(one.is_ended for one in news)
+            yield news
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+def parts_of(choices: Sequence[Choice], replicas: int) -> list[Sequence[Choice]]:
+    """The choices of each call: one for all, or one for each of the replicas that there are rows enough for."""
+    count = max(1, min(replicas, len(choices) // _LEAST_ROWS))
+    edges = [len(choices) * number // count for number in range(count + 1)]
+    return [choices[start:stop] for start, stop in itertools.pairwise(edges)]
+
+
+async def _followed(
+    replicas: DeploymentHandle, model: str, part: Sequence[Choice], detail: Detail, seen: Callable[[Choice], Any]
+) -> AsyncGenerator[list[News], None]:
+    """One call's news; those of its rows that are open when its replica dies are tried again elsewhere."""
+    for attempt in range(_TRIES):
+        part = [choice for choice in part if choice.finish_reason is None]
+        for choice in part:
+            choice.begin()
+        try:
+            async with contextlib.aclosing(_call(replicas, model, part, detail)) as messages:
+                async for message in messages:
+                    if news := [one for place, row in message if (one := _taken(part[place], row, seen)) is not None]:
+                        yield news
+                    if all(choice.finish_reason is not None for choice in part):
+                        return
+            raise AssertionError("a call ended before its rows")
+        except RayTaskError:  # the replica lives and says no
+            raise
+        except (RayError, grpc.RpcError):
+            if attempt == _TRIES - 1:
+                raise
+            await asyncio.sleep(0.1 * 4**attempt)
+
+
+def _taken(choice: Choice, row: Any, seen: Callable[[Choice], Any]) -> News | None:
+    if isinstance(row, Exception):
+        raise row
+    if choice.finish_reason is not None:  # a stop string ended it here before it did there
+        return None
+    ahead = choice.row.head if choice.progress is None else ""  # with the first piece: what is refused has no text
+    text = ahead + choice.take(row)
+    return News(choice, text, choice.finish_reason is not None, seen(choice), choice.gap)
+
+
+async def _call(
+    replicas: DeploymentHandle, model: str, part: Sequence[Choice], detail: Detail
+) -> AsyncGenerator[Told, None]:
+    """A replica's messages of some rows. Leaving early frees them."""
+    requests = tuple(choice.row.request for choice in part)
+    messages = replicas.options(stream=True).decode.remote(model, requests, detail, part[0].row.end_id)
+    try:
+        async for message in messages:
+            yield message
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise
+        raise _GoneError("the replica ended the call") from None  # as Ray Serve tells of one that shuts down
+    finally:
+        messages.cancel()
