@@ -28,11 +28,12 @@ import numpy as np
 from figures import tell
 from numpy.typing import NDArray
 
+from dllm_core.decoding.engine import MAX_ROWS
 from workflows.placement import ServePlacement
 from workflows.serve.config import ServeConfig
 from workflows.serve.work import Scaler, ScalingRule
 
-ROWS = 64  # rows that an engine takes into its batch: `max_rows` of `Engine`
+ROWS = MAX_ROWS
 LOOK_BACK = 4  # seconds over which Ray Serve averages what replicas report, once a second: `app.build`
 PREDICTED = 32 / 14
 DRAINS_S = 300.0  # after a burst: its requests are told with it so long
@@ -108,6 +109,7 @@ class Replica:
     held: float = 0.0  # predicted calls of all that was sent here, as the router's ledger has it
     done: float = 0.0  # calls that the rows in the batch have taken
     busy_s: float = 0.0
+    taken_s: float = 0.0  # as `work.Fullness` counts, which has call_s and row_s from the calls themselves
     version: int = 0
 
     @property
@@ -122,6 +124,7 @@ class Replica:
             self.calls += passed
             self.done += passed * count
             self.busy_s += now - self.since
+            self.taken_s += (now - self.since) * (1 - (1 - count / ROWS) * self.call_s / self.tick_s)
         self.since = now
 
     def admit(self, row: Row, number: int) -> None:
@@ -202,10 +205,10 @@ class Fleet:
         """Once a second: replicas report, Ray Serve's controller asks the policy and starts or ends some."""
         for replica in [*self.replicas, *self._leaving]:
             replica.advance(now)
-        busy = sum(replica.busy_s for replica in self.replicas)  # time in calls, however few rows they have
+        busy = sum(replica.taken_s for replica in self.replicas)
         for replica in [*self.replicas, *self._leaving]:
             self.busy_s += replica.busy_s
-            replica.busy_s = 0.0
+            replica.busy_s = replica.taken_s = 0.0
         self._leaving = [replica for replica in self._leaving if replica.rows]
         self.up_s += len(self.replicas) + len(self._leaving)
         self._told.append((sum(replica.held - replica.done for replica in self.replicas), busy))

@@ -1,5 +1,6 @@
 """Replicas follow the work in hand: a simulation of the policy over bursty loads, and what work is."""
 
+import itertools
 import random
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ from dllm_core.decoding.engine import Engine
 from dllm_core.decoding.request import Request
 from workflows.placement import ServePlacement
 from workflows.serve.scaling import ByWork
-from workflows.serve.work import Ledger, Scaler, ScalingRule, predicted_work
+from workflows.serve.work import Fullness, Ledger, Scaler, ScalingRule, predicted_work
 
 RULE = ScalingRule(minimum=1, maximum=4, target=100, up_after_s=2, down_after_s=20)
 CALLS_PER_S = 50.0  # of one replica, summed over its rows
@@ -78,6 +79,87 @@ def test_a_moment_of_work_is_waited_out():
     assert scaler.decide(1.5, 1, 10, 1) == 1
     assert scaler.decide(3.0, 1, 900, 1) == 1  # the clock began anew
     assert scaler.decide(5.0, 1, 900, 1) == 4
+
+
+KINDS = pytest.mark.parametrize(
+    ("call_s", "row_s", "target"),
+    [(2.46e-3, 2.03e-3, 512), (4.8e-3, 2e-3, 512), (20e-3, 0.1e-3, 4000)],
+    ids=["core", "gpu", "idle gpu"],
+)
+
+
+@KINDS
+def test_a_full_batch_counts_as_all_its_time_and_others_without_what_fuller_ones_would_share(call_s, row_s, target):
+    fullness, rng = Fullness(), random.Random(0)
+    for _ in range(400):  # before its rows have varied, a call is all its time
+        fullness.tick(3, call_s + 3 * row_s, 3 / 64)
+    assert fullness.taken_s() == pytest.approx(400 * (call_s + 3 * row_s))
+    for _ in range(3000):
+        rows = rng.randint(1, 64)
+        fullness.tick(rows, (call_s + rows * row_s) * rng.uniform(0.95, 1.05), rows / 64)
+    assert fullness.fixed_s == pytest.approx(call_s, rel=0.25)
+    fullness.taken_s()
+    fullness.tick(64, call_s + 64 * row_s, 1.0)
+    assert fullness.taken_s() == pytest.approx(call_s + 64 * row_s)
+    fullness.tick(16, call_s + 16 * row_s, 0.25)
+    full = (call_s + 64 * row_s) * 16 / 64  # these rows' share of a full call
+    assert fullness.taken_s() == pytest.approx(full, rel=0.15)
+    assert fullness.taken_s() == 0
+
+
+def of_batches(rule, call_s, row_s, load, seconds, start):
+    """(second, replicas, share of what they can do, calls in hand) of replicas that decode 64 rows together.
+
+    load: by second, rows' calls a second, in shares of what one replica does with full batches. Rows that are in
+    hand progress alike; those beyond the batches wait. What replicas report is what `Fullness` makes of their calls.
+    """
+    rng, scaler, told = random.Random(1), Scaler(rule), []
+    meters, starting, waiting = [Fullness() for _ in range(start)], [], 0.0
+    capacity = 64 / (call_s + 64 * row_s)
+    for now in range(seconds):
+        each = load(now) * capacity / len(meters) + waiting / len(meters)
+        rows = each * call_s / max(1e-9, 1 - each * row_s) if each < capacity else 64.0
+        rows = min(64.0, rows)
+        done = rows / (call_s + rows * row_s) * len(meters) if rows >= 1 else each * len(meters)
+        waiting = max(0.0, waiting + load(now) * capacity - done)
+        for meter in meters:
+            left = 1.0 if rows >= 1 else each * (call_s + row_s)  # of the second, at work
+            while left > 0:
+                count = max(1, min(64, round(rng.gauss(rows, rows**0.5))))
+                meter.tick(count, call_s + count * row_s, count / 64)
+                left -= call_s + count * row_s
+        busy = sum(min(1.0, meter.taken_s()) for meter in meters)
+        work = 16 * rows * len(meters) + waiting
+        told.append((now, len(meters), load(now) / len(meters), work))
+        wanted = scaler.decide(now, len(meters) + len(starting), work, busy)
+        starting = (starting + [now + 10] * wanted)[: max(0, wanted - len(meters))]
+        meters = meters[:wanted] + [Fullness() for at in starting if at <= now]
+        starting = [at for at in starting if at > now]
+    return told
+
+
+@KINDS
+def test_a_fleet_falls_after_a_burst_to_what_its_load_needs_and_stays_there(call_s, row_s, target):
+    rule = ScalingRule(minimum=1, maximum=16, target=target, up_after_s=2, down_after_s=20)
+    told = of_batches(rule, call_s, row_s, lambda now: 9.0 if 60 <= now < 180 else 2.0, 900, start=3)
+    assert max(replicas for now, replicas, *_ in told if 60 <= now < 200) >= 9
+    after = [replicas for now, replicas, *_ in told if now >= 220]
+    assert after[-1] in (3, 4)  # 2.0 of work at 0.8 of three
+    assert sorted(after, reverse=True) == after  # never up again: what was ended was not needed
+    assert max(share for now, _, share, _ in told if now >= 220) < 1
+    assert max(work for now, *_, work in told if now >= 700) < target * after[-1]
+
+
+@KINDS
+@pytest.mark.parametrize("load", [0.3, 0.7, 2.3, 5.1])
+def test_a_steady_load_of_batches_is_never_starved_and_moves_no_replica_for_ever(call_s, row_s, target, load):
+    rule = ScalingRule(minimum=1, maximum=16, target=target, up_after_s=2, down_after_s=10)
+    told = of_batches(rule, call_s, row_s, lambda now: load, 600, start=16)
+    counts = [replicas for _, replicas, *_ in told]
+    assert sum(a != b for a, b in itertools.pairwise(counts)) <= 16
+    assert len(set(counts[300:])) == 1
+    assert counts[-1] <= max(1, load / 0.8 + 2)
+    assert max(share for *_, share, _ in told) < 1
 
 
 def test_to_zero_and_back_where_it_is_asked_for():
