@@ -20,6 +20,7 @@ from dllm_core.objective.config import (
 )
 
 _LAST_TIME = 1e-3  # Dream's eps: the time of the last step
+MAX_ROWS = 64  # of an engine's batch, where nobody says otherwise
 NO_SUFFIX = "the model reads from left to right and does not see what stands behind a hole"
 
 

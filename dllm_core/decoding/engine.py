@@ -14,7 +14,7 @@ import numpy as np
 
 from dllm_core.checkpoints.bundle import ModelBundle
 from dllm_core.decoding.automaton import AutomatonCache
-from dllm_core.decoding.config import NO_SUFFIX, decoding_pattern, is_ancestral, no_decoder
+from dllm_core.decoding.config import MAX_ROWS, NO_SUFFIX, decoding_pattern, is_ancestral, no_decoder
 from dllm_core.decoding.constraint import is_possible
 from dllm_core.decoding.forward import padded_length, passes_of
 from dllm_core.decoding.request import Request
@@ -29,8 +29,6 @@ from dllm_core.model.pattern import FULL, AttentionPattern
 from dllm_core.noise.absorbing import AbsorbingProcess
 from dllm_core.noise.process import NoiseProcess
 from dllm_core.seeding import Bools, Floats, Ints, Purpose, uniforms, uniforms64
-
-MAX_ROWS = 64  # of a batch, where nobody says otherwise
 
 
 @dataclass(frozen=True)
@@ -146,7 +144,7 @@ class Engine:
         self._served: dict[int, int] = {}  # the tick that each active row last took part in
         self._automata = AutomatonCache(getattr(tokenizer, "token_bytes", lambda: None))
         self._next_row = self._tick = 0
-        self._fill = 0.0
+        self.fill = 0.0  # share of its room, rows or positions, that the last tick took; 1 where a row was left out
 
     @property
     def denoiser(self) -> Denoiser:
@@ -167,11 +165,6 @@ class Engine:
     def num_waiting(self) -> int:
         """Rows not yet admitted."""
         return len(self._waiting)
-
-    @property
-    def fill(self) -> float:
-        """The share of a tick's room, in rows or in positions, that the last one took; 1 where any row did without."""
-        return self._fill
 
     @property
     def eos_id(self) -> int:
@@ -293,8 +286,7 @@ class Engine:
                 break
             self._active[row].num_positions += width
             due.append(row)
-        is_full = len(due) < len(self._active) or bool(self._waiting)
-        self._fill = 1.0 if is_full else max(len(due) / self._max_rows, taken / self._max_batch_tokens)
+        self.fill = 1.0 if self._waiting else min(1.0, max(len(due) / self._max_rows, taken / self._max_batch_tokens))
         return sorted(due)
 
     def _width(self, state: DecodeState) -> int:

@@ -28,7 +28,7 @@ import numpy as np
 from figures import tell
 from numpy.typing import NDArray
 
-from dllm_core.decoding.engine import MAX_ROWS
+from dllm_core.decoding.config import MAX_ROWS
 from workflows.placement import ServePlacement
 from workflows.serve.config import ServeConfig
 from workflows.serve.work import Scaler, ScalingRule

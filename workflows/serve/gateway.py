@@ -15,8 +15,7 @@ from ray.serve.handle import DeploymentHandle
 
 from dllm_core.checkpoints.bundle import read_bundle
 from dllm_core.checkpoints.run_dir import RunDir
-from dllm_core.decoding.config import DecodeConfig
-from dllm_core.decoding.engine import MAX_ROWS
+from dllm_core.decoding.config import MAX_ROWS, DecodeConfig
 from dllm_core.errors import DllmError
 from workflows.serve.answer import Answering, explained
 from workflows.serve.config import ServeConfig

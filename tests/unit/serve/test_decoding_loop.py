@@ -263,3 +263,17 @@ def test_a_token_that_ends_the_answer_ends_its_row_and_frees_it(small_bundle):
     for one in ended:
         assert (one.tokens, one.finish_reason, one.num_calls) == (alone.tokens[: at + 1], "stop", at + 1)
     assert other.tokens == alone.tokens
+
+
+def test_an_engine_tells_how_full_its_last_tick_was_in_rows_or_in_positions(small_bundle):
+    config = DecodeConfig(block_length=1, steps_per_block=1, max_tokens=16, policy={"type": "low_confidence"})
+    for room, share in ((1 << 20, 2 / 64), (128, 0.5)):  # 32 positions a row
+        engine = Engine(read_bundle(small_bundle), max_batch_tokens=room)
+        for seed in range(2):
+            engine.add(Request((7,) * 16, config, seed=seed))
+        engine.step()
+        assert engine.fill == share
+    for seed in range(6):
+        engine.add(Request((7,) * 16, config, seed=seed))
+    engine.step()
+    assert engine.fill == 1.0
