@@ -165,17 +165,26 @@ def test_a_block_is_decoded_from_the_laws_it_was_trained_with(denoiser, block_le
 
 
 class Watched:
-    """Shapes of a denoiser's inputs."""
+    """Shapes of a denoiser's inputs, forward by forward: of one alone, or of those that are joined."""
 
     def __init__(self, denoiser: Denoiser) -> None:
-        self.shapes: list[tuple[int, int]] = []
-        self._handle = denoiser.register_forward_pre_hook(lambda _, given: self.shapes.append(tuple(given[0].shape)))
+        self.shapes: list[list[tuple[int, int]]] = []
+        self._denoiser, self._patch = denoiser, pytest.MonkeyPatch()
+        self._handle = denoiser.register_forward_pre_hook(lambda _, given: self.shapes.append([tuple(given[0].shape)]))
 
     def __enter__(self) -> "Watched":
+        together = self._denoiser.together
+
+        def watched(parts, pattern):
+            self.shapes.append([tuple(part.input_ids.shape) for part in parts])
+            return together(parts, pattern)
+
+        self._patch.setattr(self._denoiser, "together", watched)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._handle.remove()
+        self._patch.undo()
 
 
 def test_rows_of_different_lengths_share_a_forward_of_one_new_position_each(denoiser):
@@ -183,9 +192,10 @@ def test_rows_of_different_lengths_share_a_forward_of_one_new_position_each(deno
     with Watched(denoiser) as watched:
         answers = new_engine(denoiser, pattern=CAUSAL).generate(wanted)
     calls = max(answer.num_calls for answer in answers)
-    assert watched.shapes[:2] == [(2, 16), (2, 32)]
-    assert len(watched.shapes) == 2 + calls - 1
-    assert {width for _, width in watched.shapes[2:]} == {1}
+    assert watched.shapes[0] == [(2, 8), (2, 24)]
+    assert len(watched.shapes) == calls
+    assert {width for (_, width), *others in watched.shapes[1:] if not others} == {1}
+    assert all(len(joined) == 1 for joined in watched.shapes[1:])
 
 
 def test_a_finished_block_is_kept_by_the_call_that_opens_the_next(denoiser):
@@ -196,7 +206,7 @@ def test_a_finished_block_is_kept_by_the_call_that_opens_the_next(denoiser):
     assert answer.finish_reason == "length"
     assert answer.num_calls == 4
     # [0, 32): 23 given; again its own block alone; [16, 48): one block to keep, one to open; again the open one.
-    assert watched.shapes == [(1, 32), (1, 16), (1, 32), (1, 16)]
+    assert watched.shapes == [[(1, 32)], [(1, 16)], [(1, 32)], [(1, 16)]]
 
 
 def test_what_reads_left_to_right_refuses_what_it_cannot_do(denoiser):
