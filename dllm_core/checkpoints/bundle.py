@@ -11,9 +11,7 @@ import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from dllm_core.checkpoints.bundle_manifest import (
     FOLDER,
@@ -27,14 +25,15 @@ from dllm_core.checkpoints.run_dir import RunDir
 from dllm_core.checkpoints.store import FileEntry, verified_file
 from dllm_core.config.fingerprint import seal
 from dllm_core.data.tokenizer import Tokenizer
-from dllm_core.model.config import DenoiserConfig
-from dllm_core.model.denoiser import Denoiser
-from dllm_core.model.foreign import LAYOUT_NAME, ForeignLayout
-from dllm_core.model.pretrained import CONFIG_NAME, WEIGHTS_NAME, read_denoiser
+from dllm_core.model.config import CONFIG_NAME, LAYOUT_NAME, WEIGHTS_NAME, DenoiserConfig
 from dllm_core.noise.interpolating import InterpolatingProcess
 from dllm_core.noise.process import AnyNoise
 from dllm_core.objective.config import AnyObjective, DiffusionConfig
 from dllm_core.storage.store import LocalStore, file_sha256
+
+if TYPE_CHECKING:
+    from dllm_core.model.denoiser import Denoiser
+    from dllm_core.model.foreign import ForeignLayout
 
 
 @dataclass(frozen=True)
@@ -44,8 +43,12 @@ class ModelBundle:
     folder: Path
     manifest: BundleManifest
 
-    def denoiser(self, device: str = "cpu", dtype: str | None = None) -> Denoiser:
+    def denoiser(self, device: str = "cpu", dtype: str | None = None) -> "Denoiser":
         """The denoiser, in evaluation mode. dtype: float32 or bfloat16 to compute in, by default the weights' own."""
+        import torch  # what a gateway, which reads bundles too, has no use for: 250 MB and seconds
+
+        from dllm_core.model.pretrained import read_denoiser
+
         denoiser = read_denoiser(self.folder, device)
         return denoiser if dtype is None else denoiser.to(getattr(torch, dtype))
 
@@ -53,10 +56,12 @@ class ModelBundle:
         """The tokenizer that the weights were trained with."""
         return Tokenizer.from_file(self.folder / TOKENIZER_NAME, self.manifest.tokenizer)
 
-    def layout(self) -> ForeignLayout | None:
+    def layout(self) -> "ForeignLayout | None":
         """How the folder was laid out that the weights were imported from; None if they never were."""
         if LAYOUT_NAME not in self.manifest.files:
             return None
+        from dllm_core.model.foreign import ForeignLayout
+
         return ForeignLayout.model_validate_json((self.folder / LAYOUT_NAME).read_bytes())
 
     @property
@@ -83,7 +88,7 @@ def write_bundle(
     objective: AnyObjective | None = None,
     block_length: int | None = None,
     steps: int | None = None,
-    layout: ForeignLayout | None = None,
+    layout: "ForeignLayout | None" = None,
 ) -> None:
     """Write the run's bundle, its manifest last. objective: None for plain diffusion; layout: of imported weights."""
     texts = {CONFIG_NAME: config.model_dump_json(indent=2), TOKENIZER_NAME: tokenizer.json_text}

@@ -84,7 +84,9 @@ def _mapped(store: Store, prefix: str, info: ShardInfo) -> tuple[dict[str, NDArr
 
 
 class OpenShards:
-    """Mapped shards of one corpus, the `most` that were used last: a process has 65,530 mappings (vm.max_map_count).
+    """Mapped shards of one corpus, of which the `most` stay: a process has 65,530 mappings (vm.max_map_count).
+
+    Let go is what was not used for longest; uses from before there were as many do not count.
 
     A shard is hashed when it is first mapped. One that was let go and is mapped again is not, nor is S3 asked, where
     its file is still the very same: then it costs what opening a file does.
@@ -101,6 +103,9 @@ class OpenShards:
 
     def views(self, info: ShardInfo) -> dict[str, NDArray[Any]]:
         """The views of `map_shard`. Who keeps one keeps its mapping."""
+        views = self._open.get(info.key)
+        if views is not None and len(self._open) < self._most:
+            return views  # as nearly always: a turn for each row would cost a sixth of reading it
         with self._turn:  # a prefetching thread may be at it
             views = self._open.get(info.key)
             if views is None:

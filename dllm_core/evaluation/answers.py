@@ -6,7 +6,6 @@ A row ends with the tokens that count: nothing behind them is shown, not even th
 Law: a score is a pure function of (seed, context, answer): of no other question, no batch and no order of them.
 """
 
-import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,35 +17,9 @@ import torch
 from dllm_core.decoding.forward import padded_length
 from dllm_core.evaluation.estimators import Estimator, ExactCount, HeldoutRows, ask, before
 from dllm_core.evaluation.likelihood import RowScores, rounds, score_rows, side_by_side
+from dllm_core.evaluation.question import AnswerScore, Question
 from dllm_core.model.denoiser import Denoiser
 from dllm_core.model.pattern import CAUSAL
-
-Tokens = tuple[int, ...]
-
-
-@dataclass(frozen=True, order=True)
-class Question:
-    """How likely is `answer` behind `context`? Token ids; either may be empty."""
-
-    context: Tokens
-    answer: Tokens
-
-    def digest(self, *others: int) -> int:
-        """63 bits of its content and of `others`: a row's id, so that its draws are its own."""
-        words = np.array([len(self.context), *self.context, *self.answer, *others], np.int64)
-        return int.from_bytes(hashlib.blake2b(words.tobytes(), digest_size=8).digest(), "little") >> 1
-
-
-@dataclass(frozen=True)
-class AnswerScore:
-    """nats: -log p(answer | context), or its bound in the mean over draws. error: their Monte-Carlo standard error.
-
-    error is 0 where no draw changes anything, and None after a single draw that another could contradict.
-    """
-
-    nats: float
-    error: float | None
-    draws: int
 
 
 def windows(question: Question, length: int, overlap: int) -> list[Question]:

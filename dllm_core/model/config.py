@@ -7,6 +7,8 @@ from pydantic import Field, model_validator
 from dllm_core.config.base import FieldProblem, Frozen
 from dllm_core.model.pattern import FULL, AttentionPattern
 
+CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"  # a denoiser's folder
+LAYOUT_NAME = "foreign.json"  # beside them where they were imported: how to write them as they came
 TIME_DIM = 128  # width of the embedding of t, whatever the model's: MDLM's cond_dim
 
 

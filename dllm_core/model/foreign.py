@@ -22,15 +22,14 @@ from torch import Tensor
 
 from dllm_core.config.base import Frozen
 from dllm_core.errors import CheckpointError, ConfigError, DataError
-from dllm_core.model.config import DenoiserConfig
+from dllm_core.model.config import CONFIG_NAME, WEIGHTS_NAME, DenoiserConfig
 from dllm_core.model.denoiser import Denoiser
 from dllm_core.model.families import FAMILIES, LLADA, Family, Fields, Place, family_of, model_of, places
-from dllm_core.model.pretrained import CONFIG_NAME, WEIGHTS_NAME, assign_weights, weights_of
+from dllm_core.model.pretrained import assign_weights, weights_of
 from dllm_core.model.special_ids import TOKENIZER_NAME, find_special_ids, read_json
 from dllm_core.model.tensor_file import Header, read_header, read_into, write_file
 
 INDEX_NAME = "model.safetensors.index.json"
-LAYOUT_NAME = "foreign.json"
 _TEXTS = ("*.json", "*.txt", "*.jinja", "*.py")
 _IGNORED = ("rotary_emb.inv_freq", "rotary_emb.original_inv_freq")  # follow from rope_theta; older files store them
 _SHOWN = 8

@@ -10,12 +10,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dllm_core.errors import CheckpointError, ConfigError
-from dllm_core.model.config import DenoiserConfig
+from dllm_core.model.config import CONFIG_NAME, WEIGHTS_NAME, DenoiserConfig
 from dllm_core.model.denoiser import Denoiser
 from dllm_core.model.tensor_file import shapes_of
 
-CONFIG_NAME = "config.json"
-WEIGHTS_NAME = "model.safetensors"
 _TIED = "head.weight"
 
 

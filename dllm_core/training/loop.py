@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from dllm_core.checkpoints.store import Checkpoint, CheckpointStore, TrainPosition
 from dllm_core.data.loader import Batches
 from dllm_core.errors import DataError, DivergedError
-from dllm_core.model.pretrained import WEIGHTS_NAME
+from dllm_core.model.config import WEIGHTS_NAME
 from dllm_core.model.tensor_file import TensorFile
 from dllm_core.objective.loss import LEVELS, Objective
 from dllm_core.training.backend import Backend

@@ -6,8 +6,7 @@ from torch import Tensor
 from dllm_core.checkpoints.bundle import ModelBundle, read_bundle
 from dllm_core.checkpoints.run_dir import RunDir
 from dllm_core.errors import CheckpointError
-from dllm_core.model.config import DenoiserConfig
-from dllm_core.model.pretrained import WEIGHTS_NAME
+from dllm_core.model.config import WEIGHTS_NAME, DenoiserConfig
 from dllm_core.model.tensor_file import LazyTensors, TensorFile
 from dllm_core.training.start import StartConfig
 

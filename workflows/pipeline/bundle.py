@@ -18,9 +18,9 @@ from dllm_core.checkpoints.store import Checkpoint, CheckpointStore
 from dllm_core.config.fingerprint import fingerprint
 from dllm_core.data.manifest import corpus_prefix, read_manifest, read_tokenizer
 from dllm_core.errors import CheckpointError
-from dllm_core.model.config import DenoiserConfig
-from dllm_core.model.foreign import LAYOUT_NAME, ForeignLayout, trained_layout
-from dllm_core.model.pretrained import WEIGHTS_NAME, write_weights
+from dllm_core.model.config import LAYOUT_NAME, WEIGHTS_NAME, DenoiserConfig
+from dllm_core.model.foreign import ForeignLayout, trained_layout
+from dllm_core.model.pretrained import write_weights
 from dllm_core.storage.store import sha256
 from dllm_core.training.average import average_weights
 from dllm_core.training.config import TrainConfig

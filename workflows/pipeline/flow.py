@@ -22,7 +22,7 @@ from dllm_core.decoding.config import NO_SUFFIX
 from dllm_core.errors import ConfigError
 from dllm_core.evaluation.config import AutoregressiveScorerConfig
 from dllm_core.evaluation.scorers import check_scorer
-from dllm_core.model.foreign import LAYOUT_NAME
+from dllm_core.model.config import LAYOUT_NAME
 from dllm_core.objective.config import PreferenceConfig
 from workflows.console import Console
 from workflows.env import ray_cluster

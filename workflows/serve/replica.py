@@ -19,8 +19,9 @@ from dllm_core.decoding.config import DecodeConfig
 from dllm_core.decoding.engine import Engine
 from dllm_core.decoding.request import Request
 from dllm_core.errors import ConfigError, RequestError
-from dllm_core.evaluation.answers import AnswerScore, AnswerScorer, Question
+from dllm_core.evaluation.answers import AnswerScorer
 from dllm_core.evaluation.estimators import estimator_of_bundle
+from dllm_core.evaluation.question import AnswerScore, Question
 from workflows.serve.compiling import Compiler
 from workflows.serve.loop import DecodingLoop
 from workflows.serve.progress import Detail, Told

@@ -17,9 +17,8 @@ from dllm_core.data.manifest import CorpusManifest, read_tokenizer
 from dllm_core.data.order import SampleOrder
 from dllm_core.errors import CheckpointError, DivergedError
 from dllm_core.evaluation.estimators import Draw, Estimator, HeldoutRows, estimator_of
+from dllm_core.model.config import LAYOUT_NAME, WEIGHTS_NAME
 from dllm_core.model.denoiser import Denoiser
-from dllm_core.model.foreign import LAYOUT_NAME
-from dllm_core.model.pretrained import WEIGHTS_NAME
 from dllm_core.model.tensor_file import TensorFile
 from dllm_core.objective.build import new_objective
 from dllm_core.objective.config import DiffusionOptions, PreferenceConfig

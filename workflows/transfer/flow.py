@@ -24,8 +24,8 @@ from dllm_core.config.fingerprint import fingerprint
 from dllm_core.config.overrides import apply_overrides
 from dllm_core.data.tokenizer import Tokenizer, TokenizerConfig
 from dllm_core.errors import CheckpointError, ConfigError, DataError
+from dllm_core.model.config import WEIGHTS_NAME
 from dllm_core.model.foreign import Foreign, layout_for, open_foreign, write_foreign
-from dllm_core.model.pretrained import WEIGHTS_NAME
 from dllm_core.model.special_ids import tokens_of, with_token
 from dllm_core.model.tensor_file import Header, write_file
 from dllm_core.storage.store import file_sha256, local_path, open_store, sha256

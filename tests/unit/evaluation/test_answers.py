@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small import CPU, MASK, PROCESSES, TEXT, new_denoiser
 
-from dllm_core.evaluation.answers import AnswerScore, AnswerScorer, Question, windows
+from dllm_core.evaluation.answers import AnswerScorer, windows
 from dllm_core.evaluation.estimators import Estimator, ExactCount, ExactNLL, HeldoutRows, StratifiedTime
 from dllm_core.evaluation.likelihood import RowScores, estimate, score_rows
+from dllm_core.evaluation.question import AnswerScore, Question
 from dllm_core.model.denoiser import Denoiser
 from dllm_core.model.pattern import CAUSAL
 

@@ -24,8 +24,9 @@ from dllm_core.data.tokenizer import Tokenizer
 from dllm_core.decoding.engine import Engine
 from dllm_core.decoding.request import Request
 from dllm_core.errors import CheckpointError, ConfigError, RequestError
-from dllm_core.evaluation.answers import AnswerScorer, Question
+from dllm_core.evaluation.answers import AnswerScorer
 from dllm_core.evaluation.estimators import estimator_of_bundle
+from dllm_core.evaluation.question import Question
 from workflows.evaluate.harness import DllmModel
 
 TASKS = Path(__file__).with_name("tasks")

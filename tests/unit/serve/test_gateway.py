@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import httpx
@@ -290,3 +292,9 @@ def test_a_trailing_slash_is_another_route(served, steps, path):
     answer = served(Replicas(steps, [{"running": 0, "waiting": 0}]))(path)
     assert answer.status_code == 404
     assert is_refusal(answer.json(), "invalid_request_error")
+
+
+def test_a_gateway_has_no_use_for_torch():
+    """Its start would be seconds longer and each one 250 MB larger."""
+    told = "import sys, workflows.serve.gateway; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", told], check=False).returncode == 0

@@ -6,7 +6,7 @@ from typing import Any
 from pydantic import Field
 
 from dllm_core.errors import RequestError
-from dllm_core.evaluation.answers import AnswerScore, Question
+from dllm_core.evaluation.question import AnswerScore, Question
 from workflows.serve.config import Limits
 from workflows.serve.dialect.fields import Part
 from workflows.serve.dialect.rows import ServedModel
