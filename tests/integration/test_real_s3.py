@@ -166,7 +166,7 @@ def test_a_run_that_gives_up_says_so_in_one_line_leaves_whole_objects_and_the_ne
                 errors.append(str(error))
         seen = objects(recipe.storage.root)
         assert seen.items() <= expected.items()
-        assert is_done or "manifest.json" not in seen
+        assert "manifest.json" not in seen or seen.keys() == expected.keys()  # its answer may be lost, and so the run
         assert len(errors) < 200
     assert seen == expected
     assert written == {(key, sha256(data)) for key, data in expected.items()}  # no object in two steps
