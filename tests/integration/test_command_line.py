@@ -282,12 +282,14 @@ def interrupted_while_training(
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job is born deaf to Ctrl-C
     )
     run = None
-    give_up = time.monotonic() + 120
+    give_up = time.monotonic() + 240  # on a slow machine Ray Train alone takes more than a minute to start
     while run is None and time.monotonic() < give_up and driver.poll() is None:
         time.sleep(0.2)
         names = [folder.name for folder in (root / "storage" / "runs").glob("small-*")]
         runs = [RunDir(open_store("root", str(root / "storage")), name) for name in names]
         run = next((run for run in runs if max(CheckpointStore(run).committed(), default=0) > after), None)
+    if run is None:
+        driver.kill()
     assert run is not None
     assert processes_marked(mark)
     if number == signal.SIGINT:
