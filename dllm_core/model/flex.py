@@ -31,19 +31,16 @@ def visible_tiles(
     if pattern.kind == "full" and segment_ids is None and is_real is None:
         return None
     labels = [label for label in (is_real, segment_ids) if label is not None]
-    rule, width = _rule(pattern, length, device, is_real, segment_ids), length * (2 if pattern.has_clean_half else 1)
-    rows = labels[0].shape[0] if labels else None
+    if pattern.kind == "full" and is_real is not None and segment_ids is None:
+        rule: Rule = lambda b, h, q, k: is_real[b, k]  # noqa: E731
+    else:
+        rule = _rule(pattern, length, device, labels)
+    rows, width = len(labels[0]) if labels else None, length * (2 if pattern.has_clean_half else 1)
     return create_block_mask(rule, rows, None, width, width, device=str(device))
 
 
-def _rule(
-    pattern: AttentionPattern, length: int, device: torch.device, is_real: Tensor | None, segment_ids: Tensor | None
-) -> Rule:
+def _rule(pattern: AttentionPattern, length: int, device: torch.device, labels: list[Tensor]) -> Rule:
     """Whether query q of row b sees key k, for any head. What it closes over is asked for by position."""
-    labels = [label for label in (is_real, segment_ids) if label is not None]
-    if pattern.kind == "full" and segment_ids is None:
-        assert is_real is not None
-        return lambda b, h, q, k: is_real[b, k]
     block = offsets(labels, length, device) // (pattern.block_length or 1)
 
     def block_of(b: Tensor, i: Tensor) -> Tensor:

@@ -11,7 +11,6 @@ import os
 import random
 import time
 import uuid
-from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from urllib3.exceptions import HTTPError
 
 from dllm_core.errors import ConfigError, DataError
 from dllm_core.storage.cache import cached_copy
-from dllm_core.storage.store import READERS, StoredObject
+from dllm_core.storage.store import READERS, StoredObject, in_order
 
 Answer = TypeVar("Answer")
 _WRITER = "dllm-writer"  # metadata by which a retry that finds the object there knows it as its own
@@ -186,19 +185,7 @@ class S3Store:
             return self._get(key, Range=f"bytes={start}-{start + _PIECE_BYTES - 1}", IfMatch=head["ETag"])
 
         starts = range(0, head["ContentLength"], _PIECE_BYTES)
-        if len(starts) < 2:
-            yield from map(piece, starts)
-            return
-        with ThreadPoolExecutor(_PIECE_THREADS, thread_name_prefix="fetch") as pool:
-            coming = deque(pool.submit(piece, start) for start in starts[:_PIECE_THREADS])
-            try:
-                for start in starts[_PIECE_THREADS:]:
-                    yield coming.popleft().result()
-                    coming.append(pool.submit(piece, start))
-                while coming:
-                    yield coming.popleft().result()
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)
+        return in_order(piece, starts, threads=_PIECE_THREADS, ahead=_PIECE_THREADS)
 
     def put(self, key: str, data: bytes) -> None:
         """One PUT: S3 shows an object whole or not at all."""

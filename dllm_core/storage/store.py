@@ -10,18 +10,21 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from stat import S_ISREG
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from dllm_core.errors import ConfigError, DataError
 
 READERS = 32  # requests at once where many objects are read: of 30 ms each they are a thousand a second
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _KEYS_AT_ONCE = 1 << 12
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def check_name(place: str, name: str) -> str:
@@ -269,9 +272,24 @@ def read_each(store: Store, keys: Sequence[str]) -> Iterator[bytes | None]:
                 raise
             return None
 
-    with ThreadPoolExecutor(READERS, thread_name_prefix="read-each") as pool:
-        for start in range(0, len(keys), _KEYS_AT_ONCE):  # so that what was read and not yet taken is bounded
-            yield from pool.map(read, keys[start : start + _KEYS_AT_ONCE])
+    return in_order(read, keys, threads=READERS, ahead=_KEYS_AT_ONCE)
+
+
+def in_order(
+    function: Callable[[Item], Result], items: Iterable[Item], *, threads: int, ahead: int
+) -> Iterator[Result]:
+    """What it makes of each item, in order, some at once; at most `ahead` are asked for and not yet taken."""
+    waiting = deque[Future[Result]]()
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            for item in items:
+                if len(waiting) == ahead:
+                    yield waiting.popleft().result()
+                waiting.append(pool.submit(function, item))
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _is_encodable(key: str) -> bool:

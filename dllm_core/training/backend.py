@@ -93,7 +93,10 @@ class BackendKind(Protocol):
 
 
 def new_optimizer(
-    module: nn.Module, config: TrainConfig, device: torch.device, shape_of: Callable[[Tensor], torch.Size] | None = None
+    module: nn.Module,
+    config: TrainConfig,
+    device: torch.device,
+    shape_of: Callable[[Tensor], torch.Size] = lambda p: p.shape,
 ) -> torch.optim.AdamW:
     """AdamW; matrices decay, norms' weights do not. device: where it works, which may be the CPU for a GPU's weights.
 
@@ -103,7 +106,7 @@ def new_optimizer(
     trained = [p for p in module.parameters() if p.requires_grad]
     decaying, others = list[Tensor](), list[Tensor]()
     for p in trained:
-        (decaying if len(shape_of(p) if shape_of else p.shape) >= 2 else others).append(p)
+        (decaying if len(shape_of(p)) >= 2 else others).append(p)
     groups = [
         {"params": decaying, "weight_decay": config.weight_decay},
         {"params": others, "weight_decay": 0.0},
