@@ -3,7 +3,6 @@
 The function must be idempotent: a task whose worker dies is run again.
 """
 
-import ctypes
 import functools
 import os
 from collections.abc import Callable, Sequence
@@ -11,13 +10,13 @@ from typing import Any, Protocol, TypeVar
 
 from dllm_core.errors import DataError, DllmError
 from workflows.env import actor_options
+from workflows.malloc import keep_freed_memory
 from workflows.placement import Demand
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 ONE_CORE = Demand()
 _MAX_RETRIES = 3
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
 def _say_nothing(done: int, result: Any) -> None:
@@ -98,16 +97,11 @@ def serially(
 def keep_to_one_core() -> None:
     """Once in a process that has one core and works through large arrays.
 
-    The Rust libraries would start a thread for each core of the machine in every task. And glibc gives each freed
-    large block back: the next is zeroed page by page by a kernel in which two tasks wait for each other (two
-    processes made shards at 1.5-1.7 times the rate of one, and at 1.8-2.0 times with these limits).
+    The Rust libraries would start a thread for each core of the machine in every task.
     """
     for name in ("RAYON_NUM_THREADS", "FASTOKENS_BPE_THREADS"):
         os.environ.setdefault(name, "1")
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:  # glibc
-        mallopt(_M_MMAP_THRESHOLD, 1 << 30)
-        mallopt(_M_TRIM_THRESHOLD, 1 << 27)
+    keep_freed_memory()
 
 
 def _call(function: Callable[[Item], Result], item: Item) -> Result:

@@ -6,7 +6,6 @@ before there was a model, or on a GPU what was allocated; time is that of the la
 """
 
 import contextlib
-import ctypes
 import os
 import tempfile
 import time
@@ -23,11 +22,11 @@ from dllm_core.noise.interpolating import InterpolatingProcess
 from dllm_core.seeding import Floats
 from dllm_core.storage.store import LocalStore
 from workflows.console import Console
+from workflows.malloc import give_back_above
 from workflows.recipe import Recipe
 from workflows.train.plan import check_planned, denoiser_of, forward_of, objective_of
 
 _STEPS, _MEASURED_STEPS = 4, 2
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _AT_ONCE, _KEPT = 1 << 16, 1 << 25  # bytes above which glibc gives freed memory back; it goes up to 32 MiB by itself
 
 
@@ -96,7 +95,7 @@ def dry_run(recipe: Recipe, console: Console) -> dict[str, Any]:
             if record.step <= _MEASURED_STEPS:
                 self.memory = torch.cuda.max_memory_allocated(device) if is_gpu else _status("VmHWM")
             if record.step == _MEASURED_STEPS:
-                _give_back_above(_KEPT)  # its price would be in the time
+                give_back_above(_KEPT)  # its price would be in the time
             self.mfu, self.loss = record.mfu, record.loss
 
         def saved(self, step: int) -> None:
@@ -160,20 +159,12 @@ def _reset_peak_rss() -> int:
 
     What is freed goes back to the system at once: glibc keeps up to a half more otherwise, at its own discretion.
     """
-    _give_back_above(_AT_ONCE)
+    give_back_above(_AT_ONCE)
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     except OSError as error:
         raise DataError("/proc/self/clear_refs", f"memory cannot be measured here ({error})") from None
     return _status("VmRSS")
-
-
-def _give_back_above(size: int) -> None:
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        libc = ctypes.CDLL(None)
-        for option in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD):
-            libc.mallopt(option, size)
-        libc.malloc_trim(0)
 
 
 def _status(name: str) -> int:

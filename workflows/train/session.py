@@ -33,6 +33,7 @@ from dllm_core.training.lora import adapt, assign_adapters
 from dllm_core.training.mask_noise import MaskNoise
 from dllm_core.training.micro_batch import chosen_micro_rows
 from dllm_core.training.started import StartedWeights, open_start
+from workflows.malloc import keep_freed_memory
 from workflows.recipe import Recipe
 from workflows.train.job import check_rows, denoiser_config
 
@@ -58,6 +59,7 @@ def open_session(
     """
     tokenizer = read_tokenizer(run.store, manifest)
     mask_id, config = tokenizer.mask_id, denoiser_config(recipe, manifest, tokenizer)
+    keep_freed_memory()
     torch.manual_seed(recipe.seed)
     module = backend.new_denoiser(config, recipe.train, device)
     checkpoints = CheckpointStore(run, manifest.rows_digest)

@@ -193,7 +193,7 @@ def test_checkpointed_blocks_keep_less_and_give_the_very_bits():
 def test_the_optimizer_is_chosen_by_the_device_that_it_works_on():
     module = new_denoiser()
     on_gpu, on_cpu = (new_optimizer(module, CONFIG, torch.device(kind)) for kind in ("cuda", "cpu"))
-    assert (on_gpu.defaults["fused"], on_cpu.defaults["fused"]) == (True, None)
+    assert (on_gpu.defaults["fused"], on_cpu.defaults["fused"]) == (True, True)
     decays = {group["weight_decay"]: {p.ndim for p in group["params"]} for group in on_cpu.param_groups}
     assert decays == {CONFIG.weight_decay: {2}, 0.0: {1}}
 
