@@ -3,13 +3,16 @@
 import contextlib
 import fcntl
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from dllm_core.errors import ConfigError
 from dllm_core.storage.store import LocalStore
 
 _CACHE_BYTES = 20 << 30
+_ABANDONED = 3600.0  # seconds since a temporary file was last written to
 _HELD: dict[Path, BinaryIO] = {}
 
 
@@ -28,8 +31,9 @@ def cached_copy(name: str, size: int, pieces: Callable[[], Iterable[bytes]]) -> 
     if not _is_there(cached, key, size):
         with _alone(cached.path(f"locks/{name[:2]}")):
             if not _is_there(cached, key, size):
+                limit = _limit()
                 cached.put_pieces(key, pieces())
-                _prune(cached, key)
+                _prune(cached, key, limit)
     path = cached.path(key)
     with contextlib.suppress(OSError):
         os.utime(path)  # the cache drops what was used longest ago
@@ -76,12 +80,12 @@ def _alone(lock: Path) -> Iterator[None]:
         yield
 
 
-def _prune(cached: LocalStore, keep: str) -> None:
-    """Drop what was used longest ago until the cache holds $DLLM_CACHE_BYTES (20 GiB) at most, or what is held.
+def _prune(cached: LocalStore, keep: str, limit: int) -> None:
+    """Drop what was used longest ago until the cache holds `limit` bytes at most, or what is held.
 
     A file that is mapped stays readable for who has it open.
     """
-    limit = int(os.environ.get("DLLM_CACHE_BYTES") or _CACHE_BYTES)
+    _sweep(cached.path("objects"))
     items = sorted(cached.list("objects"), key=lambda item: int(item.stamp))
     total = sum(item.size for item in items)
     for item in items:
@@ -90,3 +94,20 @@ def _prune(cached: LocalStore, keep: str) -> None:
         if item.key != keep and not _is_held(cached.path(item.key)):
             cached.delete(item.key)
             total -= item.size
+
+
+def _limit() -> int:
+    """$DLLM_CACHE_BYTES, or 20 GiB."""
+    told = os.environ.get("DLLM_CACHE_BYTES") or str(_CACHE_BYTES)
+    if not told.isascii() or not told.isdigit():
+        raise ConfigError("DLLM_CACHE_BYTES", f"{told!r} is not a number of bytes; 20 GiB are {20 << 30}")
+    return int(told)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what killed writers left: nobody lists it, so the limit would not count it."""
+    oldest = time.time() - _ABANDONED
+    for path in folder.glob(".*.tmp-*"):
+        with contextlib.suppress(OSError):
+            if path.stat().st_mtime < oldest:
+                path.unlink()

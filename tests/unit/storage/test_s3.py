@@ -29,7 +29,7 @@ from s3_faults import (
 )
 from s3_server import s3_server
 
-from dllm_core.errors import DataError
+from dllm_core.errors import ConfigError, DataError
 from dllm_core.storage import s3
 from dllm_core.storage.cache import cache_folder, hold
 from dllm_core.storage.s3 import S3Store, _client
@@ -384,3 +384,24 @@ def test_the_cache_holds_what_it_may_and_drops_what_was_used_longest_ago(server,
     assert third.read_bytes() == b"c" * 100
     assert not second.exists()
     assert store.fetch("b").read_bytes() == b"b" * 100
+
+
+@pytest.mark.parametrize("told", ["20GB", "-1", "1e9"])
+def test_a_limit_that_is_no_number_of_bytes_is_told_in_a_line(store, monkeypatch, told):
+    store.put("a", b"a")
+    monkeypatch.setenv("DLLM_CACHE_BYTES", told)
+    with pytest.raises(ConfigError, match=f"^DLLM_CACHE_BYTES: '{told}' is not a number of bytes"):
+        store.fetch("a")
+
+
+def test_what_a_killed_fetch_left_goes_and_what_is_being_written_stays(store, monkeypatch, tmp_path):
+    monkeypatch.setenv("DLLM_CACHE", str(tmp_path))
+    (tmp_path / "objects").mkdir()
+    left, written = tmp_path / "objects" / ".x.tmp-left", tmp_path / "objects" / ".y.tmp-new"
+    for path in (left, written):
+        path.write_bytes(b"half")
+    os.utime(left, (0, 0))
+    store.put("a", b"a")
+    store.fetch("a")
+    assert not left.exists()
+    assert written.exists()
