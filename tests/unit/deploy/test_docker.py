@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 
 import pytest
 
+from workflows.env import SERVING
 from workflows.serve.config import ServeConfig
 
 ROOT = Path(__file__).parents[3]
@@ -323,6 +324,8 @@ def test_environment(name, target):
     }
     assert switches == {"HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONUNBUFFERED": "1", "RAY_USAGE_STATS_ENABLED": "0"}
     assert said["TOKENIZERS_PARALLELISM"] == "false"
+    # A part of Serve may run on any node: on the head, which has the image for training, its controller and a proxy.
+    assert {name: said.get(name) for name in SERVING} == SERVING
     # The root filesystem is read-only: what is written, and where work begins, lies in /tmp.
     assert said["HOME"].startswith("/tmp/")
     assert [instruction.rest for instruction in stage.all("WORKDIR")] == ["/tmp"]
