@@ -4,8 +4,9 @@
 
 One JSON line. `of_bare`: tokens a second of one DeepSpeed worker (ZeRO 2) with loader, logs, held-out scores and
 checkpoints at their defaults, over those of a loop that has its batches in memory and does nothing but loss, backward,
-clipping and AdamW; both on core 0 with one thread, in turns, medians. `workers_2`: tokens a second of two such workers
-on two cores over one. `data_wait` and `save_wait`: shares of the time of the one worker. Steps of the warm-up do not
+clipping and AdamW; both on core 0 with one thread, in turns; the median of the rounds' ratios, and each of them, for a
+shared machine changes its pace from one minute to the next. `workers_2`: tokens a second of two such workers on two
+cores over one. `data_wait` and `save_wait`: shares of the time of the one worker. Steps of the warm-up do not
 count: the records' own clock tells the rest. bf16 where the machine has it, in all of them.
 """
 
@@ -155,15 +156,19 @@ def main() -> None:
                 for process in ranks:
                     process.join()
     ours = {kind: [figures_of(records) for records in found[kind]] for kind in ("1", "2")}
-    rate = {kind: median(part["rate"] for part in parts) for kind, parts in ours.items()}
+    rates = {"bare": found["bare"], **{kind: [part["rate"] for part in parts] for kind, parts in ours.items()}}
+    of_bare = [one / bare for one, bare in zip(rates["1"], rates["bare"], strict=True)]
+    workers_2 = [two / one for two, one in zip(rates["2"], rates["1"], strict=True)]
     tell(
         "train",
         **vars(options),
-        of_bare=round(rate["1"] / median(found["bare"]), 3),
-        workers_2=round(rate["2"] / rate["1"], 3),
+        of_bare=round(median(of_bare), 3),
+        workers_2=round(median(workers_2), 3),
         data_wait=round(median(part["data_wait"] for part in ours["1"]), 4),
         save_wait=round(median(part["save_wait"] for part in ours["1"]), 4),
-        tokens_per_s={"bare": round(median(found["bare"])), **{kind: round(value) for kind, value in rate.items()}},
+        each_of_bare=[round(ratio, 3) for ratio in of_bare],
+        each_workers_2=[round(ratio, 3) for ratio in workers_2],
+        tokens_per_s={kind: round(median(values)) for kind, values in rates.items()},
     )
 
 
