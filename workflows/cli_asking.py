@@ -72,14 +72,20 @@ def generate(
     run_verb(body, output)
 
 
-def serve(target: TargetArg, overrides: OverridesArg = None, output: OutputOption = "text") -> None:
+def serve(
+    target: TargetArg,
+    overrides: OverridesArg = None,
+    port: Annotated[int | None, typer.Option(help="as serve.port=...", show_default=False)] = None,
+    output: OutputOption = "text",
+) -> None:
     """Host a run's bundle behind an OpenAI-shaped endpoint until Ctrl-C."""
 
     def body(console: Console) -> None:
         from workflows.serve.flow import serve_forever
         from workflows.target import find_run
 
-        recipe, found = find_run(target, overrides or [])
+        ported = [] if port is None else [f"serve.port={port}"]
+        recipe, found = find_run(target, [*(overrides or []), *ported])
         serve_forever(recipe, found, console, lambda other: find_run(other, []))
 
     run_verb(body, output)

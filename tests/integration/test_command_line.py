@@ -108,6 +108,18 @@ def test_a_port_that_is_taken_is_refused_before_training(root):
     assert told.stderr.startswith("dllm: serve.port: cannot be listened on at 127.0.0.1 (")
 
 
+def test_a_port_is_told_as_an_option_which_holds_over_the_recipe(small_bundle, here):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        told = here("serve", small_bundle.url, "serve.port=8001", "--port", str(port))
+    assert told.returncode == 2
+    assert told.stderr.startswith("dllm: serve.port: cannot be listened on at 127.0.0.1 (")
+    assert told.stderr.rstrip().count("\n") == 0
+    assert str(port) in told.stderr
+
+
 @pytest.mark.parametrize("verb", ["generate", "serve"])
 def test_a_bundle_that_fails_its_sha256_is_refused_by_its_file(small_bundle, here, tmp_path, verb):
     run = tmp_path / "runs" / small_bundle.name
