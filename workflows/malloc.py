@@ -13,7 +13,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 def keep_freed_memory() -> None:
     """For a process that asks for the same large blocks again and again.
 
-    A training step of 5 million weights on a CPU had 26,000 page faults and has 6,000 (4 % to 25 % more tokens a
+    A training step of 5 million weights on a CPU had 26,000 page faults and has 6,000 (1 % to 27 % more tokens a
     second); two processes that made shards waited for each other in the kernel (1.5-1.7 times the rate of one, and
     1.8-2.0 times now).
     """

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from dllm_core.errors import ConfigError
-from dllm_core.storage.store import LocalStore
+from dllm_core.storage.store import LocalStore, is_temporary
 
 _CACHE_BYTES = 20 << 30
 _ABANDONED = 3600.0  # seconds since a temporary file was last written to
@@ -107,7 +107,7 @@ def _limit() -> int:
 def _sweep(folder: Path) -> None:
     """Remove what killed writers left: nobody lists it, so the limit would not count it."""
     oldest = time.time() - _ABANDONED
-    for path in folder.glob(".*.tmp-*"):
+    for path in folder.iterdir():
         with contextlib.suppress(OSError):
-            if path.stat().st_mtime < oldest:
+            if is_temporary(path.name) and path.stat().st_mtime < oldest:
                 path.unlink()

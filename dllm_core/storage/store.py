@@ -146,7 +146,7 @@ class LocalStore:
         found = []
         for folder, _, names in os.walk(top, onerror=_raise_walk_error):
             for name in names:
-                if not _is_temporary(name):
+                if not is_temporary(name):
                     path = f"{folder.rstrip('/')}/{name}"
                     item = _stat_file(path, path[len(root) + 1 :])
                     found += [item] if item is not None else []
@@ -334,7 +334,8 @@ def _make_temporary(path: Path) -> tuple[int, str]:
     raise FileNotFoundError(errno.ENOENT, "the folder is removed again and again", str(path.parent))
 
 
-def _is_temporary(name: str) -> bool:
+def is_temporary(name: str) -> bool:
+    """Whether a file of this name is one that a `LocalStore` is writing, or that a killed one left."""
     return name.startswith(".") and ".tmp-" in name
 
 
