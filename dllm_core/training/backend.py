@@ -95,12 +95,11 @@ class BackendKind(Protocol):
 def new_optimizer(
     module: nn.Module,
     config: TrainConfig,
-    device: torch.device,
     shape_of: Callable[[Tensor], torch.Size] = lambda p: p.shape,
 ) -> torch.optim.AdamW:
-    """AdamW; matrices decay, norms' weights do not. device: where it works, which may be the CPU for a GPU's weights.
+    """AdamW; matrices decay, norms' weights do not. Where a tensor lies, there it is updated.
 
-    torch's own fused kernels, which come with torch; nothing is compiled. On a CPU too: the plain loop makes
+    By torch's own fused kernels, which come with torch; nothing is compiled. On a CPU too: the plain loop makes
     four tensors of a parameter's size, and over ZeRO's flat ones that was 20,000 page faults a step. shape_of: of a
     parameter before it was cut.
     """
@@ -202,7 +201,7 @@ class LocalBackend:
         self.module, self.device = module, module.device
         self.denoiser: DenoiserLike = module
         prepare(module, config)
-        self._config, self._optimizer = config, new_optimizer(module, config, self.device)
+        self._config, self._optimizer = config, new_optimizer(module, config)
         self._precision = resolve_precision(config.precision, self.device)
 
     def autocast(self) -> AbstractContextManager[object]:

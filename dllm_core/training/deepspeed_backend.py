@@ -105,8 +105,7 @@ class DeepSpeedBackend:
         prepare(module, config)
         settings = _settings(module.config, config, self.device)
         self._engine: Any
-        updated_on = self.device if config.offload == "none" else torch.device("cpu")
-        optimizer = new_optimizer(module, config, updated_on, _shape)
+        optimizer = new_optimizer(module, config, _shape)
         self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
         self._stage = config.zero_stage
         self.module = module

@@ -83,7 +83,7 @@ def bare(recipe: Recipe, corpus: str, told: Any) -> None:
     objective = new_objective(recipe.objective, config, process, CPU, seed=recipe.seed, t_min=manifest.t_min)
     loader = Loader.open(store, manifest, tokenizer.mask_id)
     batches = [loader.batch(step * train.batch_rows, train.batch_rows) for step in range(train.steps)]
-    optimizer, precision = new_optimizer(module, train, CPU), resolve_precision(train.precision, CPU)
+    optimizer, precision = new_optimizer(module, train), resolve_precision(train.precision, CPU)
     for step, batch in enumerate(batches):
         if step == WARM_UP:
             begun = time.perf_counter()
