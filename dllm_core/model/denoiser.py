@@ -14,7 +14,7 @@ from dllm_core.model.cache import KeyValues, LayerKeyValues
 from dllm_core.model.conditioning import TimeConditioning, modulated
 from dllm_core.model.config import DenoiserConfig, ModelConfig
 from dllm_core.model.experts import MixtureOfExperts
-from dllm_core.model.layers import MIN_ROWS, Linear, RMSNorm, SwiGLU, pad_rows
+from dllm_core.model.layers import MIN_ROWS, Embedding, Linear, RMSNorm, SwiGLU, pad_rows
 from dllm_core.model.pattern import FULL, AttentionPattern
 from dllm_core.model.visibility import predecessors, visible_keys
 
@@ -85,8 +85,7 @@ class Denoiser(nn.Module):
         super().__init__()
         model = config.model
         self.config = config
-        self.embed = nn.Embedding(config.vocab_size, model.dim)
-        nn.init.normal_(self.embed.weight, std=model.dim**-0.5 if model.tie_embeddings else 1.0)
+        self.embed = Embedding(config.vocab_size, model.dim, model.dim**-0.5 if model.tie_embeddings else 1.0)
         made(self.embed)
         self.blocks = nn.ModuleList()
         for number in range(model.layers):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dllm_core.model.config import ExpertsConfig, ModelConfig
-from dllm_core.model.layers import SwiGLU, pad_rows
+from dllm_core.model.layers import SwiGLU, draw, pad_rows
 
 
 class Router(nn.Module):
@@ -19,7 +19,7 @@ class Router(nn.Module):
         super().__init__()
         self.config = config
         self.weight = nn.Parameter(torch.empty(config.num_experts, dim))
-        nn.init.normal_(self.weight, std=dim**-0.5)
+        draw(self.weight, dim**-0.5)
         if config.selection_bias:  # a buffer: balancing moves it, no gradient does. arXiv:2408.15664
             self.register_buffer("selection_bias", torch.zeros(config.num_experts))
 
@@ -62,8 +62,8 @@ class MixtureOfExperts(nn.Module):
         self.router = Router(dim, config)
         self.gate_up = nn.Parameter(torch.empty(config.num_experts, 2 * width, dim))
         self.down = nn.Parameter(torch.empty(config.num_experts, dim, width))
-        nn.init.normal_(self.gate_up, std=dim**-0.5)
-        nn.init.normal_(self.down, std=scale * width**-0.5)
+        draw(self.gate_up, dim**-0.5)
+        draw(self.down, scale * width**-0.5)
         self.shared = SwiGLU(dim, config.shared_ffn_dim, scale) if config.num_shared_experts else None
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""RMSNorm, SwiGLU and a Linear that initialises itself, so that ZeRO-3 can partition it when made."""
+"""RMSNorm, SwiGLU, and layers that initialise themselves, so that ZeRO-3 can partition them when made."""
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,25 @@ def pad_rows(x: Tensor) -> Tensor:
     return functional.pad(x, (0, 0, 0, missing))
 
 
+def draw(tensor: Tensor, std: float) -> None:
+    """Draw from N(0, std^2), in place. On the meta device nothing: torch would import its compiler for it."""
+    if not tensor.is_meta:
+        nn.init.normal_(tensor, std=std)
+
+
+class Embedding(nn.Embedding):
+    """Token ids to vectors; drawn twice, from N(0, 1) and from N(0, std^2), as every golden loss has it."""
+
+    def __init__(self, num_embeddings: int, dim: int, std: float) -> None:
+        self.init_std = std
+        super().__init__(num_embeddings, dim)
+
+    def reset_parameters(self) -> None:
+        """Called by nn.Embedding's own constructor."""
+        for std in (1.0, self.init_std):
+            draw(self.weight, std)
+
+
 class Linear(nn.Linear):
     """y = x W^T, W ~ N(0, scale^2 / fan_in); with a bias y = x W^T + b, b = 0 at first."""
 
@@ -24,7 +43,7 @@ class Linear(nn.Linear):
 
     def reset_parameters(self) -> None:
         """Called by nn.Linear's own constructor."""
-        nn.init.normal_(self.weight, std=self.init_std)
+        draw(self.weight, self.init_std)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 

@@ -4,6 +4,7 @@
 so that another one is loaded by deploying again, with nothing restarted.
 """
 
+import contextlib
 import errno
 import hashlib
 import importlib.metadata
@@ -11,6 +12,8 @@ import logging
 import re
 import socket
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -27,6 +30,7 @@ APP_NAME = "dllm"
 _READY_WITHIN_S = 120.0
 _NO_LIMIT = 1 << 14  # Ray Serve lets every call in: a replica refuses rows itself, and tells its load meanwhile
 _PROXY_WAITS_S = 10.0  # longer than the gateway, whose own deadline answers in OpenAI's shape
+_POLL_S = 0.05
 _STARTS = 2
 _SURGE_PERCENT = 25  # an upgrade starts new ones before it stops old ones, one at least
 _DRAINS_S = 30.0  # what a replica that is to go has for the requests that it holds; others are tried again elsewhere
@@ -144,7 +148,6 @@ def check_port(settings: ServeConfig) -> None:
 
 def start(args: AppArgs) -> str:
     """Start the endpoint on the connected cluster and wait until it answers; its base URL. All or nothing."""
-    from ray import serve
     from ray.serve.config import HTTPOptions
 
     settings = args.serve
@@ -157,16 +160,45 @@ def start(args: AppArgs) -> str:
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     patience = settings.request_timeout_s + _PROXY_WAITS_S
     http = HTTPOptions(host=settings.host, port=settings.port, request_timeout_s=patience)
-    serve.start(http_options=http, logging_config={"enable_access_log": False}, tracing_config=_tracing(settings))
     host = "127.0.0.1" if settings.host in {"0.0.0.0", "::"} else settings.host
     url = f"http://[{host}]:{settings.port}" if ":" in host else f"http://{host}:{settings.port}"
     try:
-        deploy(args)
+        with _starting(
+            http_options=http, logging_config={"enable_access_log": False}, tracing_config=_tracing(settings)
+        ):
+            deploy(args)
         _wait_until_it_answers(url)
     except BaseException:
         stop()
         raise
     return url
+
+
+@contextlib.contextmanager
+def _starting(**options: Any) -> Iterator[None]:
+    """Ray Serve with these options, from when its controller is known: its proxies start beside what the block does."""
+    from ray import serve
+
+    aside = ThreadPoolExecutor(1)
+    started = aside.submit(serve.start, **options)
+    aside.shutdown(wait=False)  # whoever is interrupted need not wait for it
+    while not started.done() and not _controller_is_known():
+        time.sleep(_POLL_S)
+    if started.done():
+        started.result()
+    yield
+    started.result()
+
+
+def _controller_is_known() -> bool:
+    import ray
+    from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
+
+    try:
+        ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+    except ValueError:
+        return False
+    return True
 
 
 def _running_port() -> int | None:

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -218,3 +220,17 @@ def test_attention_of_short_rows_is_the_fused_kernels(rows, heads, length, maski
     wanted = torch.autograd.grad((expected * weights).sum(), inputs)
     for gradient, want in zip(torch.autograd.grad((found * weights).sum(), inputs), wanted, strict=True):
         torch.testing.assert_close(gradient, want, atol=1e-5, rtol=1e-5)
+
+
+def test_reading_a_model_draws_no_weights_and_needs_no_compiler():
+    """Of torch, whose import takes longer than the reading: it draws on the meta device with it."""
+    told = (
+        "import sys, torch; from dllm_core.model.config import DenoiserConfig, ExpertsConfig, ModelConfig;"
+        "from dllm_core.model.denoiser import Denoiser;"
+        "model = ModelConfig(qkv_bias=True, time_conditioning=True, experts=ExpertsConfig(num_shared_experts=1));"
+        "config = DenoiserConfig(model=model, vocab_size=300, context_length=64, mask_id=0, eos_id=1, pad_id=2);"
+        "before = torch.get_rng_state();"
+        "torch.set_default_device('meta'); Denoiser(config); torch.set_default_device('cpu');"
+        "assert torch.equal(before, torch.get_rng_state()); sys.exit('torch._dynamo' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", told], check=False).returncode == 0

@@ -294,7 +294,7 @@ def test_a_trailing_slash_is_another_route(served, steps, path):
     assert is_refusal(answer.json(), "invalid_request_error")
 
 
-def test_a_gateway_has_no_use_for_torch():
-    """Its start would be seconds longer and each one 250 MB larger."""
-    told = "import sys, workflows.serve.gateway; sys.exit('torch' in sys.modules)"
+def test_neither_a_gateway_nor_who_deploys_has_use_for_torch():
+    """Their start would be seconds longer and each one 250 MB larger."""
+    told = "import sys, workflows.serve.gateway, workflows.serve.replica; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", told], check=False).returncode == 0

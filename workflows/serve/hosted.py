@@ -1,0 +1,81 @@
+"""HostedModel: a bundle in memory with its decoding loop, its compiler of constraints, and its scores. Needs torch."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from dllm_core.checkpoints.bundle import ModelBundle
+from dllm_core.decoding.config import DecodeConfig
+from dllm_core.decoding.engine import Engine
+from dllm_core.decoding.request import Request
+from dllm_core.errors import ConfigError, RequestError
+from dllm_core.evaluation.answers import AnswerScorer
+from dllm_core.evaluation.estimators import estimator_of_bundle
+from dllm_core.evaluation.question import AnswerScore, Question
+from workflows.serve.compiling import Compiler
+from workflows.serve.loop import DecodingLoop
+
+
+class HostedModel:
+    """A bundle with its loop, its compiler and its scores."""
+
+    def __init__(self, bundle: ModelBundle, settings: dict[str, Any]) -> None:
+        self.bundle, self._settings = bundle, settings
+        device = "cuda" if settings["use_gpu"] else "cpu"
+        self.engine = Engine(bundle, device, settings["max_batch_tokens"], dtype=settings["dtype"])
+        self._device = device
+        self._loop: DecodingLoop | None = None
+        self._compiler: Compiler | None = None
+
+    def warm_up(self, decode: DecodeConfig) -> None:
+        """One small request to its end: what a first call sets up is set up, and a model that fails fails now."""
+        most = min(decode.max_tokens, decode.block_length, self.engine.context_length - 1)  # a block shows it all
+        config = decode.model_copy(update={"max_tokens": most})
+        [answer] = self.engine.generate([Request((self.engine.eos_id,), config)])
+        if answer.finish_reason == "error":
+            raise ConfigError("model", "its output is no number", self.bundle.folder.name)
+
+    @property
+    def loop(self) -> DecodingLoop:
+        """Made within the event loop, which the constructor has none of."""
+        if self._loop is None:
+            self._loop = DecodingLoop(self.engine, self._settings["max_waiting"])
+        return self._loop
+
+    @property
+    def is_started(self) -> bool:
+        """Whether anything was decoded yet."""
+        return self._loop is not None
+
+    async def prepare(self, request: Request) -> None:
+        """Compile its constraint, where that was not done, while others are decoded."""
+        if request.constraint is None or request.constraint in self.engine.automata:
+            return
+        if self._compiler is None:
+            spelled = self.bundle.tokenizer().token_bytes()
+            if spelled is None:
+                raise RequestError("constraint", "needs a byte-level tokenizer, which the model has not")
+            self._compiler = Compiler(spelled, self._settings["compile_seconds"])
+        self.engine.automata.put(request.constraint, await self._compiler.compile(request.constraint))
+
+    def score(
+        self, questions: Sequence[Question], draws: int, target_error: float | None, seed: int
+    ) -> tuple[list[AnswerScore], str]:
+        """One for each question, in order, and the estimator's name."""
+        estimator = estimator_of_bundle(self.bundle, self._device)
+        if estimator is None:
+            raise RequestError("model", "has no likelihood: it is a masked language model")
+        scorer = AnswerScorer(
+            self.engine.denoiser, estimator, seed=seed, draws=draws, target_error=target_error,
+            max_batch_tokens=self._settings["max_batch_tokens"],
+        )  # fmt: skip
+        found: dict[Question, AnswerScore] = {}
+        for some in scorer.score(questions):
+            found.update(some)
+        return [found[question] for question in questions], estimator.name
+
+    async def close(self) -> None:
+        """Free what it holds."""
+        if self._loop is not None:
+            await self._loop.close()
+        if self._compiler is not None:
+            self._compiler.close()
