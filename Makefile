@@ -8,6 +8,9 @@ constrain = $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 # The stamp is named by what was installed: a changed pin installs again, an unchanged one costs nothing.
 STAMP := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt | sha256sum | cut -c1-16)-$(subst /,_,$(CONSTRAINTS))
 
+# Where Python may write no bytecode, pytest would rewrite all tests again in each process.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help install quickstart test test-long check format clean
 
 help:

@@ -49,6 +49,10 @@ class RevisingPolicy(Protocol):
 
     ranks_by: ClassVar[Rank]
 
+    @property
+    def draws(self) -> bool:
+        """Whether it looks at u."""
+
     def revise(self, now: Moment) -> Verdict:
         """What changes. No mask is left once `steps` are taken, and it settles within `calls`."""
 
@@ -65,6 +69,7 @@ class RemaskingPolicy(Frozen):
     """
 
     ranks_by: ClassVar[Rank] = "confidence"
+    draws: ClassVar[bool] = True
     type: Literal["remasking"] = "remasking"
     eta: float = Field(0.02, ge=0, le=1)
     strategy: Literal["cap", "rescale"] = "cap"
@@ -88,6 +93,7 @@ class AncestralPolicy(Frozen):
     """The reverse process of masks: each is revealed with the chance that time gives. MDLM, arXiv:2406.07524, eq. 6."""
 
     ranks_by: ClassVar[Rank] = "confidence"
+    draws: ClassVar[bool] = True
     type: Literal["ancestral"] = "ancestral"
 
     def revise(self, now: Moment) -> Verdict:
@@ -107,6 +113,7 @@ class EditingPolicy(Frozen):
     """
 
     ranks_by: ClassVar[Rank] = "confidence"
+    draws: ClassVar[bool] = False
     type: Literal["editing"] = "editing"
     threshold: float = Field(0.7, gt=0, le=1, description="of a token for a mask")
     edit_threshold: float = Field(0.9, gt=0, le=1, description="of a token for another token")

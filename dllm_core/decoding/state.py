@@ -29,7 +29,7 @@ from dllm_core.decoding.request import Request
 from dllm_core.decoding.revise import Moment
 from dllm_core.decoding.unmask import AnyUnmaskPolicy
 from dllm_core.model.pattern import FULL, AttentionPattern
-from dllm_core.seeding import Bools, Doubles, Floats, Ints, Purpose, uniforms, uniforms64
+from dllm_core.seeding import Bools, Floats, Ints, Purpose, uniforms
 
 FinishReason = Literal["stop", "length", "error"]
 Survival = Callable[[float], float]
@@ -180,19 +180,11 @@ class DecodeState:
         """Open positions of the current block, ascending [n]."""
         return self.block_start + np.flatnonzero(self.is_open[self.block])
 
-    def uniforms(self, positions: Ints) -> Floats:
-        """One uniform for each position [n], a pure function of the request's seed, this call and the position."""
-        return uniforms(self.request.seed, Purpose.DECODE, self.num_calls, positions, 1)[:, 0]
-
     @property
     def times(self) -> tuple[float, float]:
         """(s, t): the reverse process's step that an ancestral row takes next, from t = 1, or `strength`, to s = 0."""
         steps, begin = self.request.config.steps, self.request.strength or 1.0
         return begin * (steps - self.num_calls - 1) / steps, begin * (steps - self.num_calls) / steps
-
-    def fine_uniforms(self, positions: Ints) -> Doubles:
-        """Like `uniforms`, on a grid fine enough for the rare jumps of a short step over a large vocabulary."""
-        return uniforms64(self.request.seed, Purpose.DECODE, self.num_calls, positions, 1)[:, 0]
 
     def commit(self, positions: Ints, tokens: Ints, score: Floats, eos_id: int, survival: Survival) -> Ints:
         """Take a call's verdict on the block's open positions [n]; returns the positions that became final.
@@ -229,7 +221,7 @@ class DecodeState:
                 is_mask=is_mask,
                 agrees=held == tokens,
                 confidence=confidence,
-                u=self._of_policy(positions),
+                u=self._of_policy(policy.draws, positions),
                 step=self.step,
                 steps=steps,
                 quota=config.quota_of(int(is_mask.sum()), self.step),
@@ -242,7 +234,10 @@ class DecodeState:
         self.canvas[positions[verdict.remask]] = self.mask_id
         return verdict.is_settled
 
-    def _of_policy(self, positions: Ints) -> Floats:
+    def _of_policy(self, is_wanted: bool, positions: Ints) -> Floats:
+        """A policy's uniforms [n]; of one that draws nothing 0, for a draw costs more than all else here."""
+        if not is_wanted:
+            return np.zeros(len(positions), np.float32)
         return uniforms(self.request.seed, Purpose.UNMASK, self.num_calls, positions, 1)[:, 0]
 
     def _chosen(self, policy: AnyUnmaskPolicy, positions: Ints, score: Floats) -> Bools:
@@ -251,7 +246,7 @@ class DecodeState:
         while not (quota := config.quota_of(len(positions), self.step)):
             self.step += 1
         self.step += 1
-        return policy.choose(score, quota, self._of_policy(positions))
+        return policy.choose(score, quota, self._of_policy(policy.draws, positions))
 
     def _close(self, eos_id: int) -> None:
         """Nothing behind the first committed end token will be read, nor behind `max_tokens`.

@@ -14,7 +14,7 @@ from dllm_core.decoding.state import DecodeState
 from dllm_core.model.cache import KeyValueStore
 from dllm_core.model.denoiser import Denoiser
 from dllm_core.noise.process import NoiseProcess
-from dllm_core.seeding import Doubles, Floats, Ints
+from dllm_core.seeding import Doubles, Floats, Ints, Purpose, Words32, narrow, wide, words_of
 
 _LOWEST = -1e4  # of log p: stands for -inf where p is 0
 
@@ -76,11 +76,11 @@ def _choose(
             drawn = torch.zeros_like(ranked).scatter_(-1, order, ranked / ranked.sum(-1, keepdim=True))
             law = torch.where(is_hot[:, None], drawn, law)
         probs = _reverse_step(law, process, rows, of_row)
-        draws = np.concatenate([row.fine_uniforms(at) for row, at in zip(rows, positions, strict=True)])
-        tokens = _inverted(probs, torch.from_numpy(draws).to(device))
+        fine = wide(_drawn(rows, positions))  # enough for the rare jumps of a short step over a large vocabulary
+        tokens = _inverted(probs, torch.from_numpy(fine).to(device))
         log_probs = probs.log()
     elif hot.any():
-        draws = np.concatenate([row.uniforms(at) for row, at in zip(rows, positions, strict=True)])
+        draws = narrow(_drawn(rows, positions))
         ranked, order = _ranked(log_probs, rows, of_row)
         drawn = order.gather(-1, _inverted(ranked, torch.from_numpy(draws).to(device))[:, None])[:, 0]
         tokens = torch.where(is_hot, drawn, tokens)
@@ -100,6 +100,12 @@ def _choose(
         None if np.isnan(part[:, 2]).any() else _proposal(at, part, row.request.top_logprobs)
         for row, at, part in zip(rows, positions, np.split(packed, splits), strict=True)
     ]
+
+
+def _drawn(rows: Sequence[DecodeState], positions: Sequence[Ints]) -> Words32:
+    """One word for each position [n], a pure function of its row's seed, the row's call and where it stands."""
+    seeds, calls = [row.request.seed for row in rows], [row.num_calls for row in rows]
+    return words_of(seeds, Purpose.DECODE, calls, positions)
 
 
 def _proposal(positions: Ints, packed: Doubles, top: int) -> Proposal:
@@ -134,7 +140,7 @@ def _constrained(
             continue
         found = None
         if row.request.config.temperature > 0:
-            found = draw(row.automaton, row, eos_id, at, _laws(part, row), row.uniforms(at))
+            found = draw(row.automaton, row, eos_id, at, _laws(part, row), narrow(_drawn([row], [at])))
         if found is None:
             found = likeliest(row.automaton, row, eos_id, at, part.double().cpu().numpy())
         chosen[begin:stop] = np.where(found < 0, chosen[begin:stop], found)

@@ -22,6 +22,10 @@ class UnmaskPolicy(Protocol):
 
     ranks_by: ClassVar[Rank]
 
+    @property
+    def draws(self) -> bool:
+        """Whether it looks at u."""
+
     def choose(self, score: Floats, quota: int, u: Floats) -> Bools:
         """Positions to commit, never fewer than `quota`. score [n]: by `ranks_by`, higher is surer; u [n] in [0, 1)."""
 
@@ -35,6 +39,11 @@ class _Quota(Frozen):
 
     ranks_by: ClassVar[Rank] = "confidence"
     position_temperature: float = Field(0.0, ge=0, le=1000)
+
+    @property
+    def draws(self) -> bool:
+        """At a temperature."""
+        return self.position_temperature > 0
 
     def choose(self, score: Floats, quota: int, u: Floats) -> Bools:
         """The quota's best, or drawn."""
@@ -65,6 +74,7 @@ class RandomPolicy(Frozen):
     """Any: the order says nothing of the model. LLaDA's `random` remasking."""
 
     ranks_by: ClassVar[Rank] = "confidence"
+    draws: ClassVar[bool] = True
     type: Literal["random"] = "random"
 
     def choose(self, score: Floats, quota: int, u: Floats) -> Bools:
@@ -76,6 +86,7 @@ class ThresholdPolicy(Frozen):
     """Commit every position whose confidence reaches `threshold`. Fast-dLLM, arXiv:2505.22618, section 3.3."""
 
     ranks_by: ClassVar[Rank] = "confidence"
+    draws: ClassVar[bool] = False
     type: Literal["threshold"] = "threshold"
     threshold: float = Field(0.9, gt=0, le=1)
 
@@ -92,6 +103,7 @@ class FactorPolicy(Frozen):
     """
 
     ranks_by: ClassVar[Rank] = "confidence"
+    draws: ClassVar[bool] = False
     type: Literal["factor"] = "factor"
     factor: float = Field(1.0, gt=0)
     takes_last: bool = False
