@@ -38,9 +38,10 @@ $(STAMP): pyproject.toml constraints.txt
 quickstart: $(STAMP)
 	$(BIN)/dllm run workflows/recipes/quickstart.yaml
 
-# What starts clusters and servers has the machine to itself; all else runs in two processes, which share it.
+# What starts clusters and servers has the machine to itself; all else runs in two processes, which share it: with as
+# many threads each as there are cores, torch would wait for its own: 279 s for 25 (two runs of test_canvases.py at once).
 test: $(STAMP)
-	$(BIN)/pytest -m "not long" -n 2 --dist loadfile tests/unit tests/architecture
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not long" -n 2 --dist loadfile tests/unit tests/architecture
 	$(BIN)/pytest -m "not long" --durations=15 --durations-min=5 --ignore=tests/unit --ignore=tests/architecture
 
 test-long: $(STAMP)

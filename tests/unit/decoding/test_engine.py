@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from rows import EOS, MASK, PAD, PROCESS, VOCABULARY, new_denoiser, new_engine, requests
@@ -18,6 +19,8 @@ from dllm_core.errors import RequestError
 from dllm_core.model.config import DenoiserConfig
 from dllm_core.model.denoiser import Denoiser
 from dllm_core.model.pattern import AttentionPattern
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +69,20 @@ def test_a_decode_fills_all_keeps_what_was_given_and_ends_in_its_budget(denoiser
 def test_a_row_gets_the_same_tokens_alone_and_in_a_batch(denoiser, batch):
     together = new_engine(denoiser).generate(batch)
     alone = [new_engine(denoiser).generate([request])[0] for request in batch]
+    assert together == alone
+
+
+@pytest.mark.long  # it wants the machine to itself: threads that share their cores with other tests wait for each other
+@settings(max_examples=60, deadline=None)
+@given(batch=st.lists(requests(), min_size=2, max_size=7))
+def test_on_two_threads_too(denoiser, batch):
+    """There other kernels, which sum in another order, begin at other numbers of rows."""
+    torch.set_num_threads(2)
+    try:
+        together = new_engine(denoiser).generate(batch)
+        alone = [new_engine(denoiser).generate([request])[0] for request in batch]
+    finally:
+        torch.set_num_threads(1)
     assert together == alone
 
 
