@@ -4,7 +4,7 @@ Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 
 A draw depends on its coordinates alone, so any worker, batch size or restart gives the same bits.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from enum import IntEnum
 from typing import Any
 
@@ -44,7 +44,7 @@ class Purpose(IntEnum):
     EDIT = 15
 
 
-def philox(counter: tuple[Words, Words, Words, Words], key: tuple[int, int] | tuple[Words, Words]) -> tuple[Words, ...]:
+def philox(counter: tuple[Words, Words, Words, Words], key: tuple[int | Words, int | Words]) -> tuple[Words, ...]:
     """Ten Philox rounds. Counter words are uint64 arrays of 32-bit values that broadcast together, as the result is.
 
     key: two such values, or arrays of them that broadcast with the counter.
@@ -68,58 +68,37 @@ def philox(counter: tuple[Words, Words, Words, Words], key: tuple[int, int] | tu
     return c0, c1, c2, c3
 
 
-def words(seed: int, purpose: Purpose, epoch: int, index: Any, count: int) -> Words32:
-    """`count` 32-bit words for every index. index: int array [N]; result uint32 [N count]."""
-    if not 0 <= epoch < _MAX_EPOCH:
+def words(seed: int | Words, purpose: Purpose, epoch: int | Ints, index: Any, count: int) -> Words32:
+    """`count` 32-bit words for every index. index: int array [N]; result uint32 [N count].
+
+    seed, epoch: one for all, or an array [N] of each index's own: a call costs 0.15 ms whatever its length.
+    """
+    if np.min(epoch, initial=0) < 0 or np.max(epoch, initial=0) >= _MAX_EPOCH:
         raise ValueError(f"epoch must be in [0, {_MAX_EPOCH}), got {epoch}")
     index = np.asarray(index, dtype=np.uint64).reshape(-1, 1)
     blocks = np.arange((count + 3) // 4, dtype=np.uint64).reshape(1, -1)
     shape = (index.shape[0], blocks.shape[1])
-    tag = np.full((1, 1), (int(purpose) << 24) | epoch, np.uint64)
+    tag = np.asarray((int(purpose) << 24) | epoch, dtype=np.uint64).reshape(-1, 1)
+    own: Any = seed if isinstance(seed, int) else seed.reshape(-1, 1)
     counter = (blocks, tag, index & _LOW, index >> _SHIFT)
     drawn = np.empty((*shape, 4), np.uint32)
-    for place, word in enumerate(philox(counter, (seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF))):
+    for place, word in enumerate(philox(counter, (own & 0xFFFFFFFF, (own >> 32) & 0xFFFFFFFF))):
         drawn[..., place] = word
-    return drawn.reshape(shape[0], -1)[:, :count]
+    return drawn.reshape(shape[0], 4 * shape[1])[:, :count]
 
 
-def words_of(seeds: Sequence[int], purpose: Purpose, epochs: Sequence[int], indices: Sequence[Ints]) -> Words32:
-    """`words(seed, purpose, epoch, index, 1)` of many seeds, one behind the other, for the price of one. uint32 [n].
-
-    Ten rounds over a short array cost what its handful of numpy calls does: 0.15 ms, whatever its length.
-    """
-    if not all(0 <= epoch < _MAX_EPOCH for epoch in epochs):
-        raise ValueError(f"epochs must be in [0, {_MAX_EPOCH}), got {min(epochs)} to {max(epochs)}")
-    lengths = [len(index) for index in indices]
-    low, high, tag = (
-        np.repeat(np.array(values, np.uint64), lengths)
-        for values in (
-            [seed & 0xFFFFFFFF for seed in seeds],
-            [(seed >> 32) & 0xFFFFFFFF for seed in seeds],
-            [(int(purpose) << 24) | epoch for epoch in epochs],
-        )
-    )
-    index = np.concatenate(indices).astype(np.uint64)
-    counter = (np.zeros_like(index), tag, index & _LOW, index >> _SHIFT)
-    return philox(counter, (low, high))[0].astype(np.uint32)
+def seeds_of(values: Iterable[int]) -> Words:
+    """Seeds as `words` takes many: modulo 2**64, which is what it makes of one."""
+    return np.array([value % (1 << 64) for value in values], np.uint64)
 
 
-def uniforms(seed: int, purpose: Purpose, epoch: int, index: Any, count: int) -> Floats:
-    """Uniforms in [0, 1) on a grid of 2**-24, exact in float32. index: int array [N]; float32 [N count]."""
-    return narrow(words(seed, purpose, epoch, index, count))
-
-
-def narrow(bits: Words32) -> Floats:
-    """Words, whose memory it takes, as uniforms on the grid of 2**-24."""
+def uniforms(seed: int | Words, purpose: Purpose, epoch: int | Ints, index: Any, count: int) -> Floats:
+    """Uniforms in [0, 1) on a grid of 2**-24, exact in float32. Arguments as of `words`; float32 [N count]."""
+    bits = words(seed, purpose, epoch, index, count)
     bits >>= np.uint32(8)
     uniform: Floats = bits.view(np.int32).astype(np.float32)  # numpy converts signed integers several times faster
     uniform *= np.float32(2.0**-24)
     return uniform
-
-
-def wide(bits: Words32) -> Doubles:
-    """Words as uniforms on the grid of 2**-32."""
-    return bits.astype(np.float64) * 2.0**-32
 
 
 def uniforms_below(p: Floats, seed: int, purpose: Purpose, epoch: int, index: Any, count: int) -> NDArray[np.bool_]:
@@ -129,6 +108,6 @@ def uniforms_below(p: Floats, seed: int, purpose: Purpose, epoch: int, index: An
     return bits < np.ceil(np.ldexp(p.astype(np.float64), 24)).clip(0, 1 << 24).astype(np.uint32)
 
 
-def uniforms64(seed: int, purpose: Purpose, epoch: int, index: Any, count: int) -> Doubles:
+def uniforms64(seed: int | Words, purpose: Purpose, epoch: int | Ints, index: Any, count: int) -> Doubles:
     """Uniforms in [0, 1) on a grid of 2**-32: fine enough to choose among a vocabulary. float64 [N count]."""
-    return wide(words(seed, purpose, epoch, index, count))
+    return words(seed, purpose, epoch, index, count).astype(np.float64) * 2.0**-32

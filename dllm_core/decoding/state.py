@@ -221,7 +221,7 @@ class DecodeState:
                 is_mask=is_mask,
                 agrees=held == tokens,
                 confidence=confidence,
-                u=self._of_policy(policy.draws, positions),
+                u=self._of_policy(policy, positions),
                 step=self.step,
                 steps=steps,
                 quota=config.quota_of(int(is_mask.sum()), self.step),
@@ -234,9 +234,9 @@ class DecodeState:
         self.canvas[positions[verdict.remask]] = self.mask_id
         return verdict.is_settled
 
-    def _of_policy(self, is_wanted: bool, positions: Ints) -> Floats:
-        """A policy's uniforms [n]; of one that draws nothing 0, for a draw costs more than all else here."""
-        if not is_wanted:
+    def _of_policy(self, policy: AnyUnmaskPolicy | AnyRevisingPolicy, positions: Ints) -> Floats:
+        """Its uniforms [n]; of one that draws nothing 0, for a draw costs more than all else here."""
+        if not policy.draws:
             return np.zeros(len(positions), np.float32)
         return uniforms(self.request.seed, Purpose.UNMASK, self.num_calls, positions, 1)[:, 0]
 
@@ -246,7 +246,7 @@ class DecodeState:
         while not (quota := config.quota_of(len(positions), self.step)):
             self.step += 1
         self.step += 1
-        return policy.choose(score, quota, self._of_policy(policy.draws, positions))
+        return policy.choose(score, quota, self._of_policy(policy, positions))
 
     def _close(self, eos_id: int) -> None:
         """Nothing behind the first committed end token will be read, nor behind `max_tokens`.

@@ -14,7 +14,7 @@ from dllm_core.decoding.state import DecodeState
 from dllm_core.model.cache import KeyValueStore
 from dllm_core.model.denoiser import Denoiser
 from dllm_core.noise.process import NoiseProcess
-from dllm_core.seeding import Doubles, Floats, Ints, Purpose, Words32, narrow, wide, words_of
+from dllm_core.seeding import Doubles, Floats, Ints, Purpose, Words, seeds_of, uniforms, uniforms64
 
 _LOWEST = -1e4  # of log p: stands for -inf where p is 0
 
@@ -76,11 +76,13 @@ def _choose(
             drawn = torch.zeros_like(ranked).scatter_(-1, order, ranked / ranked.sum(-1, keepdim=True))
             law = torch.where(is_hot[:, None], drawn, law)
         probs = _reverse_step(law, process, rows, of_row)
-        fine = wide(_drawn(rows, positions))  # enough for the rare jumps of a short step over a large vocabulary
+        fine = uniforms64(*_coordinates(rows, positions))[
+            :, 0
+        ]  # enough for the rare jumps of a short step over a large vocabulary
         tokens = _inverted(probs, torch.from_numpy(fine).to(device))
         log_probs = probs.log()
     elif hot.any():
-        draws = narrow(_drawn(rows, positions))
+        draws = uniforms(*_coordinates(rows, positions))[:, 0]
         ranked, order = _ranked(log_probs, rows, of_row)
         drawn = order.gather(-1, _inverted(ranked, torch.from_numpy(draws).to(device))[:, None])[:, 0]
         tokens = torch.where(is_hot, drawn, tokens)
@@ -102,10 +104,12 @@ def _choose(
     ]
 
 
-def _drawn(rows: Sequence[DecodeState], positions: Sequence[Ints]) -> Words32:
-    """One word for each position [n], a pure function of its row's seed, the row's call and where it stands."""
-    seeds, calls = [row.request.seed for row in rows], [row.num_calls for row in rows]
-    return words_of(seeds, Purpose.DECODE, calls, positions)
+def _coordinates(rows: Sequence[DecodeState], positions: Sequence[Ints]) -> tuple[Words, Purpose, Ints, Ints, int]:
+    """Of one draw for each position [n]: a pure function of its row's seed, the row's call and where it stands."""
+    lengths = [len(at) for at in positions]
+    seeds = np.repeat(seeds_of(row.request.seed for row in rows), lengths)
+    calls = np.repeat(np.array([row.num_calls for row in rows]), lengths)
+    return seeds, Purpose.DECODE, calls, np.concatenate(positions), 1
 
 
 def _proposal(positions: Ints, packed: Doubles, top: int) -> Proposal:
@@ -140,7 +144,7 @@ def _constrained(
             continue
         found = None
         if row.request.config.temperature > 0:
-            found = draw(row.automaton, row, eos_id, at, _laws(part, row), narrow(_drawn([row], [at])))
+            found = draw(row.automaton, row, eos_id, at, _laws(part, row), uniforms(*_coordinates([row], [at]))[:, 0])
         if found is None:
             found = likeliest(row.automaton, row, eos_id, at, part.double().cpu().numpy())
         chosen[begin:stop] = np.where(found < 0, chosen[begin:stop], found)

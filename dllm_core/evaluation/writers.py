@@ -17,7 +17,7 @@ from dllm_core.decoding.forward import padded_length
 from dllm_core.decoding.request import Request
 from dllm_core.model.pattern import CAUSAL
 from dllm_core.objective.loss import DenoiserLike
-from dllm_core.seeding import Floats, Purpose, uniforms
+from dllm_core.seeding import Floats, Purpose, seeds_of, uniforms
 
 Tokens = Sequence[int]
 
@@ -94,7 +94,7 @@ class CausalWriter:
         for row, prompt in zip(ids, prompts, strict=True):
             row[1 : 1 + len(prompt)] = torch.tensor(prompt, dtype=torch.int64)
         rows, heads = torch.arange(len(prompts)), torch.tensor([len(prompt) for prompt in prompts])
-        draws = np.concatenate([uniforms(one, Purpose.DECODE, 0, np.arange(1), size) for one in seeds])
+        draws = uniforms(seeds_of(seeds), Purpose.DECODE, 0, np.zeros(len(seeds)), size)
         is_open = torch.ones(len(prompts), dtype=torch.bool)
         for step in range(size):
             read = torch.zeros((len(prompts), length), dtype=torch.bool)

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dllm_core.seeding import Purpose, philox, uniforms, uniforms64, uniforms_below, words, words_of
+from dllm_core.seeding import Purpose, philox, seeds_of, uniforms, uniforms64, uniforms_below, words
 
 
 @pytest.mark.parametrize(
@@ -36,20 +36,21 @@ def test_a_draw_depends_on_its_coordinates_alone():
 EPOCHS, INDICES = st.integers(0, 2**24 - 1), st.lists(st.integers(0, 2**63 - 1), max_size=4)
 
 
-@given(st.lists(st.tuples(st.integers(0, 2**64 - 1), EPOCHS, INDICES), min_size=1, max_size=5))
+@given(st.lists(st.tuples(st.integers(-(2**63), 2**65), EPOCHS, INDICES), min_size=1, max_size=5))
 def test_words_of_many_seeds_are_those_of_each(rows):
-    seeds, epochs, indices = zip(*rows, strict=True)
-    found = words_of(seeds, Purpose.DECODE, epochs, [np.array(index, np.int64) for index in indices])
+    flat = [(seed, epoch, one) for seed, epoch, index in rows for one in index]
+    epochs, indices = (np.array([row[i] for row in flat], np.int64) for i in (1, 2))
+    found = words(seeds_of(row[0] for row in flat), Purpose.DECODE, epochs, indices, 5)
     assert found.dtype == np.uint32
-    alone = [words(seed, Purpose.DECODE, epoch, index, 1)[:, 0] for seed, epoch, index in rows if index]
-    assert found.tolist() == [word for part in alone for word in part]
+    alone = [words(seed, Purpose.DECODE, epoch, index, 5) for seed, epoch, index in rows if index]
+    assert found.tolist() == [row for part in alone for row in part.tolist()]
 
 
 def test_an_epoch_that_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="epoch"):
         words(1, Purpose.DECODE, 1 << 24, np.zeros(1), 1)
     with pytest.raises(ValueError, match="epoch"):
-        words_of([1, 1], Purpose.DECODE, [0, 1 << 24], [np.zeros(1, np.int64)] * 2)
+        words(1, Purpose.DECODE, np.array([0, 1 << 24]), np.zeros(2), 1)
 
 
 @pytest.mark.parametrize("change", [{"seed": 10}, {"purpose": Purpose.DECODE}, {"epoch": 4}, {"index": [51]}])

@@ -191,6 +191,7 @@ def _starting(**options: Any) -> Iterator[None]:
 
 
 def _controller_is_known() -> bool:
+    """Whether calls to it would be kept until it runs; `_running_port` waits for that."""
     import ray
     from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 
