@@ -19,7 +19,8 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium is install
 
 @pytest.fixture(scope="module")
 def url(tmp_path_factory, deployed, port):
-    of = runs_by_kind(tmp_path_factory, {"absorbing": {}, "autoregressive": {"objective": {"type": "autoregressive"}}})
+    long = {"packing": {"seq_len": 256}}  # an answer long enough to be stopped
+    of = runs_by_kind(tmp_path_factory, {"absorbing": long, "autoregressive": {"objective": {"type": "autoregressive"}}})
     runs = {kind: of(kind) for kind in ("absorbing", "autoregressive")}
     models = {kind: ServedRun(run=run.url, decode=corpus.recipe.decode) for kind, (corpus, run) in runs.items()}
     placement = ServePlacement(max_replicas=1, cpus_per_replica=0.25)
@@ -100,7 +101,7 @@ def test_holes_are_filled_and_a_selected_span_is_edited(page):
 
 def test_the_keyboard_starts_and_escape_cancels_on_the_server_too(page, url):
     page.fill("#text", "RED")
-    page.fill("#tokens", "24")
+    page.fill("#tokens", "192")
     page.evaluate("""() => {
         const ask = fetch, take = Run.prototype.take;
         window.fetch = (path, how) => ask(path, {...how, body: how.body.replace(

@@ -48,6 +48,24 @@ class StuckEngine:
         return []
 
 
+class PacedEngine(Engine):
+    """An engine whose ticks each wait to be allowed, and which notes the rows that each begins with."""
+
+    def __init__(self, bundle):
+        super().__init__(bundle)
+        self.allowed, self.rows_of_ticks = threading.Semaphore(0), []
+
+    def step(self):
+        self.rows_of_ticks.append(self.num_active + self.num_waiting)
+        assert self.allowed.acquire(timeout=10)
+        return super().step()
+
+
+async def until(holds):
+    while not holds():
+        await asyncio.sleep(0.001)
+
+
 async def ends_of(loop, requests, **options):
     """What each row of a call ends with."""
     ends = [None] * len(requests)
@@ -201,18 +219,18 @@ def test_leaving_a_call_frees_all_of_its_rows_before_the_next_tick_and_no_other(
     requests = [Request((7, 8), config, seed=seed) for seed in range(12)]
 
     async def scenario():
-        engine = Engine(read_bundle(small_bundle))
+        engine = PacedEngine(read_bundle(small_bundle))
         loop = DecodingLoop(engine, max_waiting=64)
         neighbour = asyncio.create_task(ends_of(loop, requests[:1]))
         await asyncio.sleep(0)  # its row is asked for: both are taken in by the same tick
         call = loop.stream(requests[1:], "canvas")
+        engine.allowed.release()
         await anext(call)
-        assert engine.num_active == 12
-        ticks = engine._tick
+        await until(lambda: len(engine.rows_of_ticks) == 2)  # a tick has begun and holds all rows
         await call.aclose()
-        while engine.num_active > 1:
-            await asyncio.sleep(0)
-        assert engine._tick <= ticks + 1
+        engine.allowed.release(1000)
+        await until(lambda: len(engine.rows_of_ticks) > 2)
+        assert engine.rows_of_ticks[:3] == [12, 12, 1]
         waiting = asyncio.create_task(anext(loop.stream(requests[1:])))  # left before it was taken in
         await asyncio.sleep(0)
         waiting.cancel()
