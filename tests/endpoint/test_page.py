@@ -20,7 +20,9 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium is install
 @pytest.fixture(scope="module")
 def url(tmp_path_factory, deployed, port):
     long = {"packing": {"seq_len": 256}}  # an answer long enough to be stopped
-    of = runs_by_kind(tmp_path_factory, {"absorbing": long, "autoregressive": {"objective": {"type": "autoregressive"}}})
+    of = runs_by_kind(
+        tmp_path_factory, {"absorbing": long, "autoregressive": {"objective": {"type": "autoregressive"}}}
+    )
     runs = {kind: of(kind) for kind in ("absorbing", "autoregressive")}
     models = {kind: ServedRun(run=run.url, decode=corpus.recipe.decode) for kind, (corpus, run) in runs.items()}
     placement = ServePlacement(max_replicas=1, cpus_per_replica=0.25)
