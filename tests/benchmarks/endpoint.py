@@ -25,8 +25,8 @@ from dllm_core.decoding.request import Request
 from workflows.bench.load import Load, Mix, drive
 from workflows.env import ray_cluster
 from workflows.placement import ServePlacement
-from workflows.serve.app import AppArgs, ServedRun, start, stop
-from workflows.serve.config import ServeConfig
+from workflows.serve.app import AppArgs, start, stop
+from workflows.serve.config import ServeConfig, ServedRun
 from workflows.target import find_run
 
 PROMPT = "def read("

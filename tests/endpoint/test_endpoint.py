@@ -25,8 +25,8 @@ import schemathesis
 from endpoint.conftest import all_rows_are_freed, metric, replicas, wait_for
 from workflows.cli import run_command_line
 from workflows.placement import ServePlacement
-from workflows.serve.app import AppArgs, ServedRun
-from workflows.serve.config import ServeConfig
+from workflows.serve.app import AppArgs
+from workflows.serve.config import ServeConfig, ServedRun
 from workflows.serve.gateway import api
 
 

@@ -9,8 +9,8 @@ from conftest import runs_by_kind
 
 from endpoint.conftest import all_rows_are_freed
 from workflows.placement import ServePlacement
-from workflows.serve.app import AppArgs, ServedRun
-from workflows.serve.config import ServeConfig
+from workflows.serve.app import AppArgs
+from workflows.serve.config import ServeConfig, ServedRun
 
 sync_api = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium")

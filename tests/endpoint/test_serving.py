@@ -6,6 +6,7 @@ Each in a quick form, and as a `long` one at the length that the README quotes. 
 import asyncio
 import os
 import random
+import re
 import signal
 import statistics
 import threading
@@ -20,8 +21,8 @@ from conftest import runs_by_kind
 
 from endpoint.conftest import metric, replicas, wait_for
 from workflows.placement import ServePlacement
-from workflows.serve.app import AppArgs, ServedRun, deploy
-from workflows.serve.config import ServeConfig
+from workflows.serve.app import AppArgs, deploy
+from workflows.serve.config import ServeConfig, ServedRun
 
 CALL_BY_CALL = {"block_length": 1, "steps_per_block": 1}
 QUICK_AND_LONG = [pytest.param(False, id="quick"), pytest.param(True, id="long", marks=pytest.mark.long)]
@@ -88,6 +89,11 @@ def _no_load_is_left():
         Background.begun.pop().answers()
 
 
+def gateways_of(url):
+    """Those that the metrics tell of."""
+    return {*re.findall(r'gateway="(\w+)"', httpx.get(f"{url}/metrics", timeout=10).text)}
+
+
 def texts(answers):
     return {answer.json()["choices"][0]["text"] for answer in answers}
 
@@ -129,18 +135,44 @@ def test_work_starts_replicas_and_its_end_ends_them_with_no_request_lost(served,
         wait_for(lambda: metric(url, "dllm_decode_replicas") == 1, 120)
 
 
-def test_an_upgrade_under_load_loses_no_request(served):
+def test_an_upgrade_under_load_loses_no_request_and_every_gateway_is_counted(served):
     args, url, _ = served
-    before = {process.pid for process in replicas()}
+    before = {process.pid for process in [*replicas(), *replicas("Gateway")]}
     load = Background(url, clients=2, diffusion=CALL_BY_CALL)
-    changed = args.model_copy(update={"serve": args.serve.model_copy(update={"max_batch_tokens": 2048})})
+    changed = args.model_copy(
+        update={
+            "serve": args.serve.model_copy(update={"max_batch_tokens": 2048}),
+            "placement": args.placement.model_copy(update={"gateways": 2}),
+        }
+    )
     deploy(changed)
-    wait_for(lambda: not before & {process.pid for process in replicas()})
+    wait_for(lambda: not before & {process.pid for process in [*replicas(), *replicas("Gateway")]})
     answers = load.answers()
+    wait_for(lambda: len(gateways_of(url)) == 2)
+    counted = metric(url, "dllm_request_success_total")
+    for more in range(1, 9):
+        assert ask(url).status_code == 200
+        assert metric(url, "dllm_request_success_total") == counted + more  # whichever gateway is asked
     deploy(args)
     wait_for(lambda: ask(url).status_code == 200)
     assert Counter(answer.status_code for answer in answers).keys() == {200}
     assert len(texts(answers)) == 1
+
+
+@pytest.mark.long
+def test_the_last_replica_ends_where_it_may_and_the_next_request_starts_one(served):
+    args, url, _ = served
+    expected = ask(url).json()["choices"][0]["text"]
+    deploy(args.model_copy(update={"placement": args.placement.model_copy(update={"min_replicas": 0})}))
+    for _ in range(2):
+        wait_for(lambda: replicas() == [], 120)
+        health = httpx.get(f"{url}/health", timeout=10)
+        assert (health.status_code, health.json()) == (200, {"status": "ok", "replicas": 0})
+        answer = ask(url)
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["choices"][0]["text"] == expected
+    deploy(args)
+    wait_for(lambda: metric(url, "dllm_decode_replicas") == 1, 120)
 
 
 @pytest.mark.long
@@ -200,8 +232,8 @@ def test_clients_that_leave_free_their_rows_and_disturb_nobody(served, is_long):
 def test_more_than_can_be_answered_is_refused_quickly_and_the_rest_is_answered(served, is_long):
     """Twelve clients with 64 rows a request, who ask again at once: several times what the queues hold.
 
-    Quick: 15 s. Long: 10 minutes. A refusal is held against an
-    answer, which the same busy machine slows down as much.
+    Quick: 15 s. Long: 10 minutes. A refusal takes less than 100 ms, or, on a machine too slow for that, a tenth of an
+    answer, which it slows down as much.
     """
     _, url, _ = served
     alone = statistics.median(timed(url)[1] for _ in range(5))
@@ -225,8 +257,8 @@ def test_more_than_can_be_answered_is_refused_quickly_and_the_rest_is_answered(s
     answered = statistics.median(took for answer, took in found if answer.status_code == 200)
     half, most = (refused[len(refused) * share // 100] for share in (50, 95))
     print(f"{dict(by_status)}; refused in {1000 * half:.0f} ms (p50), {1000 * most:.0f} ms (p95), {answered=:.1f} s")
-    assert half < answered / 10
-    assert most < answered / 3
+    assert half < max(0.1, answered / 10)
+    assert most < max(0.1, answered / 3)
     began = time.monotonic()
     wait_for(lambda: timed(url)[1] < max(10 * alone, 1.0), 10)
     assert time.monotonic() - began < 10

@@ -22,6 +22,7 @@ from dllm_core.checkpoints.store import CheckpointStore
 from dllm_core.errors import CheckpointError, DataError
 from dllm_core.storage.store import LocalStore
 from dllm_core.training.backend import LocalBackend
+from dllm_core.training.events import StepRecord
 from workflows.train.session import METRICS, MetricsLog, open_session, train_to_end
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -55,6 +56,18 @@ class DeadlyStore(LocalStore):
         super().delete(key)
 
 
+class SlowLog(MetricsLog):
+    """Makes every step take so many seconds, so that a kill finds it at work on any machine."""
+
+    def __init__(self, run: RunDir, resumed_at: int, seconds: float) -> None:
+        super().__init__(run, resumed_at)
+        self._seconds = seconds
+
+    def stepped(self, record: StepRecord) -> None:
+        super().stepped(record)
+        time.sleep(self._seconds)
+
+
 def raised(error: CheckpointError) -> None:
     raise error
 
@@ -64,7 +77,11 @@ def train(small_corpus: SmallCorpus) -> Train:
     """Train the run below a root to its end, from where it stands."""
 
     def trained(
-        root: Path, deadly: int = 0, on_damage: Callable[[CheckpointError], None] = raised, **fields: object
+        root: Path,
+        deadly: int = 0,
+        on_damage: Callable[[CheckpointError], None] = raised,
+        slowed: float = 0.0,
+        **fields: object,
     ) -> None:
         shutil.copytree(small_corpus.store.root / "corpora", root / "corpora", dirs_exist_ok=True)
         run = RunDir(DeadlyStore(root, [deadly]), "run")
@@ -76,7 +93,7 @@ def train(small_corpus: SmallCorpus) -> Train:
             small_corpus.manifest,
             torch.device("cpu"),
             backend=LocalBackend,
-            events_of=lambda step: MetricsLog(run, step),
+            events_of=lambda step: SlowLog(run, step, slowed),
             on_damage=on_damage,
         )
         train_to_end(trainer, run, small_corpus.manifest)
@@ -145,7 +162,7 @@ def test_kills_at_any_moment_and_at_every_point_of_a_save_change_no_bit(train, e
         committed = CheckpointStore(run_of(tmp_path)).committed()
         stood.append(committed[-1] if committed else 0)
         if deadly % 2:
-            killed(lambda: train(tmp_path), after=rng.uniform(0.05, 0.4))
+            killed(lambda: train(tmp_path, slowed=0.15), after=rng.uniform(0.05, 0.4))
             outside += 1
     assert max(left) == 1  # each start clears away what the one before left
     assert stood == sorted(stood)

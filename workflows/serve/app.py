@@ -1,7 +1,7 @@
 """The Ray Serve application: gateways, and behind them decode replicas whose number follows the work in hand.
 
-`build` is what `serve run workflows.serve.app:build run=RUN` and `dllm serve` both use. Models stand in `user_config`,
-so that another one is loaded by deploying again, with nothing restarted.
+`build` is what `dllm serve`, `serve run` and `serve deploy` use. Models stand in `user_config`, so that another one is
+loaded by deploying again, with nothing restarted.
 """
 
 import contextlib
@@ -20,11 +20,10 @@ import httpx
 from pydantic import Field
 
 from dllm_core.config.base import Frozen
-from dllm_core.decoding.config import DecodeConfig
 from dllm_core.errors import ConfigError, DataError
 from workflows.env import actor_options
 from workflows.placement import ServePlacement
-from workflows.serve.config import ServeConfig
+from workflows.serve.config import ServeConfig, ServedRun
 
 APP_NAME = "dllm"
 _READY_WITHIN_S = 120.0
@@ -40,17 +39,14 @@ _POLICY = "workflows.serve.scaling:ByWork"
 _ROUTER = "workflows.serve.routing.LeastWorkRouter"
 
 
-class ServedRun(Frozen):
-    """A run whose bundle is served, and how its recipe decodes."""
-
-    run: str
-    decode: DecodeConfig = DecodeConfig()
-
-
 class AppArgs(Frozen):
-    """What the application is built from. models: by the name that requests give; the first is the page's default."""
+    """What the application is built from. models: by the name that requests give; the first is the page's default.
 
-    models: dict[str, ServedRun] = Field(min_length=1)
+    None, where a config file of Ray Serve says them as `user_config` of Gateway and DecodeReplica: what stands in its
+    `args` is identity there, and others would restart all.
+    """
+
+    models: dict[str, ServedRun] = Field({})
     serve: ServeConfig = ServeConfig()
     placement: ServePlacement = ServePlacement()
 
@@ -117,7 +113,7 @@ def build(args: AppArgs) -> Any:
         **shared, num_replicas=placement.gateways, ray_actor_options=actor_options(placement.gateway_demand)
     )
     told = settings.model_dump(mode="json", exclude=_NO_REASON)
-    return gateway.bind(bound, {**told, "open": True}, placement.min_replicas == 0)
+    return gateway.bind(bound, {**told, "open": True}, placement.min_replicas == 0, placement.gateways)
 
 
 def _version(args: AppArgs) -> str:

@@ -1,10 +1,11 @@
 """Section `serve`: the endpoint's address, who may ask, its limits, and what the pipeline asks of it for show."""
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from dllm_core.config.base import FieldProblem, Frozen
+from dllm_core.decoding.config import DecodeConfig
 
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 
@@ -61,3 +62,21 @@ class ServeConfig(Frozen):
             remedy = "serve.keys_file=FILE, or serve.open=true for everyone"
             raise FieldProblem("host", problem, self.host, remedy)
         return self
+
+
+class ServedRun(Frozen):
+    """A run whose bundle is served, and how its recipe decodes."""
+
+    run: str
+    decode: DecodeConfig = DecodeConfig()
+
+
+class ServedModels(Frozen):
+    """What a deployment's `user_config` holds."""
+
+    models: dict[str, ServedRun]
+
+    @classmethod
+    def of(cls, values: dict[str, Any]) -> dict[str, ServedRun]:
+        """By name. Raises ConfigError with the place of what is wrong."""
+        return cls.checked({"models": values}).models

@@ -24,7 +24,8 @@ from workflows.console import Console
 from workflows.env import ray_cluster
 from workflows.placement import CPUS_OF_GATEWAY
 from workflows.recipe import Recipe
-from workflows.serve.app import AppArgs, ServedRun, check_port, deploy, start, stop
+from workflows.serve.app import AppArgs, check_port, deploy, start, stop
+from workflows.serve.config import ServedRun
 from workflows.serve.keys import file_stamp, read_keys
 
 _LOOK_EVERY_S = 1.0

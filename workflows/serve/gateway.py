@@ -10,15 +10,15 @@ from fastapi import Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from ray import serve
 from ray.exceptions import RayError
-from ray.serve.exceptions import RayServeException
+from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from dllm_core.checkpoints.bundle import read_bundle
 from dllm_core.checkpoints.run_dir import RunDir
-from dllm_core.decoding.config import MAX_ROWS, DecodeConfig
-from dllm_core.errors import DllmError
+from dllm_core.decoding.config import MAX_ROWS
+from dllm_core.errors import ConfigError, DllmError
 from workflows.serve.answer import Answering, explained
-from workflows.serve.config import ServeConfig
+from workflows.serve.config import ServeConfig, ServedModels, ServedRun
 from workflows.serve.dialect.body import parse_body
 from workflows.serve.dialect.chat import ChatRequest
 from workflows.serve.dialect.completions import CompletionRequest, FimRequest
@@ -28,7 +28,7 @@ from workflows.serve.dialect.score import ScoreRequest
 from workflows.serve.dialect.spans import EditRequest, InfillRequest
 from workflows.serve.edge import Edge, EdgeSettings, answer_errors, guard, log_to_stderr, read_body
 from workflows.serve.keys import KeyRing
-from workflows.serve.metrics import GatewayMetrics
+from workflows.serve.metrics import Counted, GatewayMetrics
 from workflows.serve.openapi import ERRORS, Api, takes
 from workflows.serve.page import PAGE, PAGE_HEADERS
 from workflows.serve.room import Places, Room
@@ -62,19 +62,32 @@ async def _joined(first: bytes, others: AsyncGenerator[bytes, None]) -> AsyncIte
             yield other
 
 
+async def _told_by_all(handle: DeploymentHandle, method: str) -> list[Any]:
+    """What each replica of a deployment answers, or what went wrong there."""
+    try:
+        told = handle.broadcast(method)
+        return list(await told.results_async(timeout_s=_LOAD_WITHIN_S, return_exceptions=True))
+    except DeploymentUnavailableError:  # there is none
+        return []
+    except _NO_REPLICA as error:
+        return [error]
+
+
 @serve.deployment
 @serve.ingress(api)
 class Gateway:
     """The Ray Serve ingress. Its models come by `reconfigure`, {name: {run, decode}}.
 
-    may_rest: no replica at all is well, while nobody asks.
+    may_rest: no replica at all is well, while nobody asks. gateways: as many as there are of this class.
     """
 
-    def __init__(self, replicas: DeploymentHandle, settings: dict[str, Any], may_rest: bool = False) -> None:
-        self._settings = ServeConfig.checked(settings)
+    def __init__(
+        self, replicas: DeploymentHandle, settings: dict[str, Any], may_rest: bool = False, gateways: int = 1
+    ) -> None:
+        self._settings, self._gateways = ServeConfig.checked(settings), gateways
         self._replicas, self._may_rest = replicas, may_rest
         self._models: dict[str, ServedModel] = {}
-        self._said: dict[str, dict[str, Any]] = {}
+        self._said: dict[str, ServedRun] = {}
         self._metrics = GatewayMetrics()
         self._room = Room(MAX_ROWS + self._settings.max_queued_requests, num_replicas)
         keys = self._settings.keys_file
@@ -84,15 +97,19 @@ class Gateway:
 
     def reconfigure(self, models: dict[str, dict[str, Any]]) -> None:
         """Serve these models, the first as the default of the page, and no other."""
+        runs = ServedModels.of(models)
+        if not runs:
+            raise ConfigError(
+                "models", "none is said", remedy="args.models, or user_config of Gateway and DecodeReplica"
+            )
         kept: dict[str, ServedModel] = {}
-        for name, said in models.items():
+        for name, said in runs.items():
             if self._said.get(name) == said:
                 kept[name] = self._models[name]
                 continue
-            bundle = read_bundle(RunDir.at(said["run"]))
-            decode = DecodeConfig.checked(said["decode"])
-            kept[name] = ServedModel.of(name, bundle, decode, self._settings.limits, int(time.time()))
-        self._models, self._said = kept, dict(models)
+            bundle = read_bundle(RunDir.at(said.run))
+            kept[name] = ServedModel.of(name, bundle, said.decode, self._settings.limits, int(time.time()))
+        self._models, self._said = kept, runs
 
     @api.get("/", include_in_schema=False)
     async def page(self) -> Response:
@@ -111,10 +128,16 @@ class Gateway:
 
     @api.get("/metrics")
     async def metrics(self) -> Response:
-        """Prometheus text."""
-        loads = await self._loads()  # what was counted here is worth telling without them too
+        """Prometheus text, of all gateways."""
+        # What was counted here is worth telling without the others too.
+        loads, counted = await asyncio.gather(self._loads(), self._counted_elsewhere())
         self._metrics.load([load for load in loads if not isinstance(load, BaseException)])
-        return Response(self._metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        text = self._metrics.text(told for told in counted if not isinstance(told, BaseException))
+        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def counted(self) -> Counted:
+        """What this gateway has counted, for another one's /metrics."""
+        return self._metrics.counted()
 
     @api.get("/v1/models")
     async def models(self) -> dict[str, Any]:
@@ -203,11 +226,14 @@ class Gateway:
 
     async def _loads(self) -> list[Any]:
         """What each replica says of its rows, or what went wrong there."""
-        try:
-            told = self._replicas.broadcast("load")
-            return list(await told.results_async(timeout_s=_LOAD_WITHIN_S, return_exceptions=True))
-        except _NO_REPLICA as error:
-            return [error]
+        return await _told_by_all(self._replicas, "load")
+
+    async def _counted_elsewhere(self) -> list[Any]:
+        """What each gateway has counted, or what went wrong there."""
+        if self._gateways == 1:
+            return []
+        here = serve.get_replica_context()
+        return await _told_by_all(serve.get_deployment_handle(here.deployment, here.app_name), "counted")
 
     async def _read(
         self, http: Request, kind: type[Asked], made_of: Callable[[Asked, ServedModel], Made]

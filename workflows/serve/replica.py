@@ -15,10 +15,10 @@ from ray.serve.exceptions import BackPressureError
 
 from dllm_core.checkpoints.bundle import read_bundle
 from dllm_core.checkpoints.run_dir import RunDir
-from dllm_core.decoding.config import DecodeConfig
 from dllm_core.decoding.request import Request
 from dllm_core.errors import RequestError
 from dllm_core.evaluation.question import AnswerScore, Question
+from workflows.serve.config import ServedModels, ServedRun
 from workflows.serve.progress import Detail, Told
 
 if TYPE_CHECKING:
@@ -42,28 +42,28 @@ class DecodeReplica:
         sys.setswitchinterval(_SWITCH_S)
         self._settings = settings
         self._models: dict[str, HostedModel] = {}
-        self._runs: dict[str, dict[str, Any]] = {}
+        self._runs: dict[str, ServedRun] = {}
         self._scoring = 0
         self._aside = ThreadPoolExecutor(max_workers=1, thread_name_prefix="aside")  # loads and scores
 
     async def reconfigure(self, models: dict[str, dict[str, Any]]) -> None:
         """Serve these models, and no other."""
-        here = asyncio.get_running_loop()
-        for name, said in models.items():
+        here, runs = asyncio.get_running_loop(), ServedModels.of(models)
+        for name, said in runs.items():
             if self._runs.get(name) != said:
                 loaded = await here.run_in_executor(self._aside, self._loaded, said)
                 old, self._models[name], self._runs[name] = self._models.get(name), loaded, said
                 if old is not None:
                     await old.close()
-        for name in self._models.keys() - models.keys():
+        for name in self._models.keys() - runs.keys():
             del self._runs[name]
             await self._models.pop(name).close()
 
-    def _loaded(self, said: dict[str, Any]) -> "HostedModel":
+    def _loaded(self, said: ServedRun) -> "HostedModel":
         from workflows.serve.hosted import HostedModel
 
-        model = HostedModel(read_bundle(RunDir.at(said["run"])), self._settings)
-        model.warm_up(DecodeConfig.checked(said["decode"]))
+        model = HostedModel(read_bundle(RunDir.at(said.run)), self._settings)
+        model.warm_up(said.decode)
         return model
 
     def _model(self, name: str) -> "HostedModel":

@@ -26,6 +26,7 @@ from typer.main import get_command
 from workflows.cli import app
 from workflows.recipe import Recipe, load_recipe
 from workflows.serve.app import AppArgs
+from workflows.serve.config import ServedModels
 
 KUBERNETES = "1.37"
 DEPLOY = Path(__file__).parents[3] / "deploy" / "kuberay"
@@ -382,7 +383,11 @@ def test_the_endpoint_is_one_that_ray_serve_and_our_builder_take(documents: list
     assert (http.host, http.port) == ("0.0.0.0", 8000)
     assert (http.request_timeout_s or 0) > args.serve.request_timeout_s
     assert args.serve.keys_file == "/keys/keys"
-    assert all(model.run.startswith("s3://") for model in args.models.values())
+    assert not args.models  # others there would restart all
+    said = [ServedModels.of(one.user_config) for one in application.deployments]
+    assert {one.name for one in application.deployments} == {"DecodeReplica", "Gateway"}
+    assert said[0] == said[1] != {}
+    assert all(model.run.startswith("s3://") for model in said[0].values())
     group = group_of(spec["rayClusterConfig"], "serve")
     assert args.placement.labels == group["labels"]
     assert args.placement.max_replicas * args.placement.gpus_per_replica <= offered(group, "nvidia.com/gpu")

@@ -10,6 +10,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from dllm_core.errors import ConfigError
 from workflows.serve.app import AppArgs
+from workflows.serve.config import ServedModels
 from workflows.submit.demand import startable
 
 ROOT = Path(__file__).parents[3]
@@ -26,6 +27,10 @@ def test_ray_serve_and_the_builder_take_it(path):
     [application] = ServeDeploySchema.model_validate(values).applications
     assert application.import_path == "workflows.serve.app:build"
     args = AppArgs.checked(application.args, "args")
+    assert not args.models  # others there would restart all
+    said = {one.name: ServedModels.of(one.user_config) for one in application.deployments}
+    assert said.keys() == {"DecodeReplica", "Gateway"}
+    assert said["DecodeReplica"] == said["Gateway"] != {}
     http = values["http_options"]
     assert (http["host"], http["port"]) == (args.serve.host, args.serve.port)
     assert http["request_timeout_s"] > args.serve.request_timeout_s

@@ -7,8 +7,8 @@ import pytest
 from ray import serve
 
 from dllm_core.errors import ConfigError, DataError
-from workflows.serve.app import AppArgs, ServedRun, check_port, start
-from workflows.serve.config import ServeConfig
+from workflows.serve.app import AppArgs, check_port, start
+from workflows.serve.config import ServeConfig, ServedRun
 
 TRACEBACK = """The deployment failed to start 2 times in a row. Error:
 \x1b[36mray::ServeReplica:dllm:DecodeReplica.initialize_and_get_metadata()\x1b[39m (pid=12237)

@@ -10,8 +10,10 @@ import httpx
 import pytest
 from ray import serve
 from ray.exceptions import ActorDiedError, RayError, RayTaskError
-from ray.serve.exceptions import BackPressureError
+from ray.serve._private.common import DeploymentID
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
+from dllm_core.errors import ConfigError
 from workflows.serve.config import ServeConfig
 from workflows.serve.gateway import Gateway, api
 from workflows.serve.progress import Progress
@@ -61,6 +63,8 @@ class Replicas:
 
     def broadcast(self, method):
         async def results_async(timeout_s, return_exceptions):
+            if not self._loads:  # as Ray Serve answers for none
+                raise DeploymentUnavailableError(DeploymentID("DecodeReplica"))
             return list(self._loads)
 
         return SimpleNamespace(results_async=results_async)
@@ -274,6 +278,21 @@ def test_health_is_503_when_no_replica_answers(served, steps, error):
 def test_no_replica_is_well_where_they_may_rest(served, steps):
     assert served(Replicas(steps, []), may_rest=True)("/health").json() == {"status": "ok", "replicas": 0}
     assert served(Replicas(steps, [ActorDiedError()]), may_rest=True)("/health").status_code == 503
+
+
+@pytest.mark.parametrize(
+    ("models", "line"),
+    [
+        ({}, "models: none is said"),
+        ({"m": {"run": "s3://b/runs/m", "decodes": {}}}, "models.m.decodes: unknown name"),
+        ({"m": {"run": "s3://b/runs/m", "decode": {"cache": "dula"}}}, "models.m.decode.cache: "),
+    ],
+)
+def test_models_that_cannot_be_meant_are_a_line_with_their_place(models, line):
+    gateway = Gateway.func_or_class.__mro__[1](Replicas(None), ServeConfig().model_dump(mode="json"))
+    with pytest.raises(ConfigError) as error:
+        gateway.reconfigure(models)
+    assert str(error.value).startswith(line)
 
 
 def test_a_prompt_without_room_for_an_answer_is_blamed_itself(served, steps):
