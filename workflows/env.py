@@ -19,11 +19,13 @@ from workflows.placement import Demand
 
 _OBJECT_STORE_BYTES = 256 << 20  # references and small results only: shards never pass through it
 # How Ray Serve 2.60 carries requests: from proxy to gateway to replica by gRPC and not as tasks and objects, and in one
-# event loop a process instead of three. Measured, dllm_core/DECISIONS.md; the serving image sets the same.
+# event loop a process instead of three; and its controller looks four times a second instead of ten, which is half of
+# what an endpoint takes that nobody asks. Measured, dllm_core/DECISIONS.md; the images set the same.
 SERVING = {
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.25",
 }
 _SETTINGS = {
     **SERVING,

@@ -83,6 +83,7 @@ def build(args: AppArgs) -> Any:
         "_internal": True,
         "max_surge_percent": _SURGE_PERCENT,
         "user_config": models,
+        "logging_config": {"enable_access_log": False},  # gateways have their own, without prompts
         "max_ongoing_requests": _NO_LIMIT,
         "graceful_shutdown_timeout_s": min(_DRAINS_S, settings.request_timeout_s),
     }

@@ -6,12 +6,12 @@ Admission is its own: rows too many are refused with BackPressureError, all that
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from ray.serve.exceptions import BackPressureError
 
-from dllm_core.decoding.engine import Engine, RowUpdate
+from dllm_core.decoding.engine import Engine
 from dllm_core.decoding.request import Request
 from dllm_core.errors import RequestError
 from workflows.serve.progress import Call, Detail, Progress, Reader, Told
@@ -21,7 +21,11 @@ _HUNG_AFTER_S = 60.0
 
 
 class DecodingLoop:
-    """Runs an engine in a thread while requests come and go; the engine is touched between ticks only."""
+    """Runs an engine in a thread while requests come and go.
+
+    The thread ticks for as long as nobody is to hear of it; between its runs, and then only, the event loop adds rows
+    and lets them go.
+    """
 
     def __init__(self, engine: Engine, max_waiting: int) -> None:
         self._engine, self._max_waiting = engine, max_waiting
@@ -72,7 +76,7 @@ class DecodingLoop:
             raise RuntimeError("the decoding loop hangs in a denoiser call")
 
     async def close(self) -> None:
-        """End the loop; whoever waits is told."""
+        """End the loop; whoever waits is told, leaves, and so ends the ticks."""
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
         self._thread.shutdown(wait=False)
@@ -105,11 +109,10 @@ class DecodingLoop:
                     self._wake.clear()
                     await self._wake.wait()
                     continue
-                self._tick_began = began = time.monotonic()
-                updates = await here.run_in_executor(self._thread, self._engine.step)
-                self._fullness.tick(len(updates), time.monotonic() - began, self._engine.fill)
-                self._tick_began = None
-                for call in dict.fromkeys(self._noted(updates, began)):
+                calls, ended = await here.run_in_executor(self._thread, self._ticks)
+                for row in ended:
+                    del self._rows[row]
+                for call in calls:
                     call.tell(self._engine.eos_id)
         except BaseException as error:
             failure = RuntimeError(f"decoding failed: {error!r}")
@@ -135,14 +138,23 @@ class DecodingLoop:
             self._engine.cancel(row)
             del self._rows[row]
 
-    def _noted(self, updates: Sequence[RowUpdate], began: float) -> Iterator[Call]:
-        """What a tick did, by row; the calls whose rows these are."""
-        for update in updates:
-            reader = self._rows.get(update.row)
-            if reader is None:
-                continue
-            reader.note(update, self._engine.eos_id, began)
-            if reader.is_ended:
-                self._engine.cancel(update.row)  # no error where it has ended itself
-                del self._rows[update.row]
-            yield reader.call
+    def _ticks(self) -> tuple[list[Call], list[int]]:
+        """In the thread: ticks until someone is to be told of them, or has come or left. Whom, and the rows that ended.
+
+        Back and forth between thread and event loop is 0.3 ms, an eighth of a small model's tick.
+        """
+        moved: dict[Call, None] = {}
+        while True:
+            self._tick_began = began = time.monotonic()
+            updates = self._engine.step()
+            self._fullness.tick(len(updates), time.monotonic() - began, self._engine.fill)
+            self._tick_began = None
+            readers = [(one.row, self._rows[one.row]) for one in updates]
+            for update, (row, reader) in zip(updates, readers, strict=True):
+                reader.note(update, self._engine.eos_id, began)
+                moved[reader.call] = None
+                if reader.is_ended:
+                    self._engine.cancel(row)  # no error where it has ended itself
+            due = [call for call in moved if call.is_due]
+            if due or self._wanted or self._left or not updates:
+                return due, [row for row, reader in readers if reader.is_ended]

@@ -131,15 +131,21 @@ class Call:
         self._open = list(self.readers)
         self._told_at = -math.inf
 
+    @property
+    def is_due(self) -> bool:
+        """Whether what ticks did to its rows is to be told now."""
+        if any(reader.is_ended for reader in self._open):
+            return True
+        if self.detail in ("end", "canvas"):
+            return self.detail == "canvas"
+        return time.monotonic() - self._told_at >= _TELL_EVERY_S
+
     def tell(self, eos_id: int) -> None:
-        """Between ticks: put what is due into one message."""
-        now, has_end = time.monotonic(), any(reader.is_ended for reader in self._open)
-        if not has_end and (self.detail == "end" or (self.detail != "canvas" and now - self._told_at < _TELL_EVERY_S)):
-            return
+        """Put what was not told yet into one message."""
         told = [(reader.index, news) for reader in self._open if (news := reader.news(eos_id)) is not None]
         if not told:
             return
-        self._told_at = now
+        self._told_at = time.monotonic()
         self._open = [reader for reader in self._open if not reader.is_ended]
         self.inbox.put_nowait(told)
 

@@ -214,6 +214,35 @@ def test_rows_of_a_call_are_told_in_one_message_a_tick_what_each_engine_answers_
         assert (end.tokens, end.num_calls) == (answer.tokens, answer.num_calls)
 
 
+def test_ticks_that_nobody_is_told_of_follow_one_another_and_end_with_the_loop(small_bundle):
+    """The event loop never runs while the thread ticks on, and still hears of the end, and still ends it."""
+    config = DecodeConfig(block_length=1, steps_per_block=1, max_tokens=24, policy={"type": "low_confidence"})
+
+    async def scenario():
+        engine = PacedEngine(read_bundle(small_bundle))
+        loop = DecodingLoop(engine, max_waiting=64)
+        began = asyncio.create_task(ends_of(loop, [Request((7, 8), config)], detail="end"))
+        await until(lambda: engine.rows_of_ticks)
+        engine.allowed.release(24)
+        while len(engine.rows_of_ticks) < 24:  # on its own: nothing is awaited
+            time.sleep(0.001)
+        [end] = await began
+        assert end.num_calls == 24
+        left = asyncio.create_task(ends_of(loop, [Request((7, 8), config)], detail="end"))
+        engine.allowed.release()
+        await until(lambda: len(engine.rows_of_ticks) == 26)
+        closing = asyncio.create_task(loop.close())
+        await asyncio.sleep(0)
+        engine.allowed.release(1000)
+        await closing
+        with pytest.raises(RuntimeError, match="decoding failed"):
+            await left
+        await asyncio.sleep(0.05)
+        assert len(engine.rows_of_ticks) == 26
+
+    asyncio.run(asyncio.wait_for(scenario(), 30))
+
+
 def test_leaving_a_call_frees_all_of_its_rows_before_the_next_tick_and_no_other(small_bundle):
     config = DecodeConfig(block_length=1, steps_per_block=1, max_tokens=24, policy={"type": "low_confidence"})
     requests = [Request((7, 8), config, seed=seed) for seed in range(12)]
