@@ -61,7 +61,8 @@ AnyPolicy = Annotated[AnyUnmaskPolicy | AnyRevisingPolicy, Field(discriminator="
 
 
 class DecodeConfig(Frozen):
-    """`steps_per_block` bounds the denoiser calls of a block; a policy may need fewer.
+    """`steps_per_block` bounds the denoiser calls of a block; a policy may need fewer. A last block that is shorter
+    than those before keeps their pace: it has as many steps fewer as it has fewer positions.
 
     A model trained in blocks is decoded in those: `block_length` must be theirs. An autoregressive one takes a token a
     call: blocks, steps and policy say nothing to it. Replaced tokens are decoded over the whole canvas in `steps`
@@ -119,12 +120,16 @@ class DecodeConfig(Frozen):
             raise FieldProblem("refresh_every", problem, self.refresh_every, "cache=prefix or cache=dual")
         return self
 
-    def quota_of(self, number: int, step: int) -> int:
-        """How many of `number` open positions step `step` of a block, from 0, must commit."""
-        left = self.steps_per_block - step
+    def steps_of(self, width: int) -> int:
+        """Steps of a block of so many positions, which others stand before."""
+        return -(-self.steps_per_block * min(width, self.block_length) // self.block_length)
+
+    def quota_of(self, number: int, step: int, steps: int) -> int:
+        """How many of `number` open positions step `step`, from 0, of a block's `steps` must commit."""
+        left = steps - step
         if left <= 1:
             return number
         if self.quota == "even":
             return -(-number // left)
-        t, s = (1 - (1 - _LAST_TIME) * k / self.steps_per_block for k in (step, step + 1))
+        t, s = (1 - (1 - _LAST_TIME) * k / steps for k in (step, step + 1))
         return int(number * (1 - s / t))

@@ -140,6 +140,13 @@ class DecodeState:
         return slice(self.block_start, min(stop, self.canvas_stop))
 
     @property
+    def steps_in_block(self) -> int:
+        """Steps that the current block has: `DecodeConfig.steps_of`, where others stand before it."""
+        config, block = self.request.config, self.block
+        is_first = block.start <= len(self.request.prompt) or self.pattern.kind != "full"
+        return config.steps_per_block if is_first else config.steps_of(block.stop - block.start)
+
+    @property
     def read_stop(self) -> int:
         """A call reads the positions [0, read_stop); under `full` the suffix too."""
         return len(self.canvas) if self.pattern.kind == "full" else self.block.stop
@@ -215,7 +222,7 @@ class DecodeState:
     ) -> bool:
         """Let the policy write into the block; whether it is settled."""
         config, held = self.request.config, self.canvas[positions]
-        is_mask, steps = held == self.mask_id, config.steps_per_block
+        is_mask, steps = held == self.mask_id, self.steps_in_block
         verdict = policy.revise(
             Moment(
                 is_mask=is_mask,
@@ -224,7 +231,7 @@ class DecodeState:
                 u=self._of_policy(policy, positions),
                 step=self.step,
                 steps=steps,
-                quota=config.quota_of(int(is_mask.sum()), self.step),
+                quota=config.quota_of(int(is_mask.sum()), self.step, steps),
                 alpha_t=survival(max(0.0, 1 - self.step / steps)),
                 alpha_s=survival(max(0.0, 1 - (self.step + 1) / steps)),
             )
@@ -242,8 +249,8 @@ class DecodeState:
 
     def _chosen(self, policy: AnyUnmaskPolicy, positions: Ints, score: Floats) -> Bools:
         """The policy's choice, of which the steps left demand a quota. Steps that demand none are passed over."""
-        config = self.request.config
-        while not (quota := config.quota_of(len(positions), self.step)):
+        config, steps = self.request.config, self.steps_in_block
+        while not (quota := config.quota_of(len(positions), self.step, steps)):
             self.step += 1
         self.step += 1
         return policy.choose(score, quota, self._of_policy(policy, positions))

@@ -1,6 +1,6 @@
 """The decoding engine against a plain loop, and against itself: one JSON line of ratios, positions and calls.
 
-    python tests/benchmarks/engine.py [--run RUN] [--rounds 3] [--threads 2]
+    python tests/benchmarks/engine.py [--run RUN] [--dtype bfloat16] [--rounds 3] [--threads 2]
 
 The rival is the loop of public reference decoders: the whole canvas through the network for every token, full logits,
 one row at a time. Without --run the weights are random, 97 M of them, and the commits a fixed schedule: blocks of
@@ -129,6 +129,9 @@ class Bench:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--run")
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16"], default="float32", help="of weights; the rival's too"
+    )
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--prompt", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
@@ -141,6 +144,7 @@ def main() -> None:
         length = min(length, denoiser.config.context_length - options.prompt)
     else:
         denoiser = random_denoiser(length + options.prompt)
+    denoiser = denoiser.to(getattr(torch, options.dtype))
     bench = Bench(denoiser, policy, options.rounds)
     rng = np.random.default_rng(0)
     size = denoiser.config.vocab_size
@@ -168,6 +172,7 @@ def main() -> None:
     tell(
         "engine",
         weights=options.run or "random",
+        dtype=options.dtype,
         parameters=sum(p.numel() for p in denoiser.parameters()),
         length=length,
         prompt=options.prompt,

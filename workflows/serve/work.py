@@ -20,8 +20,9 @@ def predicted_work(request: Request, is_ancestral: bool = False) -> int:
     is_ancestral: the model replaces tokens, and takes `steps` calls over the whole canvas. Guidance makes two of each.
     """
     config = request.config
-    blocks = math.ceil(request.num_asked / config.block_length)
-    calls = config.steps if is_ancestral else blocks * config.steps_per_block
+    blocks, rest = divmod(request.num_asked, config.block_length)
+    last = config.steps_of(rest) if blocks and request.middle is None else config.steps_per_block if rest else 0
+    calls = config.steps if is_ancestral else blocks * config.steps_per_block + last
     return max(1, calls) * (2 if config.guidance else 1)
 
 

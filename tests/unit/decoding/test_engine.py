@@ -1,6 +1,7 @@
 """Laws of decoding, over random requests to a random denoiser: what holds for any weights holds for trained ones."""
 
 import itertools
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -34,6 +35,19 @@ def request_of(max_tokens: int, steps: int) -> Request:
     return Request(prompt=(), config=config)
 
 
+@pytest.mark.parametrize(
+    ("max_tokens", "commits"),
+    [(16, [2] * 8), (11, [2, 2, 2, 2, 2, 1]), (9, [2, 2, 2, 2, 1]), (15, [2] * 7 + [1]), (3, [1, 1, 1])],
+)
+def test_a_last_block_that_is_cut_short_keeps_the_pace_of_those_before(denoiser, max_tokens, commits):
+    config = DecodeConfig(policy=LowConfidencePolicy(), block_length=8, steps_per_block=4, max_tokens=max_tokens)
+    one, made = new_engine(denoiser), []
+    one.add(Request((7, 8), config, suffix=(9,)))  # which no end token cuts short
+    while updates := one.step():
+        made.append(len(updates[0].committed))
+    assert made == commits
+
+
 @settings(max_examples=60, deadline=None)
 @given(request=requests())
 def test_a_decode_fills_all_keeps_what_was_given_and_ends_in_its_budget(denoiser, request):
@@ -52,8 +66,10 @@ def test_a_decode_fills_all_keeps_what_was_given_and_ends_in_its_budget(denoiser
     assert state is not None
     assert not state.is_open.any()
     assert all((later[: len(earlier)] >= earlier).all() for earlier, later in itertools.pairwise(finals))
-    blocks = -(-request.config.max_tokens // request.config.block_length)
-    assert state.num_calls <= blocks * request.config.steps_per_block
+    whole, rest = divmod(request.config.max_tokens, request.config.block_length)
+    steps = request.config.steps_per_block
+    last = math.ceil(steps * rest / request.config.block_length) if whole else steps
+    assert state.num_calls <= whole * steps + last * (rest > 0)
     answer = state.answer(EOS)
     assert not {MASK, PAD} & set(answer)
     if request.suffix:

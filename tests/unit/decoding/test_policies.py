@@ -94,7 +94,7 @@ def test_quotas_add_up_to_all_and_the_last_step_leaves_nothing(number, block, st
     config = DecodeConfig(block_length=max(block, steps), steps_per_block=steps, quota=quota)
     left, taken = number, []
     for step in range(steps):
-        taken.append(config.quota_of(left, step))
+        taken.append(config.quota_of(left, step, steps))
         assert 0 <= taken[-1] <= left
         left -= taken[-1]
     assert left == 0
@@ -109,5 +109,5 @@ def test_by_time_is_the_share_between_two_even_times():
     left = 32
     for step in range(16):
         expected = int(left * (1 - times[step + 1] / times[step])) if step < 15 else left
-        assert config.quota_of(left, step) == expected
+        assert config.quota_of(left, step, 16) == expected
         left -= expected

@@ -1,6 +1,7 @@
 """Laws of policies that take tokens back: their reverse chains have the noise's marginals, and they come to an end."""
 
 import itertools
+import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -137,14 +138,17 @@ def edited(denoiser: Denoiser, prompt: tuple[int, ...], config: DecodeConfig) ->
     canvas = torch.tensor([*prompt, *[MASK] * config.max_tokens])
     for begin in range(head, len(canvas), config.block_length):
         block = slice(begin, min(begin + config.block_length, len(canvas)))
-        for step in range(config.steps_per_block + policy.max_edits):
+        steps = config.steps_per_block
+        if begin > head:  # a last block that is cut short keeps the pace
+            steps = math.ceil(steps * (block.stop - begin) / config.block_length)
+        for step in range(steps + policy.max_edits):
             logits = denoiser(canvas[None])[0, block]
             calls += 1
             logits[:, [MASK, PAD]] = -torch.inf
             sure, token = logits.softmax(-1).max(-1)
             is_mask, held = canvas[block] == MASK, canvas[block].clone()
             number = int(is_mask.sum())
-            left = config.steps_per_block - step
+            left = steps - step
             quota = number if left <= 1 else -(-number // left)
             ranked = torch.where(is_mask, sure, -1).argsort(descending=True, stable=True)
             fill = is_mask & (sure >= policy.threshold)
