@@ -15,7 +15,7 @@ import psutil
 
 from dllm_core.errors import ConfigError, DataError
 from workflows.interrupts import end_on_sigterm
-from workflows.placement import Demand
+from workflows.placement import MEMORY, Demand
 
 _OBJECT_STORE_BYTES = 256 << 20  # references and small results only: shards never pass through it
 # How Ray Serve 2.60 carries requests: from proxy to gateway to replica by gRPC and not as tasks and objects, and in one
@@ -75,7 +75,7 @@ def is_private() -> bool:
 
 
 def on_nodes(demand: Demand) -> Demand:
-    """What is asked of the cluster that there is: of a private one no labels and no custom resources."""
+    """What is asked of the cluster that there is: of a private one CPUs and GPUs alone."""
     return Demand(cpus=demand.cpus, gpus=demand.gpus) if is_private() else demand
 
 
@@ -85,6 +85,8 @@ def actor_options(demand: Demand) -> dict[str, Any]:
     options: dict[str, Any] = {"num_cpus": asked.cpus, "num_gpus": asked.gpus}
     if asked.resources:
         options["resources"] = asked.resources
+    if asked.memory_gib:
+        options["memory"] = asked.amounts[MEMORY]
     if asked.labels:
         options["label_selector"] = asked.labels
     return options

@@ -2,8 +2,8 @@
 
 `labels` and `resources` say which nodes of a cluster a stage is for: labels of the node (Ray's label selectors), and
 custom resources that a node type offers, of which each task, worker or replica takes so much. Ray's launcher starts
-nodes by resources; labels keep work off nodes that would do and are not meant. A private cluster is one machine that
-does everything, so there neither is asked for.
+nodes by resources; labels keep work off nodes that would do and are not meant; memory keeps more off a node than it can
+hold. A private cluster is one machine that does everything, so there none of them is asked for.
 """
 
 from typing import Any, Self
@@ -13,7 +13,8 @@ from pydantic import Field, field_validator, model_validator
 from dllm_core.config.base import FieldProblem, Frozen
 
 CPUS_OF_GATEWAY = 0.1
-_OWN_FIELDS = ("CPU", "GPU", "memory", "object_store_memory")
+MEMORY, GIB = "memory", 1 << 30
+_OWN_FIELDS = ("CPU", "GPU", MEMORY, "object_store_memory")
 
 
 class Demand(Frozen):
@@ -21,13 +22,14 @@ class Demand(Frozen):
 
     cpus: float = 1
     gpus: float = 0
+    memory_gib: float = 0
     resources: dict[str, float] = Field({})
     labels: dict[str, str] = Field({})
 
     @property
     def amounts(self) -> dict[str, float]:
-        """By Ray's names; what is not asked for is left out."""
-        named = {"CPU": self.cpus, "GPU": self.gpus, **self.resources}
+        """By Ray's names, memory in bytes; what is not asked for is left out."""
+        named = {"CPU": self.cpus, "GPU": self.gpus, MEMORY: int(self.memory_gib * GIB), **self.resources}
         return {name: amount for name, amount in named.items() if amount}
 
 
@@ -36,6 +38,7 @@ class NodeChoice(Frozen):
 
     labels: dict[str, str] = Field({}, description="labels that its nodes have, e.g. {dllm-stage: train}")
     resources: dict[str, float] = Field({}, description="custom resources, of which each task takes so much")
+    memory_gib: float = Field(0, ge=0, description="of a node's memory that each task takes; 0: Ray does not count it")
 
     @field_validator("resources")
     @classmethod
@@ -47,7 +50,8 @@ class NodeChoice(Frozen):
         return resources
 
     def _demand(self, cpus: float, gpus: float) -> Demand:
-        return Demand(cpus=cpus, gpus=gpus, resources=self.resources, labels=self.labels)
+        rest = {"memory_gib": self.memory_gib, "resources": self.resources, "labels": self.labels}
+        return Demand(cpus=cpus, gpus=gpus, **rest)
 
 
 class PreprocessPlacement(NodeChoice):

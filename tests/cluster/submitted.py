@@ -28,7 +28,8 @@ from workflows.recipe import Recipe
 from workflows.target import RECIPE_NAME
 
 PLACEMENT = {
-    stage: {"labels": {"dllm-stage": stage}, "resources": {f"dllm-{stage}": 1}} for stage in ("preprocess", "train")
+    stage: {"labels": {"dllm-stage": stage}, "resources": {f"dllm-{stage}": 1}, "memory_gib": 0.25}
+    for stage in ("preprocess", "train")
 }
 PLACEMENT |= {"evaluate": PLACEMENT["train"], "serve": {"labels": {"dllm-stage": "serve"}}}
 LOSS_WITHIN = 1e-3

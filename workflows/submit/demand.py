@@ -8,7 +8,7 @@ from typing import Any
 
 from dllm_core.config.overrides import parse_yaml
 from dllm_core.errors import ConfigError, DataError
-from workflows.placement import Demand, PlacementConfig
+from workflows.placement import GIB, MEMORY, Demand, PlacementConfig
 
 VERBS = {
     "run": ("preprocess", "train", "evaluate", "serve"),
@@ -18,6 +18,7 @@ VERBS = {
     "serve": ("serve",),
 }
 _EPSILON = 1e-9
+_ANY = float(1 << 62)
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Need:
     demand: Demand
 
     def __str__(self) -> str:
-        amounts = " ".join(f"{name}={amount:g}" for name, amount in self.demand.amounts.items())
+        amounts = " ".join(f"{name}={_said(name, amount)}" for name, amount in self.demand.amounts.items())
         labels = "".join(f" {name}={value}" for name, value in self.demand.labels.items())
         return f"{self.at_once} × {amounts}" + (f" on nodes with{labels}" if labels else "")
 
@@ -88,8 +89,14 @@ def busy(wanted: Sequence[Need], usage: dict[str, tuple[float, float]]) -> list[
         for name, amount in need.demand.amounts.items():
             used, total = usage.get(name, (0.0, 0.0))
             if used and total - used < amount * need.at_once - _EPSILON:
-                lines.append(f"{need.stage} needs {amount * need.at_once:g} {name}, of {total:g} {used:g} are in use")
+                needed, held, free = (_said(name, value) for value in (amount * need.at_once, total, used))
+                lines.append(f"{need.stage} needs {needed} {name}, of {held} {free} are in use")
     return lines
+
+
+def _said(resource: str, amount: float) -> str:
+    """As people read it."""
+    return f"{amount / GIB:.3g}GiB" if resource == MEMORY else f"{amount:g}"
 
 
 def live(nodes: Sequence[dict[str, Any]]) -> list[NodeGroup]:
@@ -98,13 +105,16 @@ def live(nodes: Sequence[dict[str, Any]]) -> list[NodeGroup]:
 
 
 def startable(path: Path) -> list[NodeGroup]:
-    """What the launcher's file lets an autoscaler start, the head left out."""
+    """What the launcher's file lets an autoscaler start, the head left out.
+
+    Where it says no memory, Ray takes the machine's own, of which nothing is known here: then any is there.
+    """
     try:
         config = parse_yaml(path.read_text(encoding="utf-8"), str(path))
         head, kinds = config["head_node_type"], config["available_node_types"]
         return [
             NodeGroup(
-                {name: float(amount) for name, amount in kind["resources"].items()},
+                {MEMORY: _ANY, **{name: float(amount) for name, amount in kind["resources"].items()}},
                 kind.get("labels", {}),
                 int(kind.get("max_workers", config.get("max_workers", 0))),
             )

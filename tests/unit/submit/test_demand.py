@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dllm_core.errors import ConfigError, DataError
+from workflows.env import actor_options
 from workflows.placement import Demand, PlacementConfig
 from workflows.submit.demand import Need, NodeGroup, busy, check_room, matches, needs, startable
 
@@ -30,6 +31,29 @@ def test_room_is_what_filling_the_nodes_one_by_one_finds(resources, count, cpus,
 
 def test_tenths_fill_a_core():
     assert NodeGroup({"CPU": 1.0}, {}).room(Demand(cpus=0.1)) == 10
+
+
+def test_memory_is_counted_where_it_is_asked_for_and_told_in_gibibytes():
+    node = NodeGroup({"CPU": 8.0, "memory": 4.0 * 2**30}, {})
+    assert node.room(Demand(cpus=1)) == 8
+    assert node.room(Demand(cpus=1, memory_gib=1.5)) == 2
+    placement = PlacementConfig.checked({"train": {"workers": 3, "memory_gib": 1.5}})
+    [need] = [need for need in needs("train", placement) if need.stage == "train"]
+    with pytest.raises(DataError, match=r"placement\.train: needs 3 × CPU=1 memory=1\.5GiB; there is room for 2"):
+        check_room([need], [node])
+    [line] = busy([need], {"memory": (2.0 * 2**30, 4.0 * 2**30)})
+    assert line == "train needs 4.5GiB memory, of 4GiB 2GiB are in use"
+    later = startable(ROOT / "cluster.yaml")  # says no memory: the machines' own, which only Ray knows
+    asked = Demand(cpus=1, memory_gib=1.5, labels={"dllm-stage": "preprocess"}, resources={"dllm-preprocess": 1})
+    assert sum(group.room(asked) for group in later) >= 256
+
+
+def test_ray_is_asked_for_memory_of_a_cluster_and_not_of_a_machine_of_its_own(monkeypatch):
+    demand = PlacementConfig.checked({"preprocess": {"memory_gib": 1.5}}).preprocess.demand
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert actor_options(demand) == {"num_cpus": 1, "num_gpus": 0}
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert actor_options(demand) == {"num_cpus": 1, "num_gpus": 0, "memory": 1.5 * 2**30}
 
 
 @pytest.mark.parametrize(
