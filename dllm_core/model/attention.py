@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from dllm_core.model.cache import LayerKeyValues, NewPositions
 from dllm_core.model.config import ModelConfig
-from dllm_core.model.layers import Linear, RMSNorm
+from dllm_core.model.layers import Linear, RMSNorm, pad_rows
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -90,6 +90,7 @@ class Attention(nn.Module):
         attention: "Tensor | BlockMask | None",
         is_causal: bool,
         cache: LayerKeyValues | JoinedRows | None = None,
+        read: Tensor | None = None,
     ) -> Tensor:
         """[B L D] -> [B L D]. attention: bool [B|1 1 L|1 L], True where a query may see a key, or as much by tiles;
         None: all see all.
@@ -97,7 +98,8 @@ class Attention(nn.Module):
         cos, sin: [L d] or, where rows have positions of their own, [B 1 L d]. is_causal, without `attention`: a query
         sees itself and what stands before it. With a cache, whose keys stand before the new ones, attention is its
         sum to scores [B 1 L K], and rows of x behind the cache's are padding, which gets anything. Joined rows are one
-        row of x and say themselves what is seen.
+        row of x and say themselves what is seen. read: int64 [n], those of the B L positions that are wanted; the
+        result is [n D], padded to MIN_ROWS.
         """
         rows, length, _ = x.shape
         qkv = self.qkv(x).view(rows, length, -1, self.head_dim)
@@ -109,8 +111,7 @@ class Attention(nn.Module):
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         v = v.to(q.dtype)
         if isinstance(cache, JoinedRows):
-            joined: Tensor = self.out(cache.attend(q, k, v).flatten(2))
-            return joined
+            return self._out(cache.attend(q, k, v).flatten(2), read)
         if cache is not None:
             k, v = cache.extend(k, v)
         if attention is None or isinstance(attention, Tensor):
@@ -122,7 +123,10 @@ class Attention(nn.Module):
         seen = seen.transpose(1, 2).flatten(2)
         if len(seen) < rows:
             seen = functional.pad(seen, (0, 0, 0, 0, 0, rows - len(seen)))
-        mixed: Tensor = self.out(seen)
+        return self._out(seen, read)
+
+    def _out(self, seen: Tensor, read: Tensor | None) -> Tensor:
+        mixed: Tensor = self.out(seen if read is None else pad_rows(seen.flatten(0, 1)[read]))
         return mixed
 
 

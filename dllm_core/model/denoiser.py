@@ -47,10 +47,16 @@ class Block(nn.Module):
         is_causal: bool,
         modulation: Tensor | None,
         cache: LayerKeyValues | JoinedRows | None = None,
+        read: Tensor | None = None,
     ) -> Tensor:
-        """[B L D] -> [B L D]. modulation: [B L|1 6D], shift, scale and gate of either half."""
+        """[B L D] -> [B L D]. modulation: [B L|1 6D], shift, scale and gate of either half.
+
+        read: int64 [n], of a last block without modulation: only at those of the B L positions is more computed than
+        keys and values, and the result is [1 n D], padded to MIN_ROWS.
+        """
         if modulation is None:
-            x = x + self.attention(self.norm1(x), cos, sin, attention, is_causal, cache)
+            mixed = self.attention(self.norm1(x), cos, sin, attention, is_causal, cache, read)
+            x = x + mixed if read is None else (pad_rows(x.flatten(0, 1)[read]) + mixed)[None]
             out: Tensor = x + self.ffn(self.norm2(x))
             return out
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
@@ -143,7 +149,10 @@ class Denoiser(nn.Module):
         cos, sin = self._rope(length, input_ids.device, positions, 2 if pattern.has_clean_half else 1)
         x = self._embedded(input_ids)
         *of_blocks, of_norm = self._modulations(t, length, pattern, x.dtype)
+        last = self._read_by_last(read, pattern)
         for block, modulation in zip(self.blocks, of_blocks, strict=True):
+            if last is not None and block is self.blocks[-1]:
+                return self._logits_of(block(x, cos, sin, attention, is_causal, None, read=last), last)
             given = (x, cos, sin, attention, is_causal, modulation)
             if self.checkpoints_blocks and torch.is_grad_enabled():
                 x = checkpoint(block, *given, use_reentrant=False, preserve_rng_state=False)  # nothing draws
@@ -182,7 +191,10 @@ class Denoiser(nn.Module):
             t = None if t is None else functional.pad(t, (*(0, 0) * (t.ndim - 1), 0, missing))
         x = self._embedded(input_ids)
         *of_blocks, of_norm = self._modulations(t, width, pattern, x.dtype)
+        last = self._read_by_last(read, pattern)
         for number, (block, modulation) in enumerate(zip(self.blocks, of_blocks, strict=True)):
+            if last is not None and block is self.blocks[-1]:
+                return self._logits_of(block(x, cos, sin, new.attention, False, None, new.layer(number), last), last)
             x = block(x, cos, sin, new.attention, False, modulation, new.layer(number))
         if self.config.model.shifted and pattern.kind == "full":
             x = torch.cat([x[:, :1], x[:, :-1]], dim=1)
@@ -230,10 +242,11 @@ class Denoiser(nn.Module):
         missing = max(0, MIN_ROWS - len(ids))
         cos, sin = (functional.pad(torch.cat(both), (0, 0, 0, missing)) for both in zip(*tables, strict=True))
         x = self._embedded(functional.pad(ids, (0, missing)))[None]
+        read = torch.cat([part.read.flatten() for part in parts]).nonzero()[:, 0]
         for number, block in enumerate(self.blocks):
-            x = block(x, cos, sin, None, False, None, JoinedRows(strips, number))
-        read = torch.cat([part.read.flatten() for part in parts])
-        return self._logits(x[:, : len(ids)], read[None], None)
+            is_last = block is self.blocks[-1]
+            x = block(x, cos, sin, None, False, None, JoinedRows(strips, number), read if is_last else None)
+        return self._logits_of(x, read)
 
     def _embedded(self, input_ids: Tensor) -> Tensor:
         """[B L] -> [B L D], of about unit size."""
@@ -257,6 +270,23 @@ class Denoiser(nn.Module):
             t = t.expand(-1, length)
             t = torch.cat([t, torch.zeros_like(t)], dim=1)
         return [part.to(dtype) for part in self.time(t)]  # the type of x: bf16 would round 1 + 0.003 to 1
+
+    def _read_by_last(self, read: Tensor | None, pattern: AttentionPattern) -> Tensor | None:
+        """int64 [n]: where the last block need do more than make keys and values; None for everywhere.
+
+        To the bit the same, since a row of a product does not know how many others there are. In inference alone: in
+        training the positions are as many as noise makes them, and a compiled block would be compiled anew for each.
+        """
+        if self.time is not None or pattern.has_clean_half or not torch.is_inference_mode_enabled():
+            return None
+        if read is None or (self.config.model.shifted and pattern.kind != "causal"):
+            return None
+        return read.flatten().nonzero()[:, 0]
+
+    def _logits_of(self, x: Tensor, read: Tensor) -> Tensor:
+        """The head at what the last block has computed, [1 n D] padded -> [n V]."""
+        logits: Tensor = self.head(self.norm(x[0]))
+        return logits[: len(read)]
 
     def _logits(self, x: Tensor, read: Tensor | None, modulation: Tensor | None) -> Tensor:
         """The head at x [B L D], or where `read` [B L] says. modulation: [B L|1 2D], shift and scale."""

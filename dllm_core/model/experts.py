@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dllm_core.model.config import ExpertsConfig, ModelConfig
-from dllm_core.model.layers import SwiGLU, draw, pad_rows
+from dllm_core.model.layers import SwiGLU, draw, pad_rows, product
 
 
 class Router(nn.Module):
@@ -27,7 +27,7 @@ class Router(nn.Module):
         """Tokens [n D] -> chosen experts int64 [n k], and their weights fp32 [n k]."""
         own = self.config
         with torch.autocast(x.device.type, enabled=False):
-            logits = functional.linear(x.float(), self.weight.float())
+            logits = product(x.float(), self.weight.float())
         # In fp64: a CPU's fp32 sigmoid has other last bits where an array ends, and no row may know where it stands.
         scores = logits.double().sigmoid().float() if own.router == "sigmoid" else logits.softmax(-1)
         ranked = scores.detach()
@@ -98,5 +98,5 @@ class MixtureOfExperts(nn.Module):
 
 def _expert(tokens: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     """SwiGLU of one expert's tokens [m D], padded as the head's are: how many there are depends on the batch."""
-    gate, up = functional.linear(pad_rows(tokens), gate_up).chunk(2, dim=-1)
-    return functional.linear(functional.silu(gate) * up, down)[: len(tokens)]
+    gate, up = product(pad_rows(tokens), gate_up).chunk(2, dim=-1)
+    return product(functional.silu(gate) * up, down)[: len(tokens)]

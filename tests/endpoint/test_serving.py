@@ -40,7 +40,7 @@ def served(tmp_path_factory, deployed, port):
         models={"first": models["first"]},
         serve=ServeConfig(port=port, max_queued_requests=64),
         placement=ServePlacement(
-            min_replicas=1, max_replicas=2, target_work=200, up_after_s=1, down_after_s=4, cpus_per_replica=0.25
+            min_replicas=1, max_replicas=2, target_work=120, up_after_s=1, down_after_s=4, cpus_per_replica=0.25
         ),
     )
     return args, deployed(args), models

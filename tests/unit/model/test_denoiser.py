@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import VOCABULARY, ids_of, new_denoiser, same
+from tiny import VOCABULARY, ids_of, mixed_denoiser, new_denoiser, same
 from torch.nn import functional
 
 from dllm_core.errors import CheckpointError
@@ -17,6 +17,7 @@ from dllm_core.model import load_denoiser
 from dllm_core.model.attention import _attend
 from dllm_core.model.config import DenoiserConfig, ExpertsConfig, ModelConfig
 from dllm_core.model.denoiser import Denoiser
+from dllm_core.model.pattern import CAUSAL, FULL, AttentionPattern
 from dllm_core.model.pretrained import assign_weights, read_denoiser, weights_of, write_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -50,6 +51,36 @@ def test_padding_of_a_long_row_is_not_seen_either():
     together = long(ids, is_real)
     same(together[0, :270], long(ids[:1, :270])[0])
     same(together[1], long(ids[1:])[0])
+
+
+KINDS = {
+    "plain": new_denoiser,
+    "mixed": mixed_denoiser,
+    "one block": lambda: new_denoiser(layers=1),
+    "shifted": lambda: new_denoiser(shifted=True),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("pattern", [FULL, CAUSAL, AttentionPattern("block_causal", 4)], ids=lambda p: p.kind)
+@given(seed=st.integers(0, 1 << 20), share=st.floats(0, 1))
+@settings(max_examples=10, deadline=None)
+def test_the_last_block_skips_what_is_not_read_and_changes_no_bit(kind, pattern, seed, share):
+    """In inference alone; under no_grad every position goes through it."""
+    denoiser, ids = KINDS[kind](), ids_of(3, 16, seed=seed)
+    rng = torch.Generator().manual_seed(seed)
+    is_real = torch.arange(16) < torch.randint(1, 17, (3, 1), generator=rng)
+    read = is_real & (torch.rand(3, 16, generator=rng) < share)
+    rows = []
+    hook = denoiser.blocks[-1].ffn.register_forward_hook(lambda module, given, out: rows.append(out[..., 0].numel()))
+    with torch.no_grad():
+        whole = denoiser(ids, is_real, read, pattern=pattern)
+    with torch.inference_mode():
+        skipped = denoiser(ids, is_real, read, pattern=pattern)
+    hook.remove()
+    assert torch.equal(skipped, whole)
+    skips = kind != "shifted" or pattern.kind == "causal"
+    assert rows == [48, max(16, int(read.sum())) if skips else 48]
 
 
 @torch.inference_mode()

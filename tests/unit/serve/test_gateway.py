@@ -306,6 +306,15 @@ def test_a_prompt_without_room_for_an_answer_is_blamed_itself(served, steps):
         assert (error["param"], error["code"]) == (param, "context_length_exceeded")
 
 
+@pytest.mark.parametrize("ids", [[-1], [1 << 40], [[5], [-7]], [300_000]])
+def test_token_ids_that_there_are_not_are_refused_whether_they_are_echoed_or_not(served, steps, ids):
+    for echo in (True, False):
+        answer = served(Replicas(steps))(prompt=ids, echo=echo)
+        assert answer.status_code == 400
+        assert is_refusal(answer.json(), "invalid_request_error")
+        assert answer.json()["error"]["param"] == "prompt"
+
+
 @pytest.mark.parametrize("path", ["/v1/completions/", "/v1/models/", "/health/"])
 def test_a_trailing_slash_is_another_route(served, steps, path):
     answer = served(Replicas(steps, [{"running": 0, "waiting": 0}]))(path)

@@ -56,9 +56,10 @@ class CompletionRequest(DecodingFields):
         seeds, found = self.seeds(self.num_rows), list[Row]()
         for number, prompt in enumerate(self.prompts):
             ids = tuple(tokenizer.encode(prompt)) if isinstance(prompt, str) else tuple(prompt)
-            head = (prompt if isinstance(prompt, str) else tokenizer.decode(ids)) if self.echo else ""
             own = seeds[number * self.n : (number + 1) * self.n]
-            found += [Row(request, head) for request in of_prompt(self, model, ids, suffix, own, constraint)]
+            requests = of_prompt(self, model, ids, suffix, own, constraint)  # first: what it refuses cannot be spelled
+            head = (prompt if isinstance(prompt, str) else tokenizer.decode(ids)) if self.echo else ""
+            found += [Row(request, head) for request in requests]
         return found
 
     def choice(self, index: int, text: str, logprobs: Any, finish_reason: str | None) -> dict[str, Any]:
