@@ -28,8 +28,7 @@ from workflows.recipe import Recipe
 from workflows.target import RECIPE_NAME
 
 PLACEMENT = {
-    stage: {"labels": {"dllm-stage": stage}, "resources": {f"dllm-{stage}": 1}, "memory_gib": 0.25}
-    for stage in ("preprocess", "train")
+    stage: {"labels": {"dllm-stage": stage}, "resources": {f"dllm-{stage}": 1}} for stage in ("preprocess", "train")
 }
 PLACEMENT |= {"evaluate": PLACEMENT["train"], "serve": {"labels": {"dllm-stage": "serve"}}}
 LOSS_WITHIN = 1e-3
@@ -125,7 +124,8 @@ def check_equal(run: RunDir, other: Prepared) -> None:
     assert list(shards(read_manifest(run.store, other.corpus))) == list(shards(other.manifest))
     assert run.name == other.run.name
     ours, theirs = (JsonLines(part, "metrics.jsonl").read() for part in (run, other.run))
-    assert [record["step"] for record in ours] == [record["step"] for record in theirs]
+    steps = [[record["step"] for record in records] for records in (ours, theirs)]
+    assert steps[0] == steps[1], steps
     for mine, single in zip(ours, theirs, strict=True):
         assert abs(mine["loss"] - single["loss"]) <= LOSS_WITHIN
     assert json.loads(run.store.read(run.key("run.json")))["workers"] == 2

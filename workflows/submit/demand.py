@@ -18,7 +18,6 @@ VERBS = {
     "serve": ("serve",),
 }
 _EPSILON = 1e-9
-_ANY = float(1 << 62)
 
 
 @dataclass(frozen=True)
@@ -107,14 +106,14 @@ def live(nodes: Sequence[dict[str, Any]]) -> list[NodeGroup]:
 def startable(path: Path) -> list[NodeGroup]:
     """What the launcher's file lets an autoscaler start, the head left out.
 
-    Where it says no memory, Ray takes the machine's own, of which nothing is known here: then any is there.
+    A kind that says no memory has none to give: most of Ray's autoscalers would never start it for a task that asks.
     """
     try:
         config = parse_yaml(path.read_text(encoding="utf-8"), str(path))
         head, kinds = config["head_node_type"], config["available_node_types"]
         return [
             NodeGroup(
-                {MEMORY: _ANY, **{name: float(amount) for name, amount in kind["resources"].items()}},
+                {name: float(amount) for name, amount in kind["resources"].items()},
                 kind.get("labels", {}),
                 int(kind.get("max_workers", config.get("max_workers", 0))),
             )

@@ -39,8 +39,7 @@ def fitting(node: dict[str, Any], demand: Demand) -> int:
     """How many such tasks, workers or replicas one node takes at once."""
     if any(node.get("labels", {}).get(name) != value for name, value in demand.labels.items()):
         return 0
-    asked = {name: amount for name, amount in demand.amounts.items() if name != "memory"}  # which the launcher adds
-    return min(int(node["resources"].get(name, 0) / amount + 1e-9) for name, amount in asked.items())
+    return min(int(node["resources"].get(name, 0) / amount + 1e-9) for name, amount in demand.amounts.items())
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
