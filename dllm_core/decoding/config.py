@@ -122,7 +122,7 @@ class DecodeConfig(Frozen):
 
     def steps_of(self, width: int) -> int:
         """Steps of a block of so many positions, which others stand before."""
-        return -(-self.steps_per_block * min(width, self.block_length) // self.block_length)
+        return -(-self.steps_per_block * width // self.block_length)
 
     def quota_of(self, number: int, step: int, steps: int) -> int:
         """How many of `number` open positions step `step`, from 0, of a block's `steps` must commit."""

@@ -285,8 +285,7 @@ class Denoiser(nn.Module):
 
     def _logits_of(self, x: Tensor, read: Tensor) -> Tensor:
         """The head at what the last block has computed, [1 n D] padded -> [n V]."""
-        logits: Tensor = self.head(self.norm(x[0]))
-        return logits[: len(read)]
+        return self._logits(x, None, None)[0, : len(read)]
 
     def _logits(self, x: Tensor, read: Tensor | None, modulation: Tensor | None) -> Tensor:
         """The head at x [B L D], or where `read` [B L] says. modulation: [B L|1 2D], shift and scale."""

@@ -4,11 +4,10 @@ import subprocess
 from pathlib import Path
 
 import httpx
-import psutil
 import pytest
 import yaml
 from conftest import free_port, runs_by_kind
-from endpoint.conftest import wait_for
+from endpoint.conftest import replicas, wait_for
 from ray_clusters import LoopbackCluster, NodeKind
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
@@ -50,18 +49,14 @@ def test_a_config_is_deployed_changed_and_shut_down(tmp_path, tmp_path_factory):
             done = subprocess.run(command, env=cluster.env, capture_output=True, text=True, timeout=120, check=False)
             assert done.returncode == 0, done.stderr[-3000:]
 
-        def replicas():
-            """Their titles name each one."""
-            told = [(p.pid, " ".join(p.info["cmdline"] or ())) for p in psutil.process_iter(["cmdline"])]
-            return [pid for pid, line in told if "ServeReplica:dllm:" in line]
-
         serve("deploy", written("first"))
         wait_for(lambda: answers("first") == 200, 120)
-        before = replicas()
+        before = {process.pid for process in replicas("")}
+        assert len(before) == 2
         assert answers("second") == 404
         serve("deploy", written("first", "second"))
         wait_for(lambda: answers("second") == 200)
         assert answers("first") == 200
-        assert replicas() == before
+        assert {process.pid for process in replicas("")} == before
         serve("shutdown", "-y")
-        wait_for(lambda: answers("first") is None and replicas() == [])
+        wait_for(lambda: answers("first") is None and replicas("") == [])

@@ -21,8 +21,9 @@ def predicted_work(request: Request, is_ancestral: bool = False) -> int:
     """
     config = request.config
     blocks, rest = divmod(request.num_asked, config.block_length)
-    last = config.steps_of(rest) if blocks and request.middle is None else config.steps_per_block if rest else 0
-    calls = config.steps if is_ancestral else blocks * config.steps_per_block + last
+    if rest and (not blocks or request.middle is not None):  # no last block that others stand before
+        blocks, rest = blocks + 1, 0
+    calls = config.steps if is_ancestral else blocks * config.steps_per_block + config.steps_of(rest)
     return max(1, calls) * (2 if config.guidance else 1)
 
 

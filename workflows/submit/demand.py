@@ -88,8 +88,8 @@ def busy(wanted: Sequence[Need], usage: dict[str, tuple[float, float]]) -> list[
         for name, amount in need.demand.amounts.items():
             used, total = usage.get(name, (0.0, 0.0))
             if used and total - used < amount * need.at_once - _EPSILON:
-                needed, held, free = (_said(name, value) for value in (amount * need.at_once, total, used))
-                lines.append(f"{need.stage} needs {needed} {name}, of {held} {free} are in use")
+                needed, there, taken = (_said(name, value) for value in (amount * need.at_once, total, used))
+                lines.append(f"{need.stage} needs {needed} {name}, of {there} {taken} are in use")
     return lines
 
 
