@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -85,7 +86,10 @@ class RunDir:
 
 
 class JsonLines:
-    """A growing log: one JSON object a line. On S3, which cannot append, a local mirror is uploaded by `sync`."""
+    """A growing log: one JSON object a line. On S3, which cannot append, a local mirror is uploaded by `sync`.
+
+    One thread may `sync` while another appends.
+    """
 
     def __init__(self, run: RunDir, name: str) -> None:
         self._run, self._key, self._mended = run, run.key(name), False
@@ -132,4 +136,6 @@ class JsonLines:
     def sync(self) -> None:
         """Make what was appended visible to others."""
         if self._mirrored and self._path.exists():
-            self._run.store.put_file(self._key, self._path)
+            still = self._path.with_name("upload.jsonl")  # a file that grows while it is sent would not be as promised
+            shutil.copyfile(self._path, still)
+            self._run.store.put_file(self._key, still)

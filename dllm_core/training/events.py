@@ -75,6 +75,12 @@ class TrainEvents(Protocol):
     def stepped(self, record: StepRecord) -> None:
         """`log_every` steps are done."""
 
+    def saving(self, step: int) -> None:
+        """A checkpoint is about to be committed: what was told before it must be durable when this returns.
+
+        Called by the thread that writes it, beside further calls. What it raises fails the save.
+        """
+
     def saved(self, step: int) -> None:
         """A checkpoint is committed."""
 

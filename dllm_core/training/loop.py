@@ -66,6 +66,7 @@ class Trainer:
                 keep=config.keep_checkpoints,
                 keep_every=config.keep_every,
                 keep_best=config.average_checkpoints if config.average_from == "best" else 0,
+                before=events.saving,
             )
         self._position = TrainPosition()
         self._durable: int | None = None  # step of the newest checkpoint that is committed

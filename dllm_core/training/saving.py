@@ -3,7 +3,7 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -17,10 +17,21 @@ Parts = Mapping[str, Mapping[str, Tensor]]
 
 
 class CheckpointWriter:
-    """Hands tensors to a thread that hashes, stores and prunes. Rank 0's."""
+    """Hands tensors to a thread that hashes, stores and prunes. Rank 0's.
 
-    def __init__(self, checkpoints: CheckpointStore, *, keep: int, keep_every: int | None, keep_best: int = 0) -> None:
-        self._checkpoints = checkpoints
+    before: called by that thread with the step before its checkpoint is committed.
+    """
+
+    def __init__(
+        self,
+        checkpoints: CheckpointStore,
+        *,
+        keep: int,
+        keep_every: int | None,
+        keep_best: int = 0,
+        before: Callable[[int], None] = lambda step: None,
+    ) -> None:
+        self._checkpoints, self._before = checkpoints, before
         self._prune = partial(checkpoints.prune, keep, keep_every, keep_best)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._writing: tuple[int, Future[None]] | None = None
@@ -58,5 +69,6 @@ class CheckpointWriter:
             files = {name: Path(scratch, name) for name in parts}
             for name, tensors in parts.items():
                 save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, files[name])
+            self._before(position.step)
             self._checkpoints.save(position, files, heldout)
         self._prune()

@@ -106,6 +106,9 @@ class Quiet:
     def stepped(self, record: StepRecord) -> None:
         self.records.append(record)
 
+    def saving(self, step: int) -> None:
+        pass
+
     def saved(self, step: int) -> None:
         pass
 

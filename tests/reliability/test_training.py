@@ -15,12 +15,14 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SmallCorpus
+from s3_server import S3Server, s3_server
 from survival import checkpoint_bits
 
 from dllm_core.checkpoints.run_dir import JsonLines, RunDir
 from dllm_core.checkpoints.store import CheckpointStore
 from dllm_core.errors import CheckpointError, DataError
-from dllm_core.storage.store import LocalStore
+from dllm_core.storage.s3 import S3Store
+from dllm_core.storage.store import LocalStore, Store
 from dllm_core.training.backend import LocalBackend
 from dllm_core.training.events import StepRecord
 from workflows.train.session import METRICS, MetricsLog, open_session, train_to_end
@@ -56,6 +58,20 @@ class DeadlyStore(LocalStore):
         super().delete(key)
 
 
+@dataclass(frozen=True)
+class DeadlyBucket(S3Store):
+    """SIGKILLs its process when a checkpoint was committed for the n-th time, before anybody is told."""
+
+    left: list[int]
+
+    def put(self, key: str, data: bytes) -> None:
+        super().put(key, data)
+        if "/checkpoints/" in key and key.endswith("/manifest.json"):
+            self.left[0] -= 1
+            if self.left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+
 class SlowLog(MetricsLog):
     """Makes every step take so many seconds, so that a kill finds it at work on any machine."""
 
@@ -79,12 +95,15 @@ def train(small_corpus: SmallCorpus) -> Train:
     def trained(
         root: Path,
         deadly: int = 0,
+        store: Store | None = None,
         on_damage: Callable[[CheckpointError], None] = raised,
         slowed: float = 0.0,
         **fields: object,
     ) -> None:
-        shutil.copytree(small_corpus.store.root / "corpora", root / "corpora", dirs_exist_ok=True)
-        run = RunDir(DeadlyStore(root, [deadly]), "run")
+        store = store or DeadlyStore(root, [deadly])
+        for item in small_corpus.store.list("corpora"):
+            store.put_file(item.key, small_corpus.store.path(item.key))
+        run = RunDir(store, "run")
         options = {"steps": STEPS, "checkpoint_every": SAVE_EVERY, "heldout_every": None, **fields}
         section = small_corpus.recipe.train.model_copy(update=options)
         trainer = open_session(
@@ -105,14 +124,14 @@ def run_of(root: Path) -> RunDir:
     return RunDir(LocalStore(root), "run")
 
 
-def losses(root: Path) -> list[tuple[int, float, float]]:
+def losses(run: RunDir) -> list[tuple[int, float, float]]:
     """(step, loss, norm) of every step of a run."""
-    return [(line["step"], line["loss"], line["grad_norm"]) for line in JsonLines(run_of(root), METRICS).read()]
+    return [(line["step"], line["loss"], line["grad_norm"]) for line in JsonLines(run, METRICS).read()]
 
 
 def outcome(root: Path) -> tuple[dict[str, str], list[tuple[int, float, float]]]:
     """The sha256 of what the last checkpoint holds, and the losses that led there."""
-    return checkpoint_bits(run_of(root), STEPS), losses(root)
+    return checkpoint_bits(run_of(root), STEPS), losses(run_of(root))
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +163,22 @@ def killed(work: Callable[[], None], after: float | None = None) -> None:
     _, status = os.waitpid(child, 0)
     assert os.WIFSIGNALED(status)
     assert os.WTERMSIG(status) == signal.SIGKILL
+
+
+@pytest.fixture
+def s3(tmp_path: Path) -> Iterator[S3Server]:
+    with s3_server(tmp_path / "cache") as server:
+        yield server
+
+
+def test_a_machine_lost_right_after_a_commit_takes_no_line_of_the_log_with_it(train, expected, s3, tmp_path):
+    """On S3 the log is a local mirror, which goes with the machine."""
+    bucket = s3.new_bucket()
+    for deadly in (1, 2, 1):
+        killed(lambda deadly=deadly: train(tmp_path, store=DeadlyBucket(bucket, "lab", [deadly])))
+    run = RunDir(S3Store(bucket, "lab"), "run")
+    train(tmp_path, store=run.store)
+    assert (checkpoint_bits(run, STEPS), losses(run)) == expected
 
 
 def scratches(prefix: str) -> list[Path]:
@@ -231,7 +266,7 @@ def test_a_disk_that_fills_up_in_a_save_costs_that_save_alone(train, expected, w
         train(root)
     assert full.value.exit_code == 3
     assert "\n" not in str(full.value)
-    assert len(losses(root)) == STEPS  # it had gone on to its last step, whose checkpoint it must not lose
+    assert len(losses(run_of(root))) == STEPS  # it had gone on to its last step, whose checkpoint it must not lose
     assert CheckpointStore(run_of(root)).committed() == [4, 8]
     assert sorted(os.listdir(root / "runs/run/checkpoints")) == ["step-00000004", "step-00000008"]  # nothing of others
     resize(1 << 28)

