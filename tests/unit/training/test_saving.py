@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import SmallCorpus
-from trainers import BadAt, make_trainer, newest_of, run_dir
+from trainers import BadAt, Told, make_trainer, newest_of, run_dir
 
 from dllm_core.checkpoints.run_dir import RunDir
 from dllm_core.checkpoints.store import CheckpointStore
@@ -77,16 +77,16 @@ def test_a_save_that_fails_is_told_and_training_goes_on(make, tmp_path):
     assert CheckpointStore(run_dir(tmp_path, "run")).committed() == [1, 3, 4, 5, 6]
 
 
-def test_who_listens_makes_durable_what_it_was_told_before_a_commit_or_there_is_none(make, tmp_path):
-    trainer, _, told = make(checkpoint_every=1, keep_checkpoints=9)
+def test_who_listens_makes_durable_what_it_was_told_before_a_commit_or_there_is_none(make, tmp_path, monkeypatch):
     stood: dict[int, list[int]] = {}
 
-    def saving(step: int) -> None:
+    def saving(_: Told, step: int) -> None:
         stood[step] = CheckpointStore(run_dir(tmp_path, "run")).committed()
         if step == 3:
             raise DataError("log.jsonl", "cannot be written")
 
-    told.saving = saving
+    monkeypatch.setattr(Told, "saving", saving)
+    trainer, _, told = make(checkpoint_every=1, keep_checkpoints=9)
     trainer.run()
     assert stood == {1: [], 2: [1], 3: [1, 2], 4: [1, 2], 5: [1, 2, 4], 6: [1, 2, 4, 5]}
     assert told.failed_saves == [(3, "log.jsonl: cannot be written")]
