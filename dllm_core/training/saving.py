@@ -28,8 +28,8 @@ class CheckpointWriter:
         *,
         keep: int,
         keep_every: int | None,
-        keep_best: int = 0,
-        before: Callable[[int], None] = lambda step: None,
+        keep_best: int,
+        before: Callable[[int], None],
     ) -> None:
         self._checkpoints, self._before = checkpoints, before
         self._prune = partial(checkpoints.prune, keep, keep_every, keep_best)

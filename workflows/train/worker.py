@@ -99,8 +99,9 @@ class _Listener(MetricsLog):
         return self
 
     def __exit__(self, *error: Any) -> None:
-        with contextlib.suppress(DataError):  # a run that ended badly shall not lose the lines that say how
-            self._log.sync()
+        if any(error):  # a run that ended badly shall not lose the lines that say how; a good end's last save sent them
+            with contextlib.suppress(DataError):
+                self._log.sync()
         for tracker in self._trackers:
             tracker.close()
 
