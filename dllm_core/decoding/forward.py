@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dllm_core.decoding.state import DecodeState, Span
-from dllm_core.model.cache import KeyValueStore
+from dllm_core.model.cache import KeyValueStore, sent
 from dllm_core.model.denoiser import Denoiser, Part
 
 _PAD_TO = 16  # few lengths, so few shapes; and no matrix product has fewer rows than `Denoiser` asks for
@@ -78,17 +78,18 @@ def _part(denoiser: Denoiser, passes: Sequence[Pass], width: int, store: KeyValu
     mask_id, pad_id = denoiser.config.mask_id, denoiser.config.pad_id
     ids = np.full((len(passes), width), pad_id, dtype=np.int64)
     is_real = np.zeros((len(passes), width), dtype=bool)
-    read = np.zeros((len(passes), width), dtype=bool)
+    read = []
     for i, one in enumerate(passes):
         ids[i, : one.span.width] = one.state.input_ids(mask_id, one.span, is_blind=one.is_blind)
         is_real[i, : one.span.width] = True
-        read[i, one.state.open_in_block() - one.span.begin] = True
+        read.append(i * width + one.state.open_in_block() - one.span.begin)
     cache, slots = None, [one.slot for one in passes if one.slot is not None]
     if store is not None and slots:
         is_full = passes[0].state.pattern.kind == "full"
         cache = store.rows(slots, [one.span.begin for one in passes] if is_full else None)
-    ids_, is_real_, read_ = (torch.from_numpy(given).to(denoiser.device) for given in (ids, is_real, read))
-    return Part(ids_, is_real_, read_, cache)
+    device = denoiser.device
+    real = torch.from_numpy(is_real) if cache is not None else sent(is_real, device)
+    return Part(sent(ids, device), real, sent(np.concatenate(read), device), cache)
 
 
 def _logits(denoiser: Denoiser, passes: Sequence[Sequence[Pass]], parts: Sequence[Part]) -> Tensor:
@@ -99,7 +100,7 @@ def _logits(denoiser: Denoiser, passes: Sequence[Sequence[Pass]], parts: Sequenc
     else:
         when = {}
         if denoiser.config.model.time_conditioning:
-            when["t"] = torch.tensor([one.state.times[1] for one in passes[0]], device=denoiser.device)
+            when["t"] = sent(np.array([one.state.times[1] for one in passes[0]], np.float32), denoiser.device)
         part = parts[0]
         logits = denoiser(part.input_ids, part.is_real, part.read, pattern=pattern, cache=part.cache, **when)
     for own, part in zip(passes, parts, strict=True):

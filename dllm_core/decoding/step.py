@@ -11,7 +11,7 @@ from torch.nn import functional
 from dllm_core.decoding.constraint import draw, likeliest
 from dllm_core.decoding.forward import forwards
 from dllm_core.decoding.state import DecodeState
-from dllm_core.model.cache import KeyValueStore
+from dllm_core.model.cache import KeyValueStore, sent
 from dllm_core.model.denoiser import Denoiser
 from dllm_core.noise.process import NoiseProcess
 from dllm_core.seeding import Doubles, Floats, Ints, Purpose, Words, seeds_of, uniforms, uniforms64
@@ -48,27 +48,39 @@ def propose(
 
     store: where rows that have slots keep keys and values. What such a row computes is kept in turn.
     """
-    proposals: dict[int, Proposal | None] = {}
+    order: list[int] = []
+    packed: list[Tensor] = []
+    most = max(row.request.top_logprobs for row in rows)
     for at, logits in forwards(denoiser, rows, store):
-        proposals.update(zip(at, _choose(logits, process, [rows[i] for i in at], eos_id, pad_id), strict=True))
+        order += at
+        packed.append(_choose(logits, process, [rows[i] for i in at], eos_id, pad_id, most))
+    verdict = torch.cat(packed).cpu().numpy()  # the one transfer, for which alone the host waits
+    positions = [rows[i].open_in_block() for i in order]
+    parts = np.split(verdict, np.cumsum([len(at) for at in positions])[:-1])
+    proposals = {
+        i: None if np.isnan(part[:, 2]).any() else _proposal(at, part, rows[i].request.top_logprobs)
+        for i, at, part in zip(order, positions, parts, strict=True)
+    }
     return [proposals[i] for i in range(len(rows))]
 
 
 def _choose(
-    logits: Tensor, process: NoiseProcess, rows: Sequence[DecodeState], eos_id: int, pad_id: int
-) -> list[Proposal | None]:
-    """The tokens of logits [n V] at the open positions of the rows' current blocks."""
+    logits: Tensor, process: NoiseProcess, rows: Sequence[DecodeState], eos_id: int, pad_id: int, most: int
+) -> Tensor:
+    """What is made of logits [n V] at the open positions of the rows' current blocks: fp64 [n 3 + 2 most], as
+    `_proposal` takes it apart; a score is no number where a logit is none.
+    """
     device = logits.device
     positions = [row.open_in_block() for row in rows]
-    of_row = torch.from_numpy(np.repeat(np.arange(len(rows)), [len(part) for part in positions])).to(device)
+    of_row = sent(np.repeat(np.arange(len(rows)), [len(part) for part in positions]), device)
     if pad_id != eos_id:  # some tokenizers pad with the end token, which an answer must be able to hold
         logits[:, pad_id] = -torch.inf  # no answer holds padding; the process itself rules the mask out
     may_end = np.concatenate([at >= row.request.open_end for row, at in zip(rows, positions, strict=True)])
-    logits[:, eos_id] = logits[:, eos_id].where(torch.from_numpy(may_end).to(device), -torch.inf)
+    logits[:, eos_id] = logits[:, eos_id].where(sent(may_end, device), -torch.inf)
     log_probs: Tensor = process.x0_log_probs(logits)
     highest, tokens = log_probs.max(-1)  # not a number where any of the logits is none
     hot = np.array([row.request.config.temperature > 0 for row in rows])
-    is_hot = torch.from_numpy(hot).to(device)[of_row]
+    is_hot = sent(hot, device)[of_row]
     if rows[0].is_ancestral:
         law = functional.one_hot(tokens, log_probs.shape[-1]).double()
         if hot.any():
@@ -79,29 +91,23 @@ def _choose(
         fine = uniforms64(*_coordinates(rows, positions))[
             :, 0
         ]  # enough for the rare jumps of a short step over a large vocabulary
-        tokens = _inverted(probs, torch.from_numpy(fine).to(device))
+        tokens = _inverted(probs, sent(fine, device))
         log_probs = probs.log()
     elif hot.any():
         draws = uniforms(*_coordinates(rows, positions))[:, 0]
         ranked, order = _ranked(log_probs, rows, of_row)
-        drawn = order.gather(-1, _inverted(ranked, torch.from_numpy(draws).to(device))[:, None])[:, 0]
+        drawn = order.gather(-1, _inverted(ranked, sent(draws, device))[:, None])[:, 0]
         tokens = torch.where(is_hot, drawn, tokens)
     if any(row.automaton is not None for row in rows):
         tokens = _constrained(tokens, log_probs, rows, positions, eos_id)
     confidence = log_probs.gather(-1, tokens[:, None])[:, 0].exp()
     score = _scores(log_probs, confidence, rows, of_row)
     score = score.where(highest.isfinite(), torch.nan)
-    most = max(row.request.top_logprobs for row in rows)
     columns = [tokens[:, None], confidence[:, None], score[:, None]]
     if most:
         best = log_probs.topk(min(most, log_probs.shape[-1]), dim=-1)
         columns += [best.indices, best.values]
-    packed = torch.cat([column.double() for column in columns], dim=1).cpu().numpy()  # one transfer
-    splits = np.cumsum([len(part) for part in positions])[:-1]
-    return [
-        None if np.isnan(part[:, 2]).any() else _proposal(at, part, row.request.top_logprobs)
-        for row, at, part in zip(rows, positions, np.split(packed, splits), strict=True)
-    ]
+    return torch.cat([column.double() for column in columns], dim=1)
 
 
 def _coordinates(rows: Sequence[DecodeState], positions: Sequence[Ints]) -> tuple[Words, Purpose, Ints, Ints, int]:
@@ -148,7 +154,7 @@ def _constrained(
         if found is None:
             found = likeliest(row.automaton, row, eos_id, at, part.double().cpu().numpy())
         chosen[begin:stop] = np.where(found < 0, chosen[begin:stop], found)
-    return torch.from_numpy(chosen).to(tokens.device)
+    return sent(chosen, tokens.device)
 
 
 def _laws(log_probs: Tensor, row: DecodeState) -> Iterator[Doubles]:
@@ -167,7 +173,7 @@ def _scores(log_probs: Tensor, confidence: Tensor, rows: Sequence[DecodeState], 
             own = best[:, 0] - best[:, 1]
         else:
             own = (log_probs.exp() * log_probs.clamp_min(_LOWEST)).sum(-1)  # 0 log 0 = 0
-        is_kind = torch.tensor([row_kind == kind for row_kind in kinds], device=score.device)[of_row]
+        is_kind = sent(np.array([row_kind == kind for row_kind in kinds]), score.device)[of_row]
         score = torch.where(is_kind, own.to(score.dtype), score)
     return score
 
@@ -178,8 +184,8 @@ def _reverse_step(law: Tensor, process: NoiseProcess, rows: Sequence[DecodeState
     Temperature and top_p have shaped that law, and temperature 0 has taken its likeliest token; the noise is drawn all
     the same.
     """
-    xt = torch.from_numpy(np.concatenate([row.canvas[row.open_in_block()] for row in rows])).to(law.device)
-    times = torch.tensor([row.times for row in rows], device=law.device, dtype=torch.float64)[of_row]
+    xt = sent(np.concatenate([row.canvas[row.open_in_block()] for row in rows]), law.device)
+    times = sent(np.array([row.times for row in rows], np.float64), law.device)[of_row]
     probs: Tensor = process.posterior(law, xt, times[:, 0], times[:, 1])
     return probs
 
@@ -190,10 +196,10 @@ def _ranked(log_probs: Tensor, rows: Sequence[DecodeState], of_row: Tensor) -> t
     fp64 and int64 [n V]. A float32 tail is cut off. They do not sum to 1 where something is left out.
     """
     device = log_probs.device
-    temperature = torch.tensor([row.request.config.temperature or 1.0 for row in rows], device=device)[of_row]
-    top_p = torch.tensor([row.request.config.top_p for row in rows], device=device, dtype=torch.float64)[of_row]
+    temperature = sent(np.array([row.request.config.temperature or 1.0 for row in rows], np.float32), device)[of_row]
+    top_p = sent(np.array([row.request.config.top_p for row in rows], np.float64), device)[of_row]
     size = log_probs.shape[-1]
-    top_k = torch.tensor([row.request.config.top_k or size for row in rows], device=device)[of_row]
+    top_k = sent(np.array([row.request.config.top_k or size for row in rows], np.int64), device)[of_row]
     probs = (log_probs.double() / temperature[:, None]).softmax(-1)
     ranked, order = probs.sort(dim=-1, descending=True, stable=True)
     ranked = ranked.masked_fill(torch.arange(size, device=device) >= top_k[:, None], 0.0)

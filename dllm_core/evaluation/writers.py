@@ -97,8 +97,7 @@ class CausalWriter:
         draws = uniforms(seeds_of(seeds), Purpose.DECODE, 0, np.zeros(len(seeds)), size)
         is_open = torch.ones(len(prompts), dtype=torch.bool)
         for step in range(size):
-            read = torch.zeros((len(prompts), length), dtype=torch.bool)
-            read[rows, heads + step] = True
+            read = rows * length + heads + step
             shown = ids[:, :length].to(self._device)
             logits = self._denoiser(shown, read=read.to(self._device), pattern=CAUSAL).double().cpu()
             logits[:, self._never] = -torch.inf

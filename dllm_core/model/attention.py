@@ -50,6 +50,17 @@ class Strip:
 
 
 @dataclass(frozen=True)
+class JoinedStrips:
+    """All that one joined forward takes."""
+
+    strips: Sequence[Strip]
+
+    def layer(self, number: int) -> "JoinedRows":
+        """Those of one layer."""
+        return JoinedRows(self.strips, number)
+
+
+@dataclass(frozen=True)
 class JoinedRows:
     """Strips of one layer: what is done a position is done for all at once, attention for each strip alone."""
 

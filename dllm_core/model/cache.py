@@ -8,9 +8,11 @@ is exact where no token has changed since they were computed, and an approximati
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dllm_core.model.config import ModelConfig
@@ -138,21 +140,19 @@ class KeyValues:
         first = int(self._slots[0]) if len(self._slots) else 0
         is_run = bool((self._slots == first + np.arange(len(self._slots))).all())
 
-        def moved(array: Ints) -> Tensor:
-            return torch.from_numpy(array).to(device)
-
-        offsets = moved(begins[:, None] + np.arange(max(width, _MIN_QUERIES)))
+        offsets = sent(begins[:, None] + np.arange(max(width, _MIN_QUERIES)), device)
         keys, block = torch.arange(longest, device=device), pattern.block_length or 1
-        sees = (keys < moved(np.maximum(totals, 1))[:, None, None]).repeat(1, offsets.shape[1], 1)  # an empty row's too
+        stops = sent(np.maximum(totals, 1), device)  # an empty row's queries see something too
+        sees = (keys < stops[:, None, None]).repeat(1, offsets.shape[1], 1)
         if pattern.kind != "full":
             sees &= keys // block <= offsets[:, :, None] // block
         return NewPositions(
             slots=store.slots[..., :longest, :],
-            rows=slice(first, first + len(self._slots)) if is_run else moved(self._slots),
+            rows=slice(first, first + len(self._slots)) if is_run else sent(self._slots, device),
             offsets=offsets[:, :width].clamp(max=longest - 1),  # padding may stand behind the last slot
             attention=torch.zeros(sees.shape, device=device).masked_fill_(~sees, -torch.inf)[:, None],
-            at=(moved(self._slots[row]), moved(begins[row] + column)),
-            of=(moved(row), moved(column)),
+            at=(sent(self._slots[row], device), sent(begins[row] + column, device)),
+            of=(sent(row, device), sent(column, device)),
         )
 
 
@@ -201,6 +201,11 @@ class LayerKeyValues:
         slots[:, slot, :, offset] = torch.stack([keys, values]).permute(1, 3, 0, 2, 4)[row, column].to(slots.dtype)
         both = slots[:, self.new.rows].to(keys.dtype)
         return both[0], both[1]
+
+
+def sent(array: NDArray[Any], device: torch.device) -> Tensor:
+    """An array on the device. A GPU is not waited for: it has its own copy of the bytes before this is over."""
+    return torch.from_numpy(array).to(device, non_blocking=device.type == "cuda")
 
 
 def padded(length: int) -> int:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from dllm_core.model.attention import Attention, JoinedRows, Strip, rope_tables
-from dllm_core.model.cache import KeyValues, LayerKeyValues
+from dllm_core.model.attention import Attention, JoinedRows, JoinedStrips, Strip, rope_tables
+from dllm_core.model.cache import KeyValues, LayerKeyValues, NewPositions
 from dllm_core.model.conditioning import TimeConditioning, modulated
 from dllm_core.model.config import DenoiserConfig, ModelConfig
 from dllm_core.model.experts import MixtureOfExperts
@@ -68,7 +69,7 @@ class Block(nn.Module):
 
 @dataclass(frozen=True)
 class Part:
-    """What a forward is given of rows that are of one width: input_ids, is_real, read [B W]."""
+    """What a forward is given of rows that are of one width: input_ids, is_real [B W]; read int64 [n], of the B W."""
 
     input_ids: Tensor
     is_real: Tensor
@@ -124,16 +125,18 @@ class Denoiser(nn.Module):
         """Logits for input_ids [B L]; under `block_diffusion` for the noised half of input_ids [B 2L] = [xt ; x0].
 
         All else is about a row's L tokens, whose two halves are alike. is_real: bool [B L], False at padding, which
-        no real position sees. read: bool [B L]; then the head runs at those positions only and the result is
-        [read.sum() V] in row-major order, else [B L V]. segment_ids: int [B L]; a position sees its own segment only.
-        positions: int [L] or [B L], by default 0 to L - 1. They need not restart: RoPE tells distances alone. t: [B]
-        or [B L] in [0, 1], with `time_conditioning` only; the clean half is at t = 0. Logits at i are of token i, also
-        where `model.shifted` has the position before tell it; under `causal`, of what the caller takes them to be.
+        no real position sees. read: bool [B L], or rising int64 [n] of the B L positions, for which no GPU is waited;
+        then the head runs at those only and the result is [n V], else [B L V]. segment_ids: int [B L]; a position sees
+        its own segment only. positions: int [L] or [B L], by default 0 to L - 1. They need not restart: RoPE tells
+        distances alone. t: [B] or [B L] in [0, 1], with `time_conditioning` only; the clean half is at t = 0. Logits at
+        i are of token i, also where `model.shifted` has the position before tell it; under `causal`, of what the caller
+        takes them to be.
 
         With a cache, whose rows are the batch's, the L tokens stand behind what is kept of each row: they see that too,
         positions count on from it, padding stands at their end, and the result is what a whole forward gives at them.
         `cache.commit` then keeps of them what is settled. Under `full` they stand where the cache says, and see kept
-        keys of all other positions; shifted, the first of them tells itself. Without gradients.
+        keys of all other positions; shifted, the first of them tells itself. is_real may be on the host, where it is
+        read. Without gradients.
 
         Raises ValueError for a t that is missing or of no use, a [xt ; x0] of odd length, and what has no cache.
         """
@@ -150,14 +153,9 @@ class Denoiser(nn.Module):
         x = self._embedded(input_ids)
         *of_blocks, of_norm = self._modulations(t, length, pattern, x.dtype)
         last = self._read_by_last(read, pattern)
-        for block, modulation in zip(self.blocks, of_blocks, strict=True):
-            if last is not None and block is self.blocks[-1]:
-                return self._logits_of(block(x, cos, sin, attention, is_causal, None, read=last), last)
-            given = (x, cos, sin, attention, is_causal, modulation)
-            if self.checkpoints_blocks and torch.is_grad_enabled():
-                x = checkpoint(block, *given, use_reentrant=False, preserve_rng_state=False)  # nothing draws
-            else:
-                x = block(*given)
+        x = self._through_blocks(x, (cos, sin, attention, is_causal), of_blocks, None, last)
+        if last is not None:
+            return self._logits_of(x, last)
         if self.config.model.shifted and pattern.kind != "causal":
             teller = predecessors(pattern, length, x.device, is_real, segment_ids)
             x = x.take_along_dim(teller[..., None], dim=1)
@@ -192,10 +190,9 @@ class Denoiser(nn.Module):
         x = self._embedded(input_ids)
         *of_blocks, of_norm = self._modulations(t, width, pattern, x.dtype)
         last = self._read_by_last(read, pattern)
-        for number, (block, modulation) in enumerate(zip(self.blocks, of_blocks, strict=True)):
-            if last is not None and block is self.blocks[-1]:
-                return self._logits_of(block(x, cos, sin, new.attention, False, None, new.layer(number), last), last)
-            x = block(x, cos, sin, new.attention, False, modulation, new.layer(number))
+        x = self._through_blocks(x, (cos, sin, new.attention, False), of_blocks, new, last)
+        if last is not None:
+            return self._logits_of(x, last)
         if self.config.model.shifted and pattern.kind == "full":
             x = torch.cat([x[:, :1], x[:, :-1]], dim=1)
         if read is None:
@@ -242,11 +239,32 @@ class Denoiser(nn.Module):
         missing = max(0, MIN_ROWS - len(ids))
         cos, sin = (functional.pad(torch.cat(both), (0, 0, 0, missing)) for both in zip(*tables, strict=True))
         x = self._embedded(functional.pad(ids, (0, missing)))[None]
-        read = torch.cat([part.read.flatten() for part in parts]).nonzero()[:, 0]
-        for number, block in enumerate(self.blocks):
-            is_last = block is self.blocks[-1]
-            x = block(x, cos, sin, None, False, None, JoinedRows(strips, number), read if is_last else None)
+        ends = accumulate((part.input_ids.numel() for part in parts), initial=0)
+        read = torch.cat([part.read + begin for part, begin in zip(parts, ends, strict=False)])
+        untold = [None] * len(self.blocks)
+        x = self._through_blocks(x, (cos, sin, None, False), untold, JoinedStrips(strips), read)
         return self._logits_of(x, read)
+
+    def _through_blocks(
+        self,
+        x: Tensor,
+        sights: "tuple[Tensor, Tensor, Tensor | BlockMask | None, bool]",
+        modulations: Sequence[Tensor | None],
+        kept: NewPositions | JoinedStrips | None,
+        last: Tensor | None,
+    ) -> Tensor:
+        """[B L D] -> [B L D], or [1 n D], padded, where `last` says which positions the last block is wanted at.
+
+        sights: what `Block` takes as cos, sin, attention and is_causal, the same for all.
+        """
+        for number, (block, modulation) in enumerate(zip(self.blocks, modulations, strict=True)):
+            layer = None if kept is None else kept.layer(number)
+            given = (x, *sights, modulation, layer, last if number == len(self.blocks) - 1 else None)
+            if self.checkpoints_blocks and torch.is_grad_enabled():
+                x = checkpoint(block, *given, use_reentrant=False, preserve_rng_state=False)  # nothing draws
+            else:
+                x = block(*given)
+        return x
 
     def _embedded(self, input_ids: Tensor) -> Tensor:
         """[B L] -> [B L D], of about unit size."""
@@ -281,18 +299,19 @@ class Denoiser(nn.Module):
             return None
         if read is None or (self.config.model.shifted and pattern.kind != "causal"):
             return None
-        return read.flatten().nonzero()[:, 0]
+        return read if read.dtype == torch.int64 else read.flatten().nonzero()[:, 0]
 
     def _logits_of(self, x: Tensor, read: Tensor) -> Tensor:
         """The head at what the last block has computed, [1 n D] padded -> [n V]."""
         return self._logits(x, None, None)[0, : len(read)]
 
     def _logits(self, x: Tensor, read: Tensor | None, modulation: Tensor | None) -> Tensor:
-        """The head at x [B L D], or where `read` [B L] says. modulation: [B L|1 2D], shift and scale."""
+        """The head at x [B L D], or where `read` says. modulation: [B L|1 2D], shift and scale."""
         if modulation is not None:
             modulation = modulation[:, : x.shape[1]].expand(-1, x.shape[1], -1)
         if read is not None:
-            x, modulation = x[read], None if modulation is None else modulation[read]
+            at = read if read.dtype == torch.bool else (read // x.shape[1], read % x.shape[1])
+            x, modulation = x[at], None if modulation is None else modulation[at]
         x = self.norm(x)
         if modulation is not None:
             x = modulated(x, *modulation.chunk(2, dim=-1))

@@ -40,12 +40,18 @@ revising = st.one_of(
 caches = st.sampled_from(["none", "prefix", "dual"])
 
 
-def new_denoiser(*, is_tied: bool = True, time_conditioning: bool = False) -> Denoiser:
+def new_denoiser(*, is_tied: bool = True, time_conditioning: bool = False, shifted: bool = False) -> Denoiser:
     """is_tied: a head that is the embedding prefers the token it was shown, so that left to right it repeats itself."""
     torch.manual_seed(0)
     config = DenoiserConfig(
         model=ModelConfig(
-            dim=32, layers=2, heads=2, ffn_dim=48, tie_embeddings=is_tied, time_conditioning=time_conditioning
+            dim=32,
+            layers=2,
+            heads=2,
+            ffn_dim=48,
+            tie_embeddings=is_tied,
+            time_conditioning=time_conditioning,
+            shifted=shifted,
         ),
         vocab_size=VOCABULARY,
         context_length=CONTEXT,

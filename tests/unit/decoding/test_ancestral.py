@@ -84,7 +84,7 @@ class Oracle:
         [time] = set(t.tolist())
         code = ids[:, :LENGTH].numpy() @ V ** np.arange(LENGTH)[::-1]
         laws = self.laws(time)[code]
-        return torch.from_numpy(np.log(laws.clip(1e-300))[read[:, :LENGTH].numpy()])
+        return torch.from_numpy(np.log(laws.clip(1e-300))[read // ids.shape[1], read % ids.shape[1]])
 
 
 def chain_law(

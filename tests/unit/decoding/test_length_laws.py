@@ -54,9 +54,10 @@ class Oracle:
         return laws / laws.sum(1, keepdims=True)
 
     def __call__(self, ids: torch.Tensor, is_real: torch.Tensor, read: torch.Tensor, **_: object) -> torch.Tensor:
-        logits = np.full((int(read.sum()), FIRST + self.words), np.log(LOWEST))
-        rows = zip(ids.numpy(), is_real.numpy(), read.numpy(), strict=True)
-        logits[:, FIRST:] = np.log(np.concatenate([self.laws(i[real])[r[real]] for i, real, r in rows]).clip(LOWEST))
+        logits = np.full((len(read), FIRST + self.words), np.log(LOWEST))
+        laws = [self.laws(row[real]) for row, real in zip(ids.numpy(), is_real.numpy(), strict=True)]
+        of_read = [laws[at // ids.shape[1]][at % ids.shape[1]] for at in read.tolist()]  # padding stands at the end
+        logits[:, FIRST:] = np.log(np.stack(of_read).clip(LOWEST))
         return torch.from_numpy(logits)
 
 

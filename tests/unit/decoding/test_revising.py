@@ -80,7 +80,7 @@ class Independent:
     def __call__(self, ids, is_real, read, *, pattern, cache=None):
         logits = torch.full((3, 6), -torch.inf)
         logits[:, 3:] = torch.from_numpy(np.log(LAWS)).float()
-        return logits[read.nonzero()[:, 1]]
+        return logits[read % ids.shape[1]]
 
 
 @pytest.mark.parametrize(

@@ -2,18 +2,23 @@
 ragged batches and rows that wait for the slowest (test_engine.py), masks in an infill (test_canvases.py).
 """
 
+import itertools
+
 import pytest
 import torch
 from rows import EOS, MASK, PAD, VOCABULARY, new_denoiser, new_engine
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dllm_core.decoding import forward, step
 from dllm_core.decoding.config import DecodeConfig
 from dllm_core.decoding.engine import Engine
 from dllm_core.decoding.request import Request
-from dllm_core.decoding.unmask import LowConfidencePolicy, ThresholdPolicy
+from dllm_core.decoding.revise import AncestralPolicy, EditingPolicy, RemaskingPolicy
+from dllm_core.decoding.unmask import EntropyPolicy, LowConfidencePolicy, MarginPolicy, RandomPolicy, ThresholdPolicy
+from dllm_core.model import cache as cache_of_keys
 from dllm_core.model.denoiser import Denoiser
 
-SYNCS = {"_local_scalar_dense", "nonzero"}
+SYNCS = {"_local_scalar_dense", "nonzero", "masked_select", "unique"}
 
 
 def bumped(ids: list[int], by: float) -> Denoiser:
@@ -103,22 +108,50 @@ class Watch(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
         name = function.overloadpacket.__name__
-        self.syncs += name in SYNCS
+        by_mask = name in ("index", "index_put") and any(one is not None and one.dtype == torch.bool for one in args[1])
+        self.syncs += name in SYNCS or by_mask  # how many are chosen is known to the device alone
         if name in ("clone", "_to_copy", "index_put", "cat", "stack"):  # a gather of the rows that are read is none
             self.copies += isinstance(out, torch.Tensor) and out.numel() >= self._store_size
         return out
 
 
-def test_a_call_reads_the_device_no_more_often_for_more_rows_and_candidates():
-    counts = []
-    for rows in (1, 6):
-        engine = new_engine(new_denoiser())
-        for i in range(rows):
-            engine.add(Request((3, 4), config_of(12, 12, 6, temperature=0.7, top_p=0.8, top_k=4), seed=i))
+@pytest.mark.parametrize("kind", ["plain", "shifted", "time_conditioning"])
+def test_a_call_of_rows_of_every_kind_waits_for_the_device_once_for_its_verdict(kind, monkeypatch):
+    copies, on_device = [], []
+
+    def sent(array, device):
+        on_device.append(torch.from_numpy(array).to(device))
+        return on_device[-1]
+
+    def count(name):
+        whole = getattr(torch.Tensor, name)
+
+        def counted(own):
+            is_host_s = own.dtype == torch.bool and all(own.data_ptr() != one.data_ptr() for one in on_device)
+            copies.extend([] if is_host_s else [name])  # what is padding is known to the host
+            return whole(own)
+
+        monkeypatch.setattr(torch.Tensor, name, counted)
+
+    for module in (cache_of_keys, forward, step):
+        monkeypatch.setattr(module, "sent", sent)
+    for name in ("cpu", "numpy", "tolist", "item"):
+        count(name)
+    engine = new_engine(new_denoiser(**({} if kind == "plain" else {kind: True})), max_batch_tokens=2000)
+    policies = [ThresholdPolicy(threshold=0.99), LowConfidencePolicy(position_temperature=0.3), EntropyPolicy()]
+    policies += [MarginPolicy(), RandomPolicy(), RemaskingPolicy(eta=0.3), EditingPolicy(), AncestralPolicy()]
+    rows = list(itertools.product(policies, ["none"] if kind == "time_conditioning" else ["none", "prefix", "dual"]))
+    for i, (policy, cache) in enumerate(rows):
+        sampled = {"temperature": 0.7, "top_p": 0.8, "top_k": 4} if i % 2 else {"guidance": 0.5}
+        config = config_of(12, 4, 4, policy=policy, cache=cache, **sampled)
+        engine.add(Request((3, 4) * (1 + i % 4), config, (5,), seed=i, top_logprobs=i % 3))
+    for _ in range(4):
+        copies.clear()
+        on_device.clear()
         with Watch() as watch:
-            engine.step()
-        counts.append(watch.syncs)
-    assert counts[0] == counts[1]
+            assert engine.step()
+        assert watch.syncs == 0
+        assert copies == ["cpu", "numpy"]
 
 
 def test_logits_are_made_at_open_positions_of_the_block_alone_and_never_for_the_canvas():

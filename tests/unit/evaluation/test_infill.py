@@ -128,9 +128,9 @@ class Periodic(torch.nn.Module):
 
     def forward(self, ids, is_real=None, read=None, *, pattern=None, cache=None):
         self.calls += 1
-        logits = torch.zeros(int(read.sum()), VOCABULARY)
+        logits = torch.zeros(len(read), VOCABULARY)
         logits[:, EOS], logits[:, -1] = 5.0, 4.0
-        for k, (row, i) in enumerate(read.nonzero().tolist()):
+        for k, (row, i) in enumerate(divmod(at, ids.shape[1]) for at in read.tolist()):
             offset = 1 if pattern == CAUSAL else 0
             stop = i + 1 if pattern == CAUSAL else ids.shape[1]
             seen = [(abs(j - offset - i), j - offset, int(ids[row, j])) for j in range(stop) if ids[row, j] > PAD]

@@ -90,8 +90,8 @@ class Calculator(torch.nn.Module):
         )
 
     def forward(self, ids, is_real=None, read=None, **options):
-        logits = torch.zeros(int(read.sum()), self.tokenizer.vocab_size)
-        for k, (row, i) in enumerate(read.nonzero().tolist()):
+        logits = torch.zeros(len(read), self.tokenizer.vocab_size)
+        for k, (row, i) in enumerate(divmod(at, ids.shape[1]) for at in read.tolist()):
             prompt = self.tokenizer.decode(ids[row].tolist()).partition("=")[0]
             total = str(sum(map(int, prompt.split("+"))))
             place = i - len(prompt) - 1
@@ -134,7 +134,7 @@ def test_an_answer_with_a_special_token_inside_is_wrong():
     class Marked(Calculator):
         def forward(self, ids, is_real=None, read=None, **options):
             logits = super().forward(ids, is_real, read)
-            for k, (row, i) in enumerate(read.nonzero().tolist()):
+            for k, (row, i) in enumerate(divmod(at, ids.shape[1]) for at in read.tolist()):
                 if ids[row, i - 1] == tokenizer.encode("=")[0]:
                     logits[k, tokenizer.end_of_turn_id] = 99.0
             return logits

@@ -233,7 +233,9 @@ def test_parts_of_any_widths_joined_have_the_bits_and_leave_the_keys_of_each_one
                 denoiser(ids_of(rows, begin, seed=seed), pattern=pattern, cache=cache)
                 if not begins:
                     cache.commit([begin] * rows)
-            parts.append(Part(ids, is_real, read, store.rows(slots, begins) if keeps else None))
+            parts.append(
+                Part(ids, is_real, read.flatten().nonzero()[:, 0], store.rows(slots, begins) if keeps else None)
+            )
         first += rows
     found = denoiser.together(joined, pattern)
     each = [denoiser(part.input_ids, part.is_real, part.read, pattern=pattern, cache=part.cache) for part in apart]

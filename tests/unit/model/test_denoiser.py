@@ -89,6 +89,7 @@ def test_logits_that_are_read_are_those_of_their_positions(denoiser):
     read = ids_of(3, 11, seed=2) < 7
     assert 0 < read.sum() < read.numel()
     same(denoiser(ids, read=read), denoiser(ids)[read])
+    assert torch.equal(denoiser(ids, read=read.flatten().nonzero()[:, 0]), denoiser(ids, read=read))
     assert denoiser(ids, read=torch.zeros_like(read)).shape == (0, VOCABULARY)
 
 
