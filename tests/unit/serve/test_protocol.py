@@ -9,8 +9,10 @@ from dllm_core.errors import RequestError
 from workflows.serve.config import Limits
 from workflows.serve.dialect.body import parse_body
 from workflows.serve.dialect.chat import ChatRequest
-from workflows.serve.dialect.completions import CompletionRequest
+from workflows.serve.dialect.completions import CompletionRequest, FimRequest
 from workflows.serve.dialect.errors import ApiError
+from workflows.serve.dialect.score import ScoreRequest
+from workflows.serve.dialect.spans import EditRequest, InfillRequest
 
 LIMITS = Limits()
 
@@ -43,6 +45,30 @@ def test_a_bad_parameter_is_named(fields, place):
         parse(**fields)
     assert caught.value.place.startswith(place)
     assert ApiError.of(caught.value).body["error"]["param"] == caught.value.place
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        (CompletionRequest, {"prompt": "p"}),
+        (FimRequest, {"prompt": "p", "suffix": "s"}),
+        (ChatRequest, {"messages": [{"role": "user", "content": "p"}]}),
+        (InfillRequest, {"segments": ["p", {"hole": 1}]}),
+        (EditRequest, {"text": "pq", "span": [0, 1]}),
+        (ScoreRequest, {"completion": "p"}),
+    ],
+)
+def test_every_parameter_that_is_missing_or_of_another_kind_is_named(kind, said):
+    said = {"model": "m", **said}
+    parse_body(kind, json.dumps(said).encode())
+    needed = [name for name, field in kind.model_fields.items() if field.is_required()]
+    assert "model" in needed
+    bad = [(name, {other: said[other] for other in said if other != name}) for name in needed]
+    bad += [(name, {**said, name: {"no": [0]}}) for name in kind.model_fields]
+    for name, body in bad:
+        with pytest.raises(RequestError) as caught:
+            parse_body(kind, json.dumps(body).encode())
+        assert caught.value.place.partition(".")[0] == name
 
 
 @pytest.mark.parametrize(

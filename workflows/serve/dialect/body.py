@@ -42,7 +42,7 @@ def parse_body(kind: type[Asked], body: bytes, limits: Limits = Limits()) -> Ask
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         location = [str(part) for part in first["loc"] if str(part).isidentifier()]
-        known = [part for part in location if part not in _TYPES]
+        known = location[:1] + [part for part in location[1:] if part not in _TYPES]  # `model` is a parameter too
         message = "unknown parameter" if first["type"] == "extra_forbidden" else first["msg"]
         raise RequestError(".".join(known) or "body", message[0].lower() + message[1:]) from None
 
