@@ -3,8 +3,8 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from typing import Any, TypeVar
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from typing import Any, Protocol, TypeVar
 
 from fastapi import Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
@@ -23,7 +23,7 @@ from workflows.serve.dialect.body import parse_body
 from workflows.serve.dialect.chat import ChatRequest
 from workflows.serve.dialect.completions import CompletionRequest, FimRequest
 from workflows.serve.dialect.errors import ApiError, late, unavailable
-from workflows.serve.dialect.rows import Row, ServedModel
+from workflows.serve.dialect.rows import ServedModel
 from workflows.serve.dialect.score import ScoreRequest
 from workflows.serve.dialect.spans import EditRequest, InfillRequest
 from workflows.serve.edge import Edge, EdgeSettings, answer_errors, guard, log_to_stderr, read_body
@@ -31,7 +31,7 @@ from workflows.serve.keys import KeyRing
 from workflows.serve.metrics import Counted, GatewayMetrics
 from workflows.serve.openapi import ERRORS, Api, takes
 from workflows.serve.page import PAGE, PAGE_HEADERS
-from workflows.serve.room import Places, Room
+from workflows.serve.room import Room
 from workflows.serve.routing import num_replicas
 
 _LOAD_WITHIN_S = 5.0
@@ -54,7 +54,17 @@ answer_errors(api)
 api.add_middleware(Edge)
 
 
+class _Making(Protocol):
+    """Where the body of a request is made something of."""
+
+    def __call__(self, function: Callable[[], Made], /) -> Awaitable[Made]: ...
+
+
 # Ray Serve copies the class below when it is decorated: what it calls must stand above it.
+async def _here(function: Callable[[], Made], /) -> Made:
+    return function()
+
+
 async def _joined(first: bytes, others: AsyncGenerator[bytes, None]) -> AsyncIterator[bytes]:
     async with contextlib.aclosing(others):  # a client that leaves while it is slow to read ends them too
         yield first
@@ -179,9 +189,8 @@ class Gateway:
         """How likely texts are, with standard errors."""
         try:
             async with asyncio.timeout(self._settings.request_timeout_s):
-                asked, model, questions = await self._read(
-                    http, ScoreRequest, lambda asked, model: asked.questions(model)
-                )
+                asked, model, made = await self._read(http, ScoreRequest)
+                questions = await made(lambda: asked.questions(model))
                 call = (model.name, questions, asked.draws, asked.target_error, asked.seed)
                 try:
                     scores, estimator = await self._replicas.score.remote(*call)
@@ -197,8 +206,10 @@ class Gateway:
         deadline = begun + self._settings.request_timeout_s
         try:
             async with asyncio.timeout(self._settings.request_timeout_s):
-                asked, model, (places, rows) = await self._read(http, kind, self._admitted)
+                asked, model, made = await self._read(http, kind)
+                places = self._room.take(model.name, asked.num_rows)  # first, since it costs nothing
                 try:
+                    rows = await made(lambda: asked.rows(model))
                     shared = (self._replicas, model, asked, rows, self._metrics, places, begun, deadline)
                     answering = Answering(*shared)
                     if not asked.is_streamed:
@@ -215,15 +226,6 @@ class Gateway:
         except (DllmError, ApiError, TimeoutError) as error:
             raise self._refused(error) from error
 
-    def _admitted(self, asked: Decoding, model: ServedModel) -> tuple[Places, list[Row]]:
-        """The rows of a request and places for them; whether there are any is asked first, since it costs nothing."""
-        places = self._room.take(model.name, asked.num_rows)
-        try:
-            return places, asked.rows(model)
-        except BaseException:
-            places.end()
-            raise
-
     async def _loads(self) -> list[Any]:
         """What each replica says of its rows, or what went wrong there."""
         return await _told_by_all(self._replicas, "load")
@@ -235,23 +237,19 @@ class Gateway:
         here = serve.get_replica_context()
         return await _told_by_all(serve.get_deployment_handle(here.deployment, here.app_name), "counted")
 
-    async def _read(
-        self, http: Request, kind: type[Asked], made_of: Callable[[Asked, ServedModel], Made]
-    ) -> tuple[Asked, ServedModel, Made]:
-        """A body, checked, the model that it asks for, and what it asks of it.
-
-        A large one is read in a thread, beside the answers to others.
-        """
+    async def _read(self, http: Request, kind: type[Asked]) -> tuple[Asked, ServedModel, _Making]:
+        """A body, checked, the model that it asks for, and where to make more of it: a large one in a thread."""
         limits = self._settings.limits
         body = await read_body(http, limits.body_bytes)
+        made: _Making = _here if len(body) <= _LARGE else asyncio.to_thread
 
-        def read() -> tuple[Asked, ServedModel, Made]:
+        def read() -> tuple[Asked, ServedModel]:
             asked = parse_body(kind, body, limits)
             model = self._model(asked.model)
             asked.check(limits)
-            return asked, model, made_of(asked, model)
+            return asked, model
 
-        return read() if len(body) <= _LARGE else await asyncio.to_thread(read)
+        return *await made(read), made
 
     def _refused(self, error: Exception) -> ApiError:
         """Counted, and as the client is told."""

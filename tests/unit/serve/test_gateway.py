@@ -4,6 +4,7 @@ import asyncio
 import json
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import httpx
@@ -15,6 +16,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from dllm_core.errors import ConfigError
 from workflows.serve.config import ServeConfig
+from workflows.serve.dialect.completions import CompletionRequest
 from workflows.serve.gateway import Gateway, api
 from workflows.serve.progress import Progress
 
@@ -223,6 +225,22 @@ def test_places_are_given_back_by_rows_that_end_and_by_requests_that_are_refused
     for body in ({"prompt": "RED", "max_tokens": 999}, {"prompt": ["RED " * 90] * 8, "n": 8}) * 3:
         assert send(**body).status_code == 400
     assert [answer.status_code for answer in send.together([{"prompt": "RED", "n": 8}] * 2)] == [200, 200]
+
+
+def test_a_request_that_is_given_up_while_its_rows_are_made_in_a_thread_keeps_no_place(served, steps, monkeypatch):
+    made = CompletionRequest.rows
+
+    def slowly(asked, model):
+        time.sleep(0.8)
+        return made(asked, model)
+
+    monkeypatch.setattr("workflows.serve.gateway._LARGE", 0)
+    monkeypatch.setattr(CompletionRequest, "rows", slowly)
+    send = served(Replicas(lambda i: steps("end")), timeout_s=0.4, max_queued_requests=1)
+    many = {"prompt": ["RED"] * 8, "n": 8}
+    assert send(**many).status_code == 408
+    monkeypatch.setattr(CompletionRequest, "rows", made)
+    assert send(**many).status_code == 200
 
 
 def test_replicas_that_keep_dying_end_a_stream_with_an_error_event(served, steps):
