@@ -234,10 +234,9 @@ def test_a_request_that_is_given_up_while_its_rows_are_made_in_a_thread_keeps_no
         time.sleep(0.8)
         return made(asked, model)
 
-    monkeypatch.setattr("workflows.serve.gateway._LARGE", 0)
     monkeypatch.setattr(CompletionRequest, "rows", slowly)
     send = served(Replicas(lambda i: steps("end")), timeout_s=0.4, max_queued_requests=1)
-    many = {"prompt": ["RED"] * 8, "n": 8}
+    many = {"prompt": ["RED"] * 8, "n": 8, "user": "x" * (16 << 10)}  # so large that a thread reads it
     assert send(**many).status_code == 408
     monkeypatch.setattr(CompletionRequest, "rows", made)
     assert send(**many).status_code == 200
