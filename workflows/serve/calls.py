@@ -1,7 +1,8 @@
 """Calls: a request's rows on their way to replicas and back, in as few messages as keep the replicas evenly loaded.
 
 A replica that dies costs a retry, not an answer: the rows that were not finished are sent again, and since the seed is
-fixed before the first try, each choice knows how much of its text it has given already.
+fixed before the first try, each choice knows how much of its text it has given already. So does one that has ceased to
+decode, for the calls that come after.
 """
 
 import asyncio
@@ -17,7 +18,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.serve.handle import DeploymentHandle
 
 from workflows.serve.choice import Choice
-from workflows.serve.progress import Detail, Told
+from workflows.serve.progress import Detail, LoopEndedError, Told
 from workflows.serve.routing import num_replicas
 
 _TRIES = 4
@@ -107,10 +108,9 @@ async def _followed(
                     if all(choice.finish_reason is not None for choice in part):
                         return
             raise AssertionError("a call ended before its rows")
-        except RayTaskError:  # the replica lives and says no
-            raise
-        except (RayError, grpc.RpcError):
-            if attempt == _TRIES - 1:
+        except (RayError, grpc.RpcError) as error:
+            says_no = isinstance(error, RayTaskError) and not isinstance(error.cause, LoopEndedError)  # and lives
+            if says_no or attempt == _TRIES - 1:
                 raise
             await asyncio.sleep(0.1 * 4**attempt)
 

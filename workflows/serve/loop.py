@@ -1,6 +1,7 @@
 """DecodingLoop: one engine, one thread, many requests at once. Token ids in, token ids out.
 
-The loop is supervised: if it dies or hangs, `check` fails, and whoever waits is told instead of waiting for ever.
+The loop is supervised: if it dies or hangs, `check` fails, and whoever waits is told instead of waiting for ever. Rows
+that were in it when it died are not tried elsewhere, since one of them may be why.
 Admission is its own: rows too many are refused with BackPressureError, all that were asked for together.
 """
 
@@ -14,7 +15,7 @@ from ray.serve.exceptions import BackPressureError
 from dllm_core.decoding.engine import Engine
 from dllm_core.decoding.request import Request
 from dllm_core.errors import RequestError
-from workflows.serve.progress import Call, Detail, Progress, Reader, Told
+from workflows.serve.progress import Call, Detail, LoopEndedError, Progress, Reader, Told
 from workflows.serve.work import Fullness, predicted_work
 
 _HUNG_AFTER_S = 60.0
@@ -44,7 +45,7 @@ class DecodingLoop:
         """Progress of these rows as `detail` says, and each one's end. Leaving early frees all of them.
 
         A row that cannot be decoded is told of by its error, and the others go on. Raises BackPressureError if
-        `max_waiting` rows would wait; where none waits, any number is let in.
+        `max_waiting` rows would wait; where none waits, any number is let in. Raises as `check` does.
         """
         self.check()
         waiting = self.load["waiting"]
@@ -68,12 +69,12 @@ class DecodingLoop:
             self._wake.set()
 
     def check(self) -> None:
-        """Raise if requests would wait for ever."""
+        """Raise LoopEndedError if requests would wait for ever."""
         if self._task.done():
             error = None if self._task.cancelled() else self._task.exception()
-            raise RuntimeError(f"the decoding loop has ended: {error!r}")
+            raise LoopEndedError(f"the decoding loop has ended: {error!r}")
         if self._tick_began is not None and time.monotonic() - self._tick_began > _HUNG_AFTER_S:
-            raise RuntimeError("the decoding loop hangs in a denoiser call")
+            raise LoopEndedError("the decoding loop hangs in a denoiser call")
 
     async def close(self) -> None:
         """End the loop; whoever waits is told, leaves, and so ends the ticks."""
@@ -122,8 +123,8 @@ class DecodingLoop:
 
     def _exchange(self) -> None:
         """Between ticks: take new rows in, let go those that were left."""
-        wanted, self._wanted = self._wanted, []
-        for call in wanted:
+        while self._wanted:  # where all wait until they are added: who fails to add one can tell them
+            call = self._wanted[0]
             for reader in call.readers:
                 try:
                     row = self._engine.add(reader.request)
@@ -132,6 +133,7 @@ class DecodingLoop:
                     continue
                 self._rows[row] = reader
                 call.rows.append(row)
+            del self._wanted[0]
             call.tell(self._engine.eos_id)
         left, self._left = self._left, []
         for row in [row for call in left for row in call.rows if row in self._rows]:

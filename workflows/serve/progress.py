@@ -23,6 +23,11 @@ if TYPE_CHECKING:  # a gateway, which reads what is told, needs no torch
 _TELL_EVERY_S = 0.04  # new tokens alone are not told more often than people see
 OPEN = -1
 
+
+class LoopEndedError(RuntimeError):
+    """A replica decodes no more. Nothing of the call that is told so was begun: it may go to another one."""
+
+
 # end: the last alone; tokens: when there are new ones; commits: those, and what each call was sure of; canvas: after
 # every call, with what stands everywhere.
 Detail = Literal["end", "tokens", "commits", "canvas"]

@@ -6,6 +6,7 @@ work. A model's first call is made before the replica says that it is ready.
 
 import asyncio
 import contextlib
+import os
 import sys
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,13 +20,14 @@ from dllm_core.decoding.request import Request
 from dllm_core.errors import RequestError
 from dllm_core.evaluation.question import AnswerScore, Question
 from workflows.serve.config import ServedModels, ServedRun
-from workflows.serve.progress import Detail, Told
+from workflows.serve.progress import Detail, LoopEndedError, Told
 
 if TYPE_CHECKING:
     from workflows.serve.hosted import HostedModel  # torch, which whoever deploys need not wait for
     from workflows.serve.loop import DecodingLoop
 
 _SWITCH_S = 5e-4  # the event loop waits so long for a decoding thread that computes in Python, 5 ms by default
+_LAST_WORDS_S = 0.5  # in which whoever waits is told
 _MOST_SCORING = 8  # requests for scores that wait or run; each may take seconds
 
 
@@ -78,9 +80,14 @@ class DecodeReplica:
         model = self._model(name)
         for request in {request.constraint: request for request in requests}.values():
             await model.prepare(request)
-        async with contextlib.aclosing(model.loop.stream(requests, detail, end_id)) as progress:
-            async for told in progress:
-                yield told
+        try:
+            async with contextlib.aclosing(model.loop.stream(requests, detail, end_id)) as progress:
+                async for told in progress:
+                    yield told
+        except Exception:
+            with contextlib.suppress(LoopEndedError):  # seconds before Ray Serve would ask
+                await self.check_health()
+            raise
 
     async def score(
         self, name: str, questions: Sequence[Question], draws: int, target_error: float | None, seed: int
@@ -112,9 +119,20 @@ class DecodeReplica:
         return {"work": float(sum(loop.work for loop in loops)), "busy": busy}
 
     async def check_health(self) -> None:
-        """Called by Ray Serve."""
-        for loop in self._loops:
-            loop.check()
+        """Called by Ray Serve. A replica of which a loop decodes no more ends: it answers at once, so that gateways,
+        which send to the one with the least in hand, would send it everything. Ray Serve starts another.
+        """
+        try:
+            for loop in self._loops:
+                loop.check()
+        except LoopEndedError:
+            asyncio.get_running_loop().call_later(_LAST_WORDS_S, self.end_process)
+            raise
+
+    @staticmethod
+    def end_process() -> None:
+        """At once: a thread that hangs in a denoiser call would keep it for ever."""
+        os._exit(1)
 
     @property
     def _loops(self) -> "list[DecodingLoop]":

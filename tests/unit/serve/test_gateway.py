@@ -18,7 +18,7 @@ from dllm_core.errors import ConfigError
 from workflows.serve.config import ServeConfig
 from workflows.serve.dialect.completions import CompletionRequest
 from workflows.serve.gateway import Gateway, api
-from workflows.serve.progress import Progress
+from workflows.serve.progress import LoopEndedError, Progress
 
 TEXT = "RED CIRCLE 17"
 
@@ -240,6 +240,22 @@ def test_a_request_that_is_given_up_while_its_rows_are_made_in_a_thread_keeps_no
     assert send(**many).status_code == 408
     monkeypatch.setattr(CompletionRequest, "rows", made)
     assert send(**many).status_code == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_replica_that_decodes_no_more_is_not_asked_for_the_answer_but_what_broke_in_it_is_not_tried_again(
+    served, steps, stream
+):
+    def told(error):
+        return RayTaskError("decode", "", error).as_instanceof_cause()
+
+    over, broken = told(LoopEndedError("the decoding loop has ended")), told(RuntimeError("decoding failed"))
+    replicas = Replicas(lambda i: steps(over) if i == 0 else steps("end"))
+    assert TEXT in served(replicas)(prompt="RED", stream=stream).text.replace('", "', "")
+    assert len(replicas.calls) == 2
+    replicas = Replicas(lambda i: steps(broken) if i == 0 else steps("end"))
+    answer = served(replicas)(prompt="RED", stream=stream)
+    assert (answer.status_code, len(replicas.calls)) == (503, 1)
 
 
 def test_replicas_that_keep_dying_end_a_stream_with_an_error_event(served, steps):
