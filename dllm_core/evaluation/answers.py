@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -18,8 +19,9 @@ from dllm_core.decoding.forward import padded_length
 from dllm_core.evaluation.estimators import Estimator, ExactCount, HeldoutRows, ask, before
 from dllm_core.evaluation.likelihood import RowScores, rounds, score_rows, side_by_side
 from dllm_core.evaluation.question import AnswerScore, Question
-from dllm_core.model.denoiser import Denoiser
+from dllm_core.model.config import DenoiserConfig
 from dllm_core.model.pattern import CAUSAL
+from dllm_core.objective.loss import DenoiserLike
 
 
 def windows(question: Question, length: int, overlap: int) -> list[Question]:
@@ -35,6 +37,16 @@ def windows(question: Question, length: int, overlap: int) -> list[Question]:
         found.append(Question(text[max(0, stop - length) : at], text[at:stop]))
         at = stop
     return found
+
+
+class KnownDenoiser(DenoiserLike, Protocol):
+    """One that says of what shape it is, and where."""
+
+    config: DenoiserConfig
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +67,7 @@ class AnswerScorer:
 
     def __init__(
         self,
-        denoiser: Denoiser,
+        denoiser: KnownDenoiser,
         estimator: Estimator,
         *,
         seed: int = 0,

@@ -22,7 +22,7 @@ from workflows.serve.dialect.errors import ApiError, busy, late, unavailable
 from workflows.serve.dialect.fields import DiffusionOptions, StreamOptions
 from workflows.serve.dialect.rows import Row, ServedModel
 from workflows.serve.metrics import GatewayMetrics
-from workflows.serve.progress import Detail
+from workflows.serve.progress import Detail, NotLoadedError
 from workflows.serve.room import Places
 
 _PING = b": ping\n\n"
@@ -73,6 +73,8 @@ def explained(error: BaseException) -> ApiError:
         return ApiError.of(cause)
     if isinstance(cause, BackPressureError):
         return busy()
+    if isinstance(cause, NotLoadedError):
+        return unavailable(str(cause))
     if isinstance(cause, RayError):
         return unavailable("the decode replicas keep failing")
     return unavailable(f"decoding broke off ({type(cause).__name__})")
@@ -193,7 +195,7 @@ class Answering:
         self, detail: Detail, seen: Callable[[Choice], Any] = lambda choice: None
     ) -> AsyncGenerator[list[News], None]:
         """What comes in together; nothing where it is time for a ping. A choice's place is free when it has ended."""
-        call = (self._replicas, self._model.name, self._choices, detail, self._deadline, seen)
+        call = (self._replicas, self._model, self._choices, detail, self._deadline, seen)
         try:
             async with contextlib.aclosing(news_of(*call)) as coming:
                 async for together in coming:

@@ -2,7 +2,7 @@
 
 A replica that dies costs a retry, not an answer: the rows that were not finished are sent again, and since the seed is
 fixed before the first try, each choice knows how much of its text it has given already. So does one that has ceased to
-decode, for the calls that come after.
+decode, for the calls that come after, and one that has another bundle by the model's name.
 """
 
 import asyncio
@@ -18,7 +18,8 @@ from ray.exceptions import RayError, RayTaskError
 from ray.serve.handle import DeploymentHandle
 
 from workflows.serve.choice import Choice
-from workflows.serve.progress import Detail, LoopEndedError, Told
+from workflows.serve.dialect.rows import ServedModel
+from workflows.serve.progress import Detail, ElsewhereError, Told
 from workflows.serve.routing import num_replicas
 
 _TRIES = 4
@@ -43,7 +44,7 @@ class _GoneError(RayError):  # type: ignore[misc]
 
 async def news_of(
     replicas: DeploymentHandle,
-    model: str,
+    model: ServedModel,
     choices: Sequence[Choice],
     detail: Detail,
     deadline: float,
@@ -93,7 +94,11 @@ def parts_of(choices: Sequence[Choice], replicas: int) -> list[Sequence[Choice]]
 
 
 async def _followed(
-    replicas: DeploymentHandle, model: str, part: Sequence[Choice], detail: Detail, seen: Callable[[Choice], Any]
+    replicas: DeploymentHandle,
+    model: ServedModel,
+    part: Sequence[Choice],
+    detail: Detail,
+    seen: Callable[[Choice], Any],
 ) -> AsyncGenerator[list[News], None]:
     """One call's news; those of its rows that are open when its replica dies are tried again elsewhere."""
     for attempt in range(_TRIES):
@@ -109,7 +114,7 @@ async def _followed(
                         return
             raise AssertionError("a call ended before its rows")
         except (RayError, grpc.RpcError) as error:
-            says_no = isinstance(error, RayTaskError) and not isinstance(error.cause, LoopEndedError)  # and lives
+            says_no = isinstance(error, RayTaskError) and not isinstance(error.cause, ElsewhereError)  # and lives
             if says_no or attempt == _TRIES - 1:
                 raise
             await asyncio.sleep(0.1 * 4**attempt)
@@ -126,11 +131,13 @@ def _taken(choice: Choice, row: Any, seen: Callable[[Choice], Any]) -> News | No
 
 
 async def _call(
-    replicas: DeploymentHandle, model: str, part: Sequence[Choice], detail: Detail
+    replicas: DeploymentHandle, model: ServedModel, part: Sequence[Choice], detail: Detail
 ) -> AsyncGenerator[Told, None]:
     """A replica's messages of some rows. Leaving early frees them."""
     requests = tuple(choice.row.request for choice in part)
-    messages = replicas.options(stream=True).decode.remote(model, requests, detail, part[0].row.end_id)
+    messages = replicas.options(stream=True).decode.remote(
+        model.name, model.digest, requests, detail, part[0].row.end_id
+    )
     try:
         async for message in messages:
             yield message

@@ -191,7 +191,7 @@ class Gateway:
             async with asyncio.timeout(self._settings.request_timeout_s):
                 asked, model, made = await self._read(http, ScoreRequest)
                 questions = await made(lambda: asked.questions(model))
-                call = (model.name, questions, asked.draws, asked.target_error, asked.seed)
+                call = (model.name, model.digest, questions, asked.draws, asked.target_error, asked.seed)
                 try:
                     scores, estimator = await self._replicas.score.remote(*call)
                 except (RayError, RayServeException) as error:

@@ -1,7 +1,9 @@
 """HostedModel: a bundle in memory with its decoding loop, its compiler of constraints, and its scores. Needs torch."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
+
+import torch
 
 from dllm_core.checkpoints.bundle import ModelBundle
 from dllm_core.decoding.config import DecodeConfig
@@ -11,8 +13,28 @@ from dllm_core.errors import ConfigError, RequestError
 from dllm_core.evaluation.answers import AnswerScorer
 from dllm_core.evaluation.estimators import estimator_of_bundle
 from dllm_core.evaluation.question import AnswerScore, Question
+from dllm_core.model.denoiser import Denoiser
 from workflows.serve.compiling import Compiler
 from workflows.serve.loop import DecodingLoop
+
+
+class GivenUpError(Exception):
+    """Nobody waits for the answer any more."""
+
+
+class _WhileAsked:
+    """A denoiser for as long as somebody waits for what is made of its calls."""
+
+    def __init__(self, denoiser: Denoiser, is_given_up: Callable[[], bool]) -> None:
+        self.config, self.device = denoiser.config, denoiser.device
+        self._denoiser, self._is_given_up = denoiser, is_given_up
+
+    def __call__(self, *args: Any, **options: Any) -> torch.Tensor:
+        """Its logits."""
+        if self._is_given_up():
+            raise GivenUpError
+        logits: torch.Tensor = self._denoiser(*args, **options)
+        return logits
 
 
 class HostedModel:
@@ -58,16 +80,25 @@ class HostedModel:
         self.engine.automata.put(request.constraint, await self._compiler.compile(request.constraint))
 
     def score(
-        self, questions: Sequence[Question], draws: int, target_error: float | None, seed: int
+        self,
+        questions: Sequence[Question],
+        draws: int,
+        target_error: float | None,
+        seed: int,
+        is_given_up: Callable[[], bool],
     ) -> tuple[list[AnswerScore], str]:
-        """One for each question, in order, and the estimator's name."""
+        """One for each question, in order, and the estimator's name. GivenUpError: nobody waits any more."""
         estimator = estimator_of_bundle(self.bundle, self._device)
         if estimator is None:
             raise RequestError("model", "has no likelihood: it is a masked language model")
         scorer = AnswerScorer(
-            self.engine.denoiser, estimator, seed=seed, draws=draws, target_error=target_error,
+            _WhileAsked(self.engine.denoiser, is_given_up),
+            estimator,
+            seed=seed,
+            draws=draws,
+            target_error=target_error,
             max_batch_tokens=self._settings["max_batch_tokens"],
-        )  # fmt: skip
+        )
         found: dict[Question, AnswerScore] = {}
         for some in scorer.score(questions):
             found.update(some)

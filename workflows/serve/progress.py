@@ -24,8 +24,19 @@ _TELL_EVERY_S = 0.04  # new tokens alone are not told more often than people see
 OPEN = -1
 
 
-class LoopEndedError(RuntimeError):
-    """A replica decodes no more. Nothing of the call that is told so was begun: it may go to another one."""
+class ElsewhereError(RuntimeError):
+    """Nothing of a call was begun: it may go to another replica."""
+
+
+class LoopEndedError(ElsewhereError):
+    """A replica decodes no more."""
+
+
+class NotLoadedError(ElsewhereError):
+    """A replica has not yet, or no longer, the bundle that a gateway knows by this name."""
+
+    def __str__(self) -> str:
+        return f"the model {self.args[0]!r} is being loaded"
 
 
 # end: the last alone; tokens: when there are new ones; commits: those, and what each call was sure of; canvas: after

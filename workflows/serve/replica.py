@@ -8,8 +8,10 @@ import asyncio
 import contextlib
 import os
 import sys
+import threading
+import time
 from collections.abc import AsyncIterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from ray.serve.exceptions import BackPressureError
@@ -17,10 +19,9 @@ from ray.serve.exceptions import BackPressureError
 from dllm_core.checkpoints.bundle import read_bundle
 from dllm_core.checkpoints.run_dir import RunDir
 from dllm_core.decoding.request import Request
-from dllm_core.errors import RequestError
 from dllm_core.evaluation.question import AnswerScore, Question
 from workflows.serve.config import ServedModels, ServedRun
-from workflows.serve.progress import Detail, LoopEndedError, Told
+from workflows.serve.progress import Detail, LoopEndedError, NotLoadedError, Told
 
 if TYPE_CHECKING:
     from workflows.serve.hosted import HostedModel  # torch, which whoever deploys need not wait for
@@ -28,13 +29,16 @@ if TYPE_CHECKING:
 
 _SWITCH_S = 5e-4  # the event loop waits so long for a decoding thread that computes in Python, 5 ms by default
 _LAST_WORDS_S = 0.5  # in which whoever waits is told
+_DRAIN_S = 120.0  # as long as a request takes by default
+_IDLE_S = 5.0  # in which gateways learn that there is another
 _MOST_SCORING = 8  # requests for scores that wait or run; each may take seconds
 
 
 class DecodeReplica:
     """settings: dtype, max_batch_tokens, max_waiting, threads, use_gpu, compile_seconds.
 
-    Its models come by `reconfigure`, {name: {run, decode}}: a new one is loaded while the others go on decoding.
+    Its models come by `reconfigure`, {name: {run, decode}}: a new one is loaded while the others go on decoding, and
+    what it takes the place of decodes to the end what it has begun.
     """
 
     def __init__(self, settings: dict[str, Any]) -> None:
@@ -45,21 +49,42 @@ class DecodeReplica:
         self._settings = settings
         self._models: dict[str, HostedModel] = {}
         self._runs: dict[str, ServedRun] = {}
-        self._scoring = 0
-        self._aside = ThreadPoolExecutor(max_workers=1, thread_name_prefix="aside")  # loads and scores
+        self._retiring: list[tuple[str, HostedModel]] = []
+        self._closing: set[asyncio.Task[None]] = set()
+        self._scoring: set[Future[Any]] = set()
+        self._loads, self._scores = (ThreadPoolExecutor(1, thread_name_prefix=name) for name in ("load", "score"))
 
     async def reconfigure(self, models: dict[str, dict[str, Any]]) -> None:
         """Serve these models, and no other."""
         here, runs = asyncio.get_running_loop(), ServedModels.of(models)
         for name, said in runs.items():
             if self._runs.get(name) != said:
-                loaded = await here.run_in_executor(self._aside, self._loaded, said)
+                loaded = await here.run_in_executor(self._loads, self._loaded, said)
                 old, self._models[name], self._runs[name] = self._models.get(name), loaded, said
-                if old is not None:
-                    await old.close()
+                self._retire(name, old)
         for name in self._models.keys() - runs.keys():
             del self._runs[name]
-            await self._models.pop(name).close()
+            self._retire(name, self._models.pop(name))
+
+    def _retire(self, name: str, old: "HostedModel | None") -> None:
+        """Let it answer what was asked of it, and gateways that still ask, before it is closed."""
+        if old is not None:
+            task = asyncio.create_task(self._closed_when_idle((name, old)))
+            self._retiring.append((name, old))
+            self._closing.add(task)
+            task.add_done_callback(self._closing.discard)
+
+    async def _closed_when_idle(self, retiring: "tuple[str, HostedModel]") -> None:
+        _, model = retiring
+        begun = idle_since = time.monotonic()
+        try:
+            while (now := time.monotonic()) - begun < _DRAIN_S and now - idle_since < _IDLE_S:
+                await asyncio.sleep(_IDLE_S / 10)
+                if model.is_started and any(model.loop.load.values()):
+                    idle_since = time.monotonic()
+        finally:
+            self._retiring.remove(retiring)
+            await model.close()
 
     def _loaded(self, said: ServedRun) -> "HostedModel":
         from workflows.serve.hosted import HostedModel
@@ -68,16 +93,18 @@ class DecodeReplica:
         model.warm_up(said.decode)
         return model
 
-    def _model(self, name: str) -> "HostedModel":
-        if name not in self._models:  # a gateway may know of it a moment earlier
-            raise RequestError("model", "is not served here", name)
-        return self._models[name]
+    def _model(self, name: str, digest: str) -> "HostedModel":
+        """The one with this bundle: gateways may know of another earlier or later than a replica does."""
+        for known, model in [*self._models.items(), *self._retiring]:
+            if known == name and model.bundle.digest == digest:
+                return model
+        raise NotLoadedError(name)
 
     async def decode(
-        self, name: str, requests: Sequence[Request], detail: Detail, end_id: int | None = None
+        self, name: str, digest: str, requests: Sequence[Request], detail: Detail, end_id: int | None = None
     ) -> AsyncIterator[Told]:
         """Decode rows together, telling their progress: one message a tick, for all of them."""
-        model = self._model(name)
+        model = self._model(name, digest)
         for request in {request.constraint: request for request in requests}.values():
             await model.prepare(request)
         try:
@@ -90,17 +117,19 @@ class DecodeReplica:
             raise
 
     async def score(
-        self, name: str, questions: Sequence[Question], draws: int, target_error: float | None, seed: int
+        self, name: str, digest: str, questions: Sequence[Question], draws: int, target_error: float | None, seed: int
     ) -> tuple[list[AnswerScore], str]:
-        """Likelihoods, beside the decoding."""
-        model, here = self._model(name), asyncio.get_running_loop()
-        if self._scoring >= _MOST_SCORING:
-            raise BackPressureError(num_queued_requests=self._scoring, max_queued_requests=_MOST_SCORING)
-        self._scoring += 1
+        """Likelihoods, beside the decoding. Leaving early ends them at the next denoiser call."""
+        model, given_up = self._model(name, digest), threading.Event()
+        if len(self._scoring) >= _MOST_SCORING:
+            raise BackPressureError(num_queued_requests=len(self._scoring), max_queued_requests=_MOST_SCORING)
+        work = self._scores.submit(model.score, questions, draws, target_error, seed, given_up.is_set)
+        self._scoring.add(work)
+        work.add_done_callback(self._scoring.discard)
         try:
-            return await here.run_in_executor(self._aside, model.score, questions, draws, target_error, seed)
+            return await asyncio.wrap_future(work)
         finally:
-            self._scoring -= 1
+            given_up.set()
 
     async def load(self) -> dict[str, Any]:
         """Rows running and waiting, and the denoiser calls they are expected to take; raises if a loop is dead."""
@@ -137,4 +166,5 @@ class DecodeReplica:
     @property
     def _loops(self) -> "list[DecodingLoop]":
         """Of the models that have decoded anything yet."""
-        return [model.loop for model in self._models.values() if model.is_started]
+        models = [*self._models.values(), *(model for _, model in self._retiring)]
+        return [model.loop for model in models if model.is_started]

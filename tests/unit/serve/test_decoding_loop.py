@@ -8,7 +8,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from local_endpoint import REPLICA
 from ray.serve.exceptions import BackPressureError
 
 from dllm_core.checkpoints.bundle import read_bundle
@@ -19,7 +18,6 @@ from dllm_core.errors import DllmError, RequestError
 from dllm_core.objective.config import AutoregressiveConfig, BlockDiffusionConfig
 from workflows.serve.loop import DecodingLoop
 from workflows.serve.progress import LoopEndedError
-from workflows.serve.replica import DecodeReplica
 
 EVERY_DECODER = pytest.mark.parametrize(
     "said",
@@ -193,29 +191,6 @@ def test_a_loop_that_fails_to_add_a_row_tells_all_who_wait_and_lets_nobody_in():
             await anext(loop.stream([REQUEST]))
 
     asyncio.run(asyncio.wait_for(scenario(), 10))
-
-
-@pytest.mark.parametrize("asks", [True, False])
-def test_a_replica_that_decodes_no_more_ends_soon_after_whoever_waits_is_told(
-    small_bundle, small_corpus, asks, monkeypatch
-):
-    async def scenario():
-        replica, ended = DecodeReplica(REPLICA), asyncio.Event()
-        monkeypatch.setattr(replica, "end_process", ended.set)
-        said = {"run": small_bundle.url, "decode": small_corpus.recipe.decode.model_dump(mode="json")}
-        await replica.reconfigure({"m": said})
-        engine, request = replica._models["m"].engine, Request((1,), small_corpus.recipe.decode)
-        await anext(replica.decode("m", [request], "end"))
-        await replica.check_health()
-        monkeypatch.setattr(engine, "step", lambda: 1 // 0)
-        with pytest.raises(RuntimeError, match="ZeroDivisionError"):
-            await anext(replica.decode("m", [request], "end"))
-        assert not ended.is_set()
-        with pytest.raises(LoopEndedError):
-            await (anext(replica.decode("m", [request], "end")) if asks else replica.check_health())
-        await ended.wait()
-
-    asyncio.run(asyncio.wait_for(scenario(), 20))
 
 
 def test_a_loop_tells_the_calls_that_are_still_to_come_and_how_busy_it_was(small_bundle):

@@ -18,7 +18,7 @@ from dllm_core.errors import ConfigError
 from workflows.serve.config import ServeConfig
 from workflows.serve.dialect.completions import CompletionRequest
 from workflows.serve.gateway import Gateway, api
-from workflows.serve.progress import LoopEndedError, Progress
+from workflows.serve.progress import LoopEndedError, NotLoadedError, Progress
 
 TEXT = "RED CIRCLE 17"
 
@@ -71,7 +71,7 @@ class Replicas:
 
         return SimpleNamespace(results_async=results_async)
 
-    def _decode(self, name, requests, detail, end_id):
+    def _decode(self, name, digest, requests, detail, end_id):
         begun = sum(len(call.requests) for call in self.calls)
         rows = [self._script(begun + place) for place in range(len(requests))]
         self.calls.append(Call(requests, rows))
@@ -243,16 +243,15 @@ def test_a_request_that_is_given_up_while_its_rows_are_made_in_a_thread_keeps_no
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_replica_that_decodes_no_more_is_not_asked_for_the_answer_but_what_broke_in_it_is_not_tried_again(
-    served, steps, stream
-):
+def test_a_call_that_a_replica_cannot_begin_is_tried_elsewhere_and_what_broke_in_it_is_not(served, steps, stream):
     def told(error):
         return RayTaskError("decode", "", error).as_instanceof_cause()
 
     over, broken = told(LoopEndedError("the decoding loop has ended")), told(RuntimeError("decoding failed"))
-    replicas = Replicas(lambda i: steps(over) if i == 0 else steps("end"))
-    assert TEXT in served(replicas)(prompt="RED", stream=stream).text.replace('", "', "")
-    assert len(replicas.calls) == 2
+    for elsewhere in (over, told(NotLoadedError("m"))):
+        replicas = Replicas(lambda i, error=elsewhere: steps(error) if i == 0 else steps("end"))
+        assert TEXT in served(replicas)(prompt="RED", stream=stream).text
+        assert len(replicas.calls) == 2
     replicas = Replicas(lambda i: steps(broken) if i == 0 else steps("end"))
     answer = served(replicas)(prompt="RED", stream=stream)
     assert (answer.status_code, len(replicas.calls)) == (503, 1)

@@ -14,9 +14,13 @@ from workflows.serve.dialect.fields import DecodingFields
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A model by its name: tokenizer, room, the decoding that its recipe says. Holds no weights."""
+    """A model by its name: tokenizer, room, the decoding that its recipe says. Holds no weights.
+
+    digest: of its bundle, which replicas must have too.
+    """
 
     name: str
+    digest: str
     tokenizer: Tokenizer
     context: int
     decode: DecodeConfig
@@ -28,7 +32,9 @@ class ServedModel:
     def of(cls, name: str, bundle: ModelBundle, decode: DecodeConfig, limits: Limits, created: int) -> "ServedModel":
         """Of a verified bundle."""
         objective = bundle.manifest.objective.type
-        return cls(name, bundle.tokenizer(), bundle.config.context_length, decode, limits, created, objective)
+        return cls(
+            name, bundle.digest, bundle.tokenizer(), bundle.config.context_length, decode, limits, created, objective
+        )
 
     @property
     def card(self) -> dict[str, object]:
