@@ -312,6 +312,10 @@ def test_every_ray_container_has_the_token_and_heads_run_no_work(documents: list
 
 def _selects(selector: Document, labels: dict[str, str]) -> bool:
     for wanted in selector.get("matchExpressions", []):
+        if wanted["operator"] == "Exists":
+            if wanted["key"] not in labels:
+                return False
+            continue
         assert wanted["operator"] == "In"
         if labels.get(wanted["key"]) not in wanted["values"]:
             return False
@@ -333,8 +337,9 @@ def test_selectors_find_pods(documents: list[Document]) -> None:
             selectors += [spec["podSelector"], *(p["podSelector"] for p in peers if "namespaceSelector" not in p)]
     assert len(selectors) > 10
     for selector in selectors:
-        assert any(_selects(selector, of_pod) for of_pod in labels), selector
-    for value in {value for s in selectors for e in s.get("matchExpressions", []) for value in e["values"]}:
+        made_for = any("gateway-name" in e["key"] for e in selector.get("matchExpressions", []))
+        assert made_for or any(_selects(selector, of_pod) for of_pod in labels), selector
+    for value in {value for s in selectors for e in s.get("matchExpressions", []) for value in e.get("values", [])}:
         assert value in {of_pod["app.kubernetes.io/component"] for of_pod in labels}
     selector = the(documents, "RayJob", "dllm-preprocess")["spec"]["clusterSelector"]
     assert the(documents, "RayCluster", selector["ray.io/cluster"])
@@ -345,8 +350,28 @@ def test_only_the_endpoint_is_open_to_all(documents: list[Document]) -> None:
     assert policies["default-deny"] == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
     rules = [(name, rule) for name, spec in policies.items() for rule in spec.get("ingress", [])]
     assert [(name, rule["ports"]) for name, rule in rules if not rule.get("from")] == [
-        ("endpoint", [{"protocol": "TCP", "port": 8000}])
+        ("endpoint", [{"protocol": "TCP", "port": 8000}]),
+        ("gateway", [{"protocol": "TCP", "port": 80}]),
     ]
+
+
+def test_the_proxies_of_a_gateway_reach_the_endpoint_and_their_control_plane(documents: list[Document]) -> None:
+    """Gateway API implementations run them in the Gateway's namespace, where `default-deny` would cut them off."""
+    proxy = {"gateway.networking.k8s.io/gateway-name": "dllm-endpoint-gateway"}
+    policies = [
+        d["spec"] for d in documents if d["kind"] == "NetworkPolicy" and _selects(d["spec"]["podSelector"], proxy)
+    ]
+    rules = [rule for spec in policies for rule in spec.get("egress", [])]
+    pods = [template["metadata"]["labels"] for _, template in templates(documents)]
+    served = [labels for labels in pods if labels["app.kubernetes.io/component"] == "serve"]
+    reached = [
+        rule["ports"]
+        for rule in rules
+        for peer in rule["to"]
+        if "namespaceSelector" not in peer and any(_selects(peer["podSelector"], labels) for labels in served)
+    ]
+    assert reached == [[{"protocol": "TCP", "port": 8000}]]
+    assert 15012 in [port["port"] for rule in rules for port in rule["ports"]]
 
 
 # What the project's own code takes.
