@@ -43,7 +43,7 @@ OnProgress = Callable[[str, int, int], None]  # what is done, how many, of how m
 
 @dataclass(frozen=True)
 class CorpusPlan:
-    """A corpus as it will be: where it comes from and its identity."""
+    """A corpus as it will be: where it comes from and its identity. listed: () if it can only be read as it stands."""
 
     recipe: Recipe
     store: Store
@@ -92,7 +92,10 @@ class CorpusPlan:
         )
 
     def units(self) -> list[Unit]:
-        """The work, cut."""
+        """The work, cut. DataError for a corpus that can only be read."""
+        if not self.listed:
+            problem = "the files that it was made from have changed, so nothing of it can be made"
+            raise DataError(self.url, problem, remedy="bring them back with their times, or start from a recipe file")
         return plan_units(self.recipe.corpus, self.listed)
 
     def existing(self) -> CorpusManifest | None:
