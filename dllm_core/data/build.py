@@ -5,7 +5,8 @@
 Each leaves a receipt last (`receipts.py`).
 """
 
-from collections.abc import Iterator, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,9 +31,10 @@ from dllm_core.data.receipts import (
     Receipts,
     UnitReceipt,
     noise_step,
+    shards_of,
 )
 from dllm_core.data.records import BadRecord, Document, is_blank
-from dllm_core.data.shard import ShardInfo, map_shard, put_shard, to_arrow
+from dllm_core.data.shard import ShardInfo, map_shard, map_with_metadata, put_shard, to_arrow
 from dllm_core.data.tokenizer import Tokenizer
 from dllm_core.data.units import Unit
 from dllm_core.errors import DataError
@@ -238,6 +240,15 @@ def _token_shard(job: CorpusJob, tokenizer: Tokenizer, unit: Unit, split: str, r
     data = to_arrow(columns, {"split": split, "unit": str(unit.index), "tokenizer_sha256": tokenizer.digest})
     tokens = int(rows.num_tokens.sum())
     return put_shard(job.output, job.prefix, name, data, unit=unit.index, rows=len(rows.ids), tokens=tokens)
+
+
+def tokenizer_of(job: CorpusJob, receipts: Iterable[UnitReceipt]) -> str | None:
+    """sha256 of the tokenizer that made the shards, as the first whole one tells; None where there is none."""
+    for receipt in receipts:
+        for shard in shards_of(receipt):
+            with contextlib.suppress(DataError):
+                return map_with_metadata(job.output, job.prefix, shard)[1]["tokenizer_sha256"]
+    return None
 
 
 def noise_shard(job: CorpusJob, noise: CorpusNoise, tokens: ShardInfo, first_row: int, epoch: int) -> FileReceipt:

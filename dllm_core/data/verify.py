@@ -13,7 +13,7 @@ from dllm_core.data.loader import corpus_noise, evenly
 from dllm_core.data.manifest import CorpusManifest, first_rows
 from dllm_core.data.noising import token_flags
 from dllm_core.data.receipts import DECISIONS, SIGNATURES, TOKENS, noise_step
-from dllm_core.data.shard import ShardInfo, id_type, map_shard
+from dllm_core.data.shard import ShardInfo, id_type, map_shard, map_with_metadata
 from dllm_core.errors import DataError
 
 _SAMPLE_ROWS = 64
@@ -75,7 +75,7 @@ def verify_shard(job: CorpusJob, manifest: CorpusManifest, mask_id: int, check: 
 
 
 def _tokens(job: CorpusJob, manifest: CorpusManifest, shard: ShardInfo) -> str | None:
-    views = map_shard(job.output, job.prefix, shard)
+    views, metadata = map_with_metadata(job.output, job.prefix, shard)
     ids, counts = views["ids"], views["num_tokens"]
     if ids.shape != (shard.rows, manifest.seq_len) or ids.dtype != id_type(manifest.vocab_size):
         return f"ids are {ids.dtype} {list(ids.shape)}, not [{shard.rows} {manifest.seq_len}]"
@@ -87,6 +87,8 @@ def _tokens(job: CorpusJob, manifest: CorpusManifest, shard: ShardInfo) -> str |
         return "counts more tokens than a row has"
     if int(counts.sum()) != shard.tokens:
         return f"holds {int(counts.sum())} tokens, the manifest says {shard.tokens}"
+    if metadata.get("tokenizer_sha256") != manifest.tokenizer_sha256:
+        return "was made by another tokenizer than the manifest's"
     return None
 
 

@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from dllm_core.data.build import CorpusJob, decide, noise_shard, sample_texts, sign_unit, tokenize_unit
+from dllm_core.data.build import CorpusJob, decide, noise_shard, sample_texts, sign_unit, tokenize_unit, tokenizer_of
 from dllm_core.data.loader import corpus_noise
 from dllm_core.data.manifest import (
+    TOKENIZER_NAME,
     Accounting,
     CorpusManifest,
     Split,
@@ -25,15 +26,16 @@ from dllm_core.data.manifest import (
     first_rows,
     has_manifest,
     read_manifest,
+    tokenizer_digest,
     write_manifest,
 )
 from dllm_core.data.receipts import DECISIONS, SIGNATURES, TOKENS, FileReceipt, UnitReceipt, noise_step, shards_of
 from dllm_core.data.shard import ShardInfo, id_type
 from dllm_core.data.sources import find_files
-from dllm_core.data.tokenizer import Tokenizer
+from dllm_core.data.tokenizer import Tokenizer, given_json
 from dllm_core.data.units import SourceFiles, Unit, plan_units
 from dllm_core.errors import DataError
-from dllm_core.storage.store import Store
+from dllm_core.storage.store import Store, sha256
 from workflows.fan_out import FanOut
 from workflows.placement import PreprocessPlacement
 from workflows.recipe import Recipe
@@ -109,10 +111,28 @@ class CorpusPlan:
 def plan_corpus(recipe: Recipe, store: Store, listed: tuple[SourceFiles, ...] | None = None) -> CorpusPlan:
     """List the sources, unless they are `listed`, and name the corpus. Every mistake about paths is found here."""
     listed = listed or find_files(recipe.corpus, store)
-    found = recipe.corpus_fingerprint([f for files in listed for f in files.files])
-    if recipe.tokenizer.path is not None and not store.exists(f"{corpus_prefix(found)}/tokenizer.json"):
-        Tokenizer.given(recipe.tokenizer)  # a bad one is refused before work starts
-    return CorpusPlan(recipe, store, listed, found)
+    plan = CorpusPlan(recipe, store, listed, recipe.corpus_fingerprint([files.files for files in listed]))
+    if recipe.tokenizer.path is not None:
+        _check_given(plan)
+    return plan
+
+
+def _check_given(plan: CorpusPlan) -> None:
+    """Refuse a given tokenizer that is bad, or that was replaced since the corpus was made with it."""
+    recipe, known = plan.recipe, tokenizer_digest(plan.store, plan.fingerprint)
+    if known is None:
+        Tokenizer.given(recipe.tokenizer)
+        return
+    if recipe.start is not None:
+        return  # its digest is in the corpus's name
+    try:
+        given = sha256(given_json(recipe.tokenizer).encode())
+    except DataError:
+        return  # it went away, or is none any more: the corpus has a copy
+    if given != known:
+        problem = f"is no longer the tokenizer that made {plan.url}"
+        remedy = "bring it back, or give another one another name"
+        raise DataError("tokenizer.path", problem, recipe.tokenizer.path, remedy)
 
 
 @dataclass
@@ -168,7 +188,7 @@ class Preprocessing:
     def _tokenizer(self, job: CorpusJob, units: list[Unit]) -> Tokenizer:
         """The recipe's tokenizer, or one trained on the corpus; it is kept beside the shards."""
         config = self.plan.recipe.tokenizer
-        key = job.key("tokenizer.json")
+        key = job.key(TOKENIZER_NAME)
         if job.output.exists(key):
             return Tokenizer(job.output.read(key).decode(), config, key)
         if config.path is not None:
@@ -177,6 +197,10 @@ class Preprocessing:
             self.on_progress("training the tokenizer", 0, 0)
             train = partial(_train_tokenizer, job, units)
             [tokenizer] = self.fan_out(train, [config], workers=1, demand=self._placement.demand)
+        [tokenized] = job.receipts.all_finished(TOKENS)
+        if tokenizer_of(job, tokenized.values()) not in (None, tokenizer.digest):
+            url, problem = self.plan.url, "was lost, and the one made in its place is not that of the shards"
+            raise DataError(f"{url}/{TOKENIZER_NAME}", problem, remedy=f"delete {url} and run again")
         job.output.put(key, tokenizer.json_text.encode())
         return tokenizer
 
