@@ -29,6 +29,7 @@ from dllm_core.data.manifest import (
     tokenizer_digest,
     write_manifest,
 )
+from dllm_core.data.noising import CorpusNoise
 from dllm_core.data.receipts import DECISIONS, SIGNATURES, TOKENS, FileReceipt, UnitReceipt, noise_step, shards_of
 from dllm_core.data.shard import ShardInfo, id_type
 from dllm_core.data.sources import find_files
@@ -231,7 +232,7 @@ class Preprocessing:
         ]
         done = job.receipts.all_finished(*map(noise_step, epochs))
         missing = [task for task in wanted if task.tokens.unit not in done[task.epoch]]
-        draw = partial(_draw_noise, job, manifest, mask_id)
+        draw = partial(_draw_noise, job, corpus_noise(manifest, mask_id))  # the manifest itself is large
         for task, made in zip(missing, self._tasks("noise", draw, missing, wanted), strict=True):
             done[task.epoch][task.tokens.unit] = made
         return tuple(tuple(done[epoch][shard.unit].shard for shard in shards) for epoch in epochs)
@@ -287,8 +288,8 @@ class _NoiseTask:
     epoch: int
 
 
-def _draw_noise(job: CorpusJob, manifest: CorpusManifest, mask_id: int, task: _NoiseTask) -> FileReceipt:
-    return noise_shard(job, corpus_noise(manifest, mask_id), task.tokens, task.first_row, task.epoch)
+def _draw_noise(job: CorpusJob, noise: CorpusNoise, task: _NoiseTask) -> FileReceipt:
+    return noise_shard(job, noise, task.tokens, task.first_row, task.epoch)
 
 
 def _train_tokenizer(job: CorpusJob, units: list[Unit], config: Any) -> Tokenizer:

@@ -12,7 +12,7 @@ from dllm_core.data.build import sample_texts, tokenizer_of
 from dllm_core.data.manifest import NAME, TOKENIZER_NAME, CorpusManifest, read_manifest, read_tokenizer
 from dllm_core.data.receipts import DECISIONS, SIGNATURES, TOKENS, Step, noise_step, shards_of
 from dllm_core.data.tokenizer import Tokenizer
-from dllm_core.data.verify import Problem, checks_of, verify_shard
+from dllm_core.data.verify import Problem, Promise, checks_of, verify_shard
 from dllm_core.errors import DataError
 from dllm_core.storage.store import sha256
 from workflows.fan_out import FanOut
@@ -83,7 +83,7 @@ def _bad_shards(
     placement = corpus.recipe.placement.preprocess
     on_progress("shards", 0, len(checks))
     found = fan_out(
-        partial(verify_shard, job, manifest, tokenizer.mask_id),
+        partial(verify_shard, job, Promise.of(manifest, tokenizer.mask_id)),
         checks,
         workers=placement.workers,
         demand=placement.demand,
