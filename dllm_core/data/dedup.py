@@ -131,9 +131,14 @@ class Duplicates:
         return self.representative < 0
 
 
+def text_digest(text: str) -> bytes:
+    """16 bytes, which as two little-endian uint64 are a row of `Signatures.digest`."""
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
 def signatures(texts: Sequence[str], config: DedupConfig) -> Signatures:
     """The signatures of texts, in their order; each depends on its text and `config` alone."""
-    raw = b"".join(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest() for text in texts)
+    raw = b"".join(map(text_digest, texts))
     digest = np.frombuffer(raw, "<u8").reshape(-1, 2).astype(np.uint64)
     near = config.near
     if near is None:
