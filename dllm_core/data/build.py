@@ -34,13 +34,14 @@ from dllm_core.data.receipts import (
     shards_of,
 )
 from dllm_core.data.records import BadRecord, Document, is_blank
-from dllm_core.data.shard import ShardInfo, map_shard, map_with_metadata, put_shard, to_arrow
+from dllm_core.data.shard import OpenShards, ShardInfo, map_shard, map_with_metadata, put_shard, to_arrow
 from dllm_core.data.tokenizer import Tokenizer
 from dllm_core.data.units import Unit
 from dllm_core.errors import DataError
 from dllm_core.storage.store import Store
 
 SPLITS = ("train", "heldout")
+_MAPPED_SIGNATURES = 1 << 15  # half of what a process may map; one more is mapped again for each band, in 0.2 ms
 _WEIGHT = 1  # the salt of another decision about the same text
 
 
@@ -137,10 +138,24 @@ def sign_unit(job: CorpusJob, unit: Unit) -> FileReceipt:
     return receipt
 
 
+class _StoredSignatures(Sequence[Signatures]):
+    """Those of all units, each mapped when it is asked for."""
+
+    def __init__(self, shards: OpenShards, infos: Sequence[ShardInfo]) -> None:
+        self._shards, self._infos = shards, infos
+
+    def __len__(self) -> int:
+        return len(self._infos)
+
+    def __getitem__(self, unit: Any) -> Any:
+        return Signatures.from_columns(self._shards.views(self._infos[unit]))
+
+
 def decide(job: CorpusJob, receipts: Sequence[FileReceipt]) -> None:
     """Between the passes: which documents of the whole corpus go, written down for each unit with what tells them."""
     assert job.corpus.dedup is not None
-    parts = [Signatures.from_columns(map_shard(job.output, job.prefix, receipt.shard)) for receipt in receipts]
+    shards = OpenShards(job.output, job.prefix, _MAPPED_SIGNATURES)
+    parts = _StoredSignatures(shards, [receipt.shard for receipt in receipts])
     for receipt, part, found in zip(receipts, parts, duplicates(parts, job.corpus.dedup), strict=True):
         unit = receipt.shard.unit
         columns: dict[str, NDArray[Any]] = {"representative": found.representative, "digest": part.digest}
