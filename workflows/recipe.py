@@ -207,8 +207,12 @@ class Recipe(Frozen):
                 "decode.block_length", f"must be noise.block_length={trained}", decode.block_length, remedy
             )
 
-    def corpus_fingerprint(self, sources: Sequence[StoredObject]) -> str:
-        """Identity of the shards. Written noise epochs are left out: computed ones have the same bits."""
+    def corpus_fingerprint(self, files: Sequence[Sequence[StoredObject]]) -> str:
+        """Identity of the shards. files: of each source; none tells what the sections alone say.
+
+        Written noise epochs are left out: computed ones have the same bits.
+        """
+        listed = [[[item.key, item.size, item.stamp] for item in source] for source in files]
         unsaid = {"epochs"} if self.noise.steps else {"epochs", "steps"}  # null is what a corpus had before `steps`
         return fingerprint(
             {
@@ -217,7 +221,7 @@ class Recipe(Frozen):
                 "tokenizer": self._tokenizer_identity(),
                 "packing": self.packing,
                 "noise": self.noise.model_dump(mode="json", exclude=unsaid),
-                "sources": [[item.key, item.size, item.stamp] for item in sources],
+                "sources": listed if len(listed) > 1 else [file for source in listed for file in source],
             }
         )
 

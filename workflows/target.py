@@ -7,14 +7,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dllm_core.checkpoints.bundle_manifest import FOLDER, MANIFEST_NAME
 from dllm_core.checkpoints.run_dir import RunDir
 from dllm_core.config.overrides import apply_overrides, parse_yaml
-from dllm_core.errors import ConfigError
-from dllm_core.storage.store import open_store
+from dllm_core.data.manifest import has_manifest
+from dllm_core.errors import ConfigError, DataError, DllmError
+from dllm_core.storage.store import Store, open_store
 from workflows.preprocess.flow import CorpusPlan, plan_corpus
 from workflows.recipe import Recipe, StorageConfig, anchored, load_recipe
+from workflows.train.job import RUN_FACTS
 
 RECIPE_NAME = "recipe.yaml"
+_ANOTHER_RUN = "start from a recipe file to make another run"
 
 
 @dataclass(frozen=True)
@@ -60,20 +64,51 @@ def read_target_recipe(target: str, overrides: Sequence[str]) -> tuple[Recipe, R
         new.corpus_fingerprint([]),
         new.run_fingerprint(""),
     ):
-        remedy = "start from a recipe file to make another run"
-        raise ConfigError(", ".join(overrides), "would make another run than", run.name, remedy)
+        raise ConfigError(", ".join(overrides), "would make another run than", run.name, _ANOTHER_RUN)
     return new.model_copy(update={"storage": StorageConfig(root=run.store.url)}), run
 
 
 def open_target(target: str, overrides: Sequence[str]) -> Target:
-    """Resolve an argument to a run; lists the corpus's files, so paths that do not exist are refused here."""
+    """Resolve an argument to a run; lists the corpus's files, so paths that do not exist are refused here.
+
+    A run's folder keeps the corpus that the run was trained on, whatever became of the files that it was made from.
+    """
     recipe, run = read_target_recipe(target, overrides)
     store = open_store("storage.root", recipe.storage.root)
     store.check_writable("storage.root")
+    if run is not None:
+        return Target(recipe, run, _own_corpus(recipe, run, overrides, store))
     plan = plan_corpus(recipe, store)
-    if run is None:
-        run = RunDir(store, f"{recipe.name}-{recipe.run_fingerprint(plan.fingerprint)}")
-    return Target(recipe, run, plan)
+    return Target(recipe, RunDir(store, f"{recipe.name}-{recipe.run_fingerprint(plan.fingerprint)}"), plan)
+
+
+def _own_corpus(recipe: Recipe, run: RunDir, overrides: Sequence[str], store: Store) -> CorpusPlan:
+    """The corpus that a run was trained on: made from its files where they still make it, else as it stands."""
+    own = _trained_on(run)
+    is_said = any(word.startswith(("corpus.", "corpus=")) for word in overrides)  # then these files are meant
+    kept = None if own is None or is_said or not has_manifest(store, own) else CorpusPlan(recipe, store, (), own)
+    try:
+        plan = plan_corpus(recipe, store)
+    except DllmError:
+        if kept is None:
+            raise
+        return kept
+    if plan.fingerprint == own or run.name.endswith(f"-{recipe.run_fingerprint(plan.fingerprint)}"):
+        return plan
+    if is_said:
+        raise ConfigError(", ".join(overrides), "would make another run than", run.name, _ANOTHER_RUN)
+    if kept is None:
+        problem = f"its files make the corpus {plan.fingerprint} now, and the one it was trained on is not in storage"
+        raise DataError(run.url, problem, own, f"bring them back with their times, or {_ANOTHER_RUN}")
+    return kept
+
+
+def _trained_on(run: RunDir) -> str | None:
+    """Fingerprint of the corpus that the run's training or, of one without a training, its bundle tells of."""
+    facts, bundle = run.read_json(RUN_FACTS), run.read_json(f"{FOLDER}/{MANIFEST_NAME}")
+    told = facts or (bundle and bundle["lineage"]) or {}
+    corpus: str | None = told.get("corpus")
+    return corpus
 
 
 def find_run(target: str, overrides: Sequence[str]) -> tuple[Recipe, RunDir]:

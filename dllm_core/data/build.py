@@ -5,7 +5,8 @@
 Each leaves a receipt last (`receipts.py`).
 """
 
-from collections.abc import Iterator, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +15,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from dllm_core.data.corpus import AnyCorpus, ChatRecord, HubSource, PairRecord, PreferenceRecord
-from dllm_core.data.dedup import Signatures, duplicates, signatures
+from dllm_core.data.dedup import Signatures, duplicates, signatures, text_digest
 from dllm_core.data.encoding import Encoder
 from dllm_core.data.filters import first_reason
 from dllm_core.data.manifest import Accounting
@@ -30,15 +31,17 @@ from dllm_core.data.receipts import (
     Receipts,
     UnitReceipt,
     noise_step,
+    shards_of,
 )
 from dllm_core.data.records import BadRecord, Document, is_blank
-from dllm_core.data.shard import ShardInfo, map_shard, put_shard, to_arrow
+from dllm_core.data.shard import OpenShards, ShardInfo, map_shard, map_with_metadata, put_shard, to_arrow
 from dllm_core.data.tokenizer import Tokenizer
 from dllm_core.data.units import Unit
 from dllm_core.errors import DataError
 from dllm_core.storage.store import Store
 
 SPLITS = ("train", "heldout")
+_MAPPED_SIGNATURES = 1 << 15  # half of what a process may map; one more is mapped again for each band, in 0.2 ms
 _WEIGHT = 1  # the salt of another decision about the same text
 
 
@@ -135,27 +138,68 @@ def sign_unit(job: CorpusJob, unit: Unit) -> FileReceipt:
     return receipt
 
 
+class _StoredSignatures(Sequence[Signatures]):
+    """Those of all units, each mapped when it is asked for."""
+
+    def __init__(self, shards: OpenShards, infos: Sequence[ShardInfo]) -> None:
+        self._shards, self._infos = shards, infos
+
+    def __len__(self) -> int:
+        return len(self._infos)
+
+    def __getitem__(self, unit: Any) -> Any:
+        return Signatures.from_columns(self._shards.views(self._infos[unit]))
+
+
 def decide(job: CorpusJob, receipts: Sequence[FileReceipt]) -> None:
-    """Between the passes: which documents of the whole corpus go, written down for each unit."""
+    """Between the passes: which documents of the whole corpus go, written down for each unit with what tells them."""
     assert job.corpus.dedup is not None
-    parts = [Signatures.from_columns(map_shard(job.output, job.prefix, receipt.shard)) for receipt in receipts]
-    for receipt, found in zip(receipts, duplicates(parts, job.corpus.dedup), strict=True):
+    shards = OpenShards(job.output, job.prefix, _MAPPED_SIGNATURES)
+    parts = _StoredSignatures(shards, [receipt.shard for receipt in receipts])
+    for receipt, part, found in zip(receipts, parts, duplicates(parts, job.corpus.dedup), strict=True):
         unit = receipt.shard.unit
-        columns: dict[str, NDArray[Any]] = {"representative": found.representative}
+        columns: dict[str, NDArray[Any]] = {"representative": found.representative, "digest": part.digest}
         columns["is_exact"] = found.is_exact.astype(np.uint8)
         data, rows = to_arrow(columns, {"unit": str(unit)}), len(found.representative)
         info = put_shard(job.output, job.prefix, decisions_key(unit), data, unit=unit, rows=rows, tokens=0)
         job.receipts.write(DECISIONS, unit, FileReceipt(shard=info))
 
 
-def _decisions(job: CorpusJob, unit: Unit) -> dict[str, NDArray[Any]] | None:
-    if job.corpus.dedup is None:
-        return None
-    receipt = job.receipts.finished(DECISIONS, unit.index)
-    if receipt is None:
-        key = job.key(decisions_key(unit.index))
-        raise DataError(key, "went away or changed", remedy="run `dllm preprocess` again")
-    return map_shard(job.output, job.prefix, receipt.shard)
+class _Decisions:
+    """Which documents of a unit are duplicates, asked for in their order."""
+
+    def __init__(self, job: CorpusJob, unit: Unit) -> None:
+        self._place = f"{job.output.url}/{job.key(decisions_key(unit.index))}"
+        receipt = job.receipts.finished(DECISIONS, unit.index)
+        if receipt is None:
+            raise DataError(self._place, "went away or changed", remedy="run `dllm preprocess` again")
+        self._remedy = f"delete {job.output.url}/{job.prefix} and run `dllm preprocess` again"
+        views = map_shard(job.output, job.prefix, receipt.shard)
+        self._representative, self._is_exact = views["representative"], views["is_exact"]
+        # None: decided before digests were kept, so that only the number of documents can be compared.
+        self._digests = views["digest"].astype("<u8").tobytes() if "digest" in views else None
+        self._asked = 0
+
+    def rule(self, document: Document) -> str | None:
+        """The rule by which the next document goes, None where it stays. DataError if another one was decided on."""
+        at = self._asked
+        self._asked += 1
+        is_known = at < len(self._representative)
+        if is_known and self._digests is not None:
+            is_known = self._digests[16 * at : 16 * at + 16] == text_digest(document.text)
+        if not is_known:
+            raise self._changed(f"that at {document.offset} of {document.key} is not the document that was decided on")
+        if self._representative[at] < 0:
+            return None
+        return "exact" if self._is_exact[at] else "near"
+
+    def check_all_asked(self) -> None:
+        """Refuse a unit that has lost documents since."""
+        if self._asked != len(self._representative):
+            raise self._changed(f"of {len(self._representative)} documents {self._asked} are left")
+
+    def _changed(self, what: str) -> DataError:
+        return DataError(self._place, f"text or filters changed between two passes: {what}", remedy=self._remedy)
 
 
 @dataclass
@@ -191,7 +235,7 @@ def tokenize_unit(job: CorpusJob, tokenizer: Tokenizer, unit: Unit) -> UnitRecei
 
 def _sort(job: CorpusJob, tokenizer: Tokenizer, unit: Unit) -> _Sorted:
     found = _Sorted({split: Encoder(tokenizer, job.packing) for split in SPLITS}, bytes_in=unit.num_bytes)
-    decisions, ordinal = _decisions(job, unit), -1
+    decisions = None if job.corpus.dedup is None else _Decisions(job, unit)
     source = job.corpus.all_sources[unit.source]
     is_hub = isinstance(source, HubSource)
     for record, reason in _sifted(job, unit):
@@ -204,14 +248,15 @@ def _sort(job: CorpusJob, tokenizer: Tokenizer, unit: Unit) -> _Sorted:
         if reason is not None:
             found.removed.append(Removed.of(record, "filtered", reason))
             continue
-        ordinal += 1
-        if decisions is not None and decisions["representative"][ordinal] >= 0:
-            kind = "exact" if decisions["is_exact"][ordinal] else "near"
-            found.removed.append(Removed.of(record, "duplicates", kind))
+        rule = None if decisions is None else decisions.rule(record)
+        if rule is not None:
+            found.removed.append(Removed.of(record, "duplicates", rule))
         elif is_heldout(record.subject, job.corpus.heldout_fraction):
             found.encoders["heldout"].add(record)
         else:
             found.encoders["train"].add(record, copies(record.text, source.weight))
+    if decisions is not None:
+        decisions.check_all_asked()
     return found
 
 
@@ -238,6 +283,15 @@ def _token_shard(job: CorpusJob, tokenizer: Tokenizer, unit: Unit, split: str, r
     data = to_arrow(columns, {"split": split, "unit": str(unit.index), "tokenizer_sha256": tokenizer.digest})
     tokens = int(rows.num_tokens.sum())
     return put_shard(job.output, job.prefix, name, data, unit=unit.index, rows=len(rows.ids), tokens=tokens)
+
+
+def tokenizer_of(job: CorpusJob, receipts: Iterable[UnitReceipt]) -> str | None:
+    """sha256 of the tokenizer that made the shards, as the first whole one tells; None where there is none."""
+    for receipt in receipts:
+        for shard in shards_of(receipt):
+            with contextlib.suppress(DataError):
+                return map_with_metadata(job.output, job.prefix, shard)[1]["tokenizer_sha256"]
+    return None
 
 
 def noise_shard(job: CorpusJob, noise: CorpusNoise, tokens: ShardInfo, first_row: int, epoch: int) -> FileReceipt:

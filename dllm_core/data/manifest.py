@@ -4,6 +4,7 @@ On disk it is a small tree, so that 60,000 shards load in seconds: `manifest.jso
 shards for each split and noise epoch by its sha256.
 """
 
+import contextlib
 from typing import Any, Literal
 
 import numpy as np
@@ -21,6 +22,7 @@ from dllm_core.storage.store import Store, sha256
 
 FORMAT: Literal[1] = 1
 NAME = "manifest.json"
+TOKENIZER_NAME = "tokenizer.json"
 Counts = dict[str, int]
 _OF_ROWS = {"tokenizer_sha256", "vocab_size", "packing", "seed", "process", "t_min", "block_length", "steps"}
 
@@ -193,13 +195,26 @@ _SCHEMA = pa.schema(
 
 def read_tokenizer(store: Store, manifest: CorpusManifest) -> Tokenizer:
     """The tokenizer that made the shards, proven by its digest."""
-    key = f"{corpus_prefix(manifest.fingerprint)}/tokenizer.json"
+    key = f"{corpus_prefix(manifest.fingerprint)}/{TOKENIZER_NAME}"
     data = store.read(key)
     if sha256(data) != manifest.tokenizer_sha256:
         raise DataError(
             f"{store.url}/{key}", "is not the tokenizer of the manifest", remedy="run `dllm preprocess repair`"
         )
     return Tokenizer(data.decode("utf-8"), manifest.tokenizer, key)
+
+
+def tokenizer_digest(store: Store, fingerprint: str) -> str | None:
+    """sha256 of the tokenizer that makes a corpus: what its manifest says, or its copy has; None before there is one.
+
+    Reads none of the manifest's tables.
+    """
+    prefix = corpus_prefix(fingerprint)
+    with contextlib.suppress(ValueError, KeyError):  # damaged: the copy may be whole
+        if has_manifest(store, fingerprint):
+            return str(unseal(store.read(f"{prefix}/{NAME}"))["tokenizer_sha256"])
+    key = f"{prefix}/{TOKENIZER_NAME}"
+    return sha256(store.read(key)) if store.exists(key) else None
 
 
 def first_rows(shards: tuple[ShardInfo, ...]) -> list[int]:

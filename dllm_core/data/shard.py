@@ -62,17 +62,23 @@ def put_shard(store: Store, prefix: str, key: str, data: bytes, *, unit: int, ro
 
 def map_shard(store: Store, prefix: str, info: ShardInfo) -> dict[str, NDArray[Any]]:
     """Read-only numpy views [N] or [N K] into the mapped file, after its sha256 has been checked."""
-    return _mapped(store, prefix, info)[0]
+    return _views(_mapped(store, prefix, info)[0])
 
 
-def _mapped(store: Store, prefix: str, info: ShardInfo) -> tuple[dict[str, NDArray[Any]], Path]:
-    """The views and their file. What another process drops from the cache before it is mapped is fetched again."""
+def map_with_metadata(store: Store, prefix: str, info: ShardInfo) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
+    """The views of `map_shard`, and what `to_arrow` was given beside them."""
+    batch, _ = _mapped(store, prefix, info)
+    return _views(batch), {key.decode(): value.decode() for key, value in (batch.schema.metadata or {}).items()}
+
+
+def _mapped(store: Store, prefix: str, info: ShardInfo) -> tuple[pa.RecordBatch, Path]:
+    """The one batch and the file. What another process drops from the cache before it is mapped is fetched again."""
     key, again = f"{prefix}/{info.key}", f"delete {store.url}/{prefix} and run `dllm preprocess` again"
     for attempt in range(_FETCHES):
         try:
             path = fetch_intact(store, key, info.sha256)
             if path is not None:
-                return _views(path), path
+                return _batch(path), path
         except DataError as error:
             raise DataError(error.place, error.problem, remedy=error.remedy or again) from error
         except (OSError, pa.ArrowException) as error:
@@ -116,15 +122,15 @@ class OpenShards:
             return views
 
     def _first(self, info: ShardInfo) -> dict[str, NDArray[Any]]:
-        views, path = _mapped(self._store, self._prefix, info)
+        batch, path = _mapped(self._store, self._prefix, info)
         with contextlib.suppress(FileNotFoundError):  # dropped from the cache since: hashed again next time
             self._checked[info.key] = path, _identity(path)
-        return views
+        return _views(batch)
 
     def _again(self, info: ShardInfo) -> dict[str, NDArray[Any]] | None:
         path, identity = self._checked.get(info.key, (None, ()))
         try:
-            return _views(path) if path is not None and _identity(path) == identity else None
+            return _views(_batch(path)) if path is not None and _identity(path) == identity else None
         except (OSError, pa.ArrowException):
             return None
 
@@ -135,8 +141,11 @@ def _identity(path: Path) -> tuple[int, ...]:
     return stat.st_dev, stat.st_ino, stat.st_size
 
 
-def _views(path: Path) -> dict[str, NDArray[Any]]:
-    batch = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
+def _batch(path: Path) -> pa.RecordBatch:
+    return pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
+
+
+def _views(batch: pa.RecordBatch) -> dict[str, NDArray[Any]]:
     views: dict[str, NDArray[Any]] = {}
     for name, column in zip(batch.schema.names, batch.columns, strict=True):
         width = column.type.list_size if pa.types.is_fixed_size_list(column.type) else None

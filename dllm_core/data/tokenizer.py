@@ -131,16 +131,7 @@ class Tokenizer:
     @classmethod
     def given(cls, config: TokenizerConfig) -> "Tokenizer":
         """The tokenizer that `tokenizer.path` names, a file or an object on S3, with the markers that it lacks."""
-        path = str(config.path)
-        try:
-            if path.startswith("s3://"):
-                root, _, name = path.rpartition("/")
-                text = open_store("tokenizer.path", root).read(name).decode("utf-8")
-            else:
-                text = Path(path).read_text(encoding="utf-8")
-        except (DataError, OSError, UnicodeDecodeError) as error:
-            raise DataError("tokenizer.path", f"cannot be read ({error})", path) from error
-        return cls(with_markers(text, config, path), config, path)
+        return cls(given_json(config), config, str(config.path))
 
     @classmethod
     def train(cls, texts: Iterable[str], config: TokenizerConfig) -> "Tokenizer":
@@ -271,6 +262,20 @@ class Tokenizer:
         if token in self.special_ids:
             return str(self._core.id_to_token(token))
         return str(self._core.decode([token], skip_special_tokens=False))
+
+
+def given_json(config: TokenizerConfig) -> str:
+    """The JSON of the tokenizer that `tokenizer.path` names, with the markers that it lacks; not yet looked at."""
+    path = str(config.path)
+    try:
+        if path.startswith("s3://"):
+            root, _, name = path.rpartition("/")
+            text = open_store("tokenizer.path", root).read(name).decode("utf-8")
+        else:
+            text = Path(path).read_text(encoding="utf-8")
+    except (DataError, OSError, UnicodeDecodeError) as error:
+        raise DataError("tokenizer.path", f"cannot be read ({error})", path) from error
+    return with_markers(text, config, path)
 
 
 def with_markers(json_text: str, config: TokenizerConfig, place: str) -> str:

@@ -11,12 +11,29 @@ import pyarrow as pa
 from dllm_core.data.build import CorpusJob
 from dllm_core.data.loader import corpus_noise, evenly
 from dllm_core.data.manifest import CorpusManifest, first_rows
-from dllm_core.data.noising import token_flags
+from dllm_core.data.noising import CorpusNoise, token_flags
+from dllm_core.data.packing import AnyPacking
 from dllm_core.data.receipts import DECISIONS, SIGNATURES, TOKENS, noise_step
-from dllm_core.data.shard import ShardInfo, id_type, map_shard
+from dllm_core.data.shard import ShardInfo, id_type, map_shard, map_with_metadata
 from dllm_core.errors import DataError
 
 _SAMPLE_ROWS = 64
+
+
+@dataclass(frozen=True)
+class Promise:
+    """What a check needs of the manifest: its tables of shards go to no task (223,517 units took 5 s to unpickle)."""
+
+    tokenizer_sha256: str
+    vocab_size: int
+    packing: AnyPacking
+    noise: CorpusNoise
+
+    @classmethod
+    def of(cls, manifest: CorpusManifest, mask_id: int) -> "Promise":
+        """Of a finished corpus."""
+        noise = corpus_noise(manifest, mask_id)
+        return cls(manifest.tokenizer_sha256, manifest.vocab_size, manifest.packing, noise)
 
 
 @dataclass(frozen=True)
@@ -59,14 +76,14 @@ def checks_of(job: CorpusJob, manifest: CorpusManifest) -> list[ShardCheck]:
     return checks
 
 
-def verify_shard(job: CorpusJob, manifest: CorpusManifest, mask_id: int, check: ShardCheck) -> Problem | None:
+def verify_shard(job: CorpusJob, promise: Promise, check: ShardCheck) -> Problem | None:
     """The first thing that is wrong with a shard, or None."""
     try:
         if check.is_intermediate:
             map_shard(job.output, job.prefix, check.shard)
             return None
         is_noise = check.epoch is not None
-        what = _noise(job, manifest, mask_id, check) if is_noise else _tokens(job, manifest, check.shard)
+        what = _noise(job, promise, check) if is_noise else _tokens(job, promise, check.shard)
     except DataError as error:
         what = error.problem
     except (pa.ArrowException, KeyError, ValueError) as error:
@@ -74,23 +91,25 @@ def verify_shard(job: CorpusJob, manifest: CorpusManifest, mask_id: int, check: 
     return None if what is None else Problem(check.shard.key, what, check.receipt)
 
 
-def _tokens(job: CorpusJob, manifest: CorpusManifest, shard: ShardInfo) -> str | None:
-    views = map_shard(job.output, job.prefix, shard)
+def _tokens(job: CorpusJob, promise: Promise, shard: ShardInfo) -> str | None:
+    views, metadata = map_with_metadata(job.output, job.prefix, shard)
     ids, counts = views["ids"], views["num_tokens"]
-    if ids.shape != (shard.rows, manifest.seq_len) or ids.dtype != id_type(manifest.vocab_size):
-        return f"ids are {ids.dtype} {list(ids.shape)}, not [{shard.rows} {manifest.seq_len}]"
-    if manifest.packing.isolates != ("starts" in views):
+    if ids.shape != (shard.rows, promise.packing.seq_len) or ids.dtype != id_type(promise.vocab_size):
+        return f"ids are {ids.dtype} {list(ids.shape)}, not [{shard.rows} {promise.packing.seq_len}]"
+    if promise.packing.isolates != ("starts" in views):
         return "document boundaries are not as the packing asks"
-    if len(ids) and int(ids.max()) >= manifest.vocab_size:
-        return f"holds the id {int(ids.max())}, the vocabulary ends at {manifest.vocab_size}"
-    if len(counts) and not 1 <= int(counts.min()) <= int(counts.max()) <= manifest.seq_len:
+    if len(ids) and int(ids.max()) >= promise.vocab_size:
+        return f"holds the id {int(ids.max())}, the vocabulary ends at {promise.vocab_size}"
+    if len(counts) and not 1 <= int(counts.min()) <= int(counts.max()) <= promise.packing.seq_len:
         return "counts more tokens than a row has"
     if int(counts.sum()) != shard.tokens:
         return f"holds {int(counts.sum())} tokens, the manifest says {shard.tokens}"
+    if metadata.get("tokenizer_sha256") != promise.tokenizer_sha256:
+        return "was made by another tokenizer than the manifest's"
     return None
 
 
-def _noise(job: CorpusJob, manifest: CorpusManifest, mask_id: int, check: ShardCheck) -> str | None:
+def _noise(job: CorpusJob, promise: Promise, check: ShardCheck) -> str | None:
     assert check.tokens is not None
     assert check.epoch is not None
     views = map_shard(job.output, job.prefix, check.shard)
@@ -102,8 +121,8 @@ def _noise(job: CorpusJob, manifest: CorpusManifest, mask_id: int, check: ShardC
         return None  # the check of the tokens says so; this file is what the manifest promises
     rows = evenly(np.arange(check.tokens.rows), _SAMPLE_ROWS)
     some = {name: column[rows] for name, column in tokens.items()}
-    x0, flags = some["ids"].astype(np.int64), token_flags(some, manifest.seq_len)
-    noise = corpus_noise(manifest, mask_id)
+    x0, flags = some["ids"].astype(np.int64), token_flags(some, promise.packing.seq_len)
+    noise = promise.noise
     xt, t = noise.corrupt(check.epoch, check.first_row + rows, x0, **flags)
     computed = noise.columns(x0, xt, t)
     if computed.keys() == views.keys() and all(np.array_equal(views[name][rows], computed[name]) for name in views):

@@ -28,7 +28,7 @@ from dllm_core.training.loop import EMA_NAME
 from dllm_core.training.lora import merged
 from dllm_core.training.started import StartedWeights, open_start
 from workflows.recipe import Recipe
-from workflows.train.job import denoiser_config
+from workflows.train.job import check_rows, denoiser_config
 
 
 def make_bundle(recipe: Recipe, run: RunDir, corpus: str) -> Lineage:
@@ -37,6 +37,8 @@ def make_bundle(recipe: Recipe, run: RunDir, corpus: str) -> Lineage:
     digests = [checkpoint.manifest.files[EMA_NAME].sha256 for checkpoint in found]
     store = run.store
     manifest = read_manifest(store, corpus)
+    for checkpoint in found:
+        check_rows(checkpoint.manifest, manifest, recipe.train.accept_corpus)
     tokenizer = read_tokenizer(store, manifest)
     lineage = Lineage(
         run=run.name,

@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from dllm_core.data.build import CorpusJob, decide, noise_shard, sample_texts, sign_unit, tokenize_unit
+from dllm_core.data.build import CorpusJob, decide, noise_shard, sample_texts, sign_unit, tokenize_unit, tokenizer_of
 from dllm_core.data.loader import corpus_noise
 from dllm_core.data.manifest import (
+    TOKENIZER_NAME,
     Accounting,
     CorpusManifest,
     Split,
@@ -25,15 +26,17 @@ from dllm_core.data.manifest import (
     first_rows,
     has_manifest,
     read_manifest,
+    tokenizer_digest,
     write_manifest,
 )
+from dllm_core.data.noising import CorpusNoise
 from dllm_core.data.receipts import DECISIONS, SIGNATURES, TOKENS, FileReceipt, UnitReceipt, noise_step, shards_of
 from dllm_core.data.shard import ShardInfo, id_type
 from dllm_core.data.sources import find_files
-from dllm_core.data.tokenizer import Tokenizer
+from dllm_core.data.tokenizer import Tokenizer, given_json
 from dllm_core.data.units import SourceFiles, Unit, plan_units
 from dllm_core.errors import DataError
-from dllm_core.storage.store import Store
+from dllm_core.storage.store import Store, sha256
 from workflows.fan_out import FanOut
 from workflows.placement import PreprocessPlacement
 from workflows.recipe import Recipe
@@ -43,7 +46,7 @@ OnProgress = Callable[[str, int, int], None]  # what is done, how many, of how m
 
 @dataclass(frozen=True)
 class CorpusPlan:
-    """A corpus as it will be: where it comes from and its identity."""
+    """A corpus as it will be: where it comes from and its identity. listed: () if it can only be read as it stands."""
 
     recipe: Recipe
     store: Store
@@ -92,7 +95,10 @@ class CorpusPlan:
         )
 
     def units(self) -> list[Unit]:
-        """The work, cut."""
+        """The work, cut. DataError for a corpus that can only be read."""
+        if not self.listed:
+            problem = "the files that it was made from have changed, so nothing of it can be made"
+            raise DataError(self.url, problem, remedy="bring them back with their times, or start from a recipe file")
         return plan_units(self.recipe.corpus, self.listed)
 
     def existing(self) -> CorpusManifest | None:
@@ -106,10 +112,28 @@ class CorpusPlan:
 def plan_corpus(recipe: Recipe, store: Store, listed: tuple[SourceFiles, ...] | None = None) -> CorpusPlan:
     """List the sources, unless they are `listed`, and name the corpus. Every mistake about paths is found here."""
     listed = listed or find_files(recipe.corpus, store)
-    found = recipe.corpus_fingerprint([f for files in listed for f in files.files])
-    if recipe.tokenizer.path is not None and not store.exists(f"{corpus_prefix(found)}/tokenizer.json"):
-        Tokenizer.given(recipe.tokenizer)  # a bad one is refused before work starts
-    return CorpusPlan(recipe, store, listed, found)
+    plan = CorpusPlan(recipe, store, listed, recipe.corpus_fingerprint([files.files for files in listed]))
+    if recipe.tokenizer.path is not None:
+        _check_given(plan)
+    return plan
+
+
+def _check_given(plan: CorpusPlan) -> None:
+    """Refuse a given tokenizer that is bad, or that was replaced since the corpus was made with it."""
+    recipe, known = plan.recipe, tokenizer_digest(plan.store, plan.fingerprint)
+    if known is None:
+        Tokenizer.given(recipe.tokenizer)
+        return
+    if recipe.start is not None:
+        return  # its digest is in the corpus's name
+    try:
+        given = sha256(given_json(recipe.tokenizer).encode())
+    except DataError:
+        return  # it went away, or is none any more: the corpus has a copy
+    if given != known:
+        problem = f"is no longer the tokenizer that made {plan.url}"
+        remedy = "bring it back, or give another one another name"
+        raise DataError("tokenizer.path", problem, recipe.tokenizer.path, remedy)
 
 
 @dataclass
@@ -165,7 +189,7 @@ class Preprocessing:
     def _tokenizer(self, job: CorpusJob, units: list[Unit]) -> Tokenizer:
         """The recipe's tokenizer, or one trained on the corpus; it is kept beside the shards."""
         config = self.plan.recipe.tokenizer
-        key = job.key("tokenizer.json")
+        key = job.key(TOKENIZER_NAME)
         if job.output.exists(key):
             return Tokenizer(job.output.read(key).decode(), config, key)
         if config.path is not None:
@@ -174,6 +198,10 @@ class Preprocessing:
             self.on_progress("training the tokenizer", 0, 0)
             train = partial(_train_tokenizer, job, units)
             [tokenizer] = self.fan_out(train, [config], workers=1, demand=self._placement.demand)
+        [tokenized] = job.receipts.all_finished(TOKENS)
+        if tokenizer_of(job, tokenized.values()) not in (None, tokenizer.digest):
+            url, problem = self.plan.url, "was lost, and the one made in its place is not that of the shards"
+            raise DataError(f"{url}/{TOKENIZER_NAME}", problem, remedy=f"delete {url} and run again")
         job.output.put(key, tokenizer.json_text.encode())
         return tokenizer
 
@@ -204,7 +232,7 @@ class Preprocessing:
         ]
         done = job.receipts.all_finished(*map(noise_step, epochs))
         missing = [task for task in wanted if task.tokens.unit not in done[task.epoch]]
-        draw = partial(_draw_noise, job, manifest, mask_id)
+        draw = partial(_draw_noise, job, corpus_noise(manifest, mask_id))  # the manifest itself is large
         for task, made in zip(missing, self._tasks("noise", draw, missing, wanted), strict=True):
             done[task.epoch][task.tokens.unit] = made
         return tuple(tuple(done[epoch][shard.unit].shard for shard in shards) for epoch in epochs)
@@ -260,8 +288,8 @@ class _NoiseTask:
     epoch: int
 
 
-def _draw_noise(job: CorpusJob, manifest: CorpusManifest, mask_id: int, task: _NoiseTask) -> FileReceipt:
-    return noise_shard(job, corpus_noise(manifest, mask_id), task.tokens, task.first_row, task.epoch)
+def _draw_noise(job: CorpusJob, noise: CorpusNoise, task: _NoiseTask) -> FileReceipt:
+    return noise_shard(job, noise, task.tokens, task.first_row, task.epoch)
 
 
 def _train_tokenizer(job: CorpusJob, units: list[Unit], config: Any) -> Tokenizer:

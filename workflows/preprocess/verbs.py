@@ -8,11 +8,11 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-from dllm_core.data.build import sample_texts
-from dllm_core.data.manifest import NAME, read_manifest, read_tokenizer
+from dllm_core.data.build import sample_texts, tokenizer_of
+from dllm_core.data.manifest import NAME, TOKENIZER_NAME, CorpusManifest, read_manifest, read_tokenizer
 from dllm_core.data.receipts import DECISIONS, SIGNATURES, TOKENS, Step, noise_step, shards_of
 from dllm_core.data.tokenizer import Tokenizer
-from dllm_core.data.verify import Problem, checks_of, verify_shard
+from dllm_core.data.verify import Problem, Promise, checks_of, verify_shard
 from dllm_core.errors import DataError
 from dllm_core.storage.store import sha256
 from workflows.fan_out import FanOut
@@ -64,14 +64,26 @@ def plan(corpus: CorpusPlan) -> dict[str, Any]:
 
 def verify(corpus: CorpusPlan, fan_out: FanOut, on_progress: OnProgress) -> list[Problem]:
     """Everything that is wrong with a finished corpus; an unreadable manifest is a DataError."""
-    job, manifest = corpus.job(), read_manifest(corpus.store, corpus.fingerprint)
+    return _bad_shards(corpus, *_promised(corpus), fan_out, on_progress)
+
+
+def _promised(corpus: CorpusPlan) -> tuple[CorpusManifest, Tokenizer]:
+    """Manifest and tokenizer of a finished corpus; a DataError if one of them is not as it was written."""
+    manifest = read_manifest(corpus.store, corpus.fingerprint)
     tokenizer = read_tokenizer(corpus.store, manifest)
     manifest.accounting.check(f"{corpus.url}/{NAME}")
+    return manifest, tokenizer
+
+
+def _bad_shards(
+    corpus: CorpusPlan, manifest: CorpusManifest, tokenizer: Tokenizer, fan_out: FanOut, on_progress: OnProgress
+) -> list[Problem]:
+    job = corpus.job()
     checks = checks_of(job, manifest)
     placement = corpus.recipe.placement.preprocess
     on_progress("shards", 0, len(checks))
     found = fan_out(
-        partial(verify_shard, job, manifest, tokenizer.mask_id),
+        partial(verify_shard, job, Promise.of(manifest, tokenizer.mask_id)),
         checks,
         workers=placement.workers,
         demand=placement.demand,
@@ -84,9 +96,11 @@ def repair(corpus: CorpusPlan, fan_out: FanOut, on_progress: OnProgress) -> dict
     """Run again exactly what is bad or missing: the steps whose receipts are taken back. Then verify."""
     job, store = corpus.job(), corpus.store
     try:
-        problems = verify(corpus, fan_out, on_progress)
+        promised = _promised(corpus)
     except DataError as error:
         problems = _without_manifest(corpus, error)
+    else:  # a check that was lost with its worker says nothing of the manifest
+        problems = _bad_shards(corpus, *promised, fan_out, on_progress)
     for problem in problems:
         if problem.receipt is not None:
             store.delete(job.key(problem.receipt))
@@ -103,15 +117,12 @@ def _without_manifest(corpus: CorpusPlan, error: DataError) -> list[Problem]:
     """A manifest or tokenizer that cannot be read: receipts still say what was made, and each file is looked at."""
     job = corpus.job()
     problems = [Problem(NAME, error.problem)]
-    tokenizer_key = job.key("tokenizer.json")
-    try:
-        Tokenizer(job.output.read(tokenizer_key).decode(), corpus.recipe.tokenizer, tokenizer_key)
-    except (DataError, UnicodeDecodeError):
-        problems.append(Problem("tokenizer.json", "cannot be read", "tokenizer.json"))
-    if "tokenizer" in error.problem:
-        problems.append(Problem("tokenizer.json", error.problem, "tokenizer.json"))
+    [tokenized] = job.receipts.all_finished(TOKENS)
+    key, made = job.key(TOKENIZER_NAME), tokenizer_of(job, tokenized.values())
+    if not job.output.exists(key) or sha256(job.output.read(key)) != made:
+        problems.append(Problem(TOKENIZER_NAME, "is not the tokenizer of the shards", TOKENIZER_NAME))
     of_files = (SIGNATURES, DECISIONS, *map(noise_step, range(corpus.recipe.noise.epochs)))
-    found: list[tuple[Step[Any], dict[int, Any]]] = [(TOKENS, job.receipts.all_finished(TOKENS)[0])]
+    found: list[tuple[Step[Any], dict[int, Any]]] = [(TOKENS, tokenized)]
     found += zip(of_files, job.receipts.all_finished(*of_files), strict=True)
     for step, receipts in found:
         for unit, receipt in receipts.items():

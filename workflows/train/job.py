@@ -11,6 +11,8 @@ from dllm_core.errors import DataError
 from dllm_core.model.config import DenoiserConfig
 from workflows.recipe import Recipe
 
+RUN_FACTS = "run.json"
+
 
 @dataclass(frozen=True)
 class WorkerJob:

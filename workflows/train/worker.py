@@ -18,11 +18,10 @@ from dllm_core.training.events import StepRecord
 from dllm_core.training.watchdog import Watchdog
 from workflows.train.announcements import Announcer, StopWatch
 from workflows.train.facts import facts
-from workflows.train.job import WorkerJob
+from workflows.train.job import RUN_FACTS, WorkerJob
 from workflows.train.session import MetricsLog, Silence, open_session, train_to_end
 from workflows.train.trackers import open_trackers, scalars
 
-RUN_FACTS = "run.json"
 _STALLS = "stalls"
 
 

@@ -12,7 +12,7 @@ from dllm_core.data.manifest import corpus_prefix
 from dllm_core.data.noising import CorpusNoise
 from dllm_core.data.order import SampleOrder
 from dllm_core.data.shard import map_shard, put_shard
-from dllm_core.data.verify import checks_of, verify_shard
+from dllm_core.data.verify import Promise, checks_of, verify_shard
 from dllm_core.noise.process import AbsorbingNoise, HybridNoise, UniformNoise
 from workflows.preprocess.flow import plan_corpus
 
@@ -135,9 +135,9 @@ def test_verify_finds_a_token_or_a_time_that_is_not_the_noise_of_its_row_whateve
     """The files are written again with their manifest, as a faulty worker would: only what is computed tells."""
     corpus = corpus_of(tmp_path, kind, epochs=1)
     job = plan_corpus(corpus.recipe, corpus.store).job()
-    manifest, mask_id = corpus.manifest, corpus.tokenizer.mask_id
+    manifest, promise = corpus.manifest, Promise.of(corpus.manifest, corpus.tokenizer.mask_id)
     [check] = [c for c in checks_of(job, manifest) if c.epoch == 0][:1]
-    assert all(verify_shard(job, manifest, mask_id, c) is None for c in checks_of(job, manifest))
+    assert all(verify_shard(job, promise, c) is None for c in checks_of(job, manifest))
     views = {name: np.array(view) for name, view in map_shard(job.output, job.prefix, check.shard).items()}
     assert ("xt" in views) == ("process" in KINDS[kind])
     for name, view in views.items():
@@ -145,7 +145,7 @@ def test_verify_finds_a_token_or_a_time_that_is_not_the_noise_of_its_row_whateve
         damaged[name].reshape(len(view), -1)[0, 0] += 1
         kept = {"unit": check.shard.unit, "rows": check.shard.rows, "tokens": check.shard.tokens}
         info = put_shard(job.output, job.prefix, "noise/forged.arrow", to_arrow(damaged, {}), **kept)
-        problem = verify_shard(job, manifest, mask_id, replace(check, shard=info))
+        problem = verify_shard(job, promise, replace(check, shard=info))
         assert problem is not None, name
         assert problem.what == "is not the noise that is computed for these rows"
 

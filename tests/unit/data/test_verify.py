@@ -11,7 +11,7 @@ from dllm_core.config.fingerprint import seal, unseal
 from dllm_core.data.build import to_arrow
 from dllm_core.data.manifest import corpus_prefix
 from dllm_core.data.shard import map_shard
-from dllm_core.data.verify import ShardCheck, checks_of, verify_shard
+from dllm_core.data.verify import Promise, ShardCheck, checks_of, verify_shard
 from dllm_core.errors import DataError
 from dllm_core.storage.store import LocalStore, sha256
 from workflows.fan_out import serially
@@ -88,19 +88,20 @@ def test_numbers_that_mean_nothing_are_found_though_every_sha256_is_right(copy):
     corpus, folder, _ = copy
     job = corpus.job()
     manifest = corpus.existing()
+    promise = Promise.of(manifest, 0)
     shard = manifest.train.shards[0]
     columns = {name: np.array(values) for name, values in map_shard(job.output, job.prefix, shard).items()}
     columns["ids"][0, 0] = 60_000
     data = to_arrow(columns, {})
     (folder / shard.key).write_bytes(data)
     wrong = shard.model_copy(update={"bytes": len(data), "sha256": sha256(data)})
-    found = verify_shard(job, manifest, 0, ShardCheck(wrong, "receipts/any"))
+    found = verify_shard(job, promise, ShardCheck(wrong, "receipts/any"))
     assert "60000" in found.what
     first, second = manifest.noise_epochs[0][1], manifest.noise_epochs[1][1]
     swapped = ShardCheck(second, "receipts/any", 0, manifest.train.shards[1], manifest.train.shards[0].rows)
-    assert "is not the noise" in verify_shard(job, manifest, 0, swapped).what
+    assert "is not the noise" in verify_shard(job, promise, swapped).what
     right = ShardCheck(first, "receipts/any", 0, manifest.train.shards[1], manifest.train.shards[0].rows)
-    assert verify_shard(job, manifest, 0, right) is None
+    assert verify_shard(job, promise, right) is None
 
 
 @pytest.mark.parametrize("victims", ["tokens", "noise", "manifest.json", "manifest", "tokenizer.json", "dedup"])
