@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import SmallCorpus, make_small_corpus, small_recipe, small_text
 
-from dllm_core.data.loader import Loader, Prefetcher, split_rows
+from dllm_core.data.loader import Loader, Prefetcher, all_rows, split_rows
 from dllm_core.data.manifest import corpus_prefix, read_tokenizer
 from dllm_core.errors import ConfigError, DataError
 from dllm_core.storage.store import LocalStore, open_store
@@ -176,6 +176,38 @@ def test_a_prompt_is_never_noised_and_never_counted(tmp_path, packing):
     assert np.array_equal(batch.xt, again.xt)
     assert np.array_equal(batch.t, again.t)
     assert (batch.segment_ids is not None) == (packing == "isolated")
+
+
+@pytest.mark.parametrize("order", ["forwards", "backwards"])
+@pytest.mark.parametrize("packing", ["padded", "isolated", "wrap"])
+def test_beside_conversations_plain_text_counts_whole(tmp_path, monkeypatch, packing, order):
+    chats(tmp_path / "chats")
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain" / "a.txt").write_text("\n".join(f"line {i} is plain" for i in range(120)))
+    plain, chat = (
+        {"type": "text", "path": str(tmp_path / "plain"), "document": "line"},
+        {"type": "jsonl", "path": str(tmp_path / "chats"), "record": {"type": "chat"}},
+    )
+    corpus = made(
+        tmp_path,
+        corpus={"type": "mixture", "sources": [plain, chat] if order == "forwards" else [chat, plain]},
+        tokenizer={"vocab_size": 320, "chat": {}},
+        packing={"type": packing, "seq_len": 48},
+    )
+    store, manifest, mask_id = corpus.store, corpus.manifest, corpus.tokenizer.mask_id
+    # New memory holds anything: here nothing is set, so that what nobody fills shows.
+    monkeypatch.setattr(np, "empty", np.zeros)
+    rows = np.random.default_rng(0).permutation(manifest.train.rows)
+    found = all_rows(store, manifest, manifest.train, rows)
+    is_chat = (found.x0 == corpus.tokenizer.role_id("user")).any(1)
+    assert 0 < is_chat.sum() < len(rows)
+    assert np.array_equal(found.is_learned[~is_chat], found.is_real[~is_chat])
+    assert (found.is_learned[is_chat].sum(1) < found.is_real[is_chat].sum(1)).all()
+    stored = Loader.open(store, manifest, mask_id)
+    computed = Loader.open(store, manifest.model_copy(update={"noise_epochs": ()}), mask_id)
+    for left, right in ((stored.batch(k, n), computed.batch(k, n)) for k, n in ((0, 64), (5, 1), (6, 2), (90, 30))):
+        assert np.array_equal(left.xt, right.xt)
+        assert np.array_equal(left.loss_mask, right.loss_mask)
 
 
 def test_conversations_without_markers_are_refused_by_the_recipe(tmp_path):
