@@ -35,6 +35,9 @@ _NEWLINES = {"line": 1, "paragraph": 2}
 _READ_AHEAD = 1 << 16
 _PIECE_BYTES = 16 << 20  # of a unit at once: two of these are held, and 30 ms for each are a twentieth of a task's time
 _INFLATE_BYTES = 1 << 20
+# Of Zstandard at once: 4 bytes can be a block of 128 KiB, so what they inflate to is 16 MiB at most. 1.5x over pieces
+# of 16 KiB, at 290 MB/s of text.
+_FRAME_BYTES = 1 << 9
 _ROWS_AT_ONCE = 1 << 10
 Record = Document | BadRecord
 RawRecord = tuple[int, bytes]
@@ -148,14 +151,27 @@ def _inflate(store: Store, segment: Segment) -> Iterator[bytes]:
     if stat is None:
         raise DataError(segment.key, "no such file")
     with StoredFile(store, stat) as file:
-        stream: Any
-        if segment.key.endswith(".gz"):
-            stream = gzip.GzipFile(fileobj=io.BufferedReader(file, _INFLATE_BYTES))
-        else:
-            source: Any = file  # its stub asks for IO[bytes], which no RawIOBase is
-            stream = zstandard.ZstdDecompressor().stream_reader(source, read_across_frames=True)
-        while piece := stream.read(_INFLATE_BYTES):
+        buffered = io.BufferedReader(file, _INFLATE_BYTES)
+        if segment.key.endswith(".zst"):
+            yield from _inflate_frames(buffered)
+            return
+        stream = gzip.GzipFile(fileobj=buffered)
+        while piece := stream.read1(_INFLATE_BYTES):  # `read` would lose what it has where the file breaks off
             yield piece
+
+
+def _inflate_frames(file: io.BufferedIOBase) -> Iterator[bytes]:
+    """Not `stream_reader`, to which the end of the file is the end of a frame; EOFError where it is not."""
+    decompressor = zstandard.ZstdDecompressor()
+    frame = decompressor.decompressobj()
+    while data := file.read(_FRAME_BYTES):
+        while data:
+            if frame.eof:
+                frame = decompressor.decompressobj()
+            yield frame.decompress(data)
+            data = frame.unused_data
+    if not frame.eof:
+        raise EOFError("Compressed file ended inside a frame")
 
 
 def _read_table(source: ParquetSource | ArrowSource, store: Store, segment: Segment) -> Iterator[Record]:
