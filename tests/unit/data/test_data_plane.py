@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from conftest import SmallCorpus, make_small_corpus, small_recipe, small_text
 
+from dllm_core.data.build import is_heldout, sample_texts
 from dllm_core.data.loader import Loader, Prefetcher, all_rows, split_rows
 from dllm_core.data.manifest import corpus_prefix, read_tokenizer
+from dllm_core.data.readers import read_unit
 from dllm_core.errors import ConfigError, DataError
 from dllm_core.storage.store import LocalStore, open_store
 from workflows.fan_out import serially
@@ -142,6 +144,34 @@ def test_a_weight_is_how_often_a_training_document_is_taken(tmp_path):
     assert 2.2 < np.mean([n for n in doubles if n > 1]) < 2.8
     assert count.filtered["weight"] == len(TEXTS) - halves
     count.check("corpus")
+
+
+@pytest.mark.parametrize("files", ["a source each", "taking turns"])
+@pytest.mark.parametrize("documents", [4, 20, 57])
+def test_a_tokenizer_learns_from_all_sources_however_long_their_documents_are(tmp_path, files, documents):
+    size = 5000  # bytes of a document, each a unit of its own
+    for i in range(120):
+        script, letters = ("latin", "abcd") if i % 2 else ("greek", "αβγδ")
+        path = tmp_path / script / f"{i:03}.txt" if files == "a source each" else tmp_path / "all" / f"{i:03}.txt"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text((letters * size).encode()[:size].decode() + str(i), encoding="utf-8")
+    sources = [{"type": "text", "path": str(path)} for path in sorted(tmp_path.iterdir())]
+    corpus = {"type": "mixture", "unit_bytes": 2048, "heldout_fraction": 0.01, "sources": sources}
+    recipe = small_recipe(tmp_path).model_dump(mode="json") | {"corpus": corpus}
+    planned = plan_corpus(Recipe.checked(recipe), LocalStore(tmp_path / "storage"))
+    texts = sample_texts(planned.job(), planned.units(), documents * size)
+    assert len(texts) == documents
+    assert abs(sum(text.startswith("a") for text in texts) - documents / 2) <= max(1, 0.1 * documents)
+    every = sample_texts(planned.job(), planned.units(), 1 << 30)
+    assert [text for text in every if text in set(texts)] == texts
+
+
+def test_a_tokenizer_learns_from_every_document_in_their_order_if_there_are_no_more_than_it_takes(small_corpus):
+    planned = plan_corpus(small_corpus.recipe, small_corpus.store)
+    units, job = planned.units(), planned.job()
+    records = [record for unit in units for record in read_unit(job.corpus, job.stores, unit)]
+    train = [record.text for record in records if not is_heldout(record.text, job.corpus.heldout_fraction)]
+    assert sample_texts(job, units, 1 << 30) == train
 
 
 def chats(folder: Path) -> None:
