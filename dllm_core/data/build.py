@@ -38,6 +38,7 @@ from dllm_core.data.shard import OpenShards, ShardInfo, map_shard, map_with_meta
 from dllm_core.data.tokenizer import Tokenizer
 from dllm_core.data.units import Unit
 from dllm_core.errors import DataError
+from dllm_core.noise.times import GOLDEN
 from dllm_core.storage.store import Store
 
 SPLITS = ("train", "heldout")
@@ -82,24 +83,42 @@ def copies(text: str, weight: float) -> int:
 
 
 def sample_texts(job: CorpusJob, units: Sequence[Unit], limit_bytes: int) -> list[str]:
-    """Training documents from evenly spaced units, up to `limit_bytes`: what a tokenizer is trained on."""
-    texts, size = [], 0
+    """Training documents in unit order, up to `limit_bytes`: what a tokenizer is trained on.
+
+    Each unit gives its share, and one document at least: where documents are longer than that, of evenly spread units.
+    """
     share = max(1, limit_bytes // max(1, len(units)))
-    for unit in units:
-        of_unit = 0
-        for record, reason in _sifted(job, unit):
-            if reason is not None:
-                continue
-            assert isinstance(record, Document)
-            if is_heldout(record.subject, job.corpus.heldout_fraction):
-                continue
-            pieces = record.pieces
-            texts += pieces
-            of_unit += sum(len(piece.encode()) for piece in pieces)
-            if of_unit >= share:
-                break
-        size += of_unit
+    of_unit: dict[int, list[str]] = {}
+    size = 0
+    for number in _spread(len(units)):
+        texts = of_unit[number] = _first_texts(job, units[number], share)
+        size += sum(len(text.encode()) for text in texts)
         if size >= limit_bytes:
+            break
+    return [text for number in sorted(of_unit) for text in of_unit[number]]
+
+
+def _spread(count: int) -> list[int]:
+    """The numbers below `count`, of which any first ones are evenly spread, even ones and odd ones alike.
+
+    So files of two languages may take turns, too.
+    """
+    return sorted(range(count), key=lambda number: number * int(GOLDEN) % (1 << 64))
+
+
+def _first_texts(job: CorpusJob, unit: Unit, at_least: int) -> list[str]:
+    """The pieces of a unit's first training documents, of so many bytes if it has them."""
+    texts: list[str] = []
+    size = 0
+    for record, reason in _sifted(job, unit):
+        if reason is not None:
+            continue
+        assert isinstance(record, Document)
+        if is_heldout(record.subject, job.corpus.heldout_fraction):
+            continue
+        texts += record.pieces
+        size += sum(len(piece.encode()) for piece in record.pieces)
+        if size >= at_least:
             break
     return texts
 

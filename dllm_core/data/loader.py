@@ -21,6 +21,7 @@ from dllm_core.seeding import Bools, Floats, Ints
 from dllm_core.storage.store import Store
 
 _ORDER_AHEAD = 1 << 13
+_ALL = 0xFF  # a byte of set flags
 
 
 class SplitReader:
@@ -33,7 +34,10 @@ class SplitReader:
         self._first_rows = np.array(first_rows(infos), np.int64)
 
     def read(self, columns: tuple[str, ...], rows: Ints) -> dict[str, NDArray[Any]]:
-        """Those of the columns that are stored, at global row ids [N]: each [N] or [N K], in the order asked for."""
+        """Those of the columns that are stored, at global row ids [N]: each [N] or [N K], in the order asked for.
+
+        `is_learned` is all set in rows of shards without it: plain text that is mixed with conversations.
+        """
         shard_of = np.searchsorted(self._first_rows, rows, side="right") - 1
         result: dict[str, NDArray[Any]] = {}
         for shard in np.unique(shard_of).tolist():
@@ -42,13 +46,18 @@ class SplitReader:
             for name in columns:
                 if name in views:
                     if name not in result:
-                        result[name] = np.empty((len(rows), *views[name].shape[1:]), views[name].dtype)
+                        shape, dtype = (len(rows), *views[name].shape[1:]), views[name].dtype
+                        # Every other column stands in all shards of a corpus or in none.
+                        result[name] = np.full(shape, _ALL, dtype) if name == "is_learned" else np.empty(shape, dtype)
                     result[name][at] = views[name][local]
         return result
 
 
 class TokenRows:
-    """Rows for a denoiser: x0 int64 [N L]; is_real, is_learned bool [N L]; segment_ids int32 [N L] or None."""
+    """Rows for a denoiser: x0 int64 [N L]; is_real, is_learned bool [N L]; segment_ids int32 [N L] or None.
+
+    is_noisable: what noise may change, bool [N L], as the flags are stored: filler of plain text too. None: all.
+    """
 
     def __init__(self, source: SplitReader, seq_len: int, rows: Ints) -> None:
         read = source.read(("ids", "num_tokens", "starts", "is_learned"), rows)
@@ -56,8 +65,9 @@ class TokenRows:
         counts = read["num_tokens"] if len(rows) else np.empty(0, np.int32)
         self.is_real: Bools = np.arange(seq_len) < counts[:, None]
         flags = token_flags(read, seq_len)
-        self.has_prompt = "is_learned" in flags
-        self.is_learned: Bools = self.is_real & flags["is_learned"] if self.has_prompt else self.is_real
+        self.is_noisable = flags.get("is_learned")
+        self.has_prompt = self.is_noisable is not None
+        self.is_learned: Bools = self.is_real if self.is_noisable is None else self.is_real & self.is_noisable
         self.starts = flags.get("starts")
         self.segment_ids: NDArray[np.int32] | None = None
         if self.starts is not None:
@@ -150,9 +160,9 @@ class Loader:
         """Of the rows `at` [N] of a batch."""
         if epoch < len(self._written):
             return self._noise.from_columns(self._written[epoch].read(("t", "is_noised", "xt"), ids[at]), tokens.x0[at])
-        is_learned = tokens.is_learned[at] if tokens.has_prompt else None
+        is_noisable = None if tokens.is_noisable is None else tokens.is_noisable[at]
         starts = None if tokens.starts is None else tokens.starts[at]
-        return self._noise.corrupt(epoch, ids[at], tokens.x0[at], is_learned, starts)
+        return self._noise.corrupt(epoch, ids[at], tokens.x0[at], is_noisable, starts)
 
 
 class Prefetcher:

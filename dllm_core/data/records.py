@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dllm_core.data.corpus import PairRecord, PreferenceRecord, TextRecord
+from dllm_core.data.corpus import AnyRecord, PairRecord, PreferenceRecord, TextRecord
 
 _BYTE_ORDER_MARK = "\ufeff"
 ROLES = ("system", "user", "assistant")
@@ -95,7 +95,7 @@ def from_fields(record: Any, values: Any, key: str, offset: int, raw: bytes) -> 
     """Named fields as a document, by the record section of the source."""
     try:
         if not isinstance(values, Mapping):
-            raise _NotADocumentError("no field " + repr(_first_field(record)))
+            raise _NotADocumentError("no field " + repr(fields_of(record)[0]))
         if isinstance(record, TextRecord):
             return Document(_text_in(values, record.field), key, offset)
         if isinstance(record, PairRecord):
@@ -114,8 +114,13 @@ class _NotADocumentError(Exception):
     """Its message is the reason."""
 
 
-def _first_field(record: Any) -> str:
-    return record.prompt_field if isinstance(record, PairRecord | PreferenceRecord) else str(record.field)
+def fields_of(record: AnyRecord) -> tuple[str, ...]:
+    """The fields that a document is made of, in the order in which they are asked for."""
+    if isinstance(record, PairRecord):
+        return record.prompt_field, record.answer_field
+    if isinstance(record, PreferenceRecord):
+        return record.prompt_field, record.chosen_field, record.rejected_field
+    return (record.field,)
 
 
 def _text_in(values: Mapping[str, Any], field: str) -> str:

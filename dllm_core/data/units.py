@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dllm_core.config.base import Frozen
+from dllm_core.data.arrow_index import batch_rows
 from dllm_core.data.corpus import ArrowSource, CorpusBase, HubSource, ParquetSource, SourceBase, TextSource
 from dllm_core.data.hub import num_shards
 from dllm_core.errors import DataError
@@ -24,11 +25,15 @@ COMPRESSED = (".gz", ".zst")
 
 
 class Segment(Frozen):
-    """Part [start, stop) of a file: bytes; row groups or record batches of a table. A hub's: part `start` of `stop`."""
+    """Part [start, stop) of a file: bytes; row groups or record batches of a table. A hub's: part `start` of `stop`.
+
+    first_rows: of a table, which row of the file each of them begins with.
+    """
 
     key: str
     start: int
     stop: int
+    first_rows: tuple[int, ...] = ()
 
 
 class Unit(Frozen):
@@ -66,7 +71,7 @@ def list_files(source: SourceBase, store: Store, prefix: str) -> list[StoredObje
 def plan_units(corpus: CorpusBase, listed: Sequence[SourceFiles]) -> list[Unit]:
     """Cut every source's files into units of about `unit_bytes`; a unit never holds two sources.
 
-    Reads the index of every table file; a hub source is asked for its parts.
+    Reads the index of every table file and the heads of Arrow's batches; a hub source is asked for its parts.
     """
     units: list[Unit] = []
     for index, (source, files) in enumerate(zip(corpus.all_sources, listed, strict=True)):
@@ -79,7 +84,7 @@ def plan_units(corpus: CorpusBase, listed: Sequence[SourceFiles]) -> list[Unit]:
         segments: list[Segment] = []
         filled = 0
         for segment, num_bytes, is_last in _segments(source, files, corpus.unit_bytes):
-            segments.append(segment)
+            _append(segments, segment)
             filled += num_bytes
             if filled >= corpus.unit_bytes or is_last:
                 units.append(Unit(index=len(units), source=index, segments=tuple(segments), num_bytes=filled))
@@ -87,15 +92,26 @@ def plan_units(corpus: CorpusBase, listed: Sequence[SourceFiles]) -> list[Unit]:
     return units
 
 
+def _append(segments: list[Segment], segment: Segment) -> None:
+    """Parts of one file are one segment: for each its footer, which names all parts, is read again."""
+    if segments and segments[-1].key == segment.key:
+        last = segments.pop()
+        rows = last.first_rows + segment.first_rows
+        segment = Segment(key=segment.key, start=last.start, stop=segment.stop, first_rows=rows)
+    segments.append(segment)
+
+
 def _segments(source: SourceBase, listed: SourceFiles, unit_bytes: int) -> Iterable[tuple[Segment, int, bool]]:
     """(segment, bytes, whether it is the source's last). A byte range ends where its unit is full."""
     if isinstance(source, ParquetSource | ArrowSource):
         with ThreadPoolExecutor(READERS, thread_name_prefix="indexes") as pool:  # an index is two requests of a store
-            for number, sizes in enumerate(pool.map(partial(_table_parts, source, listed.store), listed.files)):
+            for number, parts in enumerate(pool.map(partial(_table_parts, source, listed.store), listed.files)):
                 item, is_last_file = listed.files[number], number == len(listed.files) - 1
-                for part, size in enumerate(sizes):
-                    is_last = is_last_file and part == len(sizes) - 1
-                    yield Segment(key=item.key, start=part, stop=part + 1), size, is_last
+                first_row = 0
+                for part, (size, rows) in enumerate(parts):
+                    is_last = is_last_file and part == len(parts) - 1
+                    yield Segment(key=item.key, start=part, stop=part + 1, first_rows=(first_row,)), size, is_last
+                    first_row += rows
         return
     filled = 0
     for number, item in enumerate(listed.files):
@@ -110,18 +126,20 @@ def _segments(source: SourceBase, listed: SourceFiles, unit_bytes: int) -> Itera
             start = stop
 
 
-def _table_parts(source: SourceBase, store: Store, item: StoredObject) -> list[int]:
-    """Bytes of each row group or record batch; only the table's own index is read."""
+def _table_parts(source: SourceBase, store: Store, item: StoredObject) -> list[tuple[int, int]]:
+    """(bytes, rows) of each row group or record batch; only the table's own index is read, and the batches' heads."""
     try:
         with StoredFile(store, item) as file:
             if isinstance(source, ParquetSource):
                 footer = pq.ParquetFile(file).metadata
-                return [footer.row_group(i).total_byte_size for i in range(footer.num_row_groups)] or [0]
+                groups = [footer.row_group(i) for i in range(footer.num_row_groups)]
+                return [(group.total_byte_size, group.num_rows) for group in groups] or [(0, 0)]
             if file.read(6) != b"ARROW1":
-                return [item.size]  # the stream format has no index: one part
-            batches = int(pa.ipc.open_file(file).num_record_batches)
-            return [item.size // batches] * batches if batches else [0]
-    except (pa.ArrowException, OSError) as error:
+                return [(item.size, 0)]  # the stream format has no index: one part
+            pa.ipc.open_file(file)
+            rows = batch_rows(file, item.size)
+            return [(item.size // len(rows), number) for number in rows] or [(0, 0)]
+    except (pa.ArrowException, OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise DataError("corpus.path", f"is not a {source.type} file ({reason})", item.key) from error  # type: ignore[attr-defined]
 

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from conftest import SmallCorpus, make_small_corpus, small_recipe, small_text
 
-from dllm_core.data.loader import Loader, Prefetcher, split_rows
+from dllm_core.data.build import is_heldout, sample_texts
+from dllm_core.data.loader import Loader, Prefetcher, all_rows, split_rows
 from dllm_core.data.manifest import corpus_prefix, read_tokenizer
+from dllm_core.data.readers import read_unit
 from dllm_core.errors import ConfigError, DataError
 from dllm_core.storage.store import LocalStore, open_store
 from workflows.fan_out import serially
@@ -144,6 +146,34 @@ def test_a_weight_is_how_often_a_training_document_is_taken(tmp_path):
     count.check("corpus")
 
 
+@pytest.mark.parametrize("files", ["a source each", "taking turns"])
+@pytest.mark.parametrize("documents", [4, 20, 57])
+def test_a_tokenizer_learns_from_all_sources_however_long_their_documents_are(tmp_path, files, documents):
+    size = 5000  # bytes of a document, each a unit of its own
+    for i in range(120):
+        script, letters = ("latin", "abcd") if i % 2 else ("greek", "αβγδ")
+        path = tmp_path / script / f"{i:03}.txt" if files == "a source each" else tmp_path / "all" / f"{i:03}.txt"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text((letters * size).encode()[:size].decode() + str(i), encoding="utf-8")
+    sources = [{"type": "text", "path": str(path)} for path in sorted(tmp_path.iterdir())]
+    corpus = {"type": "mixture", "unit_bytes": 2048, "heldout_fraction": 0.01, "sources": sources}
+    recipe = small_recipe(tmp_path).model_dump(mode="json") | {"corpus": corpus}
+    planned = plan_corpus(Recipe.checked(recipe), LocalStore(tmp_path / "storage"))
+    texts = sample_texts(planned.job(), planned.units(), documents * size)
+    assert len(texts) == documents
+    assert abs(sum(text.startswith("a") for text in texts) - documents / 2) <= max(1, 0.1 * documents)
+    every = sample_texts(planned.job(), planned.units(), 1 << 30)
+    assert [text for text in every if text in set(texts)] == texts
+
+
+def test_a_tokenizer_learns_from_every_document_in_their_order_if_there_are_no_more_than_it_takes(small_corpus):
+    planned = plan_corpus(small_corpus.recipe, small_corpus.store)
+    units, job = planned.units(), planned.job()
+    records = [record for unit in units for record in read_unit(job.corpus, job.stores, unit)]
+    train = [record.text for record in records if not is_heldout(record.text, job.corpus.heldout_fraction)]
+    assert sample_texts(job, units, 1 << 30) == train
+
+
 def chats(folder: Path) -> None:
     folder.mkdir()
     lines = []
@@ -176,6 +206,38 @@ def test_a_prompt_is_never_noised_and_never_counted(tmp_path, packing):
     assert np.array_equal(batch.xt, again.xt)
     assert np.array_equal(batch.t, again.t)
     assert (batch.segment_ids is not None) == (packing == "isolated")
+
+
+@pytest.mark.parametrize("order", ["forwards", "backwards"])
+@pytest.mark.parametrize("packing", ["padded", "isolated", "wrap"])
+def test_beside_conversations_plain_text_counts_whole(tmp_path, monkeypatch, packing, order):
+    chats(tmp_path / "chats")
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain" / "a.txt").write_text("\n".join(f"line {i} is plain" for i in range(120)))
+    plain, chat = (
+        {"type": "text", "path": str(tmp_path / "plain"), "document": "line"},
+        {"type": "jsonl", "path": str(tmp_path / "chats"), "record": {"type": "chat"}},
+    )
+    corpus = made(
+        tmp_path,
+        corpus={"type": "mixture", "sources": [plain, chat] if order == "forwards" else [chat, plain]},
+        tokenizer={"vocab_size": 320, "chat": {}},
+        packing={"type": packing, "seq_len": 48},
+    )
+    store, manifest, mask_id = corpus.store, corpus.manifest, corpus.tokenizer.mask_id
+    # New memory holds anything: here nothing is set, so that what nobody fills shows.
+    monkeypatch.setattr(np, "empty", np.zeros)
+    rows = np.random.default_rng(0).permutation(manifest.train.rows)
+    found = all_rows(store, manifest, manifest.train, rows)
+    is_chat = (found.x0 == corpus.tokenizer.role_id("user")).any(1)
+    assert 0 < is_chat.sum() < len(rows)
+    assert np.array_equal(found.is_learned[~is_chat], found.is_real[~is_chat])
+    assert (found.is_learned[is_chat].sum(1) < found.is_real[is_chat].sum(1)).all()
+    stored = Loader.open(store, manifest, mask_id)
+    computed = Loader.open(store, manifest.model_copy(update={"noise_epochs": ()}), mask_id)
+    for left, right in ((stored.batch(k, n), computed.batch(k, n)) for k, n in ((0, 64), (5, 1), (6, 2), (90, 30))):
+        assert np.array_equal(left.xt, right.xt)
+        assert np.array_equal(left.loss_mask, right.loss_mask)
 
 
 def test_conversations_without_markers_are_refused_by_the_recipe(tmp_path):

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import zlib
 from pathlib import Path
 
 import pyarrow as pa
@@ -16,7 +17,7 @@ from dllm_core.data.corpus import ArrowCorpus, CorpusBase, JsonlCorpus, MixtureC
 from dllm_core.data.readers import read_unit
 from dllm_core.data.records import BadRecord
 from dllm_core.data.sources import find_files
-from dllm_core.data.units import plan_units
+from dllm_core.data.units import Segment, plan_units
 from dllm_core.errors import DataError
 from dllm_core.storage.store import LocalStore
 
@@ -68,31 +69,104 @@ def test_every_format_in_units_of_any_size_holds_every_document_once(tmp_path, k
 @given(
     data=st.lists(st.sampled_from([b"a", b"bc", b" ", b"\n", b"\n\n", b"\r\n", b"\xff"]), max_size=40).map(b"".join),
     kind=st.sampled_from(["line", "paragraph", "file"]),
+    suffix=st.sampled_from([".gz", ".zst"]),
     piece=st.integers(1, 9),
 )
-def test_a_compressed_text_is_read_like_the_plain_one(tmp_path_factory, data, kind, piece):
+def test_a_compressed_text_is_read_like_the_plain_one(tmp_path_factory, data, kind, suffix, piece):
     root = tmp_path_factory.mktemp("zip")
     (root / "plain").mkdir()
     (root / "zipped").mkdir()
     (root / "plain" / "x").write_bytes(data + b"end")
-    (root / "zipped" / "x.gz").write_bytes(gzip.compress(data + b"end"))
+    (root / "zipped" / f"x{suffix}").write_bytes(compressed(suffix, data + b"end"))
     _, plain = read(TextCorpus(path=str(root / "plain"), document=kind), root)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(readers, "_INFLATE_BYTES", piece)
+        patch.setattr(readers, "_FRAME_BYTES", piece)
         _, zipped = read(TextCorpus(path=str(root / "zipped"), document=kind), root)
     strip = [(type(r), r.offset, getattr(r, "text", None)) for r in plain]
     assert [(type(r), r.offset, getattr(r, "text", None)) for r in zipped] == strip
 
 
-def test_a_file_that_breaks_off_gives_what_was_readable_and_a_bad_record(tmp_path):
+def compressed(suffix: str, data: bytes) -> bytes:
+    return gzip.compress(data) if suffix == ".gz" else zstandard.compress(data)
+
+
+def inflated(suffix: str, data: bytes) -> bytes:
+    """What can be inflated of one member or frame that breaks off."""
+    return (zlib.decompressobj(31) if suffix == ".gz" else zstandard.ZstdDecompressor().decompressobj()).decompress(
+        data
+    )
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    members=st.lists(
+        st.lists(st.sampled_from([b"a", b"bc" * 30, b"\n", b"\n\n", b"\r\n", b"\xff"]), max_size=40).map(
+            lambda parts: b"".join([*parts, b"end"])
+        ),
+        min_size=1,
+        max_size=3,
+    ),
+    suffix=st.sampled_from([".gz", ".zst"]),
+    kind=st.sampled_from(["line", "paragraph", "file"]),
+    piece=st.sampled_from([1, 7, 1 << 20]),
+    cut=st.floats(0, 1),
+)
+def test_a_file_that_breaks_off_gives_what_was_readable_and_a_bad_record(
+    tmp_path_factory, members, suffix, kind, piece, cut
+):
+    root = tmp_path_factory.mktemp("cut")
+    blobs = [compressed(suffix, member) for member in members]
+    whole = b"".join(blobs)
+    size = max(1, int(cut * len(whole)))
+    ends = [sum(map(len, blobs[:count])) for count in range(len(blobs) + 1)]
+    intact = max(count for count, end in enumerate(ends) if end <= size)
+    is_cut = size > ends[intact]
+    readable = b"".join(members[:intact]) + (inflated(suffix, whole[ends[intact] : size]) if is_cut else b"")
+    for name, data in {f"whole/x{suffix}": whole, f"cut/x{suffix}": whole[:size]}.items():
+        (root / name).parent.mkdir()
+        (root / name).write_bytes(data)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(readers, "_INFLATE_BYTES", piece)
+        patch.setattr(readers, "_FRAME_BYTES", piece)
+        _, every = read(TextCorpus(path=str(root / "whole"), document=kind), root)
+        _, found = read(TextCorpus(path=str(root / "cut"), document=kind), root)
+    if is_cut:
+        last = found.pop()
+        assert isinstance(last, BadRecord)
+        assert "cannot be inflated" in last.reason
+        assert (last.offset, last.raw) == (len(readable), readable[len(readable) - len(last.raw) :])
+        assert found == every[: len(found)]
+    else:  # between two members: nobody can tell that there was one more
+        (root / "plain").mkdir()
+        (root / "plain" / "x").write_bytes(readable)
+        _, plain = read(TextCorpus(path=str(root / "plain"), document=kind), root)
+        assert [record.offset for record in found] == [record.offset for record in plain]
+
+
+def test_frames_that_hold_no_text_are_passed_over(tmp_path):
     (tmp_path / "in").mkdir()
-    corpus = write(tmp_path / "in", "jsonl.gz")
-    path = tmp_path / "in" / "a.jsonl.gz"
-    path.write_bytes(path.read_bytes()[:-40])
-    _, found = read(corpus, tmp_path)
-    assert [record.text for record in found[:-1]] == TEXTS[: len(found) - 1]
-    assert isinstance(found[-1], BadRecord)
-    assert "cannot be inflated" in found[-1].reason
+    skipped = b"\x50\x2a\x4d\x18" + (600).to_bytes(4, "little") + bytes(600)  # RFC 8878, section 3.1.2
+    frames = [
+        skipped,
+        zstandard.compress(b"one\ntw"),
+        skipped,
+        zstandard.compress(b""),
+        zstandard.compress(b"o\n"),
+        skipped,
+    ]
+    (tmp_path / "in" / "a.zst").write_bytes(b"".join(frames))
+    _, found = read(TextCorpus(path=str(tmp_path / "in"), document="line"), tmp_path)
+    assert [record.text for record in found] == ["one", "two"]
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_what_is_inflated_at_once_is_bounded_however_dense_a_file_is(tmp_path, suffix):
+    store, size = LocalStore(tmp_path), 48 << 20
+    store.put(f"a{suffix}", compressed(suffix, bytes(size)))
+    lengths = [len(piece) for piece in readers._inflate(store, Segment(key=f"a{suffix}", start=0, stop=1))]
+    assert sum(lengths) == size
+    assert max(lengths) <= 16 << 20
 
 
 def test_what_is_no_table_is_refused_by_its_name_before_anything_runs(tmp_path):
