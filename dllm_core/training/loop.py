@@ -105,7 +105,8 @@ class Trainer:
         if the last checkpoint cannot be written.
         """
         self._average = self._average or WeightAverage(self._backend.shard(), self._config.ema_decay)
-        if self._backend.rank == 0:
+        if self._writer is not None:
+            self._writer.begin(self._position.step)
             self._events.started(self._position.step, self._position.seconds, self._micro_rows)
         self._window.open(self._position)
         try:

@@ -35,6 +35,7 @@ class CheckpointWriter:
         self._prune = partial(checkpoints.prune, keep, keep_every, keep_best)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._writing: tuple[int, Future[None]] | None = None
+        self._passed_over = set[int]()
         self._prefix = f"dllm-checkpoint-{checkpoints.identity}-"
         for left in Path(tempfile.gettempdir()).glob(f"{self._prefix}*"):  # by a process that was killed in a save
             if left.stat().st_uid == os.geteuid():
@@ -44,6 +45,12 @@ class CheckpointWriter:
     def step(self) -> int | None:
         """Of the save whose outcome `ended` has not told."""
         return None if self._writing is None else self._writing[0]
+
+    def begin(self, step: int) -> None:
+        """Training begins at this step: what is committed above it was passed over as damaged, and is distrusted until
+        it is saved again.
+        """
+        self._passed_over = {above for above in self._checkpoints.committed() if above > step}
 
     def submit(self, position: TrainPosition, parts: Parts, heldout: float | None = None) -> None:
         """Start to write `file name -> tensors`, which are the writer's from here on. The save before must have been
@@ -71,4 +78,5 @@ class CheckpointWriter:
                 save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, files[name])
             self._before(position.step)
             self._checkpoints.save(position, files, heldout)
-        self._prune()
+        self._passed_over.discard(position.step)
+        self._prune(self._passed_over)

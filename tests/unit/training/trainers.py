@@ -14,6 +14,7 @@ from dllm_core.checkpoints.run_dir import RunDir
 from dllm_core.checkpoints.store import Checkpoint, CheckpointStore
 from dllm_core.data.batch import Batch
 from dllm_core.data.loader import Loader
+from dllm_core.errors import CheckpointError
 from dllm_core.model.config import DenoiserConfig
 from dllm_core.model.denoiser import Denoiser
 from dllm_core.model.pretrained import assign_weights
@@ -125,6 +126,7 @@ def make_trainer(
     peak_flops: float = math.inf,
     objective: DiffusionConfig = DiffusionConfig(),  # noqa: B008 (frozen)
     options: dict[str, Any] | None = None,
+    on_damage: Callable[[CheckpointError], None] = lambda error: pytest.fail(str(error)),
     **fields: object,
 ) -> tuple[Trainer, LocalBackend, Told]:
     manifest, tokenizer = corpus.manifest, corpus.tokenizer
@@ -140,7 +142,7 @@ def make_trainer(
             pad_id=tokenizer.pad_id,
         )
     )
-    newest = checkpoints.newest(lambda error: pytest.fail(str(error)))
+    newest = checkpoints.newest(on_damage)
     if newest is not None:
         assign_weights(module, load_file(newest.files["model.safetensors"]), newest.name)
     backend, told = LocalBackend(module, config), Told()
