@@ -4,7 +4,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from dllm_core.checkpoints.store import CheckpointStore, TrainPosition
 
 Parts = Mapping[str, Mapping[str, Tensor]]
+SLICE_S = 0.5  # at most, between two signs of life of who waits; a limit on them has more
 
 
 class CheckpointWriter:
@@ -59,16 +60,18 @@ class CheckpointWriter:
         assert self._writing is None, "one at a time"
         self._writing = position.step, self._thread.submit(self._write, position, parts, heldout)
 
-    def ended(self, *, wait: bool) -> bool:
-        """Whether the save is committed since. Raises what made it fail."""
-        if self._writing is None or not (wait or self._writing[1].done()):
+    def ended(self, within: float) -> bool:
+        """Whether the save is committed since, or is in so many seconds. Raises what made it fail."""
+        if self._writing is None or not wait([self._writing[1]], within).done:
             return False
         (_, writing), self._writing = self._writing, None
         writing.result()
         return True
 
-    def close(self) -> None:
-        """Wait for the thread; what it was writing is committed or is not there."""
+    def close(self, beat: Callable[[], None]) -> None:
+        """Wait for the thread, beating; what it was writing is committed or is not there."""
+        while self._writing is not None and not wait([self._writing[1]], SLICE_S).done:
+            beat()
         self._thread.shutdown(wait=True)
 
     def _write(self, position: TrainPosition, parts: Parts, heldout: float | None) -> None:

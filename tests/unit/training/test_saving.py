@@ -1,8 +1,11 @@
 """Laws of checkpoints that are written beside training, and of runs that are told to stop."""
 
+import contextlib
 import json
 import shutil
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import ClassVar
 
@@ -19,6 +22,7 @@ from dllm_core.checkpoints.store import CheckpointStore, TrainPosition
 from dllm_core.data.loader import Loader
 from dllm_core.errors import DataError, DivergedError
 from dllm_core.storage.store import LocalStore
+from dllm_core.training import loop, saving
 from dllm_core.training.backend import LocalBackend
 from dllm_core.training.saving import CheckpointWriter
 from workflows.train.session import DIVERGED, Silence, open_session, train_to_end
@@ -148,7 +152,7 @@ def test_pruning_leaves_the_newest_intact_checkpoint_whatever_was_damaged(
             step += event
             newest = max([step, *intact_steps(run)])
             writer.submit(TrainPosition(step=step), {"part": {"x": torch.full((2,), step)}}, heldout=9.0 - step)
-            writer.ended(wait=True)
+            writer.ended(within=60)
             assert {newest, step} <= set(intact_steps(run))
             continue
         damaged, unreadable = ([newest_first[at] for at in some if at < len(newest_first)] for some in event)
@@ -158,12 +162,12 @@ def test_pruning_leaves_the_newest_intact_checkpoint_whatever_was_damaged(
         step = max(intact_steps(run), default=0)
         UnreadableStore.unreadable = set()
         if writer is not None:
-            writer.close()
+            writer.close(lambda: None)
         writer = CheckpointWriter(
             checkpoints, keep=keep, keep_every=keep_every, keep_best=keep_best, before=lambda step: None
         )
         writer.begin(step)
-    writer.close()
+    writer.close(lambda: None)
 
 
 def test_a_damaged_checkpoint_that_was_passed_over_takes_no_room_of_what_is_saved_after_it(make, tmp_path):
@@ -208,7 +212,73 @@ def test_a_beat_comes_with_every_step(make):
     beats: list[int] = []
     trainer, _, _ = make(options={"beat": lambda: beats.append(trainer.position.step)})
     trainer.run()
-    assert beats == [1, 2, 3, 4, 5, 6]
+    assert sorted(set(beats)) == [1, 2, 3, 4, 5, 6]
+
+
+class Pair:
+    """Two ranks in one process, each in a thread: what they sum, and how often each has shown that it lives."""
+
+    def __init__(self) -> None:
+        self._both, self._told, self.beats = threading.Barrier(2, timeout=60), [[0.0], [0.0]], [0, 0]
+
+    def beat(self, rank: int) -> None:
+        self.beats[rank] += 1
+
+    def backend(self, rank: int) -> type[LocalBackend]:
+        pair = self
+
+        class Ranked(LocalBackend):
+            world_size = 2
+
+            def sum_over_ranks(self, values: list[float]) -> list[float]:
+                pair._told[rank] = values
+                pair._both.wait()
+                summed = [sum(both) for both in zip(*pair._told, strict=True)]
+                pair._both.wait()
+                return summed
+
+        Ranked.rank = rank
+        return Ranked
+
+
+@pytest.mark.parametrize("ends_badly", [False, True])
+def test_while_a_checkpoint_is_written_all_ranks_show_that_they_live_however_long_it_takes(
+    small_corpus, tmp_path, monkeypatch, ends_badly
+):
+    """Each file is stored only after both ranks have beaten three times, where training ends badly after rank 0 has."""
+    for module in (loop, saving):
+        monkeypatch.setattr(module, "SLICE_S", 0.02)
+    pair = Pair()
+
+    class Patient(LocalStore):
+        def put_file(self, key: str, path: Path) -> None:
+            begun, deadline = list(pair.beats), time.monotonic() + 20
+            while any(now < then + 3 for now, then in zip(pair.beats[: 2 - ends_badly], begun, strict=False)):
+                if time.monotonic() > deadline:
+                    raise DataError(key, f"beats went from {begun} to {pair.beats}")
+                time.sleep(0.01)
+            super().put_file(key, path)
+
+    def trained(rank: int) -> Told:
+        trainer, _, told = make_trainer(
+            small_corpus,
+            CheckpointStore(RunDir(Patient(tmp_path), "run")),
+            wrap=lambda objective: BadAt(objective, lambda call: ends_badly and call >= 2),
+            options={"beat": lambda: pair.beat(rank)},
+            kind=pair.backend(rank),
+            steps=3 if not ends_badly else 99,
+            checkpoint_every=1 if not ends_badly else 10,
+            keep_checkpoints=9,
+        )
+        with pytest.raises(DivergedError) if ends_badly else contextlib.nullcontext():
+            trainer.run()
+        return told
+
+    with ThreadPoolExecutor(2) as pool:
+        told = [future.result() for future in [pool.submit(trained, rank) for rank in (0, 1)]]
+    assert told[0].failed_saves == []
+    assert told[0].saves == ([] if ends_badly else [1, 2, 3])
+    assert CheckpointStore(run_dir(tmp_path, "run")).committed() == ([10] if ends_badly else [1, 2, 3])
 
 
 def test_the_rows_of_the_steps_that_diverged_are_written_down(small_corpus: SmallCorpus):

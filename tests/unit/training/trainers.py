@@ -126,6 +126,7 @@ def make_trainer(
     peak_flops: float = math.inf,
     objective: DiffusionConfig = DiffusionConfig(),  # noqa: B008 (frozen)
     options: dict[str, Any] | None = None,
+    kind: Callable[[Denoiser, TrainConfig], LocalBackend] = LocalBackend,
     on_damage: Callable[[CheckpointError], None] = lambda error: pytest.fail(str(error)),
     **fields: object,
 ) -> tuple[Trainer, LocalBackend, Told]:
@@ -145,7 +146,7 @@ def make_trainer(
     newest = checkpoints.newest(on_damage)
     if newest is not None:
         assign_weights(module, load_file(newest.files["model.safetensors"]), newest.name)
-    backend, told = LocalBackend(module, config), Told()
+    backend, told = kind(module, config), Told()
     process = manifest.process.bind(tokenizer.mask_id, manifest.vocab_size)
     trainer = Trainer(
         config,
