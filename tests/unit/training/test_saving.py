@@ -3,7 +3,6 @@
 import contextlib
 import json
 import shutil
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch
 from conftest import SmallCorpus
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from trainers import BadAt, Told, make_trainer, newest_of, run_dir
+from trainers import BadAt, Pair, Told, make_trainer, newest_of, run_dir
 
 from dllm_core.checkpoints.run_dir import RunDir
 from dllm_core.checkpoints.store import CheckpointStore, TrainPosition
@@ -213,32 +212,6 @@ def test_a_beat_comes_with_every_step(make):
     trainer, _, _ = make(options={"beat": lambda: beats.append(trainer.position.step)})
     trainer.run()
     assert sorted(set(beats)) == [1, 2, 3, 4, 5, 6]
-
-
-class Pair:
-    """Two ranks in one process, each in a thread: what they sum, and how often each has shown that it lives."""
-
-    def __init__(self) -> None:
-        self._both, self._told, self.beats = threading.Barrier(2, timeout=60), [[0.0], [0.0]], [0, 0]
-
-    def beat(self, rank: int) -> None:
-        self.beats[rank] += 1
-
-    def backend(self, rank: int) -> type[LocalBackend]:
-        pair = self
-
-        class Ranked(LocalBackend):
-            world_size = 2
-
-            def sum_over_ranks(self, values: list[float]) -> list[float]:
-                pair._told[rank] = values
-                pair._both.wait()
-                summed = [sum(both) for both in zip(*pair._told, strict=True)]
-                pair._both.wait()
-                return summed
-
-        Ranked.rank = rank
-        return Ranked
 
 
 @pytest.mark.parametrize("ends_badly", [False, True])

@@ -1,6 +1,7 @@
 """A trainer over a small corpus for tests, with what can go wrong in it."""
 
 import math
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -111,6 +112,35 @@ class Work:
                 return objective.loss(denoiser, batch)
 
         return Slow()
+
+
+class Pair:
+    """Two ranks in one process, each in a thread: what they sum, and how often each has shown that it lives."""
+
+    def __init__(self) -> None:
+        self._both, self._told, self.beats = threading.Barrier(2, timeout=60), [[0.0], [0.0]], [0, 0]
+
+    def beat(self, rank: int) -> None:
+        self.beats[rank] += 1
+
+    def summed(self, rank: int, values: list[float]) -> list[float]:
+        self._told[rank] = values
+        self._both.wait()
+        summed = [sum(both) for both in zip(*self._told, strict=True)]
+        self._both.wait()
+        return summed
+
+    def backend(self, rank: int) -> type[LocalBackend]:
+        pair = self
+
+        class Ranked(LocalBackend):
+            world_size = 2
+
+            def sum_over_ranks(self, values: list[float]) -> list[float]:
+                return pair.summed(self.rank, values)
+
+        Ranked.rank = rank
+        return Ranked
 
 
 def run_dir(root, name: str) -> RunDir:
