@@ -73,7 +73,7 @@ class TrainPlacement(NodeChoice):
     gpus_per_worker: float = Field(0, ge=0)
     max_failures: int = Field(3, ge=0)
     stall_seconds: float = Field(
-        1800, gt=0, description="a worker that makes no step for so long is ended, with stacks"
+        1800, gt=0, description="a worker that makes no step, saves and loads nothing for so long is ended"
     )
 
     @property

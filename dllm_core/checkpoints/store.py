@@ -7,7 +7,7 @@ import contextlib
 import math
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -139,17 +139,21 @@ class CheckpointStore:
 
         return sorted(self.committed()[::-1], key=score)
 
-    def prune(self, keep: int, keep_every: int | None = None, keep_best: int = 0) -> None:
+    def prune(
+        self, keep: int, keep_every: int | None = None, keep_best: int = 0, distrusted: Collection[int] = ()
+    ) -> None:
         """Delete all but the newest `keep`, those at multiples of `keep_every` steps and the `keep_best` best ones.
 
-        What a kill left of others before the newest goes too.
+        What a kill left of others before the newest goes too. distrusted: steps that a resume passed over as damaged.
+        They count for none of these and go with what is left before the newest of the others; after it they stay, since
+        the error may have been one of reading.
         """
-        best = set(self._ranked()[:keep_best]) if keep_best else set()
-        committed = self.committed()
-        kept = {step for step in committed if step in best or (keep_every and step % keep_every == 0)}
-        kept.update(committed[-keep:])
+        trusted = [step for step in self.committed() if step not in distrusted]
+        best = [step for step in self._ranked() if step not in distrusted][:keep_best] if keep_best else []
+        kept = {step for step in trusted if step in best or (keep_every and step % keep_every == 0)}
+        kept.update(trusted[-keep:])
         for step in self._steps(_ANY):
-            if step not in kept and step < max(committed, default=0):
+            if step not in kept and step < max(trusted, default=0):
                 self._delete(step)
 
     def _delete(self, step: int) -> None:

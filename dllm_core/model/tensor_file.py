@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dllm_core.errors import CheckpointError
+from dllm_core.storage.progress import progressed
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
@@ -149,11 +150,12 @@ class TensorFile(LazyTensors):
         return {name: torch.Size(entry.shape) for name, entry in self._header.entries.items()}
 
     def __getitem__(self, name: str) -> Tensor:
-        """Of the file's type."""
+        """Of the file's type; told as progress."""
         entry = self._header.entries[name]
         found = torch.empty(entry.shape, dtype=entry.dtype)
         with self._path.open("rb") as file:
             read_into(file, self._header, name, found)
+        progressed()
         return found
 
 

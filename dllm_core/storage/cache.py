@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 from dllm_core.errors import ConfigError
+from dllm_core.storage.progress import progressed
 from dllm_core.storage.store import LocalStore, is_temporary
 
 _CACHE_BYTES = 20 << 30
+_LOCK_POLL_S = 0.05
 _ABANDONED = 3600.0  # seconds since a temporary file was last written to
 _HELD: dict[Path, BinaryIO] = {}
 
@@ -25,14 +27,15 @@ def cached_copy(name: str, size: int, pieces: Callable[[], Iterable[bytes]]) -> 
     """The copy named `name`, of `size` bytes; `pieces` is asked for its content only where it is not there yet.
 
     Of processes that want the same at once, one asks and the others wait for it: the workers of a node that all restart
-    from one checkpoint fetch it once.
+    from one checkpoint fetch it once. Each piece is told as progress, and so is waiting: a fetch that stands still is
+    ended by the limits of its requests, or by who watches over it.
     """
     cached, key = LocalStore(cache_folder()), f"objects/{name}"
     if not _is_there(cached, key, size):
         with _alone(cached.path(f"locks/{name[:2]}")):
             if not _is_there(cached, key, size):
                 limit = _limit()
-                cached.put_pieces(key, pieces())
+                cached.put_pieces(key, _told(pieces()))
                 _prune(cached, key, limit)
     path = cached.path(key)
     with contextlib.suppress(OSError):
@@ -76,8 +79,25 @@ def _alone(lock: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):
             lock.parent.mkdir(parents=True, exist_ok=True)
             file = stack.enter_context(lock.open("wb"))
-            fcntl.flock(file, fcntl.LOCK_EX)
+            while not _is_locked(file):
+                progressed()
+                time.sleep(_LOCK_POLL_S)
         yield
+
+
+def _is_locked(file: BinaryIO) -> bool:
+    """Whether it is ours alone from now on, until it is closed."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _told(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    for piece in pieces:
+        progressed()
+        yield piece
 
 
 def _prune(cached: LocalStore, keep: str, limit: int) -> None:

@@ -91,6 +91,9 @@ class BackendKind(Protocol):
     def alone(self, module: Denoiser, device: torch.device) -> Denoiser:
         """One that a rank runs by itself: the module, or of one that is cut the first of its blocks."""
 
+    def summed(self, values: list[float], device: torch.device) -> list[float]:
+        """`Backend.sum_over_ranks` before there is a backend. Collective."""
+
 
 def new_optimizer(
     module: nn.Module,
@@ -197,6 +200,11 @@ class LocalBackend:
         """Itself."""
         return module
 
+    @staticmethod
+    def summed(values: list[float], device: torch.device) -> list[float]:
+        """One rank: the values themselves."""
+        return values
+
     def __init__(self, module: Denoiser, config: TrainConfig) -> None:
         self.module, self.device = module, module.device
         self.denoiser: DenoiserLike = module
@@ -225,7 +233,7 @@ class LocalBackend:
 
     def sum_over_ranks(self, values: list[float]) -> list[float]:
         """One rank: the values themselves."""
-        return values
+        return self.summed(values, self.device)
 
     def shard(self) -> dict[str, Tensor]:
         """All weights that train."""

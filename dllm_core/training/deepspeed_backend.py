@@ -100,6 +100,14 @@ class DeepSpeedBackend:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
             return Denoiser(module.config.model_copy(update={"model": shallow}))
 
+    @staticmethod
+    def summed(values: list[float], device: torch.device) -> list[float]:
+        """One small all-reduce over the default group."""
+        total = torch.tensor(values, dtype=torch.float64, device=device)
+        torch.distributed.all_reduce(total)
+        result: list[float] = total.tolist()
+        return result
+
     def __init__(self, module: Denoiser, config: TrainConfig) -> None:
         self.device = module.device
         prepare(module, config)
@@ -139,10 +147,7 @@ class DeepSpeedBackend:
 
     def sum_over_ranks(self, values: list[float]) -> list[float]:
         """One small all-reduce."""
-        total = torch.tensor(values, dtype=torch.float64, device=self.device)
-        torch.distributed.all_reduce(total)
-        result: list[float] = total.tolist()
-        return result
+        return self.summed(values, self.device)
 
     def shard(self) -> dict[str, Tensor]:
         """Below stage 3 rank 0 has all weights and the others none; there, each its flat part of every parameter.

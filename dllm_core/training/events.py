@@ -85,7 +85,7 @@ class TrainEvents(Protocol):
         """A checkpoint is committed."""
 
     def not_saved(self, step: int, reason: str) -> None:
-        """A checkpoint could not be written. Training goes on; the one before stands."""
+        """A checkpoint could not be written. The one before stands; training goes on, unless it was the last."""
 
     def skipped(self, step: int, counters: range) -> None:
         """A step was skipped on all ranks: its loss or gradient was not a number. counters: its samples."""

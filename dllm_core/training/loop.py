@@ -23,7 +23,7 @@ from dllm_core.training.ema import WeightAverage
 from dllm_core.training.events import TrainEvents
 from dllm_core.training.heldout import HeldoutScorer, score
 from dllm_core.training.micro_batch import accumulated
-from dllm_core.training.saving import CheckpointWriter
+from dllm_core.training.saving import SLICE_S, CheckpointWriter
 from dllm_core.training.window import StepSums, Window
 
 EMA_NAME = "ema.safetensors"
@@ -36,7 +36,8 @@ class Trainer:
     """One rank's training run over a backend. `peak_flops`: of all workers together, for the MFU.
 
     should_stop: whether this rank was told to end early; if one was, all save and return after the step.
-    heldout: this rank's share of the held-out rows. beat: called when a step is done, for who watches over the rank.
+    heldout: this rank's share of the held-out rows. beat: called when a step is done and while a save is waited for, by
+    which it is told apart from a rank that is stuck.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class Trainer:
             )
         self._position = TrainPosition()
         self._durable: int | None = None  # step of the newest checkpoint that is committed
+        self._failure: Exception | None = None  # of the newest save that failed
         self._skipped: list[range] = []
         self._average: WeightAverage | None = None
         self.is_stopped = False
@@ -105,14 +107,15 @@ class Trainer:
         if the last checkpoint cannot be written.
         """
         self._average = self._average or WeightAverage(self._backend.shard(), self._config.ema_decay)
-        if self._backend.rank == 0:
+        if self._writer is not None:
+            self._writer.begin(self._position.step)
             self._events.started(self._position.step, self._position.seconds, self._micro_rows)
         self._window.open(self._position)
         try:
             self._train()
         finally:
             if self._writer is not None:
-                self._writer.close()
+                self._writer.close(self._beat)
         # No rank leaves, and takes its connections down, while another still writes.
         self._backend.sum_over_ranks([0.0])
         return self._position
@@ -132,7 +135,7 @@ class Trainer:
                 self._window.open(self._position)
             if step > before and step % config.checkpoint_every == 0 and not is_over:
                 self._save()
-            self._tell_of_save(wait=False)
+            self._tell_of_save(within=0)
             self._beat()
         self._save_last()
 
@@ -210,7 +213,7 @@ class Trainer:
         if self._config.average_from == "best" and self._newest_score() is None:
             self._score_heldout()
         begun = self._clock()
-        self._tell_of_save(wait=True)
+        self._await_save()
         assert self._average is not None
         parts = {
             WEIGHTS_NAME: self._backend.gather(self._backend.shard()),
@@ -221,29 +224,42 @@ class Trainer:
             self._writer.submit(self._position, parts, self._newest_score())
         self._window.save_wait += self._clock() - begun
 
-    def _tell_of_save(self, *, wait: bool) -> None:
-        """Announce how the save that was started has ended, if it has."""
+    def _await_save(self) -> None:
+        """Until the save that was started has ended. Collective, in slices: a write may take longer than a collective
+        may, and longer than a rank may give no sign of life.
+        """
+        while any(self._backend.sum_over_ranks([float(self._tell_of_save(within=SLICE_S))])):
+            self._beat()
+
+    def _tell_of_save(self, within: float) -> bool:
+        """Announce how the save that was started has ended, if it does in so many seconds; whether it goes on."""
         if self._writer is None or self._writer.step is None:
-            return
+            return False
         step = self._writer.step
         try:
-            has_ended = self._writer.ended(wait=wait)
+            has_ended = self._writer.ended(within)
         except (DataError, OSError, SafetensorError) as error:  # a full disk may have room again at the next one
+            self._failure = error
             self._events.not_saved(step, str(error))
-            return
+            return False
         if has_ended:
             self._durable = step
             self._events.saved(step)
+        return not has_ended
 
     def _save_last(self) -> None:
         """Nothing is left to do after this one, so it must succeed: what it fails with is raised."""
-        self._tell_of_save(wait=True)
-        is_missing = self._writer is not None and self._durable != self._position.step
-        if any(self._backend.sum_over_ranks([float(is_missing)])):
+        self._await_save()
+        if any(self._backend.sum_over_ranks([float(self._is_missing())])):
             self._save()
-            if self._writer is not None:
-                self._writer.ended(wait=True)
-                self._events.saved(self._position.step)
+            self._await_save()
+            if self._is_missing():
+                assert self._failure is not None
+                raise self._failure
+
+    def _is_missing(self) -> bool:
+        """Whether rank 0, this one, has no checkpoint of where training stands."""
+        return self._writer is not None and self._durable != self._position.step
 
 
 def measure_peak_flops(dtype: torch.dtype, device: torch.device) -> float:

@@ -246,7 +246,10 @@ def best_interval(write: float, between: float) -> float:
 
 def lost_share(every: float, write: float, between: float, restart: float) -> float:
     """Share of the time that is no progress where failures are a Poisson process: 1 - work / expected time (Daly)."""
-    expected = between * math.exp(restart / between) * math.expm1((every + write) / between)
+    try:
+        expected = between * math.exp(restart / between) * math.expm1((every + write) / between)
+    except OverflowError:  # no save is ever done
+        return 1.0
     return 1 - every / expected
 
 

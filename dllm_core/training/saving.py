@@ -4,7 +4,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from dllm_core.checkpoints.store import CheckpointStore, TrainPosition
 
 Parts = Mapping[str, Mapping[str, Tensor]]
+SLICE_S = 0.5  # at most, between two signs of life of who waits; a limit on them has more
 
 
 class CheckpointWriter:
@@ -35,6 +36,7 @@ class CheckpointWriter:
         self._prune = partial(checkpoints.prune, keep, keep_every, keep_best)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._writing: tuple[int, Future[None]] | None = None
+        self._passed_over = set[int]()
         self._prefix = f"dllm-checkpoint-{checkpoints.identity}-"
         for left in Path(tempfile.gettempdir()).glob(f"{self._prefix}*"):  # by a process that was killed in a save
             if left.stat().st_uid == os.geteuid():
@@ -45,6 +47,12 @@ class CheckpointWriter:
         """Of the save whose outcome `ended` has not told."""
         return None if self._writing is None else self._writing[0]
 
+    def begin(self, step: int) -> None:
+        """Training begins at this step: what is committed above it was passed over as damaged, and is distrusted until
+        it is saved again.
+        """
+        self._passed_over = {above for above in self._checkpoints.committed() if above > step}
+
     def submit(self, position: TrainPosition, parts: Parts, heldout: float | None = None) -> None:
         """Start to write `file name -> tensors`, which are the writer's from here on. The save before must have been
         told by `ended`.
@@ -52,16 +60,18 @@ class CheckpointWriter:
         assert self._writing is None, "one at a time"
         self._writing = position.step, self._thread.submit(self._write, position, parts, heldout)
 
-    def ended(self, *, wait: bool) -> bool:
-        """Whether the save is committed since. Raises what made it fail."""
-        if self._writing is None or not (wait or self._writing[1].done()):
+    def ended(self, within: float) -> bool:
+        """Whether the save is committed since, or is in so many seconds. Raises what made it fail."""
+        if self._writing is None or not wait([self._writing[1]], within).done:
             return False
         (_, writing), self._writing = self._writing, None
         writing.result()
         return True
 
-    def close(self) -> None:
-        """Wait for the thread; what it was writing is committed or is not there."""
+    def close(self, beat: Callable[[], None]) -> None:
+        """Wait for the thread, beating; what it was writing is committed or is not there."""
+        while self._writing is not None and not wait([self._writing[1]], SLICE_S).done:
+            beat()
         self._thread.shutdown(wait=True)
 
     def _write(self, position: TrainPosition, parts: Parts, heldout: float | None) -> None:
@@ -71,4 +81,5 @@ class CheckpointWriter:
                 save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, files[name])
             self._before(position.step)
             self._checkpoints.save(position, files, heldout)
-        self._prune()
+        self._passed_over.discard(position.step)
+        self._prune(self._passed_over)

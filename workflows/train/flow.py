@@ -29,6 +29,9 @@ OnMessage = Callable[[dict[str, Any]], None]
 _POLL_S = 0.25
 _SAVE_WITHIN_S = 24  # clouds take a machine back 30 s after they say so
 _RAY_FOLDER = ".ray-train"
+_STACKS_S = (
+    120  # a collective may take so much longer than a rank may stand still: its stacks say more than torch's end
+)
 
 
 def final_step(run: RunDir) -> int | None:
@@ -133,7 +136,7 @@ def _fit(recipe: Recipe, run: RunDir, corpus: str, mailbox: Any) -> None:
     trainer = TorchTrainer(
         _on_worker,
         train_loop_config={"job": WorkerJob(recipe, run, corpus, mailbox)},
-        torch_config=TorchConfig(),
+        torch_config=TorchConfig(timeout_s=max(TorchConfig.timeout_s, math.ceil(placement.stall_seconds) + _STACKS_S)),
         scaling_config=ScalingConfig(
             num_workers=placement.workers,
             use_gpu=placement.gpus_per_worker > 0,

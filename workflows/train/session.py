@@ -32,6 +32,7 @@ from dllm_core.training.loop import Trainer, measure_peak_flops
 from dllm_core.training.lora import adapt, assign_adapters
 from dllm_core.training.mask_noise import MaskNoise
 from dllm_core.training.micro_batch import chosen_micro_rows
+from dllm_core.training.reading import read_together
 from dllm_core.training.started import StartedWeights, open_start
 from workflows.malloc import keep_freed_memory
 from workflows.recipe import Recipe
@@ -55,7 +56,7 @@ def open_session(
 ) -> Trainer:
     """A trainer that stands where the run's newest intact checkpoint does. events_of is given that step.
 
-    should_stop, beat: as `Trainer` takes them.
+    should_stop, beat: as `Trainer` takes them; `beat` also while the checkpoint is read.
     """
     tokenizer = read_tokenizer(run.store, manifest)
     mask_id, config = tokenizer.mask_id, denoiser_config(recipe, manifest, tokenizer)
@@ -63,15 +64,21 @@ def open_session(
     torch.manual_seed(recipe.seed)
     module = backend.new_denoiser(config, recipe.train, device)
     checkpoints = CheckpointStore(run, manifest.rows_digest)
-    newest = checkpoints.newest(on_damage)
-    if newest is not None:
-        check_rows(newest.manifest, manifest, recipe.train.accept_corpus)
-    bundle, reference = _load(recipe, backend, module, newest), None
-    if isinstance(recipe.objective, PreferenceConfig):  # after a resume too: a checkpoint's weights were tuned
+
+    def read() -> tuple[Checkpoint | None, ModelBundle | None]:
+        newest = checkpoints.newest(on_damage)
+        if newest is not None:
+            check_rows(newest.manifest, manifest, recipe.train.accept_corpus)
+        return newest, _read_start(recipe, newest)
+
+    newest, bundle = read_together(read, lambda values: backend.summed(values, device), beat)
+    _load(recipe, backend, module, newest, bundle)
+    reference = None
+    if isinstance(recipe.objective, PreferenceConfig):
         assert recipe.start is not None
-        told = bundle or open_start(recipe.start)
+        assert bundle is not None
         untrained = backend.new_denoiser(config, recipe.train, device)
-        backend.assign(untrained, StartedWeights(told, config), recipe.start.run)
+        backend.assign(untrained, StartedWeights(bundle, config), recipe.start.run)
         reference = backend.frozen(untrained, recipe.train)
     process = manifest.process.bind(mask_id, manifest.vocab_size)
     noise = {"block_length": manifest.block_length, "steps": manifest.steps}
@@ -116,23 +123,30 @@ def open_session(
     return trainer
 
 
-def _load(recipe: Recipe, backend: BackendKind, module: Denoiser, newest: Checkpoint | None) -> ModelBundle | None:
-    """Give the module the weights of the checkpoint, else of the start, whose bundle is returned where it was read.
-
-    Adapters are a checkpoint's alone; what they stand beside is the start's each time.
+def _read_start(recipe: Recipe, newest: Checkpoint | None) -> ModelBundle | None:
+    """The start's bundle, where it is needed: at step 0, and after a resume for what adapters stand beside and what a
+    preference is measured against: a checkpoint's weights were tuned.
     """
-    start, bundle = recipe.start, None
-    lora = None if start is None else start.lora
-    if start is not None and (newest is None or lora is not None):
-        bundle = open_start(start)
-        backend.assign(module, StartedWeights(bundle, module.config), start.run)
+    start = recipe.start
+    if start is None:
+        return None
+    is_read_again = start.lora is not None or isinstance(recipe.objective, PreferenceConfig)
+    return open_start(start) if newest is None or is_read_again else None
+
+
+def _load(
+    recipe: Recipe, backend: BackendKind, module: Denoiser, newest: Checkpoint | None, bundle: ModelBundle | None
+) -> None:
+    """Give the module the weights of the checkpoint, else of the start. Adapters are a checkpoint's alone."""
+    lora = None if recipe.start is None else recipe.start.lora
+    if recipe.start is not None and bundle is not None and (newest is None or lora is not None):
+        backend.assign(module, StartedWeights(bundle, module.config), recipe.start.run)
     if lora is not None:
         torch.manual_seed(recipe.seed)  # every rank draws the same adapters
         adapt(module, lora)
     if newest is not None:
         assign = backend.assign if lora is None else assign_adapters
         assign(module, TensorFile(newest.files[WEIGHTS_NAME]), newest.name)
-    return bundle
 
 
 def _batches(recipe: Recipe, run: RunDir, manifest: CorpusManifest, mask_id: int) -> Batches:

@@ -12,6 +12,7 @@ import torch
 from dllm_core.checkpoints.run_dir import RunDir
 from dllm_core.data.manifest import read_manifest
 from dllm_core.errors import CheckpointError, DataError
+from dllm_core.storage.progress import progress_to
 from dllm_core.storage.store import LocalStore
 from dllm_core.training.deepspeed_backend import DeepSpeedBackend
 from dllm_core.training.events import StepRecord
@@ -47,17 +48,18 @@ def train_worker(config: dict[str, Any]) -> None:
         manifest = read_manifest(job.run.store, job.corpus)
         if rank == 0:
             job.run.write_json(RUN_FACTS, facts(recipe, job.run, manifest, device, world_size))
-        trainer = open_session(
-            recipe,
-            job.run,
-            manifest,
-            device,
-            backend=DeepSpeedBackend,
-            events_of=listen,
-            on_damage=report_damage,
-            should_stop=StopWatch(job.mailbox) if rank == 0 else lambda: False,
-            beat=watchdog.beat,
-        )
+        with progress_to(watchdog.beat):
+            trainer = open_session(
+                recipe,
+                job.run,
+                manifest,
+                device,
+                backend=DeepSpeedBackend,
+                events_of=listen,
+                on_damage=report_damage,
+                should_stop=StopWatch(job.mailbox) if rank == 0 else lambda: False,
+                beat=watchdog.beat,
+            )
         position = train_to_end(trainer, job.run, manifest)
         if rank == 0 and not trainer.is_stopped:
             announcer.tell_surely("finished", step=position.step)

@@ -186,6 +186,25 @@ def test_a_hundred_billion_parameters_are_planned_in_no_time(capsys):
     assert "lost to failures" in shown
 
 
+@pytest.mark.parametrize("mtbf_hours", [50_000, 1])
+def test_time_with_failures_is_what_is_left_for_work_of_it(capsys, mtbf_hours):
+    words = ["train.seconds=null", "train.steps=300000000", "--workers", "8", "--device-tflops", "1"]
+    words += ["--mtbf-hours", str(mtbf_hours), "--storage-gb-per-second", "0.01"]
+    told = planned(capsys, *words)[1]
+    days, lost = told["seconds"] / 86400, told["checkpoint"]["lost"]
+    assert run_command_line(["plan", QUICKSTART, *words]) == 0
+    shown = capsys.readouterr().out
+    assert f"{days:,.1f} days, {days / (1 - lost):,.1f} days with failures" in shown
+
+
+@pytest.mark.parametrize("mtbf_hours", ["1e-4", "1e-9"])
+def test_where_no_save_is_ever_done_it_takes_for_ever(capsys, mtbf_hours):
+    words = ["--workers", "8", "--device-tflops", "1", "--storage-gb-per-second", "0.01", "--mtbf-hours", mtbf_hours]
+    assert planned(capsys, *words)[1]["checkpoint"]["lost"] == 1
+    assert run_command_line(["plan", QUICKSTART, *words]) == 0
+    assert "never with failures" in capsys.readouterr().out
+
+
 def test_logits_are_counted_where_the_objective_asks_for_them(capsys):
     words = ["--device-tflops", "1", "noise.block_length=null"]
     logits = {

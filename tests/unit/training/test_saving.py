@@ -1,22 +1,29 @@
 """Laws of checkpoints that are written beside training, and of runs that are told to stop."""
 
+import contextlib
 import json
 import shutil
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
 from conftest import SmallCorpus
-from trainers import BadAt, Told, make_trainer, newest_of, run_dir
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from trainers import BadAt, Pair, Told, make_trainer, newest_of, run_dir
 
 from dllm_core.checkpoints.run_dir import RunDir
-from dllm_core.checkpoints.store import CheckpointStore
+from dllm_core.checkpoints.store import CheckpointStore, TrainPosition
 from dllm_core.data.loader import Loader
 from dllm_core.errors import DataError, DivergedError
 from dllm_core.storage.store import LocalStore
+from dllm_core.training import loop, saving
 from dllm_core.training.backend import LocalBackend
+from dllm_core.training.saving import CheckpointWriter
 from workflows.train.session import DIVERGED, Silence, open_session, train_to_end
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -106,6 +113,72 @@ def test_the_last_save_must_succeed_and_the_one_before_it_loads(make, tmp_path):
     assert bits(tmp_path, "run", 7) == bits(tmp_path, "whole", 7)
 
 
+class UnreadableStore(LocalStore):
+    """Cannot give the files of some steps for a while."""
+
+    unreadable: ClassVar[set[int]] = set()
+
+    def fetch(self, key: str) -> Path:
+        if any(f"step-{step:08d}/" in key for step in self.unreadable):
+            raise DataError(key, "cannot be read (Input/output error)")
+        return super().fetch(key)
+
+
+def intact_steps(run: RunDir) -> list[int]:
+    return [one.manifest.position.step for one in CheckpointStore(run).intact(lambda error: None)]
+
+
+NEWEST = st.sets(st.integers(0, 2))  # of what is committed, counted from the newest on
+EVENTS = st.one_of(st.integers(1, 4), st.tuples(NEWEST, NEWEST))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    events=st.lists(EVENTS, min_size=4, max_size=12),
+    keep=st.integers(1, 3),
+    keep_every=st.sampled_from([None, 2, 3]),
+    keep_best=st.integers(0, 2),
+)
+def test_pruning_leaves_the_newest_intact_checkpoint_whatever_was_damaged(
+    tmp_path_factory, events, keep, keep_every, keep_best
+):
+    """A number saves so many steps on; a pair damages some, and restarts where others cannot be read for a while."""
+    run = RunDir(UnreadableStore(tmp_path_factory.mktemp("history")), "run")
+    checkpoints, step, writer = CheckpointStore(run), 0, None
+    for event in [(set(), set()), *events]:
+        newest_first = checkpoints.committed()[::-1]
+        if isinstance(event, int):
+            step += event
+            newest = max([step, *intact_steps(run)])
+            writer.submit(TrainPosition(step=step), {"part": {"x": torch.full((2,), step)}}, heldout=9.0 - step)
+            writer.ended(within=60)
+            assert {newest, step} <= set(intact_steps(run))
+            continue
+        damaged, unreadable = ([newest_first[at] for at in some if at < len(newest_first)] for some in event)
+        for one in damaged:
+            run.store.put(f"{checkpoints.folder(one)}/part", b"")
+        UnreadableStore.unreadable = set(unreadable)
+        step = max(intact_steps(run), default=0)
+        UnreadableStore.unreadable = set()
+        if writer is not None:
+            writer.close(lambda: None)
+        writer = CheckpointWriter(
+            checkpoints, keep=keep, keep_every=keep_every, keep_best=keep_best, before=lambda step: None
+        )
+        writer.begin(step)
+    writer.close(lambda: None)
+
+
+def test_a_damaged_checkpoint_that_was_passed_over_takes_no_room_of_what_is_saved_after_it(make, tmp_path):
+    make(steps=6, checkpoint_every=1, keep_checkpoints=3)[0].run()
+    checkpoints = CheckpointStore(run_dir(tmp_path, "run"))
+    for step in (5, 6):
+        run_dir(tmp_path, "run").store.put(f"{checkpoints.folder(step)}/ema.safetensors", b"")
+    make(steps=5, checkpoint_every=1, keep_checkpoints=1, on_damage=lambda error: None)[0].run()
+    assert checkpoints.committed() == [5, 6]
+    assert intact_steps(run_dir(tmp_path, "run")) == [5]
+
+
 def test_checkpoints_at_multiples_stay(make, tmp_path):
     make(checkpoint_every=1, keep_checkpoints=1, keep_every=2)[0].run()
     assert CheckpointStore(run_dir(tmp_path, "run")).committed() == [2, 4, 6]
@@ -138,7 +211,47 @@ def test_a_beat_comes_with_every_step(make):
     beats: list[int] = []
     trainer, _, _ = make(options={"beat": lambda: beats.append(trainer.position.step)})
     trainer.run()
-    assert beats == [1, 2, 3, 4, 5, 6]
+    assert sorted(set(beats)) == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("ends_badly", [False, True])
+def test_while_a_checkpoint_is_written_all_ranks_show_that_they_live_however_long_it_takes(
+    small_corpus, tmp_path, monkeypatch, ends_badly
+):
+    """Each file is stored only after both ranks have beaten three times, where training ends badly after rank 0 has."""
+    for module in (loop, saving):
+        monkeypatch.setattr(module, "SLICE_S", 0.02)
+    pair = Pair()
+
+    class Patient(LocalStore):
+        def put_file(self, key: str, path: Path) -> None:
+            begun, deadline = list(pair.beats), time.monotonic() + 20
+            while any(now < then + 3 for now, then in zip(pair.beats[: 2 - ends_badly], begun, strict=False)):
+                if time.monotonic() > deadline:
+                    raise DataError(key, f"beats went from {begun} to {pair.beats}")
+                time.sleep(0.01)
+            super().put_file(key, path)
+
+    def trained(rank: int) -> Told:
+        trainer, _, told = make_trainer(
+            small_corpus,
+            CheckpointStore(RunDir(Patient(tmp_path), "run")),
+            wrap=lambda objective: BadAt(objective, lambda call: ends_badly and call >= 2),
+            options={"beat": lambda: pair.beat(rank)},
+            kind=pair.backend(rank),
+            steps=3 if not ends_badly else 99,
+            checkpoint_every=1 if not ends_badly else 10,
+            keep_checkpoints=9,
+        )
+        with pytest.raises(DivergedError) if ends_badly else contextlib.nullcontext():
+            trainer.run()
+        return told
+
+    with ThreadPoolExecutor(2) as pool:
+        told = [future.result() for future in [pool.submit(trained, rank) for rank in (0, 1)]]
+    assert told[0].failed_saves == []
+    assert told[0].saves == ([] if ends_badly else [1, 2, 3])
+    assert CheckpointStore(run_dir(tmp_path, "run")).committed() == ([10] if ends_badly else [1, 2, 3])
 
 
 def test_the_rows_of_the_steps_that_diverged_are_written_down(small_corpus: SmallCorpus):

@@ -1,6 +1,7 @@
 """A trainer over a small corpus for tests, with what can go wrong in it."""
 
 import math
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -14,6 +15,7 @@ from dllm_core.checkpoints.run_dir import RunDir
 from dllm_core.checkpoints.store import Checkpoint, CheckpointStore
 from dllm_core.data.batch import Batch
 from dllm_core.data.loader import Loader
+from dllm_core.errors import CheckpointError
 from dllm_core.model.config import DenoiserConfig
 from dllm_core.model.denoiser import Denoiser
 from dllm_core.model.pretrained import assign_weights
@@ -112,6 +114,35 @@ class Work:
         return Slow()
 
 
+class Pair:
+    """Two ranks in one process, each in a thread: what they sum, and how often each has shown that it lives."""
+
+    def __init__(self) -> None:
+        self._both, self._told, self.beats = threading.Barrier(2, timeout=60), [[0.0], [0.0]], [0, 0]
+
+    def beat(self, rank: int) -> None:
+        self.beats[rank] += 1
+
+    def summed(self, rank: int, values: list[float]) -> list[float]:
+        self._told[rank] = values
+        self._both.wait()
+        summed = [sum(both) for both in zip(*self._told, strict=True)]
+        self._both.wait()
+        return summed
+
+    def backend(self, rank: int) -> type[LocalBackend]:
+        pair = self
+
+        class Ranked(LocalBackend):
+            world_size = 2
+
+            def sum_over_ranks(self, values: list[float]) -> list[float]:
+                return pair.summed(self.rank, values)
+
+        Ranked.rank = rank
+        return Ranked
+
+
 def run_dir(root, name: str) -> RunDir:
     return RunDir(LocalStore(root), name)
 
@@ -125,6 +156,8 @@ def make_trainer(
     peak_flops: float = math.inf,
     objective: DiffusionConfig = DiffusionConfig(),  # noqa: B008 (frozen)
     options: dict[str, Any] | None = None,
+    kind: Callable[[Denoiser, TrainConfig], LocalBackend] = LocalBackend,
+    on_damage: Callable[[CheckpointError], None] = lambda error: pytest.fail(str(error)),
     **fields: object,
 ) -> tuple[Trainer, LocalBackend, Told]:
     manifest, tokenizer = corpus.manifest, corpus.tokenizer
@@ -140,10 +173,10 @@ def make_trainer(
             pad_id=tokenizer.pad_id,
         )
     )
-    newest = checkpoints.newest(lambda error: pytest.fail(str(error)))
+    newest = checkpoints.newest(on_damage)
     if newest is not None:
         assign_weights(module, load_file(newest.files["model.safetensors"]), newest.name)
-    backend, told = LocalBackend(module, config), Told()
+    backend, told = kind(module, config), Told()
     process = manifest.process.bind(tokenizer.mask_id, manifest.vocab_size)
     trainer = Trainer(
         config,
