@@ -182,6 +182,8 @@ def test_efforts_are_policies_and_what_is_said_beside_them_counts_more():
         ({"type": "json_schema", "json_schema": {"name": "a", "schema": {"not": {}}}}, "response_format.json_schema"),
         ({"type": "xml"}, "response_format.type"),
         ({"type": "json_schema", "json_schema": {"schema": {"const": "x" * 70_000}}}, "response_format.json_schema"),
+        ({"type": "json_schema", "json_schema": {"schema": {"enum": ["x"] * 15_000}}}, "response_format.json_schema"),
+        ({"type": "json_schema", "json_schema": {"schema": {"required": ["x"]}}}, "response_format.json_schema"),
         ({"type": "json_object", "strict": True}, "response_format.strict"),
     ],
 )
