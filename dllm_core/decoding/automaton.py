@@ -5,32 +5,19 @@ A regular expression over characters is compiled to a deterministic automaton ov
 to `[a-z]*`), so that a step over the automaton costs its edges between states and classes, not the vocabulary.
 """
 
-import json
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from outlines_core import Index, Vocabulary
-from outlines_core.json_schema import build_regex_from_schema
 
 from dllm_core.errors import RequestError
 from dllm_core.seeding import Bools, Ints
 
-# What the library turns into a pattern that means all of it, and what says nothing about values. It passes over others
-# in silence, and an answer could break them.
-_KEYWORDS = frozenset(
-    {
-        *("type", "enum", "const", "anyOf", "$ref", "$defs", "definitions"),
-        *("properties", "required", "additionalProperties", "items", "minItems", "maxItems"),
-        *("minLength", "maxLength", "pattern"),
-        *("title", "description", "default", "examples", "$schema", "$id", "$comment"),
-    }
-)
-_MAX_REGEX = 1 << 16
+MAX_REGEX = 1 << 16
 _MAX_KEPT = 32
 _NO_WAY = "The vocabulary provided is incompatible"
 # Stands behind every text. Without it the library drops what leads from a text that matches to one that does not yet:
@@ -91,8 +78,8 @@ def compile_regex(regex: str, spelled: Sequence[bytes | None]) -> TokenAutomaton
     spelled: each token's bytes, None where it is no text. Raises RequestError where it is no regular expression or no
     tokens spell a text that matches.
     """
-    if len(regex) > _MAX_REGEX:
-        raise RequestError("constraint", f"is longer than {_MAX_REGEX} characters", len(regex), "shorten it")
+    if len(regex) > MAX_REGEX:
+        raise RequestError("constraint", f"is longer than {MAX_REGEX} characters", len(regex), "shorten it")
     table: dict[bytes, list[int]] = {}
     for token, text in enumerate(spelled):
         if text and _STOP.encode() not in text:
@@ -207,55 +194,3 @@ class AutomatonCache:
             self._kept[regex] = automaton
             while len(self._kept) > _MAX_KEPT:
                 self._kept.popitem(last=False)
-
-
-def schema_regex(schema: str) -> str:
-    """The regular expression of the JSON texts that a JSON schema describes, properties in its order.
-
-    Raises RequestError for what is no schema, and for keywords that no regular expression could keep.
-    """
-    try:
-        parsed = json.loads(schema)
-    except ValueError as error:
-        raise RequestError("constraint", f"is no JSON ({error})", schema) from None
-    unknown = sorted(_keywords(parsed) - _KEYWORDS)
-    if unknown:
-        problem = f"has keywords that are not kept: {', '.join(unknown)}"
-        raise RequestError("constraint", problem, schema, "leave them out, and check the answer")
-    try:
-        return str(build_regex_from_schema(schema))
-    except (ValueError, TypeError) as error:
-        raise RequestError("constraint", f"is no JSON schema that can be kept ({error})", schema) from None
-
-
-def _keywords(schema: Any) -> set[str]:
-    """All keywords of a schema and those within; names of properties and values are none."""
-    if not isinstance(schema, dict):
-        return set()
-    found = set(schema)
-    for name, value in schema.items():
-        if name in ("properties", "$defs", "definitions") and isinstance(value, dict):
-            found.update(*(_keywords(part) for part in value.values()))
-        elif name in ("items", "additionalProperties"):
-            found |= _keywords(value)
-        elif name == "anyOf" and isinstance(value, list):
-            found.update(*(_keywords(part) for part in value))
-    return found
-
-
-def json_object_regex() -> str:
-    """Of JSON objects whose values are plain, arrays of plain values, or objects of plain values.
-
-    Deeper ones are no regular language, and what the library makes of `{"type": "object"}` takes minutes to compile;
-    this has 403 states over bytes.
-    """
-    text = r'"([^"\\\x00-\x1f\x7f-\x9f]|\\["\\/bfnrt])*"'
-    plain = rf"({text}|-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?|true|false|null)"
-    comma, space = "[ ]?,[ ]?", "[ ]?"
-    array = rf"\[{space}({plain}({comma}{plain})*)?{space}\]"
-
-    def object_of(value: str) -> str:
-        member = f"{text}{space}:{space}{value}"
-        return rf"\{{{space}({member}({comma}{member})*)?{space}\}}"
-
-    return object_of(f"({plain}|{array}|{object_of(plain)})")

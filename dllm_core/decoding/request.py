@@ -24,7 +24,7 @@ class Request:
 
     stop: strings of which the first in the answer ends it, and is cut off.
 
-    constraint: a regular expression that all of the answer's text matches (`automaton.schema_regex` makes one of a JSON
+    constraint: a regular expression that all of the answer's text matches (`schema.schema_regex` makes one of a JSON
     schema).
 
     top_logprobs: how many of the likeliest tokens a call tells at each position that it commits.

@@ -18,9 +18,9 @@ from pydantic import Field, model_validator
 from dllm_core.config.base import FieldProblem, Frozen
 from dllm_core.config.overrides import parse_json_object
 from dllm_core.data.tokenizer import Tokenizer
-from dllm_core.decoding.automaton import schema_regex
 from dllm_core.decoding.config import DecodeConfig
 from dllm_core.decoding.request import OpenHole, Piece, Request, with_holes
+from dllm_core.decoding.schema import schema_regex
 from dllm_core.errors import DataError, RequestError
 
 _HOLE = re.compile(r"\[\[(?:(\d+)(?:-(\d+))?)?\]\]")

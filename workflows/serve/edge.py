@@ -12,7 +12,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from dllm_core.errors import RequestError
@@ -34,7 +34,9 @@ _HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Resource-Policy": "same-origin",
 }
+_OWN_HEADERS = "authorization, content-type, x-request-id"
 _METHODS = "GET, POST, OPTIONS"
+_HEADER_NAMES = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~, -]+")
 _log = logging.getLogger("dllm.access")
 
 
@@ -78,7 +80,7 @@ class Edge:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 said = {name.lower() for name, _ in message["headers"]}
-                own = {**_HEADERS, "X-Request-Id": request_id, **self._cors(headers.get("origin"))}
+                own = {**_HEADERS, "X-Request-Id": request_id, **self._cors(headers)}
                 message["headers"] = [
                     *message["headers"],
                     *((n.encode(), v.encode()) for n, v in own.items() if n.lower().encode() not in said),
@@ -89,8 +91,8 @@ class Edge:
             refusal, key = self._refusal(scope, headers)
             if scope["method"] == "OPTIONS" and "access-control-request-method" in headers:
                 refusal = ApiError(403, "this origin may not ask")
-                if self._cors(headers.get("origin")):
-                    await JSONResponse(None, 204)(scope, receive, tell)
+                if self._cors(headers):
+                    await Response(status_code=204)(scope, receive, tell)
                     return
             if refusal is not None:
                 await JSONResponse(refusal.body, refusal.status, refusal.headers)(scope, receive, tell)
@@ -122,16 +124,18 @@ class Edge:
             return ApiError(401, message, code="invalid_api_key", headers=headers_), None
         return None, name
 
-    def _cors(self, origin: str | None) -> dict[str, str]:
-        """Leave for an origin's pages, where it has any."""
+    def _cors(self, headers: dict[str, str]) -> dict[str, str]:
+        """Leave for an origin's pages, where it has any: clients send headers of their own (`x-stainless-os`)."""
+        origin = headers.get("origin")
         if origin is None or origin not in _settings.allow_origins:
             return {}
+        asked = headers.get("access-control-request-headers", "")
         return {
             "Access-Control-Allow-Origin": origin,
             "Access-Control-Allow-Methods": _METHODS,
-            "Access-Control-Allow-Headers": "authorization, content-type, x-request-id",
+            "Access-Control-Allow-Headers": asked if _HEADER_NAMES.fullmatch(asked) else _OWN_HEADERS,
             "Access-Control-Expose-Headers": "x-request-id, retry-after",
-            "Vary": "Origin",
+            "Vary": "Origin, Access-Control-Request-Headers",
         }
 
 

@@ -7,6 +7,7 @@ import re
 
 import jsonschema
 import numpy as np
+import openai
 import pytest
 from conftest import make_small_bundle, make_small_corpus
 from local_endpoint import local_endpoint
@@ -27,24 +28,30 @@ def chatty(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def served(chatty):
-    """A function: (path, body or list of bodies, stream?) -> JSON answers, in order; events where it streams."""
+def session(chatty):
+    """A function: a coroutine function of a client -> what it returns, before that model as `m`."""
     corpus, run = chatty
     decode = corpus.recipe.decode.model_dump(mode="json")
     with local_endpoint({"m": {"run": run.url, "decode": decode}}) as session:
+        yield session
 
-        def ask(path, *bodies, status=200):
-            async def scenario(client):
-                answers = [await client.post(path, json={"model": "m", **body}) for body in bodies]
-                await asyncio.sleep(0)
-                return answers
 
-            answers = session(scenario)
-            assert {answer.status_code for answer in answers} == {status}, answers[0].text
-            found = [events(a.text) if "event-stream" in a.headers["content-type"] else a.json() for a in answers]
-            return found if len(found) > 1 else found[0]
+@pytest.fixture(scope="module")
+def served(session):
+    """A function: (path, body or list of bodies, stream?) -> JSON answers, in order; events where it streams."""
 
-        yield ask
+    def ask(path, *bodies, status=200):
+        async def scenario(client):
+            answers = [await client.post(path, json={"model": "m", **body}) for body in bodies]
+            await asyncio.sleep(0)
+            return answers
+
+        answers = session(scenario)
+        assert {answer.status_code for answer in answers} == {status}, answers[0].text
+        found = [events(a.text) if "event-stream" in a.headers["content-type"] else a.json() for a in answers]
+        return found if len(found) > 1 else found[0]
+
+    return ask
 
 
 def events(text):
@@ -149,6 +156,20 @@ def test_a_chat_is_its_turns_spelled_out_and_ends_at_the_end_of_a_turn(served, c
         assert deltas[0] == {"role": "assistant", "content": ""}
         assert "".join(delta.get("content", "") for delta in deltas) == chat["choices"][0]["message"]["content"]
         assert [event["choices"][0]["finish_reason"] for event in streamed][-1] == chat["choices"][0]["finish_reason"]
+
+
+def test_openais_client_sends_a_message_back_as_it_came(session):
+    turns = [{"role": "user", "content": "RED"}]
+
+    async def scenario(http):
+        client = openai.AsyncOpenAI(base_url="http://gateway/v1", api_key="unused", http_client=http, max_retries=0)
+        for _ in range(2):
+            how = {"model": "m", "max_tokens": 4, "n": None, "stream": None}
+            answer = await client.chat.completions.create(messages=turns, **how)
+            turns.extend([answer.choices[0].message, {"role": "user", "content": "AND"}])
+        return answer
+
+    assert session(scenario).choices[0].message.role == "assistant"
 
 
 def test_a_model_without_turns_says_so(small_bundle, small_corpus):

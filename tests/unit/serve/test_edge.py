@@ -2,17 +2,21 @@
 
 import asyncio
 import hashlib
+import http.client
 import json
 import logging
 import os
+import threading
 import time
 
 import httpx
 import pytest
+import uvicorn
+from fastapi import FastAPI
 from local_endpoint import local_endpoint
 
 from dllm_core.errors import ConfigError
-from workflows.serve.edge import OPEN_ROUTES
+from workflows.serve.edge import OPEN_ROUTES, Edge, EdgeSettings, guard
 from workflows.serve.gateway import api
 from workflows.serve.keys import KeyRing, read_keys
 
@@ -137,6 +141,50 @@ def test_other_origins_may_ask_only_where_it_was_said(models):
         assert preflight.status_code == 204
         assert preflight.headers["access-control-allow-origin"] == "https://a.example"
         assert answer.headers["access-control-allow-origin"] == "https://a.example"
+
+
+@pytest.mark.parametrize("asked", ["authorization, x-stainless-os,x-stainless-retry-count", "", "a\xe9"])
+def test_an_origin_that_may_ask_may_send_the_headers_that_it_asks_for(models, asked):
+    headers = {"origin": "https://a.example", "access-control-request-method": "POST"}
+    headers["access-control-request-headers"] = asked
+
+    async def scenario(client):
+        encoded = {name: value.encode("latin-1") for name, value in headers.items()}
+        return await client.options("/v1/completions", headers=encoded)
+
+    with local_endpoint(models, allow_origins=("https://a.example",)) as session:
+        allowed = session(scenario).headers["access-control-allow-headers"]
+    assert allowed == asked if "stainless" in asked else allowed.startswith("authorization, content-type")
+
+
+@pytest.mark.parametrize("protocol", ["httptools", "h11"])
+def test_a_preflight_leaves_its_connection_usable(protocol):
+    """Over a real server: a 204 with a body is answered by a cut, or read as the beginning of the next answer."""
+    app = FastAPI()
+    app.add_middleware(Edge)
+    app.get("/v1/models")(lambda: {"data": []})
+    guard(EdgeSettings(allow_origins=frozenset({"https://a.example"})))
+    server = uvicorn.Server(uvicorn.Config(app, port=0, http=protocol, log_level="critical"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    try:
+        while not server.started:
+            time.sleep(0.01)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+        asked = {"Origin": "https://a.example", "Access-Control-Request-Method": "GET"}
+        connection.request("OPTIONS", "/v1/models", headers=asked)
+        preflight = connection.getresponse()
+        assert (preflight.status, preflight.read()) == (204, b"")
+        assert preflight.headers["content-type"] is None
+        own = connection.sock
+        connection.request("GET", "/v1/models", headers={"Origin": "https://a.example"})
+        assert json.loads(connection.getresponse().read()) == {"data": []}
+        assert connection.sock is own is not None
+    finally:
+        guard(EdgeSettings())
+        server.should_exit = True
+        thread.join()
 
 
 def test_headers_too_large_are_431_and_the_log_has_no_prompt_and_no_key(models, keys_file, monkeypatch):

@@ -95,6 +95,18 @@ def test_neutral_values_of_what_is_not_supported_are_fine():
     assert request.prompts == ["p"]
 
 
+@pytest.mark.parametrize("kind", [CompletionRequest, ChatRequest, FimRequest, InfillRequest, EditRequest, ScoreRequest])
+def test_null_is_the_default_of_whatever_has_one(kind):
+    said = {
+        **{"model": "m", "prompt": "p", "suffix": "s", "messages": [{"role": "user", "content": "p"}]},
+        **{"segments": ["p", {"hole": 1}], "text": "pq", "completion": "p"},
+    }
+    needed = {name: said[name] for name, field in kind.model_fields.items() if field.is_required()}
+    nulls = {name: None for name in kind.model_fields if name not in needed}
+    assert {"n", "stream", "seed"} & nulls.keys()
+    assert parse_body(kind, json.dumps({**needed, **nulls}).encode()) == parse_body(kind, json.dumps(needed).encode())
+
+
 def test_brackets_in_a_prompt_are_text():
     assert parse(prompt="[" * 500).prompts == ["[" * 500]
 
@@ -182,6 +194,8 @@ def test_efforts_are_policies_and_what_is_said_beside_them_counts_more():
         ({"type": "json_schema", "json_schema": {"name": "a", "schema": {"not": {}}}}, "response_format.json_schema"),
         ({"type": "xml"}, "response_format.type"),
         ({"type": "json_schema", "json_schema": {"schema": {"const": "x" * 70_000}}}, "response_format.json_schema"),
+        ({"type": "json_schema", "json_schema": {"schema": {"enum": ["x"] * 15_000}}}, "response_format.json_schema"),
+        ({"type": "json_schema", "json_schema": {"schema": {"required": ["x"]}}}, "response_format.json_schema"),
         ({"type": "json_object", "strict": True}, "response_format.strict"),
     ],
 )
@@ -217,12 +231,16 @@ def test_a_chat_says_who_speaks_and_alternatives_need_logprobs():
     assert chat().wanted_logprobs is None
     assert chat(logprobs=True).wanted_logprobs == 0
     assert chat(logprobs=True, top_logprobs=3).wanted_logprobs == 3
+    empty = {"refusal": None, "annotations": [], "audio": None, "tool_calls": [], "function_call": None}
+    assert chat(messages=[{"role": "assistant", "content": "a", **empty}]).messages[0].text == "a"
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     assert chat(messages=[{"role": "user", "content": parts}]).messages[0].text == "ab"
     for fields, place in [
         ({"top_logprobs": 3}, "top_logprobs"),
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages.role"),
+        ({"messages": [{"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}]}, "messages.tool_calls"),
+        ({"messages": [{"role": "assistant", "content": "x", "refusal": "no"}]}, "messages.refusal"),
         ({"tools": [{"type": "function"}]}, "tools"),
     ]:
         with pytest.raises(RequestError) as caught:

@@ -30,13 +30,19 @@ Asked = TypeVar("Asked", bound=BaseModel)
 
 
 def parse_body(kind: type[Asked], body: bytes, limits: Limits = Limits()) -> Asked:  # noqa: B008 (frozen)
-    """A checked request of one route, or RequestError with the parameter at fault."""
+    """A checked request of one route, or RequestError with the parameter at fault.
+
+    null is the default of what has one, as in OpenAI's own API.
+    """
     values = _parsed(body, limits)
     for name, neutral in _NEUTRAL.items():
         if name in values and name not in kind.model_fields:
             value = values.pop(name)
             if not any(value == fine and isinstance(value, bool) == isinstance(fine, bool) for fine in neutral):
                 raise RequestError(name, "is not supported", value, "leave it out")
+    for name, field in kind.model_fields.items():
+        if name in values and values[name] is None and not field.is_required():
+            del values[name]
     try:
         return kind.model_validate(values)
     except ValidationError as error:

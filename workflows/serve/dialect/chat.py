@@ -2,7 +2,8 @@
 
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
+from pydantic_core import PydanticCustomError
 
 from dllm_core.errors import RequestError
 from workflows.serve.config import Limits
@@ -18,11 +19,25 @@ class TextPart(Part):
 
 
 class Message(Part):
-    """A turn. `developer` is OpenAI's newer name of `system`; `name` is not shown to the model."""
+    """A turn. `developer` is OpenAI's newer name of `system`; `name` is not shown to the model.
+
+    The others are what an answer's message may hold, which clients send back as it came; only nothing may be in them.
+    """
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart]
     name: str | None = None
+    refusal: None = None
+    annotations: None = None
+    audio: None = None
+    tool_calls: None = None
+    function_call: None = None
+
+    @field_validator("refusal", "annotations", "audio", "tool_calls", "function_call", mode="before")
+    @classmethod
+    def _nothing(cls, value: Any) -> None:
+        if value not in (None, "", [], {}):
+            raise PydanticCustomError("unsupported", "is not supported: leave it out")
 
     @property
     def text(self) -> str:

@@ -14,8 +14,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from dllm_core.decoding.automaton import json_object_regex, schema_regex
 from dllm_core.decoding.config import DecodeConfig
+from dllm_core.decoding.schema import json_object_regex, schema_regex
 from dllm_core.errors import ConfigError, RequestError
 from dllm_core.seeding import Purpose, words
 from workflows.serve.config import Limits
@@ -217,4 +217,4 @@ def _regex_of(asked: ResponseFormat, limits: Limits) -> str:
     try:
         return schema_regex(text)
     except RequestError as error:
-        raise RequestError(place, error.problem, remedy=error.remedy) from None
+        raise RequestError(place, error.problem, error.value, error.remedy) from None
