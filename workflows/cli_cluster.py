@@ -39,7 +39,7 @@ def submit(
 ) -> None:
     """Run a recipe on a cluster through its job server: checked here first, followed to its end, with its exit code.
 
-    The same recipe, placement and sources are the same job: one that runs is followed, one that is done is told of.
+    The same recipe, placement and sources are the same job: one that runs is followed, one that has ended runs anew.
     Ctrl-C leaves the job running. A token is taken from RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH.
     """
     ended: dict[str, Any] = {}

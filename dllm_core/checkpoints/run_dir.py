@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dllm_core.errors import ConfigError, DataError
+from dllm_core.storage.claim import claimed
 from dllm_core.storage.store import LocalStore, Store, check_name, local_path, open_store
 
 FOLDER = "runs"
@@ -49,13 +50,13 @@ class RunDir:
         return f"{self.prefix}/{name}"
 
     @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """Refuse a second driver on one run: both would train in one folder. A lock dies with its process.
-
-        On disk only; S3 has none, and there the first to commit a step keeps it.
+    def locked(self) -> Iterator[Callable[[], bool]]:
+        """Refuse a second driver on one run: both would train in one folder. On disk a lock, which dies with its
+        process; on S3 a claim, which may be lost to another driver: yields whether it is (`storage/claim.py`).
         """
         if not isinstance(self.store, LocalStore):
-            yield
+            with claimed(self.store, self.key(".claims"), self.url) as is_lost:
+                yield is_lost
             return
         path = self.store.path(self.key(".lock"))
         try:
@@ -68,7 +69,7 @@ class RunDir:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise DataError(self.url, "another dllm is at work on this run", remedy="wait for it") from None
-            yield
+            yield lambda: False
 
     def read_json(self, name: str) -> Any:
         """A JSON file of the run, or None if there is none; a damaged one is an error."""

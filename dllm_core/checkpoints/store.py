@@ -86,17 +86,31 @@ class CheckpointStore:
 
         Where that fails, what was stored of it is removed: it would take the room of the next one.
         """
-        folder, entries = self.folder(position.step), {}
+        folder, entries, manifest = self.folder(position.step), dict[str, FileEntry](), b""
         try:
             for name, path in files.items():
-                entries[name] = FileEntry(bytes=path.stat().st_size, sha256=file_sha256(path))
+                entry = FileEntry(bytes=path.stat().st_size, sha256=file_sha256(path))
                 self._run.store.put_file(f"{folder}/{name}", path)
-            manifest = CheckpointManifest(position=position, files=entries, heldout=heldout, corpus=self._corpus)
-            self._run.store.put(f"{folder}/{_MANIFEST}", seal(manifest))
+                entries[name] = entry
+            values = CheckpointManifest(position=position, files=entries, heldout=heldout, corpus=self._corpus)
+            manifest = seal(values)
+            self._run.store.put(f"{folder}/{_MANIFEST}", manifest)
         except (DataError, OSError):
             with contextlib.suppress(DataError, OSError):
-                self._delete(position.step)
+                self._take_back(folder, list(entries), manifest)
             raise
+
+    def _take_back(self, folder: str, names: list[str], manifest: bytes) -> None:
+        """Remove what a save has put. A checkpoint that stands there by another's manifest is left as it is."""
+        store, key = self._run.store, f"{folder}/{_MANIFEST}"
+        if store.exists(key):
+            if store.read(key) != manifest:
+                return
+            store.delete(key)  # it arrived, though its writer was not told
+        for name in names:
+            store.delete(f"{folder}/{name}")
+        if isinstance(store, LocalStore):  # what a kill left of one that was being written takes room too
+            shutil.rmtree(store.path(folder), ignore_errors=True)
 
     def committed(self) -> list[int]:
         """Steps that have a manifest, oldest first."""

@@ -56,20 +56,20 @@ def test_one_job_runs_all_stages_and_its_result_is_that_of_one_process(cli, rive
     assert started["step"] == 0
 
 
-def test_the_same_again_is_told_of_and_nothing_runs(cli, river, path):
-    before = cli.told("jobs", "list")["jobs"]
+def test_the_same_again_is_a_new_job_that_skips_every_stage(cli, river, path):
+    [first] = [job["job"] for job in cli.told("jobs", "list")["jobs"] if job["job"].startswith("small-")]
     done = cli("submit", path)
-    assert done.returncode == 0
-    assert "is done" in done.stdout
-    assert len(cli.told("jobs", "list")["jobs"]) == len(before)
-    [job] = [job for job in before if job["job"].startswith("small-")]
-    assert (job["status"], job["exit_code"], job["entrypoint"]) == (
-        "SUCCEEDED",
-        0,
-        "python -m workflows run recipe.yaml",
-    )
-    assert cli.told("jobs", "status", job["job"])["exit_code"] == 0
-    assert "✓ report" in cli("jobs", "logs", job["job"]).stdout
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"✓ submit ", done.stdout), done.stdout
+    for stage in ("preprocess", "train", "bundle", "evaluate", "serve", "report"):
+        assert not re.search(rf"✓ {stage} ", done.stdout), done.stdout
+    both = [job for job in cli.told("jobs", "list")["jobs"] if job["job"].startswith("small-")]
+    assert [job["job"] for job in both] == [first, f"{first.removesuffix('-1')}-2"]
+    for job in both:
+        assert (job["status"], job["exit_code"]) == ("SUCCEEDED", 0)
+        assert job["entrypoint"] == "python -m workflows run recipe.yaml"
+        assert cli.told("jobs", "status", job["job"])["exit_code"] == 0
+    assert "✓ report" in cli("jobs", "logs", first).stdout
 
 
 def asked(cli, path):

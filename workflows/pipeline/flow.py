@@ -47,12 +47,16 @@ class Pipeline:
 
     def __init__(self, target: Target, console: Console) -> None:
         self.target, self._console = target, console
-        self._receipts, self._events = Receipts(target.run), Events(target.run)
+        self._receipts = Receipts(target.run)
         self._stack = contextlib.ExitStack()
         self._has_cluster = False
 
     def __enter__(self) -> "Pipeline":
-        self._stack.enter_context(self.target.run.locked())
+        with contextlib.ExitStack() as stack:
+            is_lost = stack.enter_context(self.target.run.locked())
+            self._events = Events(self.target.run)  # not before: the driver that was here wrote until then
+            stack.callback(lambda: None if is_lost() else self._events.sync())
+            self._stack = stack.pop_all()
         return self
 
     def _keep_recipe(self) -> None:
@@ -61,10 +65,7 @@ class Pipeline:
         run.store.put(run.key("recipe.yaml"), self.target.recipe.to_yaml().encode())
 
     def __exit__(self, *error: Any) -> None:
-        try:
-            self._stack.close()
-        finally:
-            self._events.sync()
+        self._stack.close()
 
     def run(self) -> dict[str, Any]:
         """Every stage; what each reported."""

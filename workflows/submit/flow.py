@@ -1,7 +1,7 @@
 """The verbs that speak to a cluster's job server: submit, and list, status, logs and stop of what was submitted.
 
 A job's name is its recipe's and a fingerprint of all that it is: verb, recipe, placement, sources. Submitted again, one
-that runs is followed, one that is done is told of, one that failed runs anew.
+that has not ended is followed; one that has ended, well or not, runs anew: its stages skip what is complete by then.
 """
 
 import json
@@ -23,6 +23,7 @@ from dllm_core.config.fingerprint import fingerprint
 from dllm_core.config.overrides import apply_overrides, parse_yaml, read_recipe
 from dllm_core.data.corpus import HubSource
 from dllm_core.errors import ConfigError, DataError
+from dllm_core.storage.store import open_store
 from workflows.console import Console
 from workflows.placement import PlacementConfig
 from workflows.recipe import Recipe, StorageConfig, load_recipe
@@ -57,8 +58,8 @@ class Submission:
 
 @dataclass(frozen=True)
 class Job:
-    """A submission with all that it needs; `run`: of two jobs with the same, one is refused. paths: of the recipe, on
-    a file system that all nodes must see.
+    """A submission with all that it needs; `run`: of two jobs with the same that have not ended, one is refused. paths:
+    of the recipe, on a file system that all nodes must see.
     """
 
     name: str
@@ -85,10 +86,9 @@ def prepare(asked: Submission) -> Job:
     recipe = load_recipe(Path(asked.target), overrides)
     _check_root(apply_overrides(read_recipe(Path(asked.target)), overrides))
     command = ["python", "-m", "workflows", asked.verb, RECIPE]
-    identity = [recipe.storage.root, recipe.corpus_fingerprint([]), recipe.run_fingerprint("")]
     package = pack(recipe.to_yaml(), asked.include)
     wanted = needs(asked.verb, recipe.placement)
-    entrypoint, run = shlex.join(command), fingerprint(identity)
+    entrypoint, run = shlex.join(command), _run_identity(recipe, recipe.name)
     return Job(recipe.name, entrypoint, package, run, wanted, environment, _local_paths(recipe))
 
 
@@ -107,9 +107,6 @@ def submit(
             raise DataError("--address", f"the cluster is full: {'; '.join(lines)}", server.address, "submit it later")
         console.print(f"  [yellow]the cluster is busy, the job waits:[/yellow] {escape('; '.join(lines))}")
     name, known = _named(job, server)
-    if known is not None and known.status == "SUCCEEDED":
-        console.skipped("submit", f"{escape(name)} is done")
-        return _result(known)
     if known is None:
         _say_paths(job, console)
         _send(job, name, server)
@@ -176,12 +173,22 @@ def _of_run(asked: Submission, overrides: list[str], environment: dict[str, str]
     if not asked.target.startswith("s3://") and not Path(asked.target).is_absolute():
         raise ConfigError("run", "is a folder of this machine", asked.target, "an absolute path that all nodes see")
     recipe, run = read_target_recipe(asked.target, overrides)
+    own, _ = read_target_recipe(asked.target, ())  # an override may say that the corpus was moved, not what the run is
     assert run is not None
-    command = ["python", "-m", "workflows", asked.verb, asked.target, *overrides]
-    package = pack(None, asked.include)
-    return Job(
-        run.name, shlex.join(command), package, fingerprint(run.url), needs(asked.verb, recipe.placement), environment
-    )
+    entrypoint = shlex.join(["python", "-m", "workflows", asked.verb, asked.target, *overrides])
+    package, wanted = pack(None, asked.include), needs(asked.verb, recipe.placement)
+    identity = _run_identity(own, run.name.rpartition("-")[0])
+    return Job(run.name, entrypoint, package, identity, wanted, environment)
+
+
+def _run_identity(recipe: Recipe, name: str) -> str:
+    """Of the run that a recipe makes, as far as that is known where its corpus may not be seen: a corpus that was moved
+    makes another identity of the same run, which the run's own lock then guards.
+    """
+    url = recipe.storage.root
+    root = open_store("storage.root", url).url if url.startswith("s3://") else str(Path(url).resolve())
+    sections = [recipe.corpus_fingerprint([]), recipe.run_fingerprint("")]
+    return fingerprint([root, name, *sections, _corpus_paths(recipe)])
 
 
 def _placement_overrides(path: Path | None) -> list[str]:
@@ -210,8 +217,13 @@ def _check_root(values: dict[str, Any]) -> None:
 def _local_paths(recipe: Recipe) -> tuple[str, ...]:
     """What a recipe reads or writes that is neither on S3 nor made by the package."""
     named = [recipe.storage.root, recipe.tokenizer.path, None if recipe.start is None else recipe.start.run]
-    named += [source.path for source in recipe.corpus.all_sources if not isinstance(source, HubSource)]
+    named += _corpus_paths(recipe)
     return tuple(path for path in named if path is not None and Path(path).is_absolute())
+
+
+def _corpus_paths(recipe: Recipe) -> list[str]:
+    """Where its text is, but for a hub's, which a section names."""
+    return [source.path for source in recipe.corpus.all_sources if not isinstance(source, HubSource)]
 
 
 def _variable(text: str) -> tuple[str, str]:
@@ -224,7 +236,7 @@ def _variable(text: str) -> tuple[str, str]:
 
 
 def _named(job: Job, server: JobServer) -> tuple[str, Any | None]:
-    """A name, and what runs or is done under it already. DataError where another job is at the same run."""
+    """A name, and the job that runs under it already. DataError where another job is at the same run."""
     submitted = server.jobs()
     same = [known for known in submitted if (known.metadata or {}).get(_FINGERPRINT) == job.fingerprint]
     for known in submitted:
@@ -232,8 +244,9 @@ def _named(job: Job, server: JobServer) -> tuple[str, Any | None]:
         if is_at_it and known not in same:
             remedy = f"follow it, or end it: dllm jobs stop {known.submission_id} --address {server.address}"
             raise DataError("job", "another job is at this run", known.submission_id, remedy)
-    if same and same[-1].status not in ("FAILED", "STOPPED"):
-        return same[-1].submission_id, same[-1]
+    for known in same:
+        if known.status not in ENDED:
+            return known.submission_id, known
     return f"{job.name}-{job.fingerprint}-{len(same) + 1}", None
 
 

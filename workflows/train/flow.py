@@ -29,9 +29,7 @@ OnMessage = Callable[[dict[str, Any]], None]
 _POLL_S = 0.25
 _SAVE_WITHIN_S = 24  # clouds take a machine back 30 s after they say so
 _RAY_FOLDER = ".ray-train"
-_STACKS_S = (
-    120  # a collective may take so much longer than a rank may stand still: its stacks say more than torch's end
-)
+_STACKS_S = 120  # that a collective may take longer than a rank may stand still: stacks say more than torch's end
 
 
 def final_step(run: RunDir) -> int | None:

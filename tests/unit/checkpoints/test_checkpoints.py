@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from dllm_core.checkpoints.run_dir import RunDir
 from dllm_core.checkpoints.store import CheckpointStore, TrainPosition
-from dllm_core.errors import CheckpointError
+from dllm_core.errors import CheckpointError, DataError
 from dllm_core.storage.store import LocalStore
 
 NAMES = ("model.safetensors", "ema.safetensors", "optimizer.safetensors")
@@ -158,6 +158,66 @@ def test_a_save_that_was_killed_leaves_the_checkpoint_before(tmp_path, done):
     assert newest_step(again) == 5
     save(again, tmp_path, 6)
     assert newest_step(again) == 6
+
+
+class FailingStore(LocalStore):
+    """Its `fails_at`-th write is not made; `before_that` is called, which may be another writer's doing."""
+
+    fails_at, before_that, arrives = 0, staticmethod(lambda: None), False
+
+    def put_file(self, key: str, path: Path) -> None:
+        self._count(key)
+        super().put_file(key, path)
+
+    def put(self, key: str, data: bytes) -> None:
+        if self.arrives and key.endswith("manifest.json"):
+            super().put(key, data)
+        self._count(key)
+        super().put(key, data)
+
+    def _count(self, key: str) -> None:
+        type(self).fails_at -= 1
+        if self.fails_at == 0:
+            self.before_that()
+            raise DataError(key, "no room")
+
+
+def failing(root: Path, at: int, before_that=lambda: None, *, arrives: bool = False) -> CheckpointStore:
+    kind = type("Failing", (FailingStore,), {"before_that": staticmethod(before_that), "arrives": arrives})
+    kind.fails_at = at
+    return CheckpointStore(RunDir(kind(root), "small"))
+
+
+@pytest.mark.parametrize("at", range(1, len(NAMES) + 2))
+@pytest.mark.parametrize("arrives", [False, True])
+def test_a_save_that_failed_leaves_nothing(run, checkpoints, tmp_path, at, arrives):
+    """Also where all arrived and only the answer did not."""
+    save(checkpoints, tmp_path, 5)
+    before = list(run.store.list())
+    left = run.store.path(f"{checkpoints.folder(6)}/.{NAMES[0]}.tmp-by-a-kill")
+    left.parent.mkdir()
+    left.touch()
+    with pytest.raises(DataError, match="no room"):
+        save(failing(run.store.root, at, arrives=arrives), tmp_path, 6)
+    assert list(run.store.list()) == before
+    assert not left.exists()
+
+
+@pytest.mark.parametrize("at", range(1, len(NAMES) + 2))
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+def test_a_save_that_failed_leaves_a_checkpoint_that_another_writer_committed(checkpoints, tmp_path, at, when):
+    (tmp_path / "other").mkdir()
+
+    def commit():
+        save(checkpoints, tmp_path / "other", 5)
+
+    if when == "before":
+        commit()
+    own = failing(tmp_path / "root", at, commit if when == "meanwhile" else lambda: None)
+    with pytest.raises(DataError, match="no room"):
+        save(own, tmp_path, 5, heldout={5: 1.0})
+    assert newest_step(checkpoints) == 5
+    assert checkpoints.manifest(5).heldout is None
 
 
 def test_no_intact_checkpoint_is_none_and_each_damaged_one_is_told(run, checkpoints, tmp_path):

@@ -7,6 +7,7 @@ from s3_server import s3_server
 
 from dllm_core.checkpoints.run_dir import JsonLines, RunDir
 from dllm_core.errors import ConfigError, DataError
+from dllm_core.storage import claim
 from dllm_core.storage.s3 import S3Store
 from dllm_core.storage.store import LocalStore
 
@@ -116,10 +117,11 @@ def test_a_bucket_that_is_called_runs_is_no_run():
         RunDir.at("s3://runs/x")
 
 
-def test_a_second_driver_on_a_run_is_refused_until_the_first_is_gone(tmp_path):
-    run = RunDir(LocalStore(tmp_path), "small-01")
-    with run.locked(), pytest.raises(DataError, match="another dllm is at work"), run.locked():
+def test_a_second_driver_on_a_run_is_refused_until_the_first_is_gone(run, monkeypatch):
+    monkeypatch.setattr(claim, "HEARTBEAT_S", 0.05)
+    with run.locked() as is_lost, pytest.raises(DataError, match=f"{run.url}: another dllm is at work"), run.locked():
         pass
+    assert not is_lost()
     with run.locked():
         pass
 

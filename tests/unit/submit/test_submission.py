@@ -1,12 +1,17 @@
 """What is refused before a cluster is asked, and what a job is called by."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
+from s3_server import s3_server
 
+from dllm_core.checkpoints.run_dir import RunDir
 from dllm_core.errors import ConfigError, DataError
+from dllm_core.storage.store import open_store
 from workflows.console import Console
+from workflows.recipe import load_recipe
 from workflows.submit.flow import Submission, _result, prepare, submit
 from workflows.submit.server import JobServer, checked_address
 
@@ -88,6 +93,113 @@ def test_the_fingerprint_follows_all_that_a_job_is_and_nothing_else():
     # The same run elsewhere or on more nodes is the same run, at which there is one job at a time.
     assert others[1].run == one.run == others[2].run
     assert others[0].run != one.run
+
+
+def written_run(root: Path, *overrides: str) -> str:
+    """The folder of a run of the quickstart's, with the recipe that its driver keeps there."""
+    recipe = load_recipe(Path(QUICKSTART), [f"storage.root={root}", *overrides])
+    folder = root / "runs" / f"{recipe.name}-0123456789ab"
+    folder.mkdir(parents=True)
+    (folder / "recipe.yaml").write_text(recipe.to_yaml())
+    return str(folder)
+
+
+def test_a_run_is_the_same_by_its_recipe_and_by_its_folder(tmp_path):
+    root = tmp_path / "root"
+    folder = written_run(root, "train.steps=7")
+    asked = Submission(QUICKSTART, (f"storage.root={root}/", "train.steps=7"), "train")
+    run = prepare(asked).run
+    assert prepare(Submission(folder, (), "train")).run == run
+    assert prepare(Submission(f"{folder}/", ("evaluate.draws=3", "name=other", "corpus.path=/moved"))).run == run
+    (tmp_path / "link").symlink_to(root)
+    assert prepare(Submission(QUICKSTART, (f"storage.root={tmp_path}/link", "train.steps=7"))).run == run
+
+
+def test_a_run_on_s3_is_the_same_by_its_recipe_and_by_its_folder(tmp_path):
+    with s3_server(tmp_path) as server:
+        root = f"s3://{server.new_bucket()}/lab"
+        recipe = load_recipe(Path(QUICKSTART), [f"storage.root={root}/"])
+        run = RunDir(open_store("root", root), f"{recipe.name}-0123456789ab")
+        run.store.put(run.key("recipe.yaml"), recipe.to_yaml().encode())
+        assert prepare(Submission(run.url)).run == prepare(Submission(QUICKSTART, (f"storage.root={root}/",))).run
+
+
+def test_other_texts_other_names_and_other_roots_are_other_runs():
+    text = ("corpus.type=text", "corpus.path=s3://bucket/a")
+    mixture = 'corpus={"type": "mixture", "sources": [{"type": "text", "path": "s3://bucket/%s"}]}'
+    jobs = [
+        prepare(Submission(QUICKSTART, overrides))
+        for overrides in [
+            (S3, *text),
+            (S3, *text, "corpus.path=s3://bucket/b"),
+            (S3, *text, "name=other"),
+            ("storage.root=s3://bucket/others", *text),
+            (S3, mixture % "a"),
+            (S3, mixture % "b"),
+        ]
+    ]
+    assert len({job.run for job in jobs}) == len(jobs)
+
+
+class FakeServer:
+    """A job server that takes all and runs nothing. ended: the status of what is followed."""
+
+    address = "http://head"
+
+    def __init__(self, ended: str = "SUCCEEDED") -> None:
+        self.known, self.ended = [], ended
+
+    def nodes(self):
+        return [{"resources_total": {"CPU": 64.0}, "labels": {}}]
+
+    def usage(self):
+        return {}
+
+    def jobs(self):
+        return list(self.known)
+
+    def submit(self, name, entrypoint, package, environment, metadata):
+        assert name not in {job.submission_id for job in self.known}
+        job = SimpleNamespace(
+            submission_id=name, status="RUNNING", driver_exit_code=None, metadata=metadata, message=""
+        )
+        self.known.append(job)
+
+    def follow(self, name, write):
+        [job] = [job for job in self.known if job.submission_id == name]
+        job.status = self.ended
+        return job
+
+
+def sent(server: FakeServer, *overrides: str, target: str = QUICKSTART, detach: bool = False):
+    asked = Submission(target, overrides, "train")
+    return submit(asked, server, Console("json"), detach=detach, refuse_busy=False)
+
+
+@pytest.mark.parametrize("ended", ["SUCCEEDED", "FAILED", "STOPPED"])
+def test_a_job_that_has_ended_runs_anew_and_one_that_has_not_is_followed(ended):
+    server = FakeServer(ended)
+    first = sent(server, S3, detach=True)["job"]
+    assert first.endswith("-1")
+    assert sent(server, S3, detach=True)["job"] == first
+    followed = sent(server, S3)
+    assert (followed["job"], followed["status"]) == (first, ended)
+    again = sent(server, S3)["job"]
+    assert again == f"{first.removesuffix('-1')}-2"
+    assert [job.submission_id for job in server.known] == [first, again]
+
+
+def test_a_second_job_at_a_run_is_refused_by_whatever_it_is_named(tmp_path):
+    root = f"storage.root={tmp_path}"
+    server, folder = FakeServer(), written_run(tmp_path)
+    first = sent(server, root, detach=True)["job"]
+    for target, overrides in ((folder, ()), (QUICKSTART, (root, "placement.train.workers=1"))):
+        with pytest.raises(DataError, match=f"another job is at this run, got '{first}'"):
+            sent(server, *overrides, target=target)
+    other = sent(server, root, "corpus.type=text", "corpus.path=s3://bucket/other", detach=True)
+    assert other["status"] == "RUNNING"
+    sent(server, root)
+    assert sent(server, target=folder)["status"] == "SUCCEEDED"
 
 
 def test_the_recipe_that_is_sent_is_the_resolved_one():
