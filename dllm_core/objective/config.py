@@ -19,7 +19,7 @@ class WarmupStage(Frozen):
 class DiffusionOptions(Frozen):
     """What both diffusion objectives have. The defaults give the NELBO itself, which every process has.
 
-    weight: the NELBO's; none (plain cross-entropy); or by how much clean context stands near a mask (CART).
+    weight: the NELBO's; none (plain cross-entropy); or by how much clean context a mask sees near it (CART).
     normalize: what the sum is divided by: counted tokens; noised ones; or each row by its own counted tokens, then
     by rows, so that a short answer weighs as much as a long one.
     block_warmup: stages before the objective itself; a model that was autoregressive begins with blocks of one token.

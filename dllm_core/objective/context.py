@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from dllm_core.model.visibility import offsets
+
 
 def context_weights(is_clean: Tensor, segment_ids: Tensor | None, rate: float) -> Tensor:
     """w_i = sum over clean j != i of 1/2 rate (1 - rate)^(|i - j| - 1), fp32 [B L]; at most 1, 0 without context.
@@ -14,6 +16,22 @@ def context_weights(is_clean: Tensor, segment_ids: Tensor | None, rate: float) -
     if segment_ids is None:
         segment_ids = torch.zeros_like(is_clean, dtype=torch.int32)
     return _before(clean, segment_ids, 1 - rate) + _before(clean.flip(1), segment_ids.flip(1), 1 - rate).flip(1)
+
+
+def context_weights_in_blocks(
+    is_clean: Tensor, is_real: Tensor | None, segment_ids: Tensor | None, rate: float, block_length: int
+) -> Tensor:
+    """The same in [xt ; x0], by what a mask sees there: its own block as it is noised, the blocks of its document
+    before it clean, none behind it. is_clean: of xt; is_real bool [B L]: the rest is filler, which is never clean.
+    """
+    labels = [label for label in (is_real, segment_ids) if label is not None]
+    offset = offsets(labels, is_clean.shape[1], is_clean.device).expand(is_clean.shape)
+    within = offset % block_length
+    own = context_weights(is_clean, (within == 0).cumsum(1), rate)
+    text = torch.ones_like(is_clean) if is_real is None else is_real
+    earlier = _before(text.float() * (rate / 2), (offset == 0).cumsum(1), 1 - rate)
+    block_start = torch.arange(is_clean.shape[1], device=is_clean.device) - within
+    return own + (1 - rate) ** within * earlier.gather(1, block_start)
 
 
 def _before(values: Tensor, segment_ids: Tensor, decay: float) -> Tensor:

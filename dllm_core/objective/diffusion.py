@@ -12,7 +12,7 @@ from dllm_core.noise.discrete import step_nats
 from dllm_core.noise.interpolating import InterpolatingProcess
 from dllm_core.noise.law import Law
 from dllm_core.objective.config import DiffusionOptions
-from dllm_core.objective.context import context_weights
+from dllm_core.objective.context import context_weights, context_weights_in_blocks
 from dllm_core.objective.loss import DenoiserLike, LossSum, Rows, by_level
 from dllm_core.objective.vocabulary import LogitsLaw, nll
 
@@ -105,7 +105,10 @@ class Diffusion:
             is_clean = xt != self._process.mask_id
             if rows.is_real is not None:
                 is_clean = is_clean & rows.is_real
-            return context_weights(is_clean, rows.segment_ids, self._config.context_rate)[read]
+            rate, block_length = self._config.context_rate, self.pattern.block_length
+            if block_length is None:
+                return context_weights(is_clean, rows.segment_ids, rate)[read]
+            return context_weights_in_blocks(is_clean, rows.is_real, rows.segment_ids, rate, block_length)[read]
         return weight if self._config.max_weight is None else weight.clamp(max=self._config.max_weight)
 
     def _drawn(self, rows: Rows) -> _Noised:

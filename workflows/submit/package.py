@@ -56,7 +56,7 @@ def pack(recipe: str | None, include: Sequence[Path] = ()) -> Package:
             raise ConfigError("--include", "has a name of the package's own", str(given))
         for path in _sources(top) if top.is_dir() else [top]:
             name = path.relative_to(top.parent).as_posix()
-            if path != top and (path.suffix not in _KINDS or _is_secret(path)):
+            if path != top and (path.suffix not in _KINDS or _is_secret(path.relative_to(top))):
                 left_out.append(name)
             else:
                 found[name] = path.read_bytes()
@@ -72,9 +72,12 @@ def _sources(root: Path) -> Iterator[Path]:
 
 
 def _is_secret(path: Path) -> bool:
-    name = path.name.lower()
-    is_python = path.suffix == ".py"  # a module may well be called tokenizer.py
-    return name.startswith(".") or (not is_python and any(part in name for part in _SECRET_PARTS))
+    """By the names of a file and of the folders below the included one that it lies in."""
+    *folders, name = (part.lower() for part in path.parts)
+    # A module, and a folder of modules, may well be called tokenizer.
+    telling = [folder.replace("tokenizer", "") for folder in folders] + ([] if path.suffix == ".py" else [name])
+    is_hidden = any(part.startswith(".") for part in (*folders, name))
+    return is_hidden or any(part in told for told in telling for part in _SECRET_PARTS)
 
 
 def _check_size(found: dict[str, bytes]) -> None:

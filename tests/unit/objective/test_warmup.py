@@ -52,10 +52,15 @@ class Asked:
 
 
 @settings(max_examples=10, deadline=None)
-@given(stages=STAGES, in_blocks=st.booleans(), parts=st.sampled_from([1, 2, 4]))
-def test_each_step_has_the_noise_and_the_objective_of_its_stage(small_corpus, stages, in_blocks, parts):
+@given(
+    stages=STAGES,
+    in_blocks=st.booleans(),
+    parts=st.sampled_from([1, 2, 4]),
+    weight=st.sampled_from(["nelbo", "context"]),
+)
+def test_each_step_has_the_noise_and_the_objective_of_its_stage(small_corpus, stages, in_blocks, parts, weight):
     warmup = tuple(WarmupStage(block_length=length, steps=steps) for length, steps in stages)
-    config = (BlockDiffusionConfig if in_blocks else DiffusionConfig)(block_warmup=warmup)
+    config = (BlockDiffusionConfig if in_blocks else DiffusionConfig)(weight=weight, block_warmup=warmup)
     last = 16 if in_blocks else None
     denoiser = denoiser_of(small_corpus)
     process = small_corpus.manifest.process.bind(small_corpus.tokenizer.mask_id, small_corpus.manifest.vocab_size)
@@ -69,8 +74,7 @@ def test_each_step_has_the_noise_and_the_objective_of_its_stage(small_corpus, st
         wanted = loader_of(small_corpus, block, written=False).batch(step * ROWS, ROWS)
         for name in ("x0", "xt", "t", "loss_mask", "counters"):
             assert np.array_equal(getattr(found, name), getattr(wanted, name)), (step, name)
-        plain = type(config)() if block is not None else DiffusionConfig()
-        kind = BlockDiffusionConfig() if block is not None else plain
+        kind = (BlockDiffusionConfig if block is not None else DiffusionConfig)(weight=weight)
         alone = new_objective(kind, denoiser.config, process, CPU, **{**options, "block_length": block})
         asked = Asked(denoiser)
         with torch.no_grad():

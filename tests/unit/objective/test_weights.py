@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from small import ABSORBING, LINEAR, MASK, TEXT, Recorded, batch_of, diffusion, expected, new_denoiser, nodes, texts
 
 from dllm_core.noise.absorbing import AbsorbingProcess
 from dllm_core.noise.discrete import snapped
 from dllm_core.noise.schedule import CosineSchedule
-from dllm_core.objective.context import context_weights
+from dllm_core.objective.context import context_weights, context_weights_in_blocks
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TEXT_OF_3 = np.array([0, 3, 2])
@@ -128,6 +128,65 @@ def test_a_mask_is_weighed_by_clean_real_tokens_alone():
     loss = diffusion(weight="context", context_rate=0.4).loss(even, batch)
     assert float(loss.nats) == pytest.approx((0.2 + 0.2 * 0.6) * np.log(3), rel=1e-5)
     assert float(loss.bound_nats) == pytest.approx(2 * 2 * np.log(3), rel=1e-5)
+
+
+def weights_by(block_length, is_clean, is_real, segment_ids, rate=0.4) -> np.ndarray:
+    """What each position weighs if it is a mask, by the objective: 0 at the others, [B L]."""
+    even = lambda ids, *, read, **_: torch.zeros(int(read.sum()), 4)  # noqa: E731
+    objective = diffusion(block_length=block_length, weight="context", context_rate=rate)
+    found = np.zeros(is_clean.shape)
+    for row, at in np.argwhere(~is_clean & is_real):
+        counted = np.zeros_like(is_clean)
+        counted[row, at] = True
+        others = {"is_real": is_real, "segment_ids": segment_ids, "loss_mask": counted}
+        batch = batch_of(np.zeros(is_clean.shape, np.int64), np.where(is_clean | ~is_real, 0, MASK), 0.5, **others)
+        found[row, at] = float(objective.loss(even, batch).nats) / np.log(3)
+    return found
+
+
+@st.composite
+def noised_rows(draw):
+    """Clean positions, real ones (padding behind the text or before it) and documents, each [2 L]."""
+    length = draw(st.integers(1, 9))
+    rows = st.lists(st.booleans(), min_size=length, max_size=length)
+    is_clean, starts = (np.array([draw(rows), draw(rows)]) for _ in range(2))
+    begin = draw(st.integers(0, length - 1))
+    is_real = np.zeros((2, length), bool)
+    is_real[0, begin:], is_real[1, : length - begin] = True, True
+    return is_clean, is_real, np.cumsum(starts, axis=1)
+
+
+@settings(max_examples=40, deadline=None)
+@given(rows=noised_rows(), block_length=st.integers(1, 10))
+def test_in_blocks_a_mask_is_weighed_by_what_it_sees(rows, block_length):
+    """Itself a block's; its document's blocks before it as they were; nothing behind it."""
+    is_clean, is_real, segment_ids = rows
+    expected = np.zeros(is_clean.shape)
+    for row, i in np.argwhere(~is_clean & is_real):
+        document = np.flatnonzero(is_real[row] & (segment_ids[row] == segment_ids[row, i]))
+        block = {j: (j - document[0]) // block_length for j in document}
+        for j in document:
+            if j != i and (block[j] < block[i] or (block[j] == block[i] and is_clean[row, j])):
+                expected[row, i] += 0.2 * 0.6 ** (abs(i - j) - 1)
+    found = weights_by(block_length, is_clean, is_real, segment_ids)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+
+
+@settings(max_examples=20, deadline=None)
+@given(rows=noised_rows(), more=st.integers(0, 3))
+def test_in_one_block_a_mask_weighs_what_it_does_in_a_whole_row(rows, more):
+    length = rows[0].shape[1]
+    assert np.array_equal(weights_by(length + more, *rows), weights_by(None, *rows))
+
+
+@given(data=st.data(), length=st.integers(2, 40), block_length=st.integers(1, 12))
+def test_the_noise_of_other_blocks_changes_no_weight(data, length, block_length):
+    flags = st.lists(st.booleans(), min_size=length, max_size=length)
+    first, other = (np.array(data.draw(flags)) for _ in range(2))
+    is_own = np.arange(length) // block_length == data.draw(st.integers(0, (length - 1) // block_length))
+    both = torch.from_numpy(np.stack([first, np.where(is_own, first, other)]))
+    weights = context_weights_in_blocks(both, None, None, 0.3, block_length)
+    assert torch.equal(weights[0, is_own], weights[1, is_own])
 
 
 def chain_bound(denoiser, process, text, steps) -> float:

@@ -60,6 +60,21 @@ def test_data_and_secrets_stay_and_are_named(lab):
     assert b"secret" not in packed.data
 
 
+SECRET = ("secrets/prod.yaml", "credentials/db.json", ".docker/config.json", ".kube/config.yaml", "a/.b/c.py")
+SECRET += ("deep/My-Secrets/more/list.txt", "a/api_tokens/x.yaml", "secrets/keys.py")
+PLAIN = ("configs/prod.yaml", "tokenizers/bpe.py", "my_tokenizer/settings.json", "lib/secrets.py", "a/b/c/notes.md")
+
+
+def test_what_lies_in_a_hidden_folder_or_one_that_is_named_for_secrets_stays_and_is_named(tmp_path):
+    lab = tmp_path / ".hidden-secrets" / "my_lab"  # where the folder lies says nothing of what is in it
+    for name in (*SECRET, *PLAIN):
+        (lab / name).parent.mkdir(parents=True, exist_ok=True)
+        (lab / name).write_text("x = 1\n")
+    packed = pack(None, [lab])
+    assert set(packed.left_out) == {f"my_lab/{name}" for name in SECRET}
+    assert {name for name in packed.files if name.startswith("my_lab/")} == {f"my_lab/{name}" for name in PLAIN}
+
+
 def test_what_is_unpacked_runs(tmp_path):
     """The package alone is enough: `python -m workflows` in it, from nothing else of ours."""
     recipe = (ROOT / "workflows/recipes/quickstart.yaml").read_text()
