@@ -248,6 +248,10 @@ class Tokenizer:
 
     def token_bytes(self) -> list[bytes | None] | None:
         """UTF-8 bytes of each id's text [V], None of specials and added tokens; None for what is not byte-level."""
+        return self._spelled
+
+    @cached_property
+    def _spelled(self) -> list[bytes | None] | None:
         if not self._is_byte_level:
             return None
         spelled: list[bytes | None] = [None] * self.vocab_size

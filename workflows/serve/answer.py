@@ -36,6 +36,10 @@ class Dialect(Protocol):
     chunk_object: ClassVar[str]
 
     @property
+    def n(self) -> int:
+        """Choices of each prompt; they stand side by side."""
+
+    @property
     def stream_options(self) -> StreamOptions | None:
         """How a stream ends."""
 
@@ -60,8 +64,8 @@ class Dialect(Protocol):
     def opening(self, index: int) -> dict[str, Any] | None:
         """What a stream says of a choice before its text."""
 
-    def told(self, entries: list[dict[str, Any]], offset: int) -> dict[str, Any]:
-        """Log-probabilities of tokens, the first of which begins `offset` characters into the text."""
+    def told(self, entries: list[dict[str, Any]], offsets: list[int]) -> dict[str, Any]:
+        """Log-probabilities of tokens, each of which begins so many characters into the text."""
 
 
 def explained(error: BaseException) -> ApiError:
@@ -113,7 +117,7 @@ class Answering:
         entries = choice.new_entries()
         told = None if entries is None else self._asked.told(*entries)
         body = self._asked.choice(choice.index, choice.whole_text, told, choice.finish_reason)
-        return {**body, "holes": choice.holes} if choice.row.has_holes else body
+        return {**body, "holes": choice.holes} if choice.row.holes else body
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         """Server-sent events of all choices as they come. A failure before the first is raised, later ones are told."""
@@ -161,7 +165,7 @@ class Answering:
                         pieces.append(chunk(shape.piece(choice.index, text, probs, None)))
                         text, probs = "", None
                     piece = shape.piece(choice.index, text, probs, choice.finish_reason if news.is_ended else None)
-                    is_whole = news.is_ended and choice.row.has_holes
+                    is_whole = news.is_ended and choice.row.holes
                     pieces.append(chunk({**piece, "holes": choice.holes} if is_whole else piece))
                 if pieces or not together:
                     yield b"".join(pieces) or _PING
@@ -230,7 +234,7 @@ class Answering:
         assert progress is not None
         self._metrics.finished(
             reason=choice.finish_reason or "stop",
-            prompt=request.num_given,
+            prompt=0 if choice.index % self._asked.n else request.num_given,
             tokens=progress.num_committed,
             calls=progress.num_calls,
             canvas=request.num_asked,
@@ -241,10 +245,10 @@ class Answering:
 
     @property
     def usage(self) -> dict[str, Any]:
-        """Tokens and calls of all choices, and the decoding in force."""
+        """Tokens and calls of all choices, each prompt counted once, and the decoding in force."""
         done = [choice.progress for choice in self._choices if choice.progress is not None]
         requests = [choice.row.request for choice in self._choices]
-        prompt = sum(request.num_given for request in requests)
+        prompt = sum(request.num_given for request in requests[:: self._asked.n])
         committed = sum(progress.num_committed for progress in done)
         calls = sum(progress.num_calls for progress in done)
         config = requests[0].config

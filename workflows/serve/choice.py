@@ -1,5 +1,7 @@
 """Choice: one row of an answer while it is decoded: its text so far, what it was sure of, what it has cost."""
 
+import codecs
+import itertools
 import math
 import time
 from typing import Any
@@ -11,6 +13,34 @@ from workflows.serve.dialect.rows import Row
 from workflows.serve.progress import OPEN, Commit, Progress
 
 PLACEHOLDER = "\u2591"  # a light shade: an open position in a frame's text
+
+
+class _Places:
+    """Where in a text its tokens begin, in characters from `begin` on: one place for all that share a character."""
+
+    def __init__(self, tokenizer: Tokenizer, begin: int) -> None:
+        self._tokenizer, self._at = tokenizer, begin
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def of(self, token: int) -> int:
+        """Of the next token."""
+        spelled = _bytes_of(self._tokenizer, token)
+        if spelled and not 0x80 <= spelled[0] < 0xC0:  # ends the character before, finished or not
+            self._at += len(self._decoder.decode(b"", True))
+        return self._at
+
+    def go_on(self, token: int) -> None:
+        """The one behind it is next."""
+        self._at += len(self._decoder.decode(_bytes_of(self._tokenizer, token) or b""))
+
+
+def _bytes_of(tokenizer: Tokenizer, token: int) -> bytes | None:
+    """A token's own, which may be a part of a character; None of a special one, which no text has."""
+    if token in tokenizer.special_ids:
+        return None
+    spelled = tokenizer.token_bytes() or ()
+    own = spelled[token] if token < len(spelled) else None
+    return tokenizer.token_text(token).encode() if own is None else own
 
 
 class Choice:
@@ -27,7 +57,8 @@ class Choice:
         self._text = TextStream(tokenizer, row.request.stop)
         self._commits: dict[int, Commit] = {}
         self._tokens: list[int] = []
-        self._entries_told, self._entries_offset = 0, len(row.head)
+        self._entries_told, self._places = 0, _Places(tokenizer, len(row.head))
+        self._is_head_told = False
         self._shown: dict[int, tuple[int, bool]] = {}  # what frames showed: token and whether it was final
 
     def begin(self) -> None:
@@ -66,30 +97,44 @@ class Choice:
 
     @property
     def holes(self) -> list[str]:
-        """What was put into each hole of an infill."""
-        return [self._tokenizer.decode(tokens) for tokens in holes_of(self.row.request, self._tokens)]
+        """What was put into each hole of an infill; neighbours are told apart by their lengths."""
+        made = iter([token for hole in holes_of(self.row.request, self._tokens) for token in hole])
+        return [self._tokenizer.decode(list(itertools.islice(made, length))) for length in self.row.holes]
 
-    def new_entries(self) -> tuple[list[dict[str, Any]], int] | None:
-        """Log-probabilities of the answer's tokens that were not told yet, and where in the text the first begins.
+    def new_entries(self) -> tuple[list[dict[str, Any]], list[int]] | None:
+        """Log-probabilities of tokens that were not told yet, and where in the text each begins; None if nobody asked.
 
-        None where nobody asked.
+        Those of an echoed prompt, which have none, come first. Told are tokens that begin within the text that is, so
+        that none behind a stop string is; behind all of it there may be some without text.
         """
         if not self._wants_logprobs:
             return None
-        entries, offset = [], self._entries_offset
+        entries, offsets = list[dict[str, Any]](), list[int]()
+        if self.row.head and not self._is_head_told:
+            places = _Places(self._tokenizer, 0)
+            for token in self.row.request.prompt:
+                entries.append({**self._entry(token, None), "top_logprobs": None})
+                offsets.append(places.of(token))
+                places.go_on(token)
+        self._is_head_told = True
+        stop = len(self.row.head) + len(self._text.text)
+        is_whole = self.finish_reason is not None and not self._text.stopped
         for position in range(self._entries_told, len(self._tokens)):
-            commit = self._commits.get(position)
-            if commit is None or commit.token != self._tokens[position]:
+            token, commit = self._tokens[position], self._commits.get(position)
+            place = self._places.of(token)
+            if commit is None or commit.token != token or (place >= stop and not is_whole):
                 break
             best = [self._entry(token, log_prob) for token, log_prob in commit.best]
-            entries.append({**self._entry(commit.token, commit.log_prob), "top_logprobs": best})
-        self._entries_told += len(entries)
-        self._entries_offset += sum(len(entry["token"]) for entry in entries)
-        return entries, offset
+            entries.append({**self._entry(token, commit.log_prob), "top_logprobs": best})
+            offsets.append(place)
+            self._places.go_on(token)
+            self._entries_told += 1
+        return entries, offsets
 
-    def _entry(self, token: int, log_prob: float) -> dict[str, Any]:
+    def _entry(self, token: int, log_prob: float | None) -> dict[str, Any]:
+        spelled = _bytes_of(self._tokenizer, token)
         text = self._tokenizer.token_text(token)
-        return {"token": text, "logprob": log_prob, "bytes": list(text.encode())}
+        return {"token": text, "logprob": log_prob, "bytes": None if spelled is None else list(spelled)}
 
     def progress_made(self, is_ended: bool) -> float:
         """The share of the canvas that no longer changes."""

@@ -27,7 +27,9 @@ class GatewayMetrics:
         own, loads = self._registry, self._loads
         self._success = Counter("dllm_request_success", "Finished choices", ["finished_reason"], registry=own)
         self._errors = Counter("dllm_request_errors", "Refused or failed requests", ["status"], registry=own)
-        self._prompt = Counter("dllm_prompt_tokens", "Prompt and suffix tokens", registry=own)
+        self._prompt = Counter(
+            "dllm_prompt_tokens", "Prompt and suffix tokens, once for all choices of a prompt", registry=own
+        )
         self._generated = Counter("dllm_generation_tokens", "Committed tokens, end tokens included", registry=own)
         self._calls = Counter("dllm_denoiser_calls", "Denoiser calls, summed over choices (NFE)", registry=own)
         self._canvas = Counter("dllm_canvas_tokens", "Open positions that requests asked for", registry=own)

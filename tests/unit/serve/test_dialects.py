@@ -84,6 +84,36 @@ def test_infill_fills_every_hole_as_the_engine_does(served, engine, chatty):
     assert answer["object"] == "infill"
 
 
+def test_neighbouring_holes_are_told_apart(served):
+    segments = ["RED ", {"hole": 2}, {"hole": 3}, " END", {"hole": 1}]
+    [choice] = served("/v1/infill", {"segments": segments, "seed": 4, "temperature": 1.0})["choices"]
+    assert len(choice["holes"]) == 3
+
+
+def test_a_prompt_is_counted_once_however_many_choices_it_has(session):
+    async def scenario(client):
+        async def counted():
+            lines = (await client.get("/metrics")).text.splitlines()
+            return sum(float(line.split()[-1]) for line in lines if line.startswith("dllm_prompt_tokens_total"))
+
+        async def asked(**how):
+            before, body = await counted(), {"model": "m", "max_tokens": 4, "seed": 1, **how}
+            usage = (await client.post("/v1/completions", json=body)).json()["usage"]
+            assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
+            assert await counted() - before == usage["prompt_tokens"]
+            return usage
+
+        one = await asked(prompt="RED CIRCLE 17")
+        many = await asked(prompt="RED CIRCLE 17", n=4)
+        both = await asked(prompt=["RED CIRCLE 17", "BLUE"], n=2)
+        other = await asked(prompt="BLUE")
+        assert many["prompt_tokens"] == one["prompt_tokens"]
+        assert many["diffusion"]["canvas_tokens"] == 4 * one["diffusion"]["canvas_tokens"]
+        assert both["prompt_tokens"] == one["prompt_tokens"] + other["prompt_tokens"]
+
+    session(scenario)
+
+
 def test_an_edit_changes_its_spans_and_nothing_else(served):
     text = "RED CIRCLE 17 BLUE STAR 23"
     bodies = [{"text": text, "span": [4, 10], "strength": 1.0, "seed": seed, "temperature": 2.0} for seed in range(6)]
@@ -194,16 +224,21 @@ def test_log_probabilities_are_those_of_the_call_that_committed(served, engine, 
             for (position, token, confidence), ids in zip(update.commits, update.best_tokens, strict=True):
                 sure[position - len(prompt)] = (token, confidence, ids.tolist())
     logprobs = told["logprobs"]
-    assert len(logprobs["tokens"]) >= 4
+    head = len(prompt)  # is echoed, and nobody was asked for it
+    assert logprobs["tokens"][:head] == [tokenizer.token_text(token) for token in prompt]
+    assert logprobs["token_logprobs"][:head] == logprobs["top_logprobs"][:head] == [None] * head
+    assert len(logprobs["tokens"]) >= head + 4
     for i, (name, log_prob, best) in enumerate(
         zip(logprobs["tokens"], logprobs["token_logprobs"], logprobs["top_logprobs"], strict=True)
     ):
-        token, confidence, ids = sure[i]
+        if i < head:
+            continue
+        token, confidence, ids = sure[i - head]
         assert (name, log_prob) == (tokenizer.token_text(token), pytest.approx(math.log(confidence), abs=1e-5))
         assert list(best) == list(dict.fromkeys(tokenizer.token_text(one) for one in ids))
         assert max(best.values()) >= log_prob - 1e-6
         assert told["text"][logprobs["text_offset"][i] :].startswith(name) or not name.isascii()
-    assert np.exp(list(logprobs["top_logprobs"][0].values())).sum() <= 1 + 1e-5
+    assert np.exp(list(logprobs["top_logprobs"][head].values())).sum() <= 1 + 1e-5
     streamed = served("/v1/completions", {**body, "stream": True})
     parts = [event["choices"][0]["logprobs"] for event in streamed if event["choices"][0]["logprobs"]]
     for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):

@@ -107,6 +107,6 @@ class ChatRequest(DecodingFields):
         delta = {"role": "assistant", "content": ""}
         return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
 
-    def told(self, entries: list[dict[str, Any]], offset: int) -> dict[str, Any]:
+    def told(self, entries: list[dict[str, Any]], offsets: list[int]) -> dict[str, Any]:
         """Log-probabilities of tokens."""
         return {"content": entries, "refusal": None}

@@ -74,13 +74,12 @@ class CompletionRequest(DecodingFields):
         """What a stream says of a choice before its text."""
         return None
 
-    def told(self, entries: list[dict[str, Any]], offset: int) -> dict[str, Any]:
-        """Log-probabilities of tokens, the first of which begins `offset` characters into the text."""
-        offsets = []
-        for entry in entries:
-            offsets.append(offset)
-            offset += len(entry["token"])
-        best = [{one["token"]: one["logprob"] for one in entry["top_logprobs"]} for entry in entries]
+    def told(self, entries: list[dict[str, Any]], offsets: list[int]) -> dict[str, Any]:
+        """Log-probabilities of tokens, null for those of an echoed prompt, and where in the text each begins."""
+        best = [
+            None if entry["top_logprobs"] is None else {one["token"]: one["logprob"] for one in entry["top_logprobs"]}
+            for entry in entries
+        ]
         return {
             "tokens": [entry["token"] for entry in entries],
             "token_logprobs": [entry["logprob"] for entry in entries],

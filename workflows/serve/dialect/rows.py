@@ -61,13 +61,16 @@ class ServedModel:
 
 @dataclass(frozen=True)
 class Row:
-    """request: what is decoded. head, tail: text that is shown around it. end_id: a token that ends the answer too."""
+    """request: what is decoded. head, tail: text that is shown around it. end_id: a token that ends the answer too.
+
+    holes: the lengths of an infill's, in turn.
+    """
 
     request: Request
     head: str = ""
     tail: str = ""
     end_id: int | None = None
-    has_holes: bool = False
+    holes: tuple[int, ...] = ()
 
 
 def of_prompt(

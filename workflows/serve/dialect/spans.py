@@ -41,7 +41,7 @@ class _WholeText(DecodingFields):
         """Nothing comes before the text."""
         return None
 
-    def told(self, entries: list[dict[str, Any]], offset: int) -> dict[str, Any]:
+    def told(self, entries: list[dict[str, Any]], offsets: list[int]) -> dict[str, Any]:
         """Never asked for."""
         raise NotImplementedError
 
@@ -59,9 +59,9 @@ class InfillRequest(_WholeText):
         """The same document n times."""
         if not any(isinstance(part, Hole) for part in self.segments):
             raise RequestError("segments", "has no hole", remedy='put {"hole": LENGTH} where text is to be filled in')
-        asked = sum(part.hole for part in self.segments if isinstance(part, Hole))
-        if asked > model.context:
-            raise RequestError("segments", f"its holes ({asked}) exceed the context of {model.context} tokens")
+        holes = tuple(part.hole for part in self.segments if isinstance(part, Hole))
+        if sum(holes) > model.context:
+            raise RequestError("segments", f"its holes ({sum(holes)}) exceed the context of {model.context} tokens")
         first = next(i for i, part in enumerate(self.segments) if isinstance(part, Hole))
         last = max(i for i, part in enumerate(self.segments) if isinstance(part, Hole))
         head = "".join(part for part in self.segments[:first] if isinstance(part, str))
@@ -80,7 +80,7 @@ class InfillRequest(_WholeText):
             constraint=self.constraint(model.limits),
         )
         whole = with_holes(request, pieces)
-        return [Row(model.check(replace(whole, seed=seed)), head, tail, has_holes=True) for seed in self.seeds(self.n)]
+        return [Row(model.check(replace(whole, seed=seed)), head, tail, holes=holes) for seed in self.seeds(self.n)]
 
 
 class EditRequest(_WholeText):
