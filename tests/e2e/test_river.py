@@ -7,6 +7,7 @@ checkpoints/bundle -> serve/replica -> decoding/engine.
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -163,4 +164,4 @@ def test_nothing_is_left_running(river):
     import psutil
 
     names = [" ".join(child.cmdline()) for child in psutil.Process().children(recursive=True)]
-    assert not [name for name in names if "ray" in name or "gcs_server" in name]
+    assert not [name for name in names if re.search("ray::|raylet|gcs_server|/ray/", name)]
