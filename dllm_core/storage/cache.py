@@ -35,7 +35,7 @@ def cached_copy(name: str, size: int, pieces: Callable[[], Iterable[bytes]]) -> 
         with _alone(cached.path(f"locks/{name[:2]}")):
             if not _is_there(cached, key, size):
                 limit = _limit()
-                cached.put_pieces(key, _told(pieces()))
+                cached.put_pieces(key, pieces())
                 _prune(cached, key, limit)
     path = cached.path(key)
     with contextlib.suppress(OSError):
@@ -92,12 +92,6 @@ def _is_locked(file: BinaryIO) -> bool:
     except BlockingIOError:
         return False
     return True
-
-
-def _told(pieces: Iterable[bytes]) -> Iterator[bytes]:
-    for piece in pieces:
-        progressed()
-        yield piece
 
 
 def _prune(cached: LocalStore, keep: str, limit: int) -> None:

@@ -1,4 +1,4 @@
-"""Signs that a long read goes on, for who watches over the process: large files are fetched and hashed for minutes.
+"""Signs that a long read or write goes on, for who watches over the process: large files take minutes.
 
 They find their listener by context and not as an argument, which a dozen functions would hand on that neither read nor
 listen.
@@ -13,7 +13,7 @@ _LISTENER: ContextVar[Callable[[], None]] = ContextVar("progress", default=lambd
 
 @contextmanager
 def progress_to(listener: Callable[[], None]) -> Iterator[None]:
-    """Call it for each piece that this thread reads in the block; often, so it must cost little."""
+    """Call it for each piece that this thread reads or writes in the block; often, so it must cost little."""
     token = _LISTENER.set(listener)
     try:
         yield
@@ -22,5 +22,5 @@ def progress_to(listener: Callable[[], None]) -> Iterator[None]:
 
 
 def progressed() -> None:
-    """A piece was read."""
+    """A piece was read or written."""
     _LISTENER.get()()

@@ -26,6 +26,7 @@ from urllib3.exceptions import HTTPError
 
 from dllm_core.errors import ConfigError, DataError
 from dllm_core.storage.cache import cached_copy
+from dllm_core.storage.progress import progressed
 from dllm_core.storage.store import READERS, StoredObject, in_order
 
 Answer = TypeVar("Answer")
@@ -233,7 +234,10 @@ class S3Store:
 
         try:
             with ThreadPoolExecutor(_PART_THREADS) as pool:
-                parts = [*pool.map(put_part, range(1, -(-size // step) + 1))]
+                parts = []
+                for part in pool.map(put_part, range(1, -(-size // step) + 1)):
+                    parts.append(part)
+                    progressed()
             self._complete(key, writer, **upload, MultipartUpload={"Parts": parts})
         except BaseException:  # parts of an upload that will not end are not seen, but kept and paid for
             with contextlib.suppress(DataError):

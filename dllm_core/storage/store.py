@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from stat import S_ISREG
 from typing import Protocol, TypeVar
@@ -24,7 +25,7 @@ from dllm_core.storage.progress import progressed
 READERS = 32  # requests at once where many objects are read: of 30 ms each they are a thousand a second
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _KEYS_AT_ONCE = 1 << 12
-_HASHED_BYTES = 1 << 18
+_HASHED_BYTES, _COPIED_BYTES = 1 << 18, 1 << 23
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -216,8 +217,8 @@ class LocalStore:
                 _sync(target)
                 return
             with _beside(target) as temporary:
-                shutil.copyfile(path, temporary)
-                _sync(temporary)
+                with path.open("rb") as file:
+                    _write_synced(temporary, iter(partial(file.read, _COPIED_BYTES), b""))
                 temporary.replace(target)
 
     def delete(self, key: str) -> None:
@@ -347,7 +348,9 @@ def is_temporary(name: str) -> bool:
 
 def _write_synced(path: Path, pieces: Iterable[bytes]) -> None:
     with path.open("wb") as file:
-        file.writelines(pieces)
+        for piece in pieces:
+            file.write(piece)
+            progressed()
         file.flush()
         os.fsync(file.fileno())
 

@@ -226,10 +226,11 @@ class Trainer:
 
     def _await_save(self) -> None:
         """Until the save that was started has ended. Collective, in slices: a write may take longer than a collective
-        may, and longer than a rank may give no sign of life.
+        may, and longer than a rank may give no sign of life. Rank 0 gives one for each piece that is written.
         """
         while any(self._backend.sum_over_ranks([float(self._tell_of_save(within=SLICE_S))])):
-            self._beat()
+            if self._writer is None or self._writer.has_moved():
+                self._beat()
 
     def _tell_of_save(self, within: float) -> bool:
         """Announce how the save that was started has ended, if it does in so many seconds; whether it goes on."""

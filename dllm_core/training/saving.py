@@ -3,6 +3,7 @@
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
@@ -12,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dllm_core.checkpoints.store import CheckpointStore, TrainPosition
+from dllm_core.storage.progress import progress_to, progressed
 
 Parts = Mapping[str, Mapping[str, Tensor]]
 SLICE_S = 0.5  # at most, between two signs of life of who waits; a limit on them has more
@@ -37,6 +39,7 @@ class CheckpointWriter:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._writing: tuple[int, Future[None]] | None = None
         self._passed_over = set[int]()
+        self._has_moved = threading.Event()
         self._prefix = f"dllm-checkpoint-{checkpoints.identity}-"
         for left in Path(tempfile.gettempdir()).glob(f"{self._prefix}*"):  # by a process that was killed in a save
             if left.stat().st_uid == os.geteuid():
@@ -68,17 +71,29 @@ class CheckpointWriter:
         writing.result()
         return True
 
+    def has_moved(self) -> bool:
+        """Whether a piece was written since this was last asked: a storage that stands still is found, and where."""
+        has_moved = self._has_moved.is_set()
+        self._has_moved.clear()
+        return has_moved
+
     def close(self, beat: Callable[[], None]) -> None:
-        """Wait for the thread, beating; what it was writing is committed or is not there."""
+        """Wait for the thread, beating while it moves; what it was writing is committed or is not there."""
         while self._writing is not None and not wait([self._writing[1]], SLICE_S).done:
-            beat()
+            if self.has_moved():
+                beat()
         self._thread.shutdown(wait=True)
 
     def _write(self, position: TrainPosition, parts: Parts, heldout: float | None) -> None:
+        with progress_to(self._has_moved.set):
+            self._write_moving(position, parts, heldout)
+
+    def _write_moving(self, position: TrainPosition, parts: Parts, heldout: float | None) -> None:
         with tempfile.TemporaryDirectory(prefix=self._prefix) as scratch:
             files = {name: Path(scratch, name) for name in parts}
             for name, tensors in parts.items():
                 save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, files[name])
+                progressed()
             self._before(position.step)
             self._checkpoints.save(position, files, heldout)
         self._passed_over.discard(position.step)

@@ -20,6 +20,7 @@ from dllm_core.checkpoints.run_dir import RunDir
 from dllm_core.checkpoints.store import CheckpointStore, TrainPosition
 from dllm_core.data.loader import Loader
 from dllm_core.errors import DataError, DivergedError
+from dllm_core.storage.progress import progressed
 from dllm_core.storage.store import LocalStore
 from dllm_core.training import loop, saving
 from dllm_core.training.backend import LocalBackend
@@ -229,6 +230,7 @@ def test_while_a_checkpoint_is_written_all_ranks_show_that_they_live_however_lon
             while any(now < then + 3 for now, then in zip(pair.beats[: 2 - ends_badly], begun, strict=False)):
                 if time.monotonic() > deadline:
                     raise DataError(key, f"beats went from {begun} to {pair.beats}")
+                progressed()
                 time.sleep(0.01)
             super().put_file(key, path)
 
@@ -252,6 +254,34 @@ def test_while_a_checkpoint_is_written_all_ranks_show_that_they_live_however_lon
     assert told[0].failed_saves == []
     assert told[0].saves == ([] if ends_badly else [1, 2, 3])
     assert CheckpointStore(run_dir(tmp_path, "run")).committed() == ([10] if ends_badly else [1, 2, 3])
+
+
+def test_a_write_that_stands_still_gives_no_sign_of_life(small_corpus, tmp_path, monkeypatch):
+    """Rank 1, which waits for it, has many while rank 0 has none."""
+    for module in (loop, saving):
+        monkeypatch.setattr(module, "SLICE_S", 0.02)
+    pair, seen = Pair(), []
+
+    class Still(LocalStore):
+        def put_file(self, key: str, path: Path) -> None:
+            time.sleep(0.1)  # what was written before is told by now
+            before, deadline = list(pair.beats), time.monotonic() + 20
+            while pair.beats[1] < before[1] + 5 and time.monotonic() < deadline:
+                time.sleep(0.01)
+            seen.append([now - then for now, then in zip(pair.beats, before, strict=True)])
+            super().put_file(key, path)
+
+    def trained(rank: int) -> None:
+        checkpoints = CheckpointStore(RunDir(Still(tmp_path), "run"))
+        options = {"beat": lambda: pair.beat(rank)}
+        trainer, _, _ = make_trainer(small_corpus, checkpoints, options=options, kind=pair.backend(rank), steps=1)
+        trainer.run()
+
+    with ThreadPoolExecutor(2) as pool:
+        for future in [pool.submit(trained, rank) for rank in (0, 1)]:
+            future.result()
+    assert len(seen) == 3
+    assert all(rank_0 == 0 and rank_1 >= 5 for rank_0, rank_1 in seen)
 
 
 def test_the_rows_of_the_steps_that_diverged_are_written_down(small_corpus: SmallCorpus):
