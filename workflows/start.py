@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dllm_core.checkpoints.bundle_manifest import FOLDER, TOKENIZER_NAME, BundleOutline, read_manifest, read_outline
+from dllm_core.checkpoints.bundle_manifest import FOLDER, BundleOutline, read_manifest, read_outline
 from dllm_core.checkpoints.run_dir import RunDir
 from dllm_core.data.tokenizer import Tokenizer, TokenizerConfig, with_markers
 from dllm_core.errors import ConfigError, DataError
 from dllm_core.model.config import ModelConfig
+from dllm_core.model.special_ids import TOKENIZER_NAME
 from dllm_core.training.start import StartConfig
 
 _TOKENS = ("mask_token", "eos_token", "pad_token")

@@ -10,13 +10,13 @@ import os
 import shutil
 import tempfile
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dllm_core.checkpoints.bundle_manifest import (
     FOLDER,
     MANIFEST_NAME,
-    TOKENIZER_NAME,
     BundleManifest,
     Lineage,
     read_manifest,
@@ -26,6 +26,7 @@ from dllm_core.checkpoints.store import FileEntry, verified_file
 from dllm_core.config.fingerprint import fingerprint, seal
 from dllm_core.data.tokenizer import Tokenizer
 from dllm_core.model.config import CONFIG_NAME, LAYOUT_NAME, WEIGHTS_NAME, DenoiserConfig
+from dllm_core.model.special_ids import TOKENIZER_NAME
 from dllm_core.noise.interpolating import InterpolatingProcess
 from dllm_core.noise.process import AnyNoise
 from dllm_core.objective.config import AnyObjective, DiffusionConfig
@@ -64,7 +65,7 @@ class ModelBundle:
 
         return ForeignLayout.model_validate_json((self.folder / LAYOUT_NAME).read_bytes())
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Of its manifest, and so of all of its files: 12 hex digits."""
         return fingerprint(self.manifest.model_dump(mode="json"))

@@ -10,13 +10,13 @@ from dllm_core.config.fingerprint import unseal
 from dllm_core.data.tokenizer import TokenizerConfig
 from dllm_core.errors import CheckpointError, ConfigError, DataError
 from dllm_core.model.config import DenoiserConfig
+from dllm_core.model.special_ids import TOKENIZER_NAME
 from dllm_core.noise.process import AnyNoise
 from dllm_core.objective.config import AnyObjective, DiffusionConfig
 from dllm_core.storage.store import sha256
 
 FOLDER = "bundle"
 MANIFEST_NAME = "bundle.json"
-TOKENIZER_NAME = "tokenizer.json"
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"  # as `model/pretrained.py` calls them, which loads torch
 
 

@@ -17,12 +17,12 @@ from dllm_core.data.packing import AnyPacking
 from dllm_core.data.shard import ShardInfo
 from dllm_core.data.tokenizer import Tokenizer, TokenizerConfig
 from dllm_core.errors import ConfigError, DataError
+from dllm_core.model.special_ids import TOKENIZER_NAME
 from dllm_core.noise.process import AnyNoise
 from dllm_core.storage.store import Store, sha256
 
 FORMAT: Literal[1] = 1
 NAME = "manifest.json"
-TOKENIZER_NAME = "tokenizer.json"
 Counts = dict[str, int]
 _OF_ROWS = {"tokenizer_sha256", "vocab_size", "packing", "seed", "process", "t_min", "block_length", "steps"}
 

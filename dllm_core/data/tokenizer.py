@@ -156,7 +156,7 @@ class Tokenizer:
         """sha256 of the tokenizer's JSON: what a manifest and a bundle are bound to."""
         return hashlib.sha256(self.json_text.encode()).hexdigest()
 
-    @property
+    @cached_property
     def special_ids(self) -> frozenset[int]:
         """Ids that no text encodes to."""
         return frozenset((self.mask_id, self.eos_id, self.pad_id, *self._markers.values()))

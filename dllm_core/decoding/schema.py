@@ -147,7 +147,7 @@ class _Writer:
             return None
         if item is None or most == 0:
             return rf"\[{_SPACE}\]"
-        _joined("", (item, item))
+        _check_length(2 * len(item))
         more = f"{{{max(0, least - 1)},{'' if most is None else most - 1}}}"
         return rf"\[{_SPACE}({item}({_COMMA}{item}){more}){'' if least else '?'}{_SPACE}\]"
 
@@ -164,7 +164,7 @@ class _Writer:
         if "properties" not in schema and additional is not False:
             value = _any() if additional is True else self.of(additional, depth)
             if value is not None:
-                _joined("", (value, value))
+                _check_length(2 * len(value))
                 return _object_of(value)
         members, needed = list[str](), list[bool]()
         for name, part in properties.items():
@@ -182,7 +182,7 @@ def _members(members: list[str], needed: list[bool]) -> str:
     if not members:
         return ""
     if True not in needed:
-        _joined("", (member for i, member in enumerate(members) for _ in range(i + 1)))
+        _check_length(sum(len(member) * (i + 1) for i, member in enumerate(members)))
         behind = [f"({_COMMA}{member})?" for member in members]
         firsts = [f"{member}{''.join(behind[i + 1 :])}" for i, member in enumerate(members)]
         return f"({_joined('|', firsts)})?"
@@ -279,11 +279,15 @@ def _joined(between: str, parts: Iterable[str]) -> str:
     for part in parts:
         kept.append(part)
         length += len(part) + len(between)
-        if length > MAX_REGEX:
-            problem = f"comes to a regular expression of more than {MAX_REGEX} characters"
-            remedy = "write fewer references, optional properties, and arrays in arrays"
-            raise RequestError("constraint", problem, remedy=remedy)
+        _check_length(length)
     return between.join(kept)
+
+
+def _check_length(length: int) -> None:
+    if length > MAX_REGEX:
+        problem = f"comes to a regular expression of more than {MAX_REGEX} characters"
+        remedy = "write fewer references, optional properties, and arrays in arrays"
+        raise RequestError("constraint", problem, remedy=remedy)
 
 
 def _refused(problem: str, value: Any, remedy: str = "") -> RequestError:

@@ -18,7 +18,6 @@ import numpy as np
 from dllm_core.data.build import CorpusJob, decide, noise_shard, sample_texts, sign_unit, tokenize_unit, tokenizer_of
 from dllm_core.data.loader import corpus_noise
 from dllm_core.data.manifest import (
-    TOKENIZER_NAME,
     Accounting,
     CorpusManifest,
     Split,
@@ -36,6 +35,7 @@ from dllm_core.data.sources import find_files
 from dllm_core.data.tokenizer import Tokenizer, given_json
 from dllm_core.data.units import SourceFiles, Unit, plan_units
 from dllm_core.errors import DataError
+from dllm_core.model.special_ids import TOKENIZER_NAME
 from dllm_core.storage.store import Store, sha256
 from workflows.fan_out import FanOut
 from workflows.placement import PreprocessPlacement

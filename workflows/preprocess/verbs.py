@@ -9,11 +9,12 @@ from functools import partial
 from typing import Any
 
 from dllm_core.data.build import sample_texts, tokenizer_of
-from dllm_core.data.manifest import NAME, TOKENIZER_NAME, CorpusManifest, read_manifest, read_tokenizer
+from dllm_core.data.manifest import NAME, CorpusManifest, read_manifest, read_tokenizer
 from dllm_core.data.receipts import DECISIONS, SIGNATURES, TOKENS, Step, noise_step, shards_of
 from dllm_core.data.tokenizer import Tokenizer
 from dllm_core.data.verify import Problem, Promise, checks_of, verify_shard
 from dllm_core.errors import DataError
+from dllm_core.model.special_ids import TOKENIZER_NAME
 from dllm_core.storage.store import sha256
 from workflows.fan_out import FanOut
 from workflows.preprocess.flow import CorpusPlan, OnProgress, Preprocessing

@@ -17,13 +17,12 @@ from dllm_core.checkpoints.run_dir import RunDir
 from dllm_core.checkpoints.store import CheckpointStore
 from dllm_core.data.manifest import read_manifest
 from dllm_core.errors import CheckpointError, DataError, DllmError, PreemptedError
-from dllm_core.objective.config import PreferenceConfig
 from dllm_core.training.config import CHECKPOINT_BYTES
 from workflows.env import on_nodes
 from workflows.interrupts import first_sigterm_asks
 from workflows.recipe import Recipe
 from workflows.start import check_start
-from workflows.train.job import WorkerJob, check_rows
+from workflows.train.job import WorkerJob, check_rows, needed_start
 
 OnMessage = Callable[[dict[str, Any]], None]
 _POLL_S = 0.25
@@ -98,9 +97,9 @@ def train(recipe: Recipe, run: RunDir, corpus: str, on_message: OnMessage) -> No
 
 def _check_checkpoint(recipe: Recipe, run: RunDir, corpus: str) -> None:
     """Refuse now what each worker would refuse, as often as workers are restarted."""
-    step, start = final_step(run), recipe.start
-    is_read_again = start is not None and (start.lora is not None or isinstance(recipe.objective, PreferenceConfig))
-    if start is not None and (step is None or is_read_again):
+    step = final_step(run)
+    start = needed_start(recipe, is_resumed=step is not None)
+    if start is not None:
         check_start(start)
     if step is None:
         return

@@ -9,6 +9,8 @@ from dllm_core.data.manifest import CorpusManifest
 from dllm_core.data.tokenizer import Tokenizer
 from dllm_core.errors import DataError
 from dllm_core.model.config import DenoiserConfig
+from dllm_core.objective.config import PreferenceConfig
+from dllm_core.training.start import StartConfig
 from workflows.recipe import Recipe
 
 RUN_FACTS = "run.json"
@@ -22,6 +24,15 @@ class WorkerJob:
     run: RunDir
     corpus: str
     mailbox: Any
+
+
+def needed_start(recipe: Recipe, *, is_resumed: bool) -> StartConfig | None:
+    """The start, where its weights are needed: at step 0, and after a resume for what adapters stand beside and what a
+    preference is measured against: a checkpoint's weights were tuned.
+    """
+    start = recipe.start
+    is_read_again = start is not None and (start.lora is not None or isinstance(recipe.objective, PreferenceConfig))
+    return start if not is_resumed or is_read_again else None
 
 
 def denoiser_config(recipe: Recipe, manifest: CorpusManifest, tokenizer: Tokenizer) -> DenoiserConfig:

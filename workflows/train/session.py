@@ -36,7 +36,7 @@ from dllm_core.training.reading import read_together
 from dllm_core.training.started import StartedWeights, open_start
 from workflows.malloc import keep_freed_memory
 from workflows.recipe import Recipe
-from workflows.train.job import check_rows, denoiser_config
+from workflows.train.job import check_rows, denoiser_config, needed_start
 
 METRICS, DIVERGED = "metrics.jsonl", "diverged.json"
 _BATCH_ROWS = 32
@@ -69,7 +69,8 @@ def open_session(
         newest = checkpoints.newest(on_damage)
         if newest is not None:
             check_rows(newest.manifest, manifest, recipe.train.accept_corpus)
-        return newest, _read_start(recipe, newest)
+        start = needed_start(recipe, is_resumed=newest is not None)
+        return newest, None if start is None else open_start(start)
 
     newest, bundle = read_together(read, lambda values: backend.summed(values, device), beat)
     _load(recipe, backend, module, newest, bundle)
@@ -121,17 +122,6 @@ def open_session(
     if newest is not None:
         trainer.resume(newest)
     return trainer
-
-
-def _read_start(recipe: Recipe, newest: Checkpoint | None) -> ModelBundle | None:
-    """The start's bundle, where it is needed: at step 0, and after a resume for what adapters stand beside and what a
-    preference is measured against: a checkpoint's weights were tuned.
-    """
-    start = recipe.start
-    if start is None:
-        return None
-    is_read_again = start.lora is not None or isinstance(recipe.objective, PreferenceConfig)
-    return open_start(start) if newest is None or is_read_again else None
 
 
 def _load(

@@ -18,7 +18,7 @@ from rich.markup import escape
 from safetensors.torch import load_file
 
 from dllm_core.checkpoints.bundle import read_bundle, write_bundle
-from dllm_core.checkpoints.bundle_manifest import TOKENIZER_NAME, Lineage
+from dllm_core.checkpoints.bundle_manifest import Lineage
 from dllm_core.checkpoints.run_dir import RunDir
 from dllm_core.config.fingerprint import fingerprint
 from dllm_core.config.overrides import apply_overrides
@@ -26,7 +26,7 @@ from dllm_core.data.tokenizer import Tokenizer, TokenizerConfig
 from dllm_core.errors import CheckpointError, ConfigError, DataError
 from dllm_core.model.config import WEIGHTS_NAME
 from dllm_core.model.foreign import Foreign, layout_for, open_foreign, write_foreign
-from dllm_core.model.special_ids import tokens_of, with_token
+from dllm_core.model.special_ids import TOKENIZER_NAME, tokens_of, with_token
 from dllm_core.model.tensor_file import Header, write_file
 from dllm_core.storage.store import file_sha256, local_path, open_store, sha256
 from workflows.console import Console
