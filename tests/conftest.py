@@ -1,5 +1,6 @@
 """What many tests start from: a small corpus on disk, made by the real preprocessing without a cluster."""
 
+import os
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -40,6 +41,13 @@ class SmallCorpus:
     store: LocalStore
     manifest: CorpusManifest
     tokenizer: Tokenizer
+
+
+def draws(number: int) -> int:
+    """So many random examples in `make test-long`, which sets DLLM_ALL_DRAWS, and a third in `make test`, drawn anew in
+    each run: where an example is a batch of rows, drawn whole and one by one.
+    """
+    return number if os.environ.get("DLLM_ALL_DRAWS") else -(-number // 3)
 
 
 def free_port() -> int:

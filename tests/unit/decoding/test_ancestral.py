@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import draws
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rows import EOS, MASK, PAD, VOCABULARY, new_denoiser, requests
@@ -214,7 +215,7 @@ def stepped(draw: st.DrawFn) -> Request:
     return Request(request.prompt, config, request.suffix, request.seed)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=draws(40), deadline=None)
 @given(batch=st.lists(stepped(), min_size=2, max_size=7), process=st.sampled_from(NOISES))
 def test_a_row_gets_the_same_tokens_alone_and_in_a_batch(denoiser, batch, process):
     """Rows at different times among them."""
@@ -222,7 +223,7 @@ def test_a_row_gets_the_same_tokens_alone_and_in_a_batch(denoiser, batch, proces
     assert together == [Engine.over(denoiser, process, 300, is_ancestral=True).generate([one])[0] for one in batch]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=draws(40), deadline=None)
 @given(request=stepped(), process=st.sampled_from(NOISES))
 def test_what_is_given_is_never_noised_and_nothing_is_told_before_the_last_step(denoiser, request, process):
     one = Engine.over(denoiser, process, is_ancestral=True)

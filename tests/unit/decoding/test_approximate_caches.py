@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from conftest import draws
 from hypothesis import given, settings
 from rows import CONTEXT, EOS, MASK, PAD, PROCESS, new_denoiser, new_engine, requests
 
@@ -37,7 +38,7 @@ def cached(request: Request, cache: str, refresh_every: int | None = None, **fie
 
 
 @caches
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=draws(30), deadline=None)
 @given(request=requests())
 def test_renewed_at_every_call_a_cache_changes_nothing(denoiser, cache, request):
     expected = new_engine(denoiser).generate([cached(request, "none")])
@@ -45,7 +46,7 @@ def test_renewed_at_every_call_a_cache_changes_nothing(denoiser, cache, request)
 
 
 @caches
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=draws(20), deadline=None)
 @given(request=requests())
 def test_where_a_block_takes_one_call_a_cache_changes_nothing(denoiser, cache, request):
     at_once = {"policy": ThresholdPolicy(threshold=1e-6)}
@@ -94,7 +95,7 @@ def test_a_call_computes_what_its_cache_leaves_to_it(cache, refresh_every, width
 
 
 @caches
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=draws(25), deadline=None)
 @given(request=requests())
 def test_an_inner_call_changes_the_keys_that_it_computes_and_no_others(denoiser, cache, request):
     engine = new_engine(denoiser)

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from conftest import draws
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rows import (
@@ -49,7 +50,7 @@ def templates(draw: st.DrawFn, guidance: bool = True) -> Request:
     return replace(request, middle=tuple(draw(pieces)))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=draws(60), deadline=None)
 @given(batch=st.lists(templates() | requests(), min_size=1, max_size=5))
 def test_holes_are_filled_and_what_stands_between_them_is_kept_alone_and_in_a_batch(denoiser, batch):
     together = new_engine(denoiser).generate(batch)
@@ -106,7 +107,7 @@ def test_what_reads_from_left_to_right_is_given_nothing_behind_a_hole(denoiser, 
         engine.add(Request((5,), DecodeConfig(block_length=4, steps_per_block=4), middle=(None, 6, None)))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=draws(40), deadline=None)
 @given(
     span=st.lists(st.integers(3, VOCABULARY - 1), min_size=1, max_size=20).map(tuple),
     strength=st.floats(0.01, 1),
@@ -157,7 +158,7 @@ def test_replaced_tokens_are_run_back_from_the_strength_alone():
     assert state.num_committed == 15
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=draws(40), deadline=None)
 @given(request=requests(suffixes=st.just(())), grow_by=st.integers(1, 12), cache=caches)
 def test_a_canvas_grows_in_whole_blocks_until_an_end_or_its_budget(denoiser, request, grow_by, cache):
     config = request.config.model_copy(update={"grow_by": grow_by, "cache": cache, "refresh_every": None})
@@ -179,7 +180,7 @@ def test_a_canvas_grows_in_whole_blocks_until_an_end_or_its_budget(denoiser, req
 
 
 @pytest.mark.parametrize("block_length", [None, 3], ids=["full", "blocks"])
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=draws(30), deadline=None)
 @given(weight=st.floats(0.1, 5), prompt=st.lists(st.integers(3, 22), min_size=1, max_size=6).map(tuple))
 def test_guidance_leads_away_from_the_row_without_what_was_given(denoiser, block_length, weight, prompt):
     """Against two forwards of our own, one with the prompt masked; with kept keys and without them."""
@@ -248,7 +249,7 @@ class Letters:
         return "".join(chr(ord("a") + int(i)) for i in ids)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=draws(40), deadline=None)
 @given(request=requests(suffixes=st.just(())), data=st.data())
 def test_the_first_stop_string_ends_the_answer_and_the_row(denoiser, request, data):
     engine = new_engine(denoiser, tokenizer=Letters())
@@ -272,7 +273,7 @@ def test_a_stop_string_in_the_first_block_saves_the_other_blocks_calls(denoiser)
     assert cut.num_calls <= 4
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=draws(30), deadline=None)
 @given(batch=st.lists(templates() | requests(), min_size=2, max_size=8), budget=st.integers(16, 120))
 def test_rows_that_a_tick_has_no_room_for_wait_and_come_first_in_the_next(denoiser, batch, budget):
     batch = [one for one in batch if one.length <= budget]

@@ -9,6 +9,7 @@ import jsonschema
 import numpy as np
 import pytest
 import torch
+from conftest import draws
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from rows import EOS, MASK, PROCESS, VOCABULARY, new_denoiser, requests, revising
@@ -66,7 +67,7 @@ def answer_text(tokens: list[int]) -> str:
     return b"".join(SPELLED[token] for token in tokens).decode("utf-8")  # whole code points, or it raises
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=draws(60), deadline=None)
 @given(regex=regexes, batch=st.lists(requests(), min_size=1, max_size=4), revised=st.none() | revising)
 def test_every_answer_matches_whatever_is_committed_first(denoiser, regex, batch, revised):
     """With neighbours of other kinds, which get the tokens that they get alone."""
@@ -86,7 +87,7 @@ def test_every_answer_matches_whatever_is_committed_first(denoiser, regex, batch
     assert not constrained.suffix or len(answer.tokens) == constrained.config.max_tokens
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=draws(60), deadline=None)
 @given(
     regex=regexes,
     request=requests(suffixes=st.just(())),
@@ -150,7 +151,7 @@ def cost_of(law: np.ndarray, tokens: tuple[int, ...]) -> float:
     return total
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=draws(100), deadline=None)
 @given(regex=small, length=st.integers(1, 5), may_end=st.booleans(), seed=st.integers(0, 1000), share=st.floats(0, 1))
 def test_the_proposal_is_the_likeliest_of_all_strings_and_any_part_of_it_leaves_the_rest(
     regex, length, may_end, seed, share

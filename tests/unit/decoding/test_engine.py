@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from conftest import draws
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from rows import EOS, MASK, PAD, PROCESS, VOCABULARY, new_denoiser, new_engine, requests
@@ -48,7 +49,7 @@ def test_a_last_block_that_is_cut_short_keeps_the_pace_of_those_before(denoiser,
     assert made == commits
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=draws(60), deadline=None)
 @given(request=requests())
 def test_a_decode_fills_all_keeps_what_was_given_and_ends_in_its_budget(denoiser, request):
     one = new_engine(denoiser)
@@ -79,7 +80,7 @@ def test_a_decode_fills_all_keeps_what_was_given_and_ends_in_its_budget(denoiser
         assert len(answer) == request.config.max_tokens
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=draws(60), deadline=None)
 @given(batch=st.lists(requests(), min_size=2, max_size=7))
 @example(batch=[request_of(1, 1), request_of(3, 2)]).via("exact ties of confidence, broken by the last bit")
 def test_a_row_gets_the_same_tokens_alone_and_in_a_batch(denoiser, batch):
@@ -107,7 +108,7 @@ def half() -> Denoiser:
     return new_denoiser().bfloat16()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=draws(30), deadline=None)
 @given(batch=st.lists(requests(), min_size=2, max_size=7))
 def test_in_bf16_too_on_a_cpu(half, batch):
     """On a GPU, where kernels change with the batch, no more is promised than where scores differ by their rounding."""
@@ -115,7 +116,7 @@ def test_in_bf16_too_on_a_cpu(half, batch):
     assert together == [new_engine(half).generate([request])[0] for request in batch]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=draws(60), deadline=None)
 @given(batch=st.lists(requests(), min_size=2, max_size=9))
 def test_a_row_s_confidence_is_the_same_to_the_last_bit_alone_and_in_a_batch(denoiser, batch):
     rows = [DecodeState.start(request, np.full(request.config.max_tokens, MASK)) for request in batch]
@@ -126,7 +127,7 @@ def test_a_row_s_confidence_is_the_same_to_the_last_bit_alone_and_in_a_batch(den
         assert np.array_equal(alone.tokens, proposal.tokens)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=draws(30), deadline=None)
 @given(request=requests())
 def test_what_was_answered_is_never_taken_back(denoiser, request):
     one = new_engine(denoiser)

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from conftest import draws
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from rows import CONTEXT, EOS, MASK, PAD, PROCESS, VOCABULARY, new_denoiser, new_engine, requests
@@ -57,7 +58,7 @@ def greedy(max_tokens: int, block_length: int, prompt: tuple[int, ...] = ()) -> 
     return Request(prompt, config)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=draws(30), deadline=None)
 @given(batch=batches(), keeps_keys=st.booleans())
 @example(batch=(pattern_of(3), [greedy(1, 3), greedy(3, 3), greedy(24, 3)]), keeps_keys=True).via("ties of masks alone")
 def test_a_row_gets_the_same_tokens_alone_and_in_a_batch(denoiser, batch, keeps_keys):
@@ -67,7 +68,7 @@ def test_a_row_gets_the_same_tokens_alone_and_in_a_batch(denoiser, batch, keeps_
     assert together == alone
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=draws(30), deadline=None)
 @given(batch=batches())
 @example(batch=(pattern_of(8), [greedy(24, 8), greedy(20, 8, (5,) * 3)])).via("ties of masks alone")
 def test_kept_keys_change_neither_tokens_nor_calls(denoiser, batch):
@@ -78,7 +79,7 @@ def test_kept_keys_change_neither_tokens_nor_calls(denoiser, batch):
     assert kept == computed
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=draws(25), deadline=None)
 @given(batch=batches(), max_batch_tokens=st.sampled_from([64, 128]), data=st.data())
 def test_rows_that_come_and_go_leave_their_neighbours_as_they_were(denoiser, batch, max_batch_tokens, data):
     """Slots are taken by rows that wait, while others are cancelled at any tick."""
@@ -116,7 +117,7 @@ def next_token(denoiser: Denoiser, request: Request, tokens: list[int]) -> int:
     return int(nucleus[np.searchsorted(at, u * at[-1], side="right")])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=draws(60), deadline=None)
 @given(request=requests(None, prompts, st.just(()), guidance=False), keeps_keys=st.booleans())
 def test_autoregression_is_a_token_a_call_from_what_stands_before_it(denoiser, request, keeps_keys):
     [answer] = new_engine(denoiser, pattern=CAUSAL, keeps_keys=keeps_keys).generate([request])
@@ -129,7 +130,7 @@ def test_autoregression_is_a_token_a_call_from_what_stands_before_it(denoiser, r
     assert answer.tokens == tokens[: -1 if EOS in tokens else None]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=draws(40), deadline=None)
 @given(block_length=st.integers(1, 9), data=st.data(), keeps_keys=st.booleans())
 def test_a_block_is_decoded_from_the_laws_it_was_trained_with(denoiser, block_length, data, keeps_keys):
     """At every call: the confidence is the probability that the training pass over [xt ; x0] gives."""
@@ -261,7 +262,7 @@ def test_a_bundle_without_a_decoder_is_refused_in_one_line(bundle):
             Engine(changed(bundle, **values))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=draws(40), deadline=None)
 @given(batch=batches())
 def test_a_row_s_confidence_is_the_same_to_the_last_bit_alone_and_in_a_batch(denoiser, batch):
     pattern, wanted = batch

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import draws
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rows import EOS, MASK, PAD, PROCESS
@@ -142,7 +143,7 @@ def calls_of(engine: Engine, request: Request) -> list[np.ndarray]:
     return calls
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=draws(60), deadline=None)
 @given(
     moves=laws.map(lambda moves: moves / moves.sum(1, keepdims=True)),
     prompt=st.lists(word, max_size=2).map(tuple),

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from conftest import draws
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rows import EOS, MASK, PAD, VOCABULARY, new_denoiser, new_engine, requests
@@ -36,7 +37,7 @@ def surest(engine: Engine, request: Request) -> float:
     return float(np.log(np.array(sure, np.float64)).mean())
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=draws(25), deadline=None)
 @given(
     pieces=st.lists(given_ids | holes, min_size=1, max_size=4).filter(
         lambda found: any(isinstance(piece, OpenHole) for piece in found)

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import draws
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rows import EOS, MASK, PAD, PROCESS, new_denoiser, new_engine, requests, revising
@@ -106,7 +107,7 @@ def test_answers_have_the_law_whatever_is_masked_again(policy, process):
     assert chi2 < 26 + 4.5 * np.sqrt(2 * 26)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=draws(50), deadline=None)
 @given(request=requests(policies=revising))
 def test_a_block_is_final_at_once_fills_all_and_ends_in_its_budget(denoiser, request):
     engine, config = new_engine(denoiser), request.config
@@ -124,7 +125,7 @@ def test_a_block_is_final_at_once_fills_all_and_ends_in_its_budget(denoiser, req
     assert all(0 <= later - earlier <= config.block_length for earlier, later in itertools.pairwise(finals))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=draws(25), deadline=None)
 @given(batch=st.lists(requests(policies=revising) | requests(), min_size=2, max_size=6))
 def test_a_row_gets_the_same_tokens_alone_and_in_a_batch(denoiser, batch):
     together = new_engine(denoiser).generate(batch)

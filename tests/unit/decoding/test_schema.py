@@ -8,6 +8,7 @@ import sys
 
 import jsonschema
 import pytest
+from conftest import draws
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
@@ -76,7 +77,7 @@ patterns = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=draws(150), deadline=None)
 @given(pattern=patterns, seed=st.integers(0, 1000))
 @example(pattern="^a$|^b$", seed=0)
 @example(pattern="a|b", seed=0)
@@ -149,7 +150,7 @@ def schemas(draw: st.DrawFn, depth: int = 3) -> dict:
     return said | {"type": kind} if kind != "map" else said
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=draws(100), deadline=None)
 @given(schema=schemas(), a=schemas(depth=1), b=schemas(depth=2), seed=st.integers(0, 1000))
 @example(schema={"properties": {"a": {}}}, a={}, b={}, seed=0)
 @example(
