@@ -164,7 +164,7 @@ def _share(part: dict[str, Any]) -> str:
 
 def _cards(result: dict[str, Any]) -> list[tuple[str, str]]:
     finals = {model: points[-1]["likelihood"] for model, points in result["learning"].items() if points}
-    cards = [(f"{p['nelbo']:.3f} ± {p['standard_error']:.3f}", f"nats/token, {model}") for model, p in finals.items()]
+    cards = [(shown_nats(likelihood), f"nats/token, {model}") for model, likelihood in finals.items()]
     solved = {model: found["exact"] for model, found in (result.get("task") or {}).items() if found}
     return cards + [(f"{100 * e['value']:.1f} %", f"of the task, {model}") for model, e in solved.items()]
 
@@ -207,8 +207,9 @@ def _learning_plot(result: dict[str, Any]) -> str:
 
 
 def _line(axis: Any, x: Sequence[float], points: Sequence[dict[str, Any]], label: str, colour: str) -> None:
-    y, error = ([p["likelihood"][name] for p in points] for name in ("nelbo", "standard_error"))
-    axis.errorbar(x, y, yerr=2 * np.array(error), marker="o", ms=4, lw=1.4, capsize=3, label=label, color=colour)
+    y = [p["likelihood"]["nelbo"] for p in points]
+    error = [2 * (p["likelihood"]["standard_error"] or 0) for p in points]  # one document shows no spread
+    axis.errorbar(x, y, yerr=error, marker="o", ms=4, lw=1.4, capsize=3, label=label, color=colour)
 
 
 def _context_plot(result: dict[str, Any]) -> str:

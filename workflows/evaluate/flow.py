@@ -69,7 +69,8 @@ def _likelihood(stage: Evaluation) -> tuple[Likelihood, bool]:
         return side_by_side(stage.each(what, partial(_score, first=first, draws=draws), stage.batches(stage.rows)))
 
     scores = estimate(score, section.draws, section.target_error)
-    return summarize(scores, counts, byte_lengths, estimator.name), tokens.has_prompt
+    documents = stage.documents(stage.rows)
+    return summarize(scores, counts, byte_lengths, estimator.name, documents), tokens.has_prompt
 
 
 def _decoding(stage: Evaluation) -> dict[str, Any] | None:
