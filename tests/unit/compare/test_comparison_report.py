@@ -28,9 +28,7 @@ def result_of(learning: dict[str, list[tuple[int, dict]] | None]) -> dict:
             model: points and [{"step": 1, "tokens": tokens, "likelihood": told} for tokens, told in points]
             for model, points in learning.items()
         },
-        "context": dict.fromkeys(
-            models, {"both": {"token": share, "by_distance": [{"distance": 1, "accuracy": share}]}}
-        ),
+        "context": {m: {"both": {"token": share, "by_distance": [{"distance": 1, "accuracy": share}]}} for m in models},
         "generation": {"judge": "a judge", "text": None, "models": dict.fromkeys(models)},
         "flexibility": dict.fromkeys(models, flexibility),
     }
