@@ -34,7 +34,7 @@ _MAX_JUDGED_ROWS = 20_000  # of training text; the judge takes some 40 bytes a t
 
 
 def generate(question: Question) -> dict[str, Any]:
-    """`text`: the held-out continuations themselves, cut and judged alike; `models`: a curve for each that can write."""
+    """`text`: the held-out continuations themselves, cut and judged alike; `models`: a curve of each that can write."""
     device, section = device_of(question.gpus), question.recipe.generation
     first = question.entrants[0]
     manifest = read_manifest(first.run.store, first.corpus)

@@ -49,18 +49,20 @@ def _tables(result: dict[str, Any]) -> list[tuple[str, list[str], Rows]]:
 
 def _learning_table(result: dict[str, Any]) -> tuple[str, list[str], Rows]:
     of_text = {run["model"]: run for run in result["runs"] if run["data"] == "text"}
-    points: list[dict[str, Any]] = next((p for p in result["learning"].values() if p), [])
-    head = ["model", "parameters", "training s", *(f"{p['tokens'] / 1e6:.2f}M tokens" for p in points)]
+    # Models may have seen other numbers of tokens: overrides, or a run that was there and kept other checkpoints.
+    columns = sorted({point["tokens"] for points in result["learning"].values() for point in points or []})
+    head = ["model", "parameters", "training s", *(f"{tokens / 1e6:.2f}M tokens" for tokens in columns)]
     head += ["bits/byte", "estimator"]
     rows = []
     for model, found in result["learning"].items():
         run = of_text[model]
         row = [model, f"{run['parameters']:,}", f"{run['seconds']:.0f}"]
         if not found:
-            rows.append([*row, *[_NONE] * len(points), _NONE, "no likelihood"])
+            rows.append([*row, *[_NONE] * len(columns), _NONE, "no likelihood"])
             continue
-        last = found[-1]["likelihood"]
-        rows.append([*row, *map(_nats, found), f"{last['bits_per_byte']:.3f}", last["estimator"]])
+        last, of = found[-1]["likelihood"], {point["tokens"]: _nats(point) for point in found}
+        nats = [of.get(tokens, _NONE) for tokens in columns]
+        rows.append([*row, *nats, f"{last['bits_per_byte']:.3f}", last["estimator"]])
     return "Learning: held-out nats per token (exact, or an upper bound) after so many tokens, ± SE", head, rows
 
 

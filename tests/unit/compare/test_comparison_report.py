@@ -40,3 +40,22 @@ def test_of_one_held_out_document_no_error_is_told_and_the_report_is_written_all
     page = report_page(result, "here").decode()
     assert "<b>3.250</b>" in page
     assert page.count("<svg") == 3
+
+
+def test_models_that_saw_other_numbers_of_tokens_stand_under_their_own():
+    """One was trained twice as long, and one keeps more checkpoints from before."""
+    result = result_of(
+        {
+            "short": [(1_000_000, likelihood(5.0)), (2_000_000, likelihood(4.0))],
+            "long": [(2_000_000, likelihood(4.5)), (4_000_000, likelihood(3.0))],
+            "none": None,
+        }
+    )
+    head, _, *lines = table_lines(result)[2:7]
+    assert head.split(" | ")[3:6] == ["1.00M tokens", "2.00M tokens", "4.00M tokens"]
+    assert [line.split(" | ")[3:6] for line in lines] == [
+        ["5.000 ± 0.100", "4.000 ± 0.100", "–"],
+        ["–", "4.500 ± 0.100", "3.000 ± 0.100"],
+        ["–", "–", "–"],
+    ]
+    assert {line.count(" | ") for line in (head, *lines)} == {7}
