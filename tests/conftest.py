@@ -98,7 +98,11 @@ def make_small_corpus(root: Path, **sections: object) -> SmallCorpus:
     """Write the text, run the real preprocessing in this process."""
     (root / "corpus").mkdir(parents=True, exist_ok=True)
     (root / "corpus" / "names.txt").write_text(small_text(), encoding="utf-8")
-    recipe = small_recipe(root, **sections)
+    return preprocessed(small_recipe(root, **sections))
+
+
+def preprocessed(recipe: Recipe) -> SmallCorpus:
+    """The corpus of a recipe, made in this process."""
     store = open_store("storage.root", recipe.storage.root)
     assert isinstance(store, LocalStore)
     manifest = Preprocessing(plan_corpus(recipe, store), serially).run()

@@ -6,6 +6,7 @@ Rank r of W reads rows [r B/W, (r+1) B/W) of every batch: world size changes who
 import copy
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,12 +16,13 @@ from dllm_core.data.batch import Batch
 from dllm_core.data.manifest import CorpusManifest, Split, corpus_prefix, first_rows
 from dllm_core.data.noising import CorpusNoise, token_flags
 from dllm_core.data.order import SampleOrder
-from dllm_core.data.packing import PairsPacking
+from dllm_core.data.packing import PairsPacking, WrapPacking
 from dllm_core.data.shard import OpenShards, ShardInfo
 from dllm_core.seeding import Bools, Floats, Ints
 from dllm_core.storage.store import Store
 
 _ORDER_AHEAD = 1 << 13
+_LOOKED_THROUGH = 1 << 16  # tokens at once, for an end token among them
 _ALL = 0xFF  # a byte of set flags
 
 
@@ -87,6 +89,30 @@ def split_rows(store: Store, manifest: CorpusManifest, split: Split, rows: Ints)
 def all_rows(store: Store, manifest: CorpusManifest, split: Split, rows: Ints) -> TokenRows:
     """Rows [N] of a split as they are stored."""
     return TokenRows(reader(store, manifest, split), manifest.seq_len, rows)
+
+
+def documents_of(store: Store, manifest: CorpusManifest, split: Split, rows: Ints, eos_id: int) -> Ints:
+    """Which document stands in the middle of each of these rising rows: numbers [N], equal where it is the same one.
+
+    Documents that stand end to end tell it, by the end tokens between two middles. Elsewhere each row has a number of
+    its own: nothing says which of the rows belong together that an isolated document was cut into.
+    """
+    if not isinstance(manifest.packing, WrapPacking):
+        return np.arange(len(rows))
+    source, length = reader(store, manifest, split), manifest.seq_len
+    at_once = max(1, _LOOKED_THROUGH // length)
+
+    def is_another(first: int, last: int) -> bool:
+        for start in range(first, last + 1, at_once):
+            stop = min(start + at_once, last + 1)
+            is_end = source.read(("ids",), np.arange(start, stop))["ids"] == eos_id
+            is_end[0, : length // 2 if start == first else 0] = False
+            is_end[-1, length // 2 if stop > last else length :] = False
+            if is_end.any():
+                return True
+        return False
+
+    return np.cumsum([0, *(is_another(a, b) for a, b in pairwise(rows.tolist()))])[: len(rows)]
 
 
 def reader(store: Store, manifest: CorpusManifest, split: Split) -> SplitReader:

@@ -11,12 +11,12 @@ from typing import Self
 import numpy as np
 import torch
 
-from dllm_core.evaluation.estimate import Estimate, Proportion, jackknife, measure_seed, proportion, ratio
+from dllm_core.evaluation.estimate import Estimate, Proportion, jackknife, measure_seed, proportion, ratio, summed
 from dllm_core.evaluation.estimators import HeldoutRows, ask, before
 from dllm_core.model.pattern import FULL, AttentionPattern
 from dllm_core.noise.absorbing import AbsorbingProcess
 from dllm_core.objective.loss import DenoiserLike
-from dllm_core.seeding import Doubles, Purpose, uniforms
+from dllm_core.seeding import Doubles, Ints, Purpose, uniforms
 
 NUM_BINS = 10
 
@@ -118,8 +118,15 @@ class Calibration:
     brier: Estimate
 
 
-def summarize_calibration(scores: CalibrationScores) -> Calibration | None:
-    """None where no token was hidden."""
+def summarize_calibration(scores: CalibrationScores, documents: Ints | None = None) -> Calibration | None:
+    """None where no token was hidden. documents [N]: which document each row is of, None: each of its own."""
+    scores = CalibrationScores(
+        scores.rate,
+        summed(scores.tokens, documents),
+        summed(scores.hits, documents),
+        summed(scores.confidence, documents),
+        summed(scores.brier, documents),
+    )
     tokens = scores.tokens.sum(1)
     if not tokens.any():
         return None

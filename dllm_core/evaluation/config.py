@@ -60,7 +60,9 @@ class EvaluateConfig(Frozen):
     draws: int = Field(8, ge=1, le=1 << 20, description="noises drawn for each row; at most, with target_error")
     target_error: float | None = Field(None, gt=0, description="nats/token of Monte-Carlo error at which draws end")
     batch_rows: int = Field(32, ge=1)
-    prompts: int = Field(16, ge=0, description="held-out rows whose first quarter is completed, for tokens per call")
+    prompts: int = Field(
+        16, ge=0, description="held-out rows whose prompt, or of plain text first quarter, is completed"
+    )
     calibration: CalibrationConfig = CalibrationConfig()
     infill: InfillConfig = InfillConfig()
     samples: SamplesConfig = SamplesConfig()

@@ -1,6 +1,7 @@
 """A figure and how far it may be off: ratios of sums over rows, proportions, and whatever a jackknife can repeat.
 
-Rows are the unit: tokens of a row share its text and its noise, so counting them as independent would flatter.
+Rows are the unit, or what several share: tokens of a row share its text and its noise, rows of a document its words,
+so counting them as independent would flatter.
 """
 
 import hashlib
@@ -17,7 +18,10 @@ _Z = 1.959963984540054  # the normal's 97.5 % quantile
 
 @dataclass(frozen=True)
 class Estimate:
-    """value; standard_error: None where one row alone was seen, from which no spread can be told; rows: how many."""
+    """value; standard_error: None where one row alone was seen, from which no spread can be told; rows: how many.
+
+    Rows of one unit count once in `rows`, and as one.
+    """
 
     value: float
     standard_error: float | None
@@ -37,12 +41,13 @@ def measure_seed(seed: int, measure: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{measure}/{seed}".encode()).digest()[:8], "little")
 
 
-def ratio(parts: ArrayLike, wholes: ArrayLike) -> Estimate:
+def ratio(parts: ArrayLike, wholes: ArrayLike, units: ArrayLike | None = None) -> Estimate:
     """sum(parts) / sum(wholes), one pair a row [N], with its delta-method standard error.
 
-    Rows whose whole is 0 take no part. Raises ValueError where no row does.
+    units [N]: a number that rows of one document share; None: each row is a unit. Units whose whole is 0 take no part.
+    Raises ValueError where none does.
     """
-    parts, wholes = _taking_part(parts, wholes)
+    parts, wholes = _taking_part(parts, wholes, units)
     rows, total = len(parts), float(wholes.sum())
     value = float(parts.sum()) / total
     if rows < 2:
@@ -51,13 +56,13 @@ def ratio(parts: ArrayLike, wholes: ArrayLike) -> Estimate:
     return Estimate(value, math.sqrt(float((residual**2).sum()) * rows / (rows - 1)) / total, rows)
 
 
-def proportion(hits: ArrayLike, trials: ArrayLike) -> Proportion:
-    """Hits / trials, each [N] a row's count, with Wilson's interval (JASA 22, 1927, p. 209).
+def proportion(hits: ArrayLike, trials: ArrayLike, units: ArrayLike | None = None) -> Proportion:
+    """Hits / trials, each [N] a row's count, with Wilson's interval (JASA 22, 1927, p. 209). units: as `ratio`.
 
     Its number of trials is the effective one, p (1 - p) / standard_error^2: so many independent trials would be as
     sure. Where all or none are right the rows agree to the last trial, and each row counts as one.
     """
-    hits, trials = _taking_part(hits, trials)
+    hits, trials = _taking_part(hits, trials, units)
     found = ratio(hits, trials)
     p, n = found.value, float(found.rows)
     if found.standard_error and 0 < p < 1:
@@ -79,8 +84,19 @@ def jackknife(whole: float, without: Doubles) -> Estimate:
     return Estimate(whole, math.sqrt(spread * (rows - 1) / rows), rows)
 
 
-def _taking_part(parts: ArrayLike, wholes: ArrayLike) -> tuple[Doubles, Doubles]:
-    parts, wholes = np.asarray(parts, np.float64), np.asarray(wholes, np.float64)
+def summed(values: ArrayLike, units: ArrayLike | None) -> Doubles:
+    """Values [N ...] added up over the rows of each unit [U ...]; units [N] as `ratio` takes them."""
+    values = np.asarray(values, np.float64)
+    if units is None:
+        return values
+    _, place = np.unique(units, return_inverse=True)
+    total = np.zeros((int(place.max(initial=-1)) + 1, *values.shape[1:]))
+    np.add.at(total, place, values)
+    return total
+
+
+def _taking_part(parts: ArrayLike, wholes: ArrayLike, units: ArrayLike | None) -> tuple[Doubles, Doubles]:
+    parts, wholes = summed(parts, units), summed(wholes, units)
     kept = wholes > 0
     if not kept.any():
         raise ValueError("an estimate needs a row in which something is counted")

@@ -9,7 +9,7 @@ import numpy as np
 from dllm_core.decoding.config import DecodeConfig
 from dllm_core.decoding.engine import Engine
 from dllm_core.decoding.request import Request
-from dllm_core.seeding import Ints
+from dllm_core.evaluation.writers import Tokens
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,14 @@ class DecodeCost:
         return self.tokens / max(self.calls, 1)
 
 
-def measure_decoding(engine: Engine, rows: Ints, config: DecodeConfig, *, context: int, seed: int) -> DecodeCost:
-    """Complete the first quarter of each row [N L] with `config`, cut to what the context holds."""
-    quarter = rows.shape[1] // 4
-    config = config.model_copy(update={"max_tokens": min(config.max_tokens, context - quarter)})
-    requests = [
-        Request(prompt=tuple(int(i) for i in row[:quarter]), config=config, seed=seed + i) for i, row in enumerate(rows)
-    ]
+def measure_decoding(
+    engine: Engine, prompts: Sequence[Tokens], config: DecodeConfig, *, context: int, seed: int
+) -> DecodeCost:
+    """Complete prompts, each shorter than the context, with `config`; an answer is cut to what the context holds."""
+    requests = []
+    for number, prompt in enumerate(prompts):
+        room = min(config.max_tokens, context - len(prompt))
+        requests.append(Request(tuple(prompt), config.model_copy(update={"max_tokens": room}), seed=seed + number))
     answers = engine.generate(requests)
     return DecodeCost(
         prompts=len(requests),

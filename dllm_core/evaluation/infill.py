@@ -257,32 +257,32 @@ class Infilling:
     tokens_per_call: Estimate
 
 
-def summarize_holes(scores: HoleScores) -> Infilling | None:
-    """None where no row had room for such a hole."""
+def summarize_holes(scores: HoleScores, documents: Ints | None = None) -> Infilling | None:
+    """None where no row had room for such a hole. documents [N]: which each hole is in, None: each in its own."""
     hits, rows = scores.hits, len(scores.hits)
     if not rows:
         return None
     distance = distances(scores.length, scores.side)
     by_distance = tuple(
-        AtDistance(int(d), proportion(hits[:, distance == d].sum(1), np.full(rows, (distance == d).sum())))
+        AtDistance(int(d), proportion(hits[:, distance == d].sum(1), np.full(rows, (distance == d).sum()), documents))
         for d in np.unique(distance)
     )
     whole = np.full(rows, scores.length)
     return Infilling(
         length=scores.length,
         side=scores.side,
-        exact=proportion(hits.all(1), np.ones(rows)),
-        token=proportion(hits.sum(1), whole),
+        exact=proportion(hits.all(1), np.ones(rows), documents),
+        token=proportion(hits.sum(1), whole, documents),
         by_distance=by_distance,
-        tokens_per_call=ratio(whole, scores.calls),
+        tokens_per_call=ratio(whole, scores.calls, documents),
     )
 
 
-def token_gain(scores: HoleScores, other: HoleScores) -> Estimate:
+def token_gain(scores: HoleScores, other: HoleScores, documents: Ints | None = None) -> Estimate:
     """Token accuracy above that of `other` on the same holes: the paired error, in which hard rows cancel.
 
     Raises ValueError if the holes are not the same.
     """
     if scores.length != other.length or not np.array_equal(scores.row_ids, other.row_ids):
         raise ValueError("a paired difference needs the same holes on both sides")
-    return ratio(scores.hits.sum(1) - other.hits.sum(1), np.full(len(scores.hits), scores.length))
+    return ratio(scores.hits.sum(1) - other.hits.sum(1), np.full(len(scores.hits), scores.length), documents)

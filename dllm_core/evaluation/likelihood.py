@@ -3,8 +3,9 @@
 Conventions: every real token counts, end tokens among them; filler does not. Of conversations the answers count, given
 their prompts. A row is scored as the rows of training are seen: an isolated document by itself, else a row by itself.
 
-Figures are sums in float64. The standard error has rows as its unit, since tokens of a row are not independent; it
-holds what Monte Carlo adds. The Monte-Carlo error is that part alone: what other draws for the same rows would change.
+Figures are sums in float64. The standard error has documents as its unit, or rows where they hold several: neither
+tokens of a row nor rows of a document are independent. It holds what Monte Carlo adds. The Monte-Carlo error is that
+part alone: what other draws for the same rows would change.
 """
 
 import math
@@ -42,7 +43,7 @@ class Likelihood:
     """nelbo: nats a token, exact or an upper bound in expectation, as `estimator` says; its two errors.
 
     bits_per_byte: of the same tokens' UTF-8 text, to which end tokens add nats and no byte. All four None for a model
-    that has no likelihood, the Monte-Carlo error also after a single draw, the standard error also of a single row.
+    that has no likelihood, the Monte-Carlo error also after one draw, the standard error also of one document.
     """
 
     nelbo: float | None
@@ -118,12 +119,15 @@ def side_by_side(parts: Sequence[RowScores]) -> RowScores:
     return RowScores(nats, variance, tokens, parts[0].draws)
 
 
-def summarize(scores: RowScores, token_counts: Ints, byte_lengths: Ints, estimator: str) -> Likelihood:
+def summarize(
+    scores: RowScores, token_counts: Ints, byte_lengths: Ints, estimator: str, documents: Ints | None = None
+) -> Likelihood:
     """Nats over tokens of all rows (`ratio`). Raises ValueError where no token counts.
 
-    token_counts [V]: how often each id is among the counted tokens of these rows; byte_lengths [V]: of an id's text.
+    token_counts [V]: how often each id is among the counted tokens of these rows; byte_lengths [V]: of an id's text;
+    documents [N]: which document each row is of, None: each of its own.
     """
-    found, total = ratio(scores.nats, scores.tokens), int(scores.tokens.sum())
+    found, total = ratio(scores.nats, scores.tokens, documents), int(scores.tokens.sum())
     is_drawn_once = not np.isfinite(scores.variance).all()
     num_bytes = int(token_counts @ byte_lengths)
     return Likelihood(

@@ -38,11 +38,14 @@ class Samples:
         return cls(ids, is_real, is_real & (index >= heads))
 
 
-def openings(rows: HeldoutRows, size: int, *, context: int, end_id: int) -> tuple[list[Tokens], list[Tokens]]:
+def openings(
+    rows: HeldoutRows, size: int, *, context: int, end_id: int, opening: int | None = None
+) -> tuple[list[Tokens], list[Tokens]]:
     """Prompts, and what the text of each goes on with: at most `size` tokens, up to the end token and without it.
 
-    A prompt is what stands before a row's first counted token; of text without prompts, the first quarter of a row's
-    first document. A row whose prompt leaves less than `size` of the context has none.
+    A prompt is what stands before a row's first counted token; of text without prompts, the first `opening` tokens of a
+    row's first document (None: its first quarter). A row whose prompt leaves less than `size` of the context has none,
+    nor has one whose document ends with it.
     """
     prompts: list[Tokens] = []
     texts: list[Tokens] = []
@@ -52,8 +55,8 @@ def openings(rows: HeldoutRows, size: int, *, context: int, end_id: int) -> tupl
         if rows.segment_ids is not None:
             own &= rows.segment_ids[row] == rows.segment_ids[row, first]
         at = np.flatnonzero(own)
-        head = int((at < first).sum()) or len(at) // 4
-        if head + size > context:
+        head = int((at < first).sum()) or (len(at) // 4 if opening is None else opening)
+        if head + size > context or head >= len(at):
             continue
         ids = rows.x0[row, at]
         goes_on = rows.counted[row, at[head : head + size]] & (ids[head : head + size] != end_id)

@@ -17,7 +17,9 @@ from dllm_core.data.loader import split_rows
 from dllm_core.data.manifest import read_manifest
 from dllm_core.decoding.config import is_ancestral
 from dllm_core.decoding.unmask import ThresholdPolicy
-from dllm_core.evaluation.samples import Samples, measure_samples
+from dllm_core.errors import ConfigError
+from dllm_core.evaluation.estimators import HeldoutRows
+from dllm_core.evaluation.samples import Samples, measure_samples, openings
 from dllm_core.evaluation.scorers import NGramModel
 from dllm_core.evaluation.writers import Tokens, Writer, Written
 from dllm_core.objective.config import AutoregressiveConfig
@@ -32,21 +34,24 @@ _MAX_JUDGED_ROWS = 20_000  # of training text; the judge takes some 40 bytes a t
 
 
 def generate(question: Question) -> dict[str, Any]:
-    """`text`: the held-out continuations themselves, judged alike; `models`: a curve for each that can write."""
+    """`text`: the held-out continuations themselves, cut and judged alike; `models`: a curve of each that can write."""
     device, section = device_of(question.gpus), question.recipe.generation
     first = question.entrants[0]
     manifest = read_manifest(first.run.store, first.corpus)
     judge = _judge(first)
-    _, tokens = heldout_rows(first, manifest, section.prompts)
-    stop = min(section.prompt_tokens + section.tokens, manifest.seq_len)
-    prompts: list[Tokens] = tokens.x0[:, : section.prompt_tokens].tolist()
-    truth: list[Tokens] = tokens.x0[:, section.prompt_tokens : stop].tolist()
+    ids, tokens = heldout_rows(first, manifest, section.prompts)
+    rows, room = HeldoutRows.of(tokens, ids), min(section.tokens, manifest.seq_len - section.prompt_tokens)
+    eos_id = read_bundle(first.run).config.eos_id
+    prompts, truth = openings(rows, room, context=manifest.seq_len, end_id=eos_id, opening=section.prompt_tokens)
+    if not prompts:
+        problem = "no held-out document goes on behind so many tokens"
+        raise ConfigError("generation.prompt_tokens", problem, section.prompt_tokens, "ask for fewer")
     told = measure_samples(Samples.of(prompts, truth), judge)
     models = {}
     with torch.inference_mode():
         for entrant in question.entrants:
             speaker = Speaker(read_bundle(entrant.run), device, entrant.recipe.seed)
-            models[entrant.model] = _curve(question, speaker, prompts, stop - section.prompt_tokens, judge)
+            models[entrant.model] = _curve(question, speaker, prompts, room, judge)
     return {"judge": judge.name, "text": None if told is None else asdict(told), "models": models}
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from dllm_core.checkpoints.bundle import read_bundle
 from dllm_core.checkpoints.store import CheckpointStore
-from dllm_core.data.loader import TokenRows, evenly, split_rows
+from dllm_core.data.loader import TokenRows, documents_of, evenly, split_rows
 from dllm_core.data.manifest import CorpusManifest, read_manifest
 from dllm_core.decoding.config import DecodeConfig
 from dllm_core.decoding.request import Request
@@ -30,7 +30,7 @@ from dllm_core.model.config import DenoiserConfig
 from dllm_core.model.denoiser import Denoiser
 from dllm_core.model.pretrained import assign_weights
 from dllm_core.objective.config import AutoregressiveConfig, BlockDiffusionConfig, MaskedLMConfig
-from dllm_core.seeding import Ints, Purpose, uniforms, uniforms64
+from dllm_core.seeding import Bools, Ints, Purpose, uniforms, uniforms64
 from dllm_core.training.loop import EMA_NAME
 from workflows.compare.recipe import CompareRecipe
 from workflows.compare.speakers import Speaker
@@ -120,10 +120,11 @@ def _likelihood(
     counted = np.concatenate([part.x0[part.counted] for part in parts])
     counts = np.bincount(counted, minlength=manifest.vocab_size)
     byte_lengths, seed = bundle.tokenizer().byte_lengths(), entrant.recipe.seed
+    documents = _documents(entrant, bundle.config, ids)
 
     def score(denoiser: Denoiser) -> dict[str, Any]:
         scores = [score_rows(denoiser, estimator, part, seed=seed, draws=section.draws) for part in parts]
-        return asdict(summarize(side_by_side(scores), counts, byte_lengths, estimator.name))
+        return asdict(summarize(side_by_side(scores), counts, byte_lengths, estimator.name, documents))
 
     return score
 
@@ -140,7 +141,10 @@ def _context(question: Question, device: torch.device) -> dict[str, Any] | None:
     if filler is None:
         return None
     holes = _holes(entrant, speaker.bundle.config, section.rows, section.length)
-    found = {side: summarize_holes(score_holes(filler, holes, section.length, side)) for side in filler.sides}
+    documents = _documents_of(entrant, speaker.bundle.config, holes)
+    found = {
+        side: summarize_holes(score_holes(filler, holes, section.length, side), documents) for side in filler.sides
+    }
     return {side: asdict(infilling) for side, infilling in found.items() if infilling is not None}
 
 
@@ -152,6 +156,17 @@ def _holes(entrant: Entrant, config: DenoiserConfig, count: int, length: int, pa
     rows = HeldoutRows(tokens.x0[:, part], tokens.is_learned[:, part], ids, tokens.is_real[:, part], segment_ids)
     never = (config.mask_id, config.eos_id, config.pad_id)
     return cut_holes(rows, length, seed=entrant.recipe.seed, never=never)
+
+
+def _documents_of(entrant: Entrant, config: DenoiserConfig, holes: Sequence[Hole]) -> Ints:
+    """Which held-out document each hole is in; holes in the order of their rows."""
+    return _documents(entrant, config, np.array([hole.row_id for hole in holes], np.int64))
+
+
+def _documents(entrant: Entrant, config: DenoiserConfig, rows: Ints) -> Ints:
+    """Which document each of these rising held-out rows is of."""
+    manifest = read_manifest(entrant.run.store, entrant.corpus)
+    return documents_of(entrant.run.store, manifest, manifest.heldout, rows, config.eos_id)
 
 
 def _flexibility(question: Question, device: torch.device) -> dict[str, Any]:
@@ -166,7 +181,8 @@ def _flexibility(question: Question, device: torch.device) -> dict[str, Any]:
         return result
     side, config = _widest(filler), speaker.bundle.config
     for length in section.lengths:
-        found = summarize_holes(score_holes(filler, _holes(entrant, config, section.rows, length), length, side))
+        holes = _holes(entrant, config, section.rows, length)
+        found = summarize_holes(score_holes(filler, holes, length, side), _documents_of(entrant, config, holes))
         if found is not None:
             result["holes"].append(asdict(found))
     if "left" in filler.sides:  # while the first is filled the second must be hidden, or not be seen
@@ -208,10 +224,10 @@ def _constraint(question: Question, entrant: Entrant, speaker: Speaker, served: 
         )
         matches = [bool(re.fullmatch(section.regex, tokenizer.decode(answer.tokens))) for answer in answers]
         exact = [answer.tokens == hole.truth.tolist() for answer, hole in zip(answers, holes, strict=True)]
-        ones = np.ones(len(holes))
+        ones, documents = np.ones(len(holes)), _documents_of(entrant, speaker.bundle.config, holes)
         told[name] = {
-            "matches": asdict(proportion(np.array(matches, np.int64), ones)),
-            "exact": asdict(proportion(np.array(exact, np.int64), ones)),
+            "matches": asdict(proportion(matches, ones, documents)),
+            "exact": asdict(proportion(exact, ones, documents)),
         }
     return {"regex": section.regex, "length": length, "holes": len(holes), **told}
 
@@ -248,10 +264,11 @@ def two_holes(entrant: Entrant, filler: Filler, rows: int, length: int) -> dict[
             for a, b, x, y in zip(firsts, seconds, first, second, strict=True)
         ]
     )
+    documents = _documents_of(entrant, config, firsts)
     return {
         "length": length,
-        "exact": asdict(proportion((hits == length).all(1), np.ones(len(hits)))),
-        "token": asdict(proportion(hits.sum(1), np.full(len(hits), 2 * length))),
+        "exact": asdict(proportion((hits == length).all(1), np.ones(len(hits)), documents)),
+        "token": asdict(proportion(hits.sum(1), np.full(len(hits), 2 * length), documents)),
     }
 
 
@@ -283,13 +300,17 @@ def _editing(question: Question, entrant: Entrant, speaker: Speaker) -> dict[str
     shown = np.where(is_broken & (shown == speaker.mask_id), (shown + 1) % vocabulary, shown)
     is_broken &= shown != x0
     given = restored(speaker, shown, tokens.is_real, section.broken)
-    kept = tokens.is_learned & ~is_broken
+    kept, documents = tokens.is_learned & ~is_broken, _documents(entrant, speaker.bundle.config, ids)
+
+    def share(right: Bools, of: Bools) -> dict[str, Any]:
+        return asdict(proportion((right & of).sum(1), of.sum(1), documents))
+
     return {
         "broken": section.broken,
-        "mended": asdict(proportion(((given == x0) & is_broken).sum(1), is_broken.sum(1))),
-        "kept": asdict(proportion(((given == x0) & kept).sum(1), kept.sum(1))),
-        "right_before": asdict(proportion(kept.sum(1), tokens.is_learned.sum(1))),
-        "right_after": asdict(proportion(((given == x0) & tokens.is_learned).sum(1), tokens.is_learned.sum(1))),
+        "mended": share(given == x0, is_broken),
+        "kept": share(given == x0, kept),
+        "right_before": share(kept, tokens.is_learned),
+        "right_after": share(given == x0, tokens.is_learned),
     }
 
 

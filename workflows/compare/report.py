@@ -49,18 +49,20 @@ def _tables(result: dict[str, Any]) -> list[tuple[str, list[str], Rows]]:
 
 def _learning_table(result: dict[str, Any]) -> tuple[str, list[str], Rows]:
     of_text = {run["model"]: run for run in result["runs"] if run["data"] == "text"}
-    points: list[dict[str, Any]] = next((p for p in result["learning"].values() if p), [])
-    head = ["model", "parameters", "training s", *(f"{p['tokens'] / 1e6:.2f}M tokens" for p in points)]
+    # Models may have seen other numbers of tokens: overrides, or a run that was there and kept other checkpoints.
+    columns = sorted({point["tokens"] for points in result["learning"].values() for point in points or []})
+    head = ["model", "parameters", "training s", *(f"{tokens / 1e6:.2f}M tokens" for tokens in columns)]
     head += ["bits/byte", "estimator"]
     rows = []
     for model, found in result["learning"].items():
         run = of_text[model]
         row = [model, f"{run['parameters']:,}", f"{run['seconds']:.0f}"]
         if not found:
-            rows.append([*row, *[_NONE] * len(points), _NONE, "no likelihood"])
+            rows.append([*row, *[_NONE] * len(columns), _NONE, "no likelihood"])
             continue
-        last = found[-1]["likelihood"]
-        rows.append([*row, *map(_nats, found), f"{last['bits_per_byte']:.3f}", last["estimator"]])
+        last, of = found[-1]["likelihood"], {point["tokens"]: _nats(point) for point in found}
+        nats = [of.get(tokens, _NONE) for tokens in columns]
+        rows.append([*row, *nats, f"{last['bits_per_byte']:.3f}", last["estimator"]])
     return "Learning: held-out nats per token (exact, or an upper bound) after so many tokens, ± SE", head, rows
 
 
@@ -164,7 +166,7 @@ def _share(part: dict[str, Any]) -> str:
 
 def _cards(result: dict[str, Any]) -> list[tuple[str, str]]:
     finals = {model: points[-1]["likelihood"] for model, points in result["learning"].items() if points}
-    cards = [(f"{p['nelbo']:.3f} ± {p['standard_error']:.3f}", f"nats/token, {model}") for model, p in finals.items()]
+    cards = [(shown_nats(likelihood), f"nats/token, {model}") for model, likelihood in finals.items()]
     solved = {model: found["exact"] for model, found in (result.get("task") or {}).items() if found}
     return cards + [(f"{100 * e['value']:.1f} %", f"of the task, {model}") for model, e in solved.items()]
 
@@ -207,8 +209,9 @@ def _learning_plot(result: dict[str, Any]) -> str:
 
 
 def _line(axis: Any, x: Sequence[float], points: Sequence[dict[str, Any]], label: str, colour: str) -> None:
-    y, error = ([p["likelihood"][name] for p in points] for name in ("nelbo", "standard_error"))
-    axis.errorbar(x, y, yerr=2 * np.array(error), marker="o", ms=4, lw=1.4, capsize=3, label=label, color=colour)
+    y = [p["likelihood"]["nelbo"] for p in points]
+    error = [2 * (p["likelihood"]["standard_error"] or 0) for p in points]  # one document shows no spread
+    axis.errorbar(x, y, yerr=error, marker="o", ms=4, lw=1.4, capsize=3, label=label, color=colour)
 
 
 def _context_plot(result: dict[str, Any]) -> str:

@@ -25,6 +25,7 @@ from dllm_core.evaluation.likelihood import (
     summarize,
     without_likelihood,
 )
+from dllm_core.evaluation.samples import openings
 from dllm_core.seeding import Ints
 from workflows.evaluate.job import EvaluateJob, Evaluation, OnProgress
 from workflows.evaluate.measures import measure_all
@@ -69,7 +70,8 @@ def _likelihood(stage: Evaluation) -> tuple[Likelihood, bool]:
         return side_by_side(stage.each(what, partial(_score, first=first, draws=draws), stage.batches(stage.rows)))
 
     scores = estimate(score, section.draws, section.target_error)
-    return summarize(scores, counts, byte_lengths, estimator.name), tokens.has_prompt
+    documents = stage.documents(stage.rows)
+    return summarize(scores, counts, byte_lengths, estimator.name, documents), tokens.has_prompt
 
 
 def _decoding(stage: Evaluation) -> dict[str, Any] | None:
@@ -78,6 +80,8 @@ def _decoding(stage: Evaluation) -> dict[str, Any] | None:
     if not recipe.can_be_decoded or not recipe.evaluate.prompts:
         return None
     [cost] = stage.each("decoding held-out prompts", _decode, [evenly(stage.rows, recipe.evaluate.prompts)])
+    if not cost.prompts:
+        return None
     return {
         **asdict(cost),
         "tokens_per_call": cost.tokens_per_call,
@@ -96,6 +100,7 @@ def _score(job: EvaluateJob, rows: Ints, *, first: int, draws: int) -> RowScores
 
 def _decode(job: EvaluateJob, rows: Ints) -> DecodeCost:
     bundle, manifest = job.opened()
-    x0 = split_rows(job.run.store, manifest, manifest.heldout, rows).x0
+    context, eos_id = manifest.seq_len, bundle.config.eos_id
+    prompts, _ = openings(job.heldout(manifest, rows), 1, context=context, end_id=eos_id)
     engine = Engine(bundle, job.device, job.recipe.serve.max_batch_tokens)
-    return measure_decoding(engine, x0, job.recipe.decode, context=manifest.seq_len, seed=job.recipe.seed)
+    return measure_decoding(engine, prompts, job.recipe.decode, context=context, seed=job.recipe.seed)

@@ -10,7 +10,7 @@ import torch
 
 from dllm_core.checkpoints.bundle import ModelBundle, read_bundle
 from dllm_core.checkpoints.run_dir import RunDir
-from dllm_core.data.loader import evenly, split_rows
+from dllm_core.data.loader import documents_of, evenly, split_rows
 from dllm_core.data.manifest import CorpusManifest, read_manifest
 from dllm_core.evaluation.estimators import HeldoutRows
 from dllm_core.seeding import Ints
@@ -75,6 +75,11 @@ class Evaluation:
         self.on_progress(what, 0, len(items))
         task = partial(function, self.job)
         return self.fan_out(task, items, workers=placement.workers, demand=placement.demand, on_done=tell)
+
+    def documents(self, rows: Ints) -> Ints:
+        """Which document each of these rising held-out rows is of."""
+        manifest = self.manifest
+        return documents_of(self.job.run.store, manifest, manifest.heldout, rows, self.bundle.config.eos_id)
 
     def batches(self, items: Items) -> list[Items]:
         """In order, `evaluate.batch_rows` a batch."""

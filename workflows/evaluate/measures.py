@@ -76,7 +76,9 @@ def _calibration(stage: Evaluation) -> Figures:
     _unless(why_no_confidence(stage.bundle))
     rows = evenly(stage.rows, stage.job.recipe.evaluate.calibration.rows)
     found = stage.each("confidence at masks", _score_confidence, stage.batches(rows))
-    measured = [summarize_calibration(reduce(CalibrationScores.joined, parts)) for parts in zip(*found, strict=True)]
+    documents = stage.documents(rows)
+    joined = [reduce(CalibrationScores.joined, parts) for parts in zip(*found, strict=True)]
+    measured = [summarize_calibration(scores, documents) for scores in joined]
     if not any(measured):
         raise _NotMeasuredError("no token was hidden: more rows, or higher rates")
     return {"rows": len(rows), "by_rate": [asdict(one) for one in measured if one is not None]}
@@ -112,9 +114,17 @@ def _infill(stage: Evaluation) -> Figures:
     return {
         "rows": len(rows),
         "decode": _settings(stage, recipe.decode.model_copy(update={"temperature": 0.0})),
-        "holes": [asdict(one) for one in map(summarize_holes, scores.values()) if one is not None],
+        "holes": [
+            asdict(one)
+            for found in scores.values()
+            if (one := summarize_holes(found, stage.documents(found.row_ids))) is not None
+        ],
         "gains": [
-            {"length": one.length, "over": one.side, "token": asdict(token_gain(both, one))}
+            {
+                "length": one.length,
+                "over": one.side,
+                "token": asdict(token_gain(both, one, stage.documents(one.row_ids))),
+            }
             for both, one in pairs
             if one.side != "both"
         ],

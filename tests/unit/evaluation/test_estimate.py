@@ -29,6 +29,30 @@ def test_ratio_is_of_the_sums_and_its_error_the_spread_that_repeating_shows():
     assert naive < 0.6 * values.std(), "tokens of a row are not independent here"
 
 
+def test_rows_of_one_document_are_one_unit_and_alone_would_make_the_error_too_small():
+    """Documents of one to forty rows, each with a level of its own."""
+    rng = np.random.default_rng(0)
+    of_documents, of_rows = [], []
+    for _ in range(1000):
+        documents = np.repeat(np.arange(40), rng.integers(1, 41, 40))
+        nats = (3 + 0.5 * rng.standard_normal(40))[documents] + 0.5 * rng.standard_normal(len(documents))
+        of_documents.append(ratio(nats, np.ones(len(nats)), documents))
+        of_rows.append(ratio(nats, np.ones(len(nats))))
+    assert [one.value for one in of_documents] == pytest.approx([one.value for one in of_rows])
+    spread = np.std([one.value for one in of_rows])
+    assert abs(np.mean([one.standard_error for one in of_documents]) / spread - 1) < 0.1
+    assert np.mean([one.standard_error for one in of_rows]) < 0.35 * spread
+    assert {one.rows for one in of_documents} == {40}
+
+
+def test_a_share_of_one_document_s_rows_has_no_spread_and_the_interval_of_one_trial():
+    hits, trials = np.array([3, 0, 4]), np.full(3, 4)
+    assert proportion(hits, trials, [0, 0, 5]) == proportion([3, 4], [8, 4])
+    found = proportion(hits, trials, [7, 7, 7])
+    assert (found.standard_error, found.rows) == (None, 1)
+    assert found.high - found.low > 0.8
+
+
 @pytest.mark.parametrize("p", [0.0, 0.005, 0.05, 0.5, 0.98, 1.0])
 @pytest.mark.parametrize("alike", [0.0, 1.0])
 def test_an_interval_holds_the_truth_in_95_of_100_cases(p, alike):

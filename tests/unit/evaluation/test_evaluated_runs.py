@@ -5,16 +5,20 @@ import math
 
 import numpy as np
 import pytest
-from conftest import runs_by_kind
+import torch
+from conftest import make_small_bundle, make_small_corpus, runs_by_kind, small_text
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dllm_core.checkpoints.bundle import read_bundle
 from dllm_core.checkpoints.run_dir import RunDir
-from dllm_core.data.loader import split_rows
+from dllm_core.data.loader import documents_of, split_rows
 from dllm_core.data.tokenizer import Tokenizer, TokenizerConfig
 from dllm_core.decoding.engine import Engine
 from dllm_core.errors import ConfigError
+from dllm_core.evaluation.estimate import ratio
+from dllm_core.evaluation.estimators import ExactNLL, HeldoutRows
+from dllm_core.evaluation.likelihood import score_rows
 from workflows.console import Console
 from workflows.evaluate.flow import evaluate
 from workflows.fan_out import serially
@@ -157,6 +161,42 @@ def test_the_bytes_of_a_texts_tokens_are_its_own(texts):
 
 
 BYTE_LEVEL = Tokenizer.train(["né naïve, a naïve äpfel " * 9, "日本語のテキスト"], TokenizerConfig(vocab_size=300))
+
+
+def test_the_error_is_of_documents_where_rows_are_pieces_of_them(tmp_path):
+    """Files of many rows end to end: rows of one file are alike, so few files prove little."""
+    (tmp_path / "corpus").mkdir()
+    for number in range(40):
+        (tmp_path / "corpus" / f"{number}.txt").write_text(f"{small_text(1 + number % 7)} {number}", encoding="ascii")
+    sections = {"corpus": {"document": "file", "heldout_fraction": 0.3}, "objective": {"type": "autoregressive"}}
+    corpus = make_small_corpus(tmp_path, **sections)
+    run = make_small_bundle(corpus, corpus.store.root)
+    manifest, eos_id = corpus.manifest, corpus.tokenizer.eos_id
+    rows = np.arange(manifest.heldout.rows)
+    tokens = split_rows(corpus.store, manifest, manifest.heldout, rows)
+    ends = tokens.x0.ravel() == eos_id
+    of_tokens = (np.cumsum(ends) - ends).reshape(tokens.x0.shape)
+    middle = of_tokens[:, manifest.seq_len // 2]
+    assert len(rows) > 2 * len(np.unique(middle)) > 8
+    for some in (rows, rows[::3], rows[[0, 1, len(rows) - 1]], rows[:1], rows[:0]):
+        found = documents_of(corpus.store, manifest, manifest.heldout, some, eos_id)
+        assert np.array_equal(np.diff(found) > 0, np.diff(middle[some]) > 0)
+    result = evaluated(corpus.recipe, run, prompts=0, rows=len(rows), draws=1)
+    heldout = HeldoutRows.of(tokens, rows)
+    [nats] = [
+        score_rows(
+            read_bundle(run).denoiser(),
+            ExactNLL(corpus.tokenizer.mask_id, torch.device("cpu")),
+            heldout,
+            seed=7,
+            draws=1,
+        )
+    ]
+    expected = ratio(nats.nats, nats.tokens, middle)
+    assert result["nelbo"] == pytest.approx(expected.value, rel=1e-6)
+    assert result["standard_error"] == pytest.approx(expected.standard_error, rel=1e-4)
+    assert result["calibration"]["by_rate"][1]["brier"]["rows"] == expected.rows
+    assert result["infill"]["holes"][0]["token"]["rows"] <= expected.rows
 
 
 def test_bytes_are_those_of_the_held_out_text_without_end_tokens(made):

@@ -3,19 +3,22 @@
 import json
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 import torch
-from conftest import SmallCorpus, make_small_corpus, runs_by_kind
+from conftest import SmallCorpus, make_small_bundle, make_small_corpus, preprocessed, runs_by_kind, small_recipe
 
 from dllm_core.checkpoints.bundle import read_bundle
 from dllm_core.checkpoints.run_dir import RunDir
 from dllm_core.data.loader import split_rows
+from dllm_core.decoding.engine import Engine
 from dllm_core.errors import CheckpointError
 from dllm_core.evaluation.calibration import score_calibration, summarize_calibration
 from dllm_core.evaluation.config import EvaluateConfig
 from dllm_core.evaluation.estimators import HeldoutRows
+from dllm_core.evaluation.generation import measure_decoding
 from dllm_core.evaluation.infill import (
     CausalFiller,
     EngineFiller,
@@ -28,7 +31,9 @@ from dllm_core.evaluation.models import filler_of, writer_of
 from dllm_core.evaluation.samples import Samples, complete, measure_samples, openings
 from dllm_core.evaluation.scorers import NGramModel
 from dllm_core.evaluation.tasks.addition import AdditionTask
+from dllm_core.evaluation.tasks.corpus import write_problems
 from dllm_core.evaluation.tasks.measure import answer_problems
+from dllm_core.evaluation.tasks.sudoku import SudokuTask
 from dllm_core.model.pattern import CAUSAL, FULL, AttentionPattern
 from workflows.compare.training import Entrant, train_entrant
 from workflows.console import Console
@@ -297,6 +302,30 @@ def test_a_filler_sees_the_sides_that_are_told(made):
         found = filler_of(bundle, made(kind)[0].recipe.decode, seed=0)
         assert isinstance(found, filler)
         assert found.sides == sides_seen(bundle.manifest.objective, bundle.manifest.process)
+
+
+def test_the_cost_of_decoding_is_that_of_answers_to_whole_prompts(tmp_path):
+    """A padded row's first quarter may be half a question, or a whole one with its answer and the filler behind it."""
+    problems = SudokuTask().problems("train", 60, seed=3) + AdditionTask(digits=1).problems("train", 60, seed=3)
+    (tmp_path / "corpus").mkdir()
+    write_problems(tmp_path / "corpus" / "train.jsonl", problems)
+    path = str(tmp_path / "corpus" / "train.jsonl")
+    sections = {
+        "corpus": {"type": "jsonl", "path": path, "record": {"type": "pair"}, "heldout_fraction": 0.2},
+        "packing": {"type": "padded", "seq_len": 40},
+    }
+    values = small_recipe(tmp_path).model_dump(mode="json") | sections
+    corpus = preprocessed(Recipe.checked(values))
+    run = make_small_bundle(corpus, corpus.store.root)
+    rows = heldout(corpus, 4, of=32)
+    prompts = [
+        ids[real & ~counted].tolist() for ids, real, counted in zip(rows.x0, rows.is_real, rows.counted, strict=True)
+    ]
+    assert len({len(prompt) for prompt in prompts}) > 1
+    told = evaluate(corpus.recipe, run, serially, lambda *told: None)["decoding"]
+    expected = measure_decoding(Engine(read_bundle(run)), prompts, corpus.recipe.decode, context=40, seed=7)
+    assert {name: told[name] for name in asdict(expected)} == asdict(expected)
+    assert told["prompts"] == 4
 
 
 def rows_of(x0, counted, segments=None) -> HeldoutRows:
