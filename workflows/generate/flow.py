@@ -40,7 +40,7 @@ class Generator:
         self._bundle = read_bundle(run)
         self._tokenizer = self._bundle.tokenizer()
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._engine = Engine(self._bundle, device, dtype=recipe.serve.dtype)
+        self._engine = Engine(self._bundle, device, recipe.serve.max_batch_tokens, dtype=recipe.serve.dtype)
 
     def one(self, asked: Asked, trace: Path | None) -> dict[str, Any]:
         """Decode one thing, watched on a terminal; its text and ids, cost, finish reason and what each call did."""

@@ -3,9 +3,11 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from conftest import make_small_bundle
 
 from dllm_core.checkpoints.bundle import read_bundle
 from dllm_core.checkpoints.run_dir import RunDir
@@ -16,6 +18,7 @@ from dllm_core.storage.store import open_store
 from workflows.cli import run_command_line
 from workflows.generate.flow import canvas_text
 from workflows.generate.unfold import unfold
+from workflows.recipe import Recipe
 
 SMALL = ["decode.max_tokens=8", "decode.block_length=4", "decode.steps_per_block=4"]
 
@@ -118,6 +121,18 @@ def test_a_file_of_prompts_is_decoded_as_each_would_be_alone(told, tmp_path, sma
     code, [*answers, _], _ = told("--prompts", str(plain), "--seed", "3")
     assert [answer["prompt"] for answer in answers] == ["RED ", "BLUE "]
     assert answers[0]["token_ids"] == alone[0][1][0]["token_ids"]
+
+
+def test_a_row_may_be_as_long_as_the_recipe_lets_a_call_be(told, small_corpus, tmp_path):
+    length = 4200  # more than a call's positions where a recipe says nothing
+    values = {**small_corpus.recipe.model_dump(mode="json"), "packing": {"seq_len": length}}
+    recipe = Recipe.checked({**values, "serve": {"max_batch_tokens": length}})
+    manifest = small_corpus.manifest.model_copy(update={"packing": recipe.packing})
+    run = make_small_bundle(replace(small_corpus, recipe=recipe, manifest=manifest), tmp_path)
+    ids = ",".join(["5"] * (length - 8))
+    code, [answer], _ = told("--prompt-ids", ids, "decode.block_length=8", "decode.steps_per_block=1", url=run.url)
+    assert code == 0, answer
+    assert (len(answer["prompt_ids"]), answer["num_calls"]) == (length - 8, 1)
 
 
 def test_text_shows_what_was_given_and_what_was_made(small_bundle, capsys, tmp_path):
