@@ -124,8 +124,8 @@ class Asked(Frozen):
         return head, tuple(piece for piece in pieces if piece != ()), tail
 
 
-def read_asked(path: Path, defaults: Asked) -> list[Asked]:
-    """The lines of a file: JSON objects in a `.jsonl`, else prompts. defaults: what a line leaves out."""
+def read_asked(path: Path, defaults: Asked) -> dict[str, Asked]:
+    """A file's lines by their places: JSON objects in a `.jsonl`, else prompts. defaults: what a line leaves out."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError, ValueError) as error:
@@ -134,6 +134,8 @@ def read_asked(path: Path, defaults: Asked) -> list[Asked]:
         raise DataError(str(path), "holds no prompt")
     left_out = defaults.model_dump(exclude_defaults=True)
     if path.suffix != ".jsonl":
-        return [Asked.checked({**left_out, "prompt": line}, f"{path}:{i + 1}") for i, line in enumerate(lines) if line]
-    given = [(f"{path}:{i + 1}", line) for i, line in enumerate(lines) if line.strip()]
-    return [Asked.checked({**left_out, **parse_json_object(line, place)}, place) for place, line in given]
+        given = {f"{path}:{i + 1}": {"prompt": line} for i, line in enumerate(lines) if line}
+    else:
+        places = {f"{path}:{i + 1}": line for i, line in enumerate(lines) if line.strip()}
+        given = {place: parse_json_object(line, place) for place, line in places.items()}
+    return {place: Asked.checked({**left_out, **said}, place) for place, said in given.items()}

@@ -7,13 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import make_small_bundle
 
 from dllm_core.checkpoints.bundle import read_bundle
 from dllm_core.checkpoints.run_dir import RunDir
 from dllm_core.decoding.config import DecodeConfig
-from dllm_core.decoding.engine import Engine
+from dllm_core.decoding.engine import Engine, RowUpdate
 from dllm_core.decoding.request import Request
+from dllm_core.model.denoiser import Denoiser
 from dllm_core.storage.store import open_store
 from workflows.cli import run_command_line
 from workflows.generate.flow import canvas_text
@@ -274,6 +276,64 @@ def test_a_mistake_in_a_file_of_prompts_names_its_line(told, tmp_path, text, cod
     path.write_text(text, encoding="utf-8")
     got, _, err = told("--prompts", str(path))
     assert (got, err.startswith(f"dllm: {path}{line}"), err.count("\n")) == (code, True, 1), err
+
+
+@pytest.mark.parametrize(
+    ("lines", "words", "line"),
+    [
+        ([{}, {"prompt_ids": [9999]}], [], ":2.prompt: token ids must be in [0, "),
+        ([{}, {"prompt": "x" * 99}], [], ":2.prompt: 99 tokens leave no room in the context of 32"),
+        ([{}, {}, {"infill": "A[[90-99]]B"}], [], ":3.middle: its holes need 90 positions at least"),
+        ([{"prompt": "A"}, {"regex": "a{99}"}], [], ":2.constraint: no answer of at most 8 tokens"),
+        ([{"regex": "(a"}], [], ":1.constraint: is no regular expression"),
+    ],
+)
+def test_a_line_that_cannot_be_decoded_is_named_before_any_is(told, tmp_path, lines, words, line):
+    path = tmp_path / "p.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    code, [failed], err = told("--prompts", str(path), *words)
+    assert (code, err.startswith(f"dllm: {path}{line}"), err.count("\n")) == (2, True, 1), err
+    assert failed["exit_code"] == 2
+
+
+def test_a_row_of_a_file_that_fails_costs_the_others_nothing(told, tmp_path, monkeypatch):
+    path, trace = tmp_path / "p.jsonl", tmp_path / "trace.jsonl"
+    path.write_text('{"prompt_ids": [5, 6]}\n{"prompt_ids": [5, 8]}', encoding="utf-8")
+    _, [*expected, _], _ = told("--prompts", str(path))
+    poison = min({*range(10, 200)}.difference(*(answer["token_ids"] for answer in expected)))
+    embedded = Denoiser._embedded
+
+    def spoilt(self: Denoiser, ids: torch.Tensor) -> torch.Tensor:
+        return embedded(self, ids).masked_fill((ids == poison)[..., None], torch.nan)
+
+    monkeypatch.setattr(Denoiser, "_embedded", spoilt)
+    path.write_text(
+        f'{{"prompt_ids": [5, 6]}}\n{{"prompt_ids": [{poison}]}}\n{{"prompt_ids": [5, 8]}}', encoding="utf-8"
+    )
+    code, [first, bad, last, failed], err = told("--prompts", str(path), "--trace", str(trace))
+    assert [first, last] == expected
+    assert bad["finish_reason"] == "error"
+    assert (code, failed["exit_code"], err.count("\n")) == (3, 3, 1)
+    assert f"the denoiser's output is no number for {path}:2" in err
+    assert len(trace.read_text().splitlines()) == 2
+
+
+def test_answers_are_told_as_soon_as_those_before_them_are(told, tmp_path, monkeypatch):
+    """What was decoded before an interrupt is not lost."""
+    path, step, ticks = tmp_path / "p.jsonl", Engine.step, []
+    lines = [{"infill": "A[[1]]B"}, {"prompt": "RED "}, {"infill": "A[[2]]B"}]
+    path.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+
+    def interrupted(self: Engine) -> list[RowUpdate]:
+        ticks.append(1)
+        if len(ticks) == 3:
+            raise KeyboardInterrupt
+        return step(self)
+
+    monkeypatch.setattr(Engine, "step", interrupted)
+    code, [*answers, last], _ = told("--prompts", str(path), "decode.policy.type=low_confidence")
+    assert (code, last["error"]["message"]) == (130, "interrupted")
+    assert [answer["infill"] for answer in answers] == ["A[[1]]B"]
 
 
 def test_a_trace_is_of_a_bundle_and_not_of_a_folder(told, tmp_path, small_bundle):
