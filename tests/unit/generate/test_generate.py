@@ -360,6 +360,25 @@ def test_what_the_command_line_says_holds_for_each_line_of_a_file(told, tmp_path
     assert "infill: holds all of the text" in err
 
 
+@pytest.mark.parametrize("name", ["p.jsonl", "p.txt"])
+def test_a_line_ends_at_its_newline_and_at_no_other_character(told, tmp_path, name):
+    """A form feed, U+0085 and U+2028 are characters of a prompt, and a mark in front is none."""
+    path, prompts = tmp_path / name, ["A\u2028B", "C\x0bD\x85", " "]
+    lines = [json.dumps({"prompt": one}, ensure_ascii=False) if name == "p.jsonl" else one for one in prompts]
+    path.write_bytes(("\ufeff" + "\r\n".join(lines) + "\r\n").encode())
+    code, [*answers, _], err = told("--prompts", str(path))
+    assert code == 0, err
+    assert [answer["prompt"] for answer in answers] == prompts
+
+
+def test_what_no_line_of_a_file_would_take_is_refused(told, tmp_path):
+    path = tmp_path / "p.txt"
+    path.write_text("A\nB\n", encoding="utf-8")
+    code, _, err = told("--prompts", str(path), "--prompt", "RED ")
+    assert (code, err.count("\n")) == (2, 1)
+    assert err.startswith("dllm: --prompt: is what each line says of a file that is no .jsonl, got 'RED '")
+
+
 def test_frames_show_what_was_given_from_the_first_and_never_as_made(small_bundle):
     bundle = read_bundle(small_bundle)
     tokenizer = bundle.tokenizer()
