@@ -73,6 +73,11 @@ class Asked(Frozen):
         return (int(found[1]), int(found[2])) if found else (0, 0)
 
     @property
+    def lengths(self) -> tuple[int, ...]:
+        """Of an infill's holes in turn, where it says all of them."""
+        return tuple(int(found[1]) for found in _HOLE.finditer(self.infill or ""))
+
+    @property
     def constraint(self) -> str | None:
         """The regular expression of what is allowed; RequestError for a schema that none could keep."""
         return self.regex if self.json_schema is None else schema_regex(self.json_schema)

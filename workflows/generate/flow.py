@@ -177,7 +177,8 @@ class Generator:
         if seconds is not None:
             told["seconds"] = round(seconds, 3)
         if asked.infill is not None:
-            holes = [self._tokenizer.decode(hole) for hole in holes_of(request, answer.tokens)]
+            lengths = asked.lengths if found is None else found.lengths
+            holes = [self._tokenizer.decode(hole) for hole in holes_of(request, answer.tokens, lengths)]
             told = {**told, "infill": asked.infill, "holes": holes}
         if asked.edit is not None:
             told = {**told, "edit": asked.edit, "strength": asked.strength}

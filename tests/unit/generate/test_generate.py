@@ -50,6 +50,16 @@ def test_a_template_keeps_what_is_given_and_tells_each_hole(told, small_bundle):
     assert "search" not in answer
 
 
+@pytest.mark.parametrize("template", ["A[[2]][[3]]B[[1]] C", "A[[2-2]][[2-3]]B[[1]] C"])
+def test_holes_that_stand_side_by_side_are_told_apart(told, small_bundle, template):
+    code, [answer], _ = told("--infill", template, "--seed", "4")
+    assert code == 0
+    tokenizer, tokens = read_bundle(small_bundle).tokenizer(), answer["token_ids"]
+    stop = len(tokens) - 2  # of the second hole; behind it stand B and the third
+    assert tokens[stop:-1] == tokenizer.encode("B")
+    assert answer["holes"] == [tokenizer.decode(part) for part in (tokens[:2], tokens[2:stop], tokens[-1:])]
+
+
 def test_the_length_of_a_hole_is_searched_where_it_is_not_said(told):
     code, [answer], _ = told("--infill", "RED [[1-4]] SIGN")
     assert code == 0
