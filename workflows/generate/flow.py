@@ -21,7 +21,7 @@ from dllm_core.decoding.request import Request, holes_of, runs
 from dllm_core.errors import DataError, DllmError
 from workflows.console import Console
 from workflows.generate.asked import Asked
-from workflows.generate.trace import Commit, Decoded, decode, replay, write_traces
+from workflows.generate.trace import Commit, Decoded, check_writable, decode, replay, write_traces
 from workflows.generate.unfold import Frame, unfold
 from workflows.recipe import Recipe
 
@@ -45,6 +45,8 @@ class Generator:
     def one(self, asked: Asked, trace: Path | None) -> dict[str, Any]:
         """Decode one thing, watched on a terminal; its text and ids, cost, finish reason and what each call did."""
         begun = time.monotonic()
+        if trace is not None:
+            check_writable(trace)
         request, found = self._request(asked)
         decoded = self._watched(request)
         self._check(decoded)
@@ -62,6 +64,8 @@ class Generator:
         asked: by the places that an error names. Of rows that fail the first is told of, behind what the others gave.
         """
         begun = time.monotonic()
+        if trace is not None:
+            check_writable(trace)
         requests = {place: self._request(one, place) for place, one in asked.items()}
         decoded: list[Decoded] = []
         rows = decode(self._engine, {place: request for place, (request, _) in requests.items()})

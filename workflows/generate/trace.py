@@ -4,8 +4,10 @@ A replay decodes the same request and compares each call's positions and tokens.
 trace names; another device, type or torch may round otherwise, so a difference is told with both.
 """
 
+import errno
 import itertools
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -58,19 +60,43 @@ def decode(engine: Engine, requests: Mapping[str, Request]) -> Iterator[Decoded]
             told += 1
 
 
+def check_writable(path: Path) -> None:
+    """Refuse a place for traces where none can be written, which should be known before anything is decoded."""
+    if _is_special(path):
+        return
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        scratch = _scratch(path)
+        scratch.touch()
+        scratch.unlink()
+    except OSError as error:
+        raise DataError(str(path), f"cannot write the trace ({error})") from None
+
+
 def write_traces(path: Path, decoded: Iterable[Decoded], bundle: ModelBundle, engine: Engine) -> None:
-    """One line for each; the file is whole or not there."""
+    """One line for each; the file is whole or not there. A pipe or a device is written to."""
     head = {"format": FORMAT, "bundle_digest": _digest(bundle), "made_by": _maker(engine)}
     lines = [
         json.dumps({**head, "request": _plain(one.request), "tokens": one.answer.tokens, "calls": one.calls})
         for one in decoded
     ]
-    scratch = path.with_name(f".{path.name}.tmp")
+    scratch = path if _is_special(path) else _scratch(path)
     try:
         scratch.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-        scratch.replace(path)
+        if scratch != path:
+            scratch.replace(path)
     except OSError as error:
         raise DataError(str(path), f"cannot write the trace ({error})") from None
+
+
+def _scratch(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp")
+
+
+def _is_special(path: Path) -> bool:
+    """Whether a file would take the place of what is none: root may put one where /dev/null was."""
+    return path.exists() and not path.is_file() and not path.is_dir()
 
 
 def replay(path: Path, engine: Engine, bundle: ModelBundle) -> dict[str, Any]:

@@ -1,8 +1,10 @@
 """`dllm generate` in all its forms: prompts, templates, edits, files of them, and traces to make them again from."""
 
 import json
+import os
 import re
 import shutil
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -344,6 +346,27 @@ def test_answers_are_told_as_soon_as_those_before_them_are(told, tmp_path, monke
     code, [*answers, last], _ = told("--prompts", str(path), "decode.policy.type=low_confidence")
     assert (code, last["error"]["message"]) == (130, "interrupted")
     assert [answer["infill"] for answer in answers] == ["A[[1]]B"]
+
+
+@pytest.mark.parametrize("name", ["nowhere/trace.jsonl", ""])
+def test_a_trace_that_cannot_be_written_is_refused_before_anything_is_decoded(told, tmp_path, monkeypatch, name):
+    monkeypatch.delattr(Engine, "step")
+    (tmp_path / "p.txt").write_text("RED \n", encoding="utf-8")
+    for words in (("--prompt", "RED "), ("--prompts", str(tmp_path / "p.txt"))):
+        code, [failed], err = told(*words, "--trace", str(tmp_path / name))
+        assert (code, failed["error"]["place"], err.count("\n")) == (3, str(tmp_path / name), 1)
+        assert "cannot write the trace ([Errno " in err
+
+
+def test_a_trace_goes_into_a_pipe_and_takes_no_device_s_place(told, tmp_path):
+    path, read = tmp_path / "pipe", []
+    os.mkfifo(path)
+    reader = threading.Thread(target=lambda: read.append(path.read_text()), daemon=True)
+    reader.start()
+    assert told("--prompt", "RED ", "--trace", str(path))[0] == 0
+    assert path.is_fifo()
+    reader.join()
+    assert json.loads(read[0])["tokens"]
 
 
 def test_a_trace_is_of_a_bundle_and_not_of_a_folder(told, tmp_path, small_bundle):
