@@ -3,7 +3,7 @@
 Every class pickles (errors cross process borders) and carries the exit code that the command line ends with.
 """
 
-from typing import Any
+from typing import Any, Self
 
 _NO_VALUE = "\0no value"
 
@@ -24,6 +24,10 @@ class DllmError(Exception):
             line += f", got {shown if len(shown) <= 120 else shown[:117] + '...'}"
         line = f"{line}: {self.remedy}" if self.remedy else line
         return " ".join(line.splitlines())  # what a library says of its own failure may have several lines
+
+    def below(self, place: str) -> Self:
+        """The same, of what stands at a place, such as a line of a file."""
+        return type(self)(f"{place}.{self.place}", self.problem, self.value, self.remedy)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.place, self.problem, self.value, self.remedy)

@@ -1,5 +1,6 @@
 """Request: what one row of the engine is asked to fill, as token ids. Torch-free."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -145,9 +146,13 @@ def with_holes(request: Request, pieces: Sequence[Piece], lengths: Sequence[int]
     return replace(request, middle=tuple(middle))
 
 
-def holes_of(request: Request, tokens: Sequence[int]) -> list[list[int]]:
-    """What an answer has put into each hole of `middle`, in order; one behind its end is empty."""
-    return [made for made, is_made in runs(request.middle or (), tokens) if is_made]
+def holes_of(request: Request, tokens: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
+    """What an answer has put into each hole of `middle`, in order; one behind its end is empty.
+
+    lengths: the holes', by which neighbours are told apart.
+    """
+    made = iter([token for token, given in zip(tokens, request.middle or (), strict=False) if given is None])
+    return [list(itertools.islice(made, length)) for length in lengths]
 
 
 def runs(middle: Sequence[int | None], tokens: Sequence[int]) -> list[tuple[list[int], bool]]:

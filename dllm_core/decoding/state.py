@@ -204,6 +204,8 @@ class DecodeState:
         if self.is_ancestral:
             self.canvas[positions] = tokens
             chosen = np.full(len(positions), self.calls_in_block == self.request.config.steps)
+        elif self.pattern.kind == "causal":
+            chosen = np.ones(len(positions), dtype=bool)  # no policy waits with a token, nor takes it back
         elif isinstance(policy, AnyRevisingPolicy):
             is_settled = self._revise(policy, positions, tokens, score, survival)
             chosen, tokens = np.full(len(positions), is_settled), self.canvas[positions]

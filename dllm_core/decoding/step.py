@@ -17,6 +17,7 @@ from dllm_core.noise.process import NoiseProcess
 from dllm_core.seeding import Doubles, Floats, Ints, Purpose, Words, seeds_of, uniforms, uniforms64
 
 _LOWEST = -1e4  # of log p: stands for -inf where p is 0
+_COOLEST = 1e-37  # of what float32 holds: logs that differ at all are infinitely far apart there
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,13 @@ def _laws(log_probs: Tensor, row: DecodeState) -> Iterator[Doubles]:
     """One row's laws of tokens [n V] at its temperature: as top_k and top_p cut it off, then the whole one."""
     ranked, order = _ranked(log_probs, [row], torch.zeros(len(log_probs), dtype=torch.int64, device=log_probs.device))
     yield torch.zeros_like(ranked).scatter_(-1, order, ranked).cpu().numpy()
-    yield (log_probs.double() / row.request.config.temperature).softmax(-1).cpu().numpy()
+    yield (log_probs.double() / _heat(row)).softmax(-1).cpu().numpy()
+
+
+def _heat(row: DecodeState) -> float:
+    """A row's temperature, if it is not 0 far enough above it to divide by."""
+    temperature = row.request.config.temperature
+    return max(temperature, _COOLEST) if temperature else 0.0
 
 
 def _scores(log_probs: Tensor, confidence: Tensor, rows: Sequence[DecodeState], of_row: Tensor) -> Tensor:
@@ -196,7 +203,7 @@ def _ranked(log_probs: Tensor, rows: Sequence[DecodeState], of_row: Tensor) -> t
     fp64 and int64 [n V]. A float32 tail is cut off. They do not sum to 1 where something is left out.
     """
     device = log_probs.device
-    temperature = sent(np.array([row.request.config.temperature or 1.0 for row in rows], np.float32), device)[of_row]
+    temperature = sent(np.array([_heat(row) or 1.0 for row in rows], np.float32), device)[of_row]
     top_p = sent(np.array([row.request.config.top_p for row in rows], np.float64), device)[of_row]
     size = log_probs.shape[-1]
     top_k = sent(np.array([row.request.config.top_k or size for row in rows], np.int64), device)[of_row]

@@ -21,7 +21,7 @@ from dllm_core.data.tokenizer import Tokenizer
 from dllm_core.decoding.config import DecodeConfig
 from dllm_core.decoding.request import OpenHole, Piece, Request, with_holes
 from dllm_core.decoding.schema import schema_regex
-from dllm_core.errors import DataError, RequestError
+from dllm_core.errors import ConfigError, DataError, RequestError
 
 _HOLE = re.compile(r"\[\[(?:(\d+)(?:-(\d+))?)?\]\]")
 _SPAN = re.compile(r"(\d+):(\d+)")
@@ -71,6 +71,11 @@ class Asked(Frozen):
         """First and last-but-one character of what is edited; (0, 0) where that is no span."""
         found = _SPAN.fullmatch(self.edit or "")
         return (int(found[1]), int(found[2])) if found else (0, 0)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Of an infill's holes in turn, where it says all of them."""
+        return tuple(int(found[1]) for found in _HOLE.finditer(self.infill or ""))
 
     @property
     def constraint(self) -> str | None:
@@ -124,16 +129,22 @@ class Asked(Frozen):
         return head, tuple(piece for piece in pieces if piece != ()), tail
 
 
-def read_asked(path: Path, defaults: Asked) -> list[Asked]:
-    """The lines of a file: JSON objects in a `.jsonl`, else prompts. defaults: what a line leaves out."""
+def read_asked(path: Path, defaults: Asked) -> dict[str, Asked]:
+    """A file's lines by their places: JSON objects in a `.jsonl`, else prompts. defaults: what a line leaves out."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        text = path.read_text(encoding="utf-8-sig")  # some editors put a mark in front
+        lines = text.removesuffix("\n").split("\n")  # and at nothing else: U+2028 is a character of a prompt
     except (OSError, UnicodeDecodeError, ValueError) as error:
         raise DataError(str(path), f"cannot be read ({error})") from None
     if not any(line.strip() for line in lines):
         raise DataError(str(path), "holds no prompt")
     left_out = defaults.model_dump(exclude_defaults=True)
     if path.suffix != ".jsonl":
-        return [Asked.checked({**left_out, "prompt": line}, f"{path}:{i + 1}") for i, line in enumerate(lines) if line]
-    given = [(f"{path}:{i + 1}", line) for i, line in enumerate(lines) if line.strip()]
-    return [Asked.checked({**left_out, **parse_json_object(line, place)}, place) for place, line in given]
+        if defaults.prompt:
+            problem = "is what each line says of a file that is no .jsonl"
+            raise ConfigError("--prompt", problem, defaults.prompt, "leave it out")
+        given = {f"{path}:{i + 1}": {"prompt": line} for i, line in enumerate(lines) if line}
+    else:
+        places = {f"{path}:{i + 1}": line for i, line in enumerate(lines) if line.strip()}
+        given = {place: parse_json_object(line, place) for place, line in places.items()}
+    return {place: Asked.checked({**left_out, **said}, place) for place, said in given.items()}

@@ -4,7 +4,7 @@ dllm generate RUN --prompt "GREEK SMALL LETTER " decode.policy.threshold=0.7
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,10 @@ from dllm_core.data.tokenizer import Tokenizer
 from dllm_core.decoding.engine import Engine
 from dllm_core.decoding.lengths import Filled, infill
 from dllm_core.decoding.request import Request, holes_of, runs
-from dllm_core.errors import DataError
+from dllm_core.errors import DataError, DllmError
 from workflows.console import Console
 from workflows.generate.asked import Asked
-from workflows.generate.trace import Commit, Decoded, decode, replay, write_traces
+from workflows.generate.trace import Commit, Decoded, check_writable, decode, replay, write_traces
 from workflows.generate.unfold import Frame, unfold
 from workflows.recipe import Recipe
 
@@ -40,11 +40,13 @@ class Generator:
         self._bundle = read_bundle(run)
         self._tokenizer = self._bundle.tokenizer()
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._engine = Engine(self._bundle, device, dtype=recipe.serve.dtype)
+        self._engine = Engine(self._bundle, device, recipe.serve.max_batch_tokens, dtype=recipe.serve.dtype)
 
     def one(self, asked: Asked, trace: Path | None) -> dict[str, Any]:
         """Decode one thing, watched on a terminal; its text and ids, cost, finish reason and what each call did."""
         begun = time.monotonic()
+        if trace is not None:
+            check_writable(trace)
         request, found = self._request(asked)
         decoded = self._watched(request)
         self._check(decoded)
@@ -56,20 +58,27 @@ class Generator:
                 self._console.print(f"[dim]{found.num_rows} canvases tried; holes of {lengths} suit best[/dim]")
         return {"run": self._run.name, **self._told(asked, decoded, found, time.monotonic() - begun)}
 
-    def many(self, asked: Sequence[Asked], trace: Path | None) -> dict[str, Any]:
-        """Decode all as one batch, in which rows come and go; a line for each in order, then the sums."""
+    def many(self, asked: Mapping[str, Asked], trace: Path | None) -> dict[str, Any]:
+        """Decode all as one batch, in which rows come and go; a line for each in order, then the sums.
+
+        asked: by the places that an error names. Of rows that fail the first is told of, behind what the others gave.
+        """
         begun = time.monotonic()
-        requests = [self._request(one) for one in asked]
-        decoded = decode(self._engine, [request for request, _ in requests])
-        seconds = time.monotonic() - begun
-        for made in decoded:
-            self._check(made)
-        self._write(trace, decoded)
-        for one, (_, found), made in zip(asked, requests, decoded, strict=True):
+        if trace is not None:
+            check_writable(trace)
+        requests = {place: self._request(one, place) for place, one in asked.items()}
+        decoded: list[Decoded] = []
+        rows = decode(self._engine, {place: request for place, (request, _) in requests.items()})
+        for one, (_, found), made in zip(asked.values(), requests.values(), rows, strict=True):
+            decoded.append(made)
             if self._console.output == "text":
                 self._console.rich.print(self._shown(made))
             else:
                 self._console.result(self._told(one, made, found, None))
+        seconds = time.monotonic() - begun
+        self._write(trace, [made for made in decoded if made.answer.finish_reason != "error"])
+        for place, made in zip(asked, decoded, strict=True):
+            self._check(made, place)
         tokens, calls = (sum(getattr(d.answer, name) for d in decoded) for name in ("num_committed", "num_calls"))
         self._console.print(
             f"[dim]{len(decoded)} answers, {tokens} tokens in {calls} denoiser calls: {tokens / calls:.2f} tokens per "
@@ -93,12 +102,15 @@ class Generator:
         )
         return {"run": self._run.name, **told}
 
-    def _request(self, asked: Asked) -> tuple[Request, Filled | None]:
-        """As ids; where the length of a hole is unknown, with the one that was found."""
-        request, pieces = asked.given(self._tokenizer, self._recipe.decode, self._engine.context_length)
-        if not pieces:
-            return request, None
-        found = infill(self._engine, request, pieces)
+    def _request(self, asked: Asked, place: str = "") -> tuple[Request, Filled | None]:
+        """As ids; where the length of a hole is unknown, with the one that was found. place: of what was asked."""
+        try:
+            request, pieces = asked.given(self._tokenizer, self._recipe.decode, self._engine.context_length)
+            if not pieces:
+                return request, None
+            found = infill(self._engine, request, pieces)
+        except DllmError as error:
+            raise (error.below(place) if place else error) from None
         return found.request, found
 
     def _watched(self, request: Request) -> Decoded:
@@ -113,12 +125,14 @@ class Generator:
             assert last is not None
             assert last.answer is not None
             return Decoded(request, last.answer, calls[1:])
-        return decode(self._engine, [request])[0]
+        [decoded] = decode(self._engine, {"": request})
+        return decoded
 
-    def _check(self, decoded: Decoded) -> None:
+    def _check(self, decoded: Decoded, place: str = "") -> None:
         if decoded.answer.finish_reason == "error":
+            of = f" for {place}" if place else ""
             remedy = "see whether its weights are"
-            raise DataError(self._run.url, "the denoiser's output is no number", remedy=remedy)
+            raise DataError(self._run.url, f"the denoiser's output is no number{of}", remedy=remedy)
 
     def _write(self, trace: Path | None, decoded: Sequence[Decoded]) -> None:
         if trace is not None:
@@ -167,7 +181,8 @@ class Generator:
         if seconds is not None:
             told["seconds"] = round(seconds, 3)
         if asked.infill is not None:
-            holes = [self._tokenizer.decode(hole) for hole in holes_of(request, answer.tokens)]
+            lengths = asked.lengths if found is None else found.lengths
+            holes = [self._tokenizer.decode(hole) for hole in holes_of(request, answer.tokens, lengths)]
             told = {**told, "infill": asked.infill, "holes": holes}
         if asked.edit is not None:
             told = {**told, "edit": asked.edit, "strength": asked.strength}

@@ -4,9 +4,11 @@ A replay decodes the same request and compares each call's positions and tokens.
 trace names; another device, type or torch may round otherwise, so a difference is told with both.
 """
 
+import errno
 import itertools
 import json
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from dllm_core.config.fingerprint import fingerprint
 from dllm_core.decoding.config import DecodeConfig
 from dllm_core.decoding.engine import Answer, Engine, answer_of
 from dllm_core.decoding.request import Request
-from dllm_core.errors import ConfigError, DataError
+from dllm_core.errors import ConfigError, DataError, RequestError
 
 FORMAT = 1
 Commit = tuple[int, int, float]  # position in the row, token, confidence
@@ -33,33 +35,68 @@ class Decoded:
     calls: list[list[Commit]]
 
 
-def decode(engine: Engine, requests: Sequence[Request]) -> list[Decoded]:
-    """Decode as one batch, as the engine has room; in the order given."""
-    rows = {engine.add(request): i for i, request in enumerate(requests)}
+def decode(engine: Engine, requests: Mapping[str, Request]) -> Iterator[Decoded]:
+    """Decode as one batch, as the engine has room; in the order given, each as soon as those before it are done.
+
+    requests: by their places, which are told where one is refused; then none is decoded.
+    """
+    rows: dict[int, int] = {}
+    for i, (place, request) in enumerate(requests.items()):
+        try:
+            rows[engine.add(request)] = i
+        except RequestError as error:
+            raise (error.below(place) if place else error) from None
     calls: dict[int, list[list[Commit]]] = {row: [] for row in rows}
     done: dict[int, Decoded] = {}
+    told = 0
     while updates := engine.step():
         for update in updates:
             calls[update.row].append(update.commits)
             if update.state.finish_reason is not None:
                 answer = answer_of(update.state, engine.eos_id)
-                done[rows[update.row]] = Decoded(update.state.request, answer, calls[update.row])
-    return [done[i] for i in range(len(requests))]
+                done[rows[update.row]] = Decoded(update.state.request, answer, calls.pop(update.row))
+        while told in done:
+            yield done.pop(told)
+            told += 1
+
+
+def check_writable(path: Path) -> None:
+    """Refuse a place for traces where none can be written, which should be known before anything is decoded."""
+    if _is_special(path):
+        return
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        scratch = _scratch(path)
+        scratch.touch()
+        scratch.unlink()
+    except OSError as error:
+        raise DataError(str(path), f"cannot write the trace ({error})") from None
 
 
 def write_traces(path: Path, decoded: Iterable[Decoded], bundle: ModelBundle, engine: Engine) -> None:
-    """One line for each; the file is whole or not there."""
+    """One line for each; the file is whole or not there. A pipe or a device is written to."""
     head = {"format": FORMAT, "bundle_digest": _digest(bundle), "made_by": _maker(engine)}
     lines = [
         json.dumps({**head, "request": _plain(one.request), "tokens": one.answer.tokens, "calls": one.calls})
         for one in decoded
     ]
-    scratch = path.with_name(f".{path.name}.tmp")
+    scratch = path if _is_special(path) else _scratch(path)
     try:
         scratch.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-        scratch.replace(path)
+        if scratch != path:
+            scratch.replace(path)
     except OSError as error:
         raise DataError(str(path), f"cannot write the trace ({error})") from None
+
+
+def _scratch(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp")
+
+
+def _is_special(path: Path) -> bool:
+    """Whether a file would take the place of what is none: root may put one where /dev/null was."""
+    return path.exists() and not path.is_file() and not path.is_dir()
 
 
 def replay(path: Path, engine: Engine, bundle: ModelBundle) -> dict[str, Any]:
@@ -75,7 +112,7 @@ def replay(path: Path, engine: Engine, bundle: ModelBundle) -> dict[str, Any]:
             problem = f"was made with another bundle, {record['bundle_digest']}"
             raise DataError(f"{path}:{i + 1}", problem, _digest(bundle), "replay it on the run that made it")
     largest = 0.0
-    made_again = decode(engine, [_request(path, i, record) for i, record in enumerate(records)])
+    made_again = list(decode(engine, {f"{path}:{i + 1}": _request(path, i, one) for i, one in enumerate(records)}))
     for i, (record, decoded) in enumerate(zip(records, made_again, strict=True)):
         largest = max(largest, _compared(f"{path}:{i + 1}", record, decoded, engine))
     calls = sum(len(decoded.calls) for decoded in made_again)

@@ -1,7 +1,6 @@
 """Choice: one row of an answer while it is decoded: its text so far, what it was sure of, what it has cost."""
 
 import codecs
-import itertools
 import math
 import time
 from typing import Any
@@ -98,8 +97,7 @@ class Choice:
     @property
     def holes(self) -> list[str]:
         """What was put into each hole of an infill; neighbours are told apart by their lengths."""
-        made = iter([token for hole in holes_of(self.row.request, self._tokens) for token in hole])
-        return [self._tokenizer.decode(list(itertools.islice(made, length))) for length in self.row.holes]
+        return [self._tokenizer.decode(hole) for hole in holes_of(self.row.request, self._tokens, self.row.holes)]
 
     def new_entries(self) -> tuple[list[dict[str, Any]], list[int]] | None:
         """Log-probabilities of tokens that were not told yet, and where in the text each begins; None if nobody asked.

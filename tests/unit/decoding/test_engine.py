@@ -176,6 +176,15 @@ def test_what_cannot_be_decoded_is_refused_before_it_takes_a_place(denoiser):
     assert one.num_waiting == 0
 
 
+@pytest.mark.parametrize("temperature", [1e-30, 1e-46, 5e-324])
+def test_a_temperature_that_is_hardly_any_takes_the_likeliest_tokens_as_none_does(denoiser, temperature):
+    """Below 1e-45, which is 0 in float32, laws were no numbers, and the last id of the vocabulary was every answer."""
+    cold = DecodeConfig(policy=LowConfidencePolicy(), max_tokens=12, block_length=4, steps_per_block=4)
+    batch = [Request((5, 6), cold.model_copy(update={"temperature": t}), (7,)) for t in (0.0, temperature, 1.0)]
+    likeliest, taken, drawn = new_engine(denoiser).generate(batch)
+    assert taken == likeliest != drawn
+
+
 def changed(denoiser: Denoiser, **update: object) -> Denoiser:
     """The same weights under another config."""
     other = Denoiser(DenoiserConfig.checked({**denoiser.config.model_dump(), **update})).eval()

@@ -8,7 +8,7 @@ import torch
 from conftest import draws
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from rows import CONTEXT, EOS, MASK, PAD, PROCESS, VOCABULARY, new_denoiser, new_engine, requests
+from rows import CONTEXT, EOS, MASK, PAD, PROCESS, VOCABULARY, new_denoiser, new_engine, policies, requests, revising
 
 from dllm_core.checkpoints.bundle import ModelBundle, read_bundle
 from dllm_core.checkpoints.run_dir import RunDir
@@ -118,7 +118,9 @@ def next_token(denoiser: Denoiser, request: Request, tokens: list[int]) -> int:
 
 
 @settings(max_examples=draws(60), deadline=None)
-@given(request=requests(None, prompts, st.just(()), guidance=False), keeps_keys=st.booleans())
+@given(
+    request=requests(None, prompts, st.just(()), policies=policies | revising, guidance=False), keeps_keys=st.booleans()
+)
 def test_autoregression_is_a_token_a_call_from_what_stands_before_it(denoiser, request, keeps_keys):
     [answer] = new_engine(denoiser, pattern=CAUSAL, keeps_keys=keeps_keys).generate([request])
     tokens: list[int] = []

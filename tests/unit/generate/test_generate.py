@@ -1,21 +1,28 @@
 """`dllm generate` in all its forms: prompts, templates, edits, files of them, and traces to make them again from."""
 
 import json
+import os
 import re
 import shutil
+import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from conftest import make_small_bundle
 
 from dllm_core.checkpoints.bundle import read_bundle
 from dllm_core.checkpoints.run_dir import RunDir
 from dllm_core.decoding.config import DecodeConfig
-from dllm_core.decoding.engine import Engine
+from dllm_core.decoding.engine import Engine, RowUpdate
 from dllm_core.decoding.request import Request
+from dllm_core.model.denoiser import Denoiser
 from dllm_core.storage.store import open_store
 from workflows.cli import run_command_line
 from workflows.generate.flow import canvas_text
 from workflows.generate.unfold import unfold
+from workflows.recipe import Recipe
 
 SMALL = ["decode.max_tokens=8", "decode.block_length=4", "decode.steps_per_block=4"]
 
@@ -43,6 +50,16 @@ def test_a_template_keeps_what_is_given_and_tells_each_hole(told, small_bundle):
     assert answer["text"] == f"{answer['holes'][0]} OF {answer['holes'][1]}"
     assert answer["num_tokens"] == 5
     assert "search" not in answer
+
+
+@pytest.mark.parametrize("template", ["A[[2]][[3]]B[[1]] C", "A[[2-2]][[2-3]]B[[1]] C"])
+def test_holes_that_stand_side_by_side_are_told_apart(told, small_bundle, template):
+    code, [answer], _ = told("--infill", template, "--seed", "4")
+    assert code == 0
+    tokenizer, tokens = read_bundle(small_bundle).tokenizer(), answer["token_ids"]
+    stop = len(tokens) - 2  # of the second hole; behind it stand B and the third
+    assert tokens[stop:-1] == tokenizer.encode("B")
+    assert answer["holes"] == [tokenizer.decode(part) for part in (tokens[:2], tokens[2:stop], tokens[-1:])]
 
 
 def test_the_length_of_a_hole_is_searched_where_it_is_not_said(told):
@@ -118,6 +135,18 @@ def test_a_file_of_prompts_is_decoded_as_each_would_be_alone(told, tmp_path, sma
     code, [*answers, _], _ = told("--prompts", str(plain), "--seed", "3")
     assert [answer["prompt"] for answer in answers] == ["RED ", "BLUE "]
     assert answers[0]["token_ids"] == alone[0][1][0]["token_ids"]
+
+
+def test_a_row_may_be_as_long_as_the_recipe_lets_a_call_be(told, small_corpus, tmp_path):
+    length = 4200  # more than a call's positions where a recipe says nothing
+    values = {**small_corpus.recipe.model_dump(mode="json"), "packing": {"seq_len": length}}
+    recipe = Recipe.checked({**values, "serve": {"max_batch_tokens": length}})
+    manifest = small_corpus.manifest.model_copy(update={"packing": recipe.packing})
+    run = make_small_bundle(replace(small_corpus, recipe=recipe, manifest=manifest), tmp_path)
+    ids = ",".join(["5"] * (length - 8))
+    code, [answer], _ = told("--prompt-ids", ids, "decode.block_length=8", "decode.steps_per_block=1", url=run.url)
+    assert code == 0, answer
+    assert (len(answer["prompt_ids"]), answer["num_calls"]) == (length - 8, 1)
 
 
 def test_text_shows_what_was_given_and_what_was_made(small_bundle, capsys, tmp_path):
@@ -261,6 +290,85 @@ def test_a_mistake_in_a_file_of_prompts_names_its_line(told, tmp_path, text, cod
     assert (got, err.startswith(f"dllm: {path}{line}"), err.count("\n")) == (code, True, 1), err
 
 
+@pytest.mark.parametrize(
+    ("lines", "words", "line"),
+    [
+        ([{}, {"prompt_ids": [9999]}], [], ":2.prompt: token ids must be in [0, "),
+        ([{}, {"prompt": "x" * 99}], [], ":2.prompt: 99 tokens leave no room in the context of 32"),
+        ([{}, {}, {"infill": "A[[90-99]]B"}], [], ":3.middle: its holes need 90 positions at least"),
+        ([{"prompt": "A"}, {"regex": "a{99}"}], [], ":2.constraint: no answer of at most 8 tokens"),
+        ([{"regex": "(a"}], [], ":1.constraint: is no regular expression"),
+    ],
+)
+def test_a_line_that_cannot_be_decoded_is_named_before_any_is(told, tmp_path, lines, words, line):
+    path = tmp_path / "p.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    code, [failed], err = told("--prompts", str(path), *words)
+    assert (code, err.startswith(f"dllm: {path}{line}"), err.count("\n")) == (2, True, 1), err
+    assert failed["exit_code"] == 2
+
+
+def test_a_row_of_a_file_that_fails_costs_the_others_nothing(told, tmp_path, monkeypatch):
+    path, trace = tmp_path / "p.jsonl", tmp_path / "trace.jsonl"
+    path.write_text('{"prompt_ids": [5, 6]}\n{"prompt_ids": [5, 8]}', encoding="utf-8")
+    _, [*expected, _], _ = told("--prompts", str(path))
+    poison = min({*range(10, 200)}.difference(*(answer["token_ids"] for answer in expected)))
+    embedded = Denoiser._embedded
+
+    def spoilt(self: Denoiser, ids: torch.Tensor) -> torch.Tensor:
+        return embedded(self, ids).masked_fill((ids == poison)[..., None], torch.nan)
+
+    monkeypatch.setattr(Denoiser, "_embedded", spoilt)
+    path.write_text(
+        f'{{"prompt_ids": [5, 6]}}\n{{"prompt_ids": [{poison}]}}\n{{"prompt_ids": [5, 8]}}', encoding="utf-8"
+    )
+    code, [first, bad, last, failed], err = told("--prompts", str(path), "--trace", str(trace))
+    assert [first, last] == expected
+    assert bad["finish_reason"] == "error"
+    assert (code, failed["exit_code"], err.count("\n")) == (3, 3, 1)
+    assert f"the denoiser's output is no number for {path}:2" in err
+    assert len(trace.read_text().splitlines()) == 2
+
+
+def test_answers_are_told_as_soon_as_those_before_them_are(told, tmp_path, monkeypatch):
+    """What was decoded before an interrupt is not lost."""
+    path, step, ticks = tmp_path / "p.jsonl", Engine.step, []
+    lines = [{"infill": "A[[1]]B"}, {"prompt": "RED "}, {"infill": "A[[2]]B"}]
+    path.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+
+    def interrupted(self: Engine) -> list[RowUpdate]:
+        ticks.append(1)
+        if len(ticks) == 3:
+            raise KeyboardInterrupt
+        return step(self)
+
+    monkeypatch.setattr(Engine, "step", interrupted)
+    code, [*answers, last], _ = told("--prompts", str(path), "decode.policy.type=low_confidence")
+    assert (code, last["error"]["message"]) == (130, "interrupted")
+    assert [answer["infill"] for answer in answers] == ["A[[1]]B"]
+
+
+@pytest.mark.parametrize("name", ["nowhere/trace.jsonl", ""])
+def test_a_trace_that_cannot_be_written_is_refused_before_anything_is_decoded(told, tmp_path, monkeypatch, name):
+    monkeypatch.delattr(Engine, "step")
+    (tmp_path / "p.txt").write_text("RED \n", encoding="utf-8")
+    for words in (("--prompt", "RED "), ("--prompts", str(tmp_path / "p.txt"))):
+        code, [failed], err = told(*words, "--trace", str(tmp_path / name))
+        assert (code, failed["error"]["place"], err.count("\n")) == (3, str(tmp_path / name), 1)
+        assert "cannot write the trace ([Errno " in err
+
+
+def test_a_trace_goes_into_a_pipe_and_takes_no_device_s_place(told, tmp_path):
+    path, read = tmp_path / "pipe", []
+    os.mkfifo(path)
+    reader = threading.Thread(target=lambda: read.append(path.read_text()), daemon=True)
+    reader.start()
+    assert told("--prompt", "RED ", "--trace", str(path))[0] == 0
+    assert path.is_fifo()
+    reader.join()
+    assert json.loads(read[0])["tokens"]
+
+
 def test_a_trace_is_of_a_bundle_and_not_of_a_folder(told, tmp_path, small_bundle):
     """Decoding defaults and lineage may change: the trace has its own, and they decide no token."""
     path = tmp_path / "trace.jsonl"
@@ -283,6 +391,25 @@ def test_what_the_command_line_says_holds_for_each_line_of_a_file(told, tmp_path
     code, _, err = told("--prompts", str(path), "--prompt", "x")
     assert code == 2
     assert "infill: holds all of the text" in err
+
+
+@pytest.mark.parametrize("name", ["p.jsonl", "p.txt"])
+def test_a_line_ends_at_its_newline_and_at_no_other_character(told, tmp_path, name):
+    """A form feed, U+0085 and U+2028 are characters of a prompt, and a mark in front is none."""
+    path, prompts = tmp_path / name, ["A\u2028B", "C\x0bD\x85", " "]
+    lines = [json.dumps({"prompt": one}, ensure_ascii=False) if name == "p.jsonl" else one for one in prompts]
+    path.write_bytes(("\ufeff" + "\r\n".join(lines) + "\r\n").encode())
+    code, [*answers, _], err = told("--prompts", str(path))
+    assert code == 0, err
+    assert [answer["prompt"] for answer in answers] == prompts
+
+
+def test_what_no_line_of_a_file_would_take_is_refused(told, tmp_path):
+    path = tmp_path / "p.txt"
+    path.write_text("A\nB\n", encoding="utf-8")
+    code, _, err = told("--prompts", str(path), "--prompt", "RED ")
+    assert (code, err.count("\n")) == (2, 1)
+    assert err.startswith("dllm: --prompt: is what each line says of a file that is no .jsonl, got 'RED '")
 
 
 def test_frames_show_what_was_given_from_the_first_and_never_as_made(small_bundle):
