@@ -18,7 +18,7 @@ from rich.markup import escape
 from safetensors.torch import load_file
 
 from dllm_core.checkpoints.bundle import read_bundle, write_bundle
-from dllm_core.checkpoints.bundle_manifest import Lineage
+from dllm_core.checkpoints.bundle_manifest import BundleManifest, Lineage
 from dllm_core.checkpoints.run_dir import RunDir
 from dllm_core.config.fingerprint import fingerprint
 from dllm_core.config.overrides import apply_overrides
@@ -97,6 +97,7 @@ def export_checkpoint(target: str, out: str, console: Console) -> dict[str, Any]
     run, folder = RunDir.at(target), local_path("FOLDER", out)
     bundle = read_bundle(run)
     config, found = bundle.config, bundle.layout()
+    _check_public(bundle.manifest, was_imported=found is not None)
     weights = load_file(bundle.folder / WEIGHTS_NAME)
     layout = found or layout_for(config, next(iter(weights.values())).dtype)
     try:
@@ -108,6 +109,19 @@ def export_checkpoint(target: str, out: str, console: Console) -> dict[str, Any]
         console.print("No public format is this model's own; it is written as [bold]llada[/bold], which can hold it.")
     console.done("export", f"{layout.family} in {escape(str(folder))}")
     return {"folder": str(folder), "family": layout.family}
+
+
+def _check_public(manifest: BundleManifest, *, was_imported: bool) -> None:
+    """Refuse a model that whoever reads a public checkpoint would take for another: its tensors do not say whom a
+    position sees, nor what noise is. was_imported: into a family that sees as the model does now.
+    """
+    kind, process = manifest.objective.type, manifest.process.type
+    is_told = kind == "autoregressive" or (kind != "masked_lm" and process == "absorbing")
+    if is_told and (was_imported or kind == "diffusion"):
+        return
+    other = f"noise.process.type={process}" if kind == "diffusion" else f"objective.type={kind}"
+    problem = f"no public format holds such a model; `llada` would but for {other}"
+    raise ConfigError("export", problem, remedy="train one with objective.type=diffusion noise.process.type=absorbing")
 
 
 def _sorted_out(words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:

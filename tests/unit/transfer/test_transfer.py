@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import SmallCorpus, make_small_bundle, make_small_corpus
 from safetensors.torch import load_file, save_file
+from starts import Prepared, texts, values_of
 
 from dllm_core.checkpoints.bundle import read_bundle
 from dllm_core.checkpoints.run_dir import RunDir
@@ -196,3 +197,27 @@ def test_a_run_of_our_own_goes_out_as_llada_where_it_fits_and_comes_back(
     with torch.inference_mode():
         assert torch.equal(back.denoiser()(ids), read_bundle(run).denoiser()(ids))
     assert back.config.mask_id == read_bundle(run).config.mask_id
+
+
+@pytest.mark.parametrize(
+    ("sections", "what"),
+    [
+        ({"objective": {"type": "autoregressive"}}, "objective.type=autoregressive"),
+        ({"objective": {"type": "masked_lm"}}, "objective.type=masked_lm"),
+        ({"objective": {"type": "block_diffusion"}, "noise": {"block_length": 4}}, "objective.type=block_diffusion"),
+        ({"noise": {"process": {"type": "uniform"}}}, "noise.process.type=uniform"),
+    ],
+)
+def test_a_run_that_sees_or_noises_otherwise_than_llada_does_not_go_out_as_llada(tmp_path, sections, what):
+    corpus = make_small_corpus(tmp_path / "other", model={"qk_norm": False, "tie_embeddings": False}, **sections)
+    with pytest.raises(ConfigError, match=f"export: no public format holds such a model; `llada` would but for {what}"):
+        written(make_small_bundle(corpus, tmp_path / "run"), str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_llada_that_was_trained_on_to_see_blocks_does_not_go_out_as_llada(root):
+    run = imported(GOLDEN / "tiny-llada", f"storage.root={root / 'storage'}")
+    values = values_of(root, texts(root / "text"), start={"run": run.url}, objective={"type": "block_diffusion"})
+    trained = Prepared({**values, "noise": {"block_length": 4}}).trained(steps=1)
+    with pytest.raises(ConfigError, match=r"`llada` would but for objective\.type=block_diffusion"):
+        written(trained)
