@@ -170,6 +170,8 @@ def test_null_is_no_mask_and_a_dictionary_may_declare_one(tmp_path):
         (NO_MASK, {"mask_id": "last"}, r"mask_id: must be an id or new, got 'last'"),
         (NO_MASK, {"mask_id": 35}, r"mask_id: must differ from the ids of end and padding"),
         ({**DREAM, "eos_token_id": None}, {}, r"no end token: .*eos_id=N"),
+        (DREAM, {"eos_id": 5}, r"eos_id: the checkpoint says 35, got 5: leave it out"),
+        ({**DREAM, "eos_token_id": [33, 35]}, {"eos_id": 5}, r"eos_id: the checkpoint says \[33, 35\], got 5"),
     ],
 )
 def test_ids_that_mean_nothing_are_refused(tmp_path, config, said, problem):
@@ -177,10 +179,12 @@ def test_ids_that_mean_nothing_are_refused(tmp_path, config, said, problem):
         open_foreign(write_folder(tmp_path, config, random_tensors(DREAM)), **said)
 
 
-def test_of_several_end_tokens_the_first_counts_and_pads(tmp_path):
+def test_of_several_end_tokens_the_first_counts_and_pads_or_the_one_that_the_user_says(tmp_path):
     config = {**NO_MASK, "eos_token_id": [33, 35], "pad_token_id": None}
-    found = open_foreign(write_folder(tmp_path, config, random_tensors(DREAM)), mask_id=1).config
-    assert (found.mask_id, found.eos_id, found.pad_id) == (1, 33, 33)
+    folder = write_folder(tmp_path, config, random_tensors(DREAM))
+    for said, eos in ((None, 33), (33, 33), (35, 35)):
+        found = open_foreign(folder, mask_id=1, eos_id=said).config
+        assert (found.mask_id, found.eos_id, found.pad_id) == (1, eos, eos)
 
 
 PEAK = """
