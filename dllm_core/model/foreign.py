@@ -25,7 +25,7 @@ from dllm_core.errors import CheckpointError, ConfigError, DataError
 from dllm_core.model.config import CONFIG_NAME, WEIGHTS_NAME, DenoiserConfig
 from dllm_core.model.denoiser import Denoiser
 from dllm_core.model.families import FAMILIES, LLADA, Family, Fields, Place, family_of, model_of, places
-from dllm_core.model.pretrained import assign_weights, weights_of
+from dllm_core.model.pretrained import BY_TOKEN, assign_weights, weights_of
 from dllm_core.model.special_ids import TOKENIZER_NAME, find_special_ids, read_json
 from dllm_core.model.tensor_file import Header, read_header, read_into, write_file
 
@@ -94,7 +94,7 @@ class Foreign:
                 tensor = torch.empty(shape, dtype=kind)
                 for place in of_ours[ours]:
                     self._read(place, tensor, at, files)
-                if self.num_new and shape[0] == self.config.vocab_size:
+                if self.num_new and ours in BY_TOKEN:
                     tensor[-self.num_new :] = tensor[: -self.num_new].double().mean(0)
                 yield tensor
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from foreign_folders import CONFIGS, DREAM, LLADA, QWEN2, ROWS, random_tensors, reference_logits, write_folder
+from foreign_folders import CONFIGS, DIM, DREAM, LLADA, QWEN2, ROWS, random_tensors, reference_logits, write_folder
 from safetensors.torch import load_file, save_file
 from tiny import closely, ids_of, mixed_denoiser, new_denoiser
 
@@ -156,6 +156,23 @@ def test_a_new_row_for_the_mask_is_the_mean_of_all_and_changes_no_other_logit(tm
     again = read_foreign(tmp_path / "out")  # which says now what its mask is
     assert again.config == after.config
     assert torch.equal(again(ids), after(ids))
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen2, tied"])
+def test_a_new_row_is_one_of_embedding_and_head_whatever_else_has_as_many_rows(tmp_path, name):
+    config = {
+        **CONFIGS[name],
+        "vocab_size": DIM - 1,
+        "eos_token_id": 3,
+    }  # one more, and every matrix D wide has as many
+    tensors = random_tensors(config)
+    for key in [key for key in tensors if key.startswith(("model.embed_tokens", "lm_head"))]:
+        tensors[key] = tensors[key][: DIM - 1].contiguous()
+    folder = write_folder(tmp_path / "in", config, tensors)
+    after, before = weights_of(read_foreign(folder, mask_id="new")), weights_of(read_foreign(folder, mask_id=7))
+    for key in before.keys() - {"embed.weight", "head.weight"}:
+        assert torch.equal(after[key], before[key]), key
+    assert after["embed.weight"].shape == (DIM, DIM)
 
 
 def test_a_model_of_our_own_goes_out_as_llada_where_that_can_hold_it(tmp_path):
