@@ -2,6 +2,7 @@
 
 import filecmp
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -173,6 +174,20 @@ def test_a_new_row_is_one_of_embedding_and_head_whatever_else_has_as_many_rows(t
     for key in before.keys() - {"embed.weight", "head.weight"}:
         assert torch.equal(after[key], before[key]), key
     assert after["embed.weight"].shape == (DIM, DIM)
+
+
+@torch.inference_mode()
+def test_heads_that_turn_in_part_are_known_from_newer_files_too(tmp_path):
+    shutil.copytree(GOLDEN / "tiny-llada2-moe", tmp_path / "in")
+    config = json.loads((tmp_path / "in" / "config.json").read_text())
+    del config["rope_scaling"]
+    moved = {name: config.pop(name) for name in ("rope_theta", "partial_rotary_factor")}
+    (tmp_path / "in" / "config.json").write_text(
+        json.dumps({**config, "rope_parameters": moved | {"rope_type": "default"}})
+    )
+    known, pattern = load_file(GOLDEN / "llada2.logits.safetensors"), AttentionPattern("block_causal", 16)
+    found = read_foreign(tmp_path / "in")(known["ids"], pattern=pattern)
+    torch.testing.assert_close(found, known["logits"], atol=1e-4, rtol=0)
 
 
 def test_a_model_of_our_own_goes_out_as_llada_where_that_can_hold_it(tmp_path):
