@@ -197,6 +197,24 @@ def test_time_with_failures_is_what_is_left_for_work_of_it(capsys, mtbf_hours):
     assert f"{days:,.1f} days, {days / (1 - lost):,.1f} days with failures" in shown
 
 
+@pytest.mark.parametrize(
+    ("budget", "steps", "seconds"),
+    [
+        (["train.steps=6000", "train.seconds=180"], 1758, 1758 * 0.1024),  # 32 x 64 tokens a step
+        (["train.steps=1000", "train.seconds=180"], 1000, 102.4),
+        (["train.steps=6000", "train.seconds=null"], 6000, 614.4),
+        (["train.steps=6000", "train.seconds=0.01"], 1, 0.1024),
+    ],
+)
+def test_a_training_ends_with_its_steps_or_its_seconds_whichever_are_over_first(capsys, budget, steps, seconds):
+    words = [*budget, "--workers", "2", "--tokens-per-second", "10000"]
+    told = planned(capsys, *words)[1]
+    assert (told["steps"], told["tokens"]) == (steps, steps * 2048)
+    assert told["seconds"] == pytest.approx(seconds)
+    assert run_command_line(["plan", QUICKSTART, *words]) == 0
+    assert ("until train.seconds are over" in capsys.readouterr().out) == (steps in (1758, 1))
+
+
 @pytest.mark.parametrize("mtbf_hours", ["1e-4", "1e-9"])
 def test_where_no_save_is_ever_done_it_takes_for_ever(capsys, mtbf_hours):
     words = ["--workers", "8", "--device-tflops", "1", "--storage-gb-per-second", "0.01", "--mtbf-hours", mtbf_hours]
