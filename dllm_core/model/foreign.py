@@ -167,8 +167,11 @@ def read_foreign(
 def write_foreign(weights: Mapping[str, Tensor], config: DenoiserConfig, layout: ForeignLayout, folder: Path) -> None:
     """Write weights by our names as the layout says, in the types that it names.
 
-    Raises DataError for a folder that holds something already, CheckpointError for weights of another model.
+    Raises DataError for a folder that holds something already, CheckpointError for weights of another model and for
+    names that lead out of the folder: a layout comes with a bundle, from anywhere.
     """
+    if leaving := [name for name in (*layout.headers, *layout.texts) if not _is_plain(name)]:
+        raise CheckpointError(str(folder), f"{_listed(leaving)} would be written elsewhere")
     if folder.exists() and any(folder.iterdir()):
         raise DataError(str(folder), "is not empty", remedy="name a new folder")
     [family] = [family for family in FAMILIES if family.name == layout.family]
@@ -255,6 +258,11 @@ def layout_for(config: DenoiserConfig, dtype: torch.dtype = torch.float32) -> Fo
     return ForeignLayout(family="llada", rows=config.vocab_size, texts=texts, headers={WEIGHTS_NAME: header.text})
 
 
+def _is_plain(name: Any) -> bool:
+    """Whether it names a file of a folder, and of no other."""
+    return isinstance(name, str) and Path(name).name == name and name not in ("", "..") and "\0" not in name
+
+
 def _headers(folder: Path) -> dict[str, Header]:
     """The headers of the folder's safetensors files; an index must name every tensor where it is."""
     if not (folder / INDEX_NAME).exists():
@@ -262,7 +270,7 @@ def _headers(folder: Path) -> dict[str, Header]:
             raise CheckpointError(str(folder), "holds pickled weights", remedy="save them as safetensors first")
         return {WEIGHTS_NAME: read_header(folder / WEIGHTS_NAME)}
     index = read_json(folder / INDEX_NAME).get("weight_map")
-    if not isinstance(index, dict) or any(Path(str(file)).name != file for file in index.values()):
+    if not isinstance(index, dict) or any(not _is_plain(file) for file in index.values()):
         raise CheckpointError(str(folder / INDEX_NAME), "has no weight_map of tensors to files")
     headers = {file: read_header(folder / file) for file in sorted(set(index.values()))}
     lost = [name for name, file in index.items() if name not in headers[file].entries]

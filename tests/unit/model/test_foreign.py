@@ -216,6 +216,17 @@ def test_nothing_is_written_over_and_nothing_of_another_model(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("name", ["../gone.py", "{root}/gone.py", "a/gone.py", "..", ""])
+@pytest.mark.parametrize("part", ["texts", "headers"])
+def test_nothing_is_written_outside_of_the_folder(tmp_path, part, name):
+    denoiser, layout = read(folder_of("dream", tmp_path)), open_foreign(tmp_path / "in").layout
+    [some] = list(getattr(layout, part).values())[:1]
+    crafted = layout.model_copy(update={part: {**getattr(layout, part), name.format(root=tmp_path): some}})
+    with pytest.raises(CheckpointError, match="would be written elsewhere"):
+        write_foreign(weights_of(denoiser), denoiser.config, crafted, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
 def test_a_library_reads_what_was_written(tmp_path):
     tensors = random_tensors(DREAM)
     save_file(tensors, tmp_path / "plain")

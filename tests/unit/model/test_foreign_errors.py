@@ -179,6 +179,16 @@ def test_ids_that_mean_nothing_are_refused(tmp_path, config, said, problem):
         open_foreign(write_folder(tmp_path, config, random_tensors(DREAM)), **said)
 
 
+@pytest.mark.parametrize("file", ["../in/model-00001-of-00003.safetensors", "/etc/passwd", "", ".", "..", "a\0b", 5])
+def test_an_index_names_files_of_its_folder_alone(tmp_path, file):
+    folder = write_folder(tmp_path / "in", DREAM, shards=3)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    index["weight_map"]["model.norm.weight"] = file
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"index\.json: has no weight_map of tensors to files"):
+        open_foreign(folder)
+
+
 def test_of_several_end_tokens_the_first_counts_and_pads_or_the_one_that_the_user_says(tmp_path):
     config = {**NO_MASK, "eos_token_id": [33, 35], "pad_token_id": None}
     folder = write_folder(tmp_path, config, random_tensors(DREAM))
