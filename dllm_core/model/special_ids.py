@@ -98,11 +98,15 @@ class _Declared:
         tokenizer = read_json(folder / TOKENIZER_NAME)
         self._says = [read_json(folder / name) for name in ("tokenizer_config.json", "special_tokens_map.json")]
         self.added: dict[str, int] = dict(read_json(folder / "added_tokens.json"))
-        for number, token in self._says[0].get("added_tokens_decoder", {}).items():
-            self.added[token["content"]] = int(number)
-        for token in tokenizer.get("added_tokens", []):
-            self.added[token["content"]] = int(token["id"])
-        vocabulary = tokenizer.get("model", {}).get("vocab", {})
+        try:
+            for number, token in (self._says[0].get("added_tokens_decoder") or {}).items():
+                self.added[token["content"]] = int(number)
+            for token in tokenizer.get("added_tokens") or []:
+                self.added[token["content"]] = int(token["id"])
+            vocabulary = (tokenizer.get("model") or {}).get("vocab")
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            problem = f"its tokenizer's files make no sense ({error!r})"
+            raise CheckpointError(str(folder), problem, remedy="fetch the tokenizer again") from error
         self._vocabulary: dict[str, int] = vocabulary if isinstance(vocabulary, dict) else {}
 
     def id_of(self, role: str) -> int | None:

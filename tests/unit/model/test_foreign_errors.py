@@ -179,6 +179,31 @@ def test_ids_that_mean_nothing_are_refused(tmp_path, config, said, problem):
         open_foreign(write_folder(tmp_path, config, random_tensors(DREAM)), **said)
 
 
+@pytest.mark.parametrize(
+    ("file", "values"),
+    [
+        ("tokenizer.json", {"added_tokens": [{"id": 7}]}),
+        ("tokenizer.json", {"added_tokens": {"<hide>": 7}}),
+        ("tokenizer.json", {"added_tokens": [{"id": "last", "content": "<hide>"}]}),
+        ("tokenizer.json", {"model": "bpe"}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"last": {"content": "<hide>"}}}),
+        ("tokenizer_config.json", {"added_tokens_decoder": ["<hide>"]}),
+    ],
+)
+def test_files_of_a_tokenizer_that_make_no_sense_are_refused_in_a_line(tmp_path, file, values):
+    folder = write_folder(tmp_path, DREAM)
+    (folder / file).write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match="its tokenizer's files make no sense"):
+        open_foreign(folder)
+
+
+def test_what_a_tokenizer_leaves_null_it_does_not_say(tmp_path):
+    folder = write_folder(tmp_path, DREAM)
+    (folder / "tokenizer.json").write_text(json.dumps({"added_tokens": None, "model": None}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": None, "mask_token": None}))
+    assert open_foreign(folder).config.mask_id == 36
+
+
 @pytest.mark.parametrize("file", ["../in/model-00001-of-00003.safetensors", "/etc/passwd", "", ".", "..", "a\0b", 5])
 def test_an_index_names_files_of_its_folder_alone(tmp_path, file):
     folder = write_folder(tmp_path / "in", DREAM, shards=3)
