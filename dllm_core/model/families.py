@@ -64,6 +64,11 @@ class Fields:
                 raise CheckpointError(f"{self.place}: {name}", "is not supported", scaling, "only null is")
         return float(kept["rope_theta"] if "rope_theta" in kept else self.need("rope_theta"))
 
+    def rope_fraction(self) -> Any:
+        """partial_rotary_factor, which newer files keep in `rope_parameters`; 1 where neither says."""
+        found = (self.values.get("rope_parameters") or {}).get("partial_rotary_factor")
+        return self.get("partial_rotary_factor", 1.0) if found is None else found
+
 
 @dataclass(frozen=True)
 class Names:
@@ -240,7 +245,7 @@ def _llada_moe(fields: Fields) -> dict[str, Any]:
         **_hugging_face(fields),
         "ffn_dim": fields.get("dense_intermediate_size", fields.get("intermediate_size", 8)),
         "qk_norm": fields.get("qk_layernorm", True),
-        "rope_fraction": fields.get("partial_rotary_factor", 1.0),
+        "rope_fraction": fields.rope_fraction(),
         "experts": experts,
     }
 
@@ -265,7 +270,7 @@ def _llada2(fields: Fields) -> dict[str, Any]:
         "ffn_dim": fields.need("intermediate_size"),
         "qkv_bias": fields.get("use_qkv_bias", False),
         "qk_norm": True,
-        "rope_fraction": fields.get("partial_rotary_factor", 1.0),
+        "rope_fraction": fields.rope_fraction(),
         "experts": experts,
     }
 

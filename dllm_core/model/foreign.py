@@ -25,7 +25,7 @@ from dllm_core.errors import CheckpointError, ConfigError, DataError
 from dllm_core.model.config import CONFIG_NAME, WEIGHTS_NAME, DenoiserConfig
 from dllm_core.model.denoiser import Denoiser
 from dllm_core.model.families import FAMILIES, LLADA, Family, Fields, Place, family_of, model_of, places
-from dllm_core.model.pretrained import assign_weights, weights_of
+from dllm_core.model.pretrained import BY_TOKEN, assign_weights, weights_of
 from dllm_core.model.special_ids import TOKENIZER_NAME, find_special_ids, read_json
 from dllm_core.model.tensor_file import Header, read_header, read_into, write_file
 
@@ -94,7 +94,7 @@ class Foreign:
                 tensor = torch.empty(shape, dtype=kind)
                 for place in of_ours[ours]:
                     self._read(place, tensor, at, files)
-                if self.num_new and shape[0] == self.config.vocab_size:
+                if self.num_new and ours in BY_TOKEN:
                     tensor[-self.num_new :] = tensor[: -self.num_new].double().mean(0)
                 yield tensor
 
@@ -167,8 +167,11 @@ def read_foreign(
 def write_foreign(weights: Mapping[str, Tensor], config: DenoiserConfig, layout: ForeignLayout, folder: Path) -> None:
     """Write weights by our names as the layout says, in the types that it names.
 
-    Raises DataError for a folder that holds something already, CheckpointError for weights of another model.
+    Raises DataError for a folder that holds something already, CheckpointError for weights of another model and for
+    names that lead out of the folder: a layout comes with a bundle, from anywhere.
     """
+    if leaving := [name for name in (*layout.headers, *layout.texts) if not _is_plain(name)]:
+        raise CheckpointError(str(folder), f"{_listed(leaving)} would be written elsewhere")
     if folder.exists() and any(folder.iterdir()):
         raise DataError(str(folder), "is not empty", remedy="name a new folder")
     [family] = [family for family in FAMILIES if family.name == layout.family]
@@ -255,6 +258,11 @@ def layout_for(config: DenoiserConfig, dtype: torch.dtype = torch.float32) -> Fo
     return ForeignLayout(family="llada", rows=config.vocab_size, texts=texts, headers={WEIGHTS_NAME: header.text})
 
 
+def _is_plain(name: Any) -> bool:
+    """Whether it names a file of a folder, and of no other."""
+    return isinstance(name, str) and Path(name).name == name and name not in ("", "..") and "\0" not in name
+
+
 def _headers(folder: Path) -> dict[str, Header]:
     """The headers of the folder's safetensors files; an index must name every tensor where it is."""
     if not (folder / INDEX_NAME).exists():
@@ -262,7 +270,7 @@ def _headers(folder: Path) -> dict[str, Header]:
             raise CheckpointError(str(folder), "holds pickled weights", remedy="save them as safetensors first")
         return {WEIGHTS_NAME: read_header(folder / WEIGHTS_NAME)}
     index = read_json(folder / INDEX_NAME).get("weight_map")
-    if not isinstance(index, dict) or any(Path(str(file)).name != file for file in index.values()):
+    if not isinstance(index, dict) or any(not _is_plain(file) for file in index.values()):
         raise CheckpointError(str(folder / INDEX_NAME), "has no weight_map of tensors to files")
     headers = {file: read_header(folder / file) for file in sorted(set(index.values()))}
     lost = [name for name, file in index.items() if name not in headers[file].entries]

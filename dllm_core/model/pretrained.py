@@ -14,6 +14,7 @@ from dllm_core.model.config import CONFIG_NAME, WEIGHTS_NAME, DenoiserConfig
 from dllm_core.model.denoiser import Denoiser
 from dllm_core.model.tensor_file import shapes_of
 
+BY_TOKEN = ("embed.weight", "head.weight")  # of a row for each token
 _TIED = "head.weight"
 
 

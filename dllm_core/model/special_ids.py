@@ -30,8 +30,8 @@ def find_special_ids(
 ) -> SpecialIds:
     """The ids of a checkpoint with so many rows of embeddings.
 
-    mask_id, eos_id: what the user says, for a checkpoint that does not; mask_id="new" adds a row. Raises ConfigError
-    where nobody says, and where the user says other than the checkpoint.
+    mask_id, eos_id: what the user says, for a checkpoint that does not; mask_id="new" adds a row; eos_id also chooses
+    among several. Raises ConfigError where nobody says, and where the user says other than the checkpoint.
     """
     declared = _Declared(folder)
     mask = _first(fields.get("mask_token_id"), declared.id_of("mask_token"), declared.only_mask())
@@ -40,10 +40,15 @@ def find_special_ids(
         raise ConfigError("mask_id", problem, remedy="mask_id=N takes a spare id, mask_id=new adds a row for it")
     if mask is not None and mask_id is not None and mask_id != mask:
         raise ConfigError("mask_id", f"the checkpoint says {mask}", mask_id, "leave it out")
-    eos = _first(fields.get("eos_token_id"), declared.id_of("eos_token"), eos_id)
+    ends = fields.get("eos_token_id")
+    eos = _first(ends, declared.id_of("eos_token"), eos_id)
     if eos is None:
         problem = f"no end token: neither {folder}/config.json nor its tokenizer names one"
         raise ConfigError("eos_id", problem, remedy="eos_id=N")
+    if eos_id is not None and eos_id != eos:
+        if not isinstance(ends, list) or eos_id not in ends:
+            raise ConfigError("eos_id", f"the checkpoint says {eos if ends is None else ends}", eos_id, "leave it out")
+        eos = eos_id
     pad = _first(fields.get("pad_token_id"), declared.id_of("pad_token"), eos)
     assert pad is not None
     chosen = mask if mask is not None else mask_id
@@ -93,11 +98,15 @@ class _Declared:
         tokenizer = read_json(folder / TOKENIZER_NAME)
         self._says = [read_json(folder / name) for name in ("tokenizer_config.json", "special_tokens_map.json")]
         self.added: dict[str, int] = dict(read_json(folder / "added_tokens.json"))
-        for number, token in self._says[0].get("added_tokens_decoder", {}).items():
-            self.added[token["content"]] = int(number)
-        for token in tokenizer.get("added_tokens", []):
-            self.added[token["content"]] = int(token["id"])
-        vocabulary = tokenizer.get("model", {}).get("vocab", {})
+        try:
+            for number, token in (self._says[0].get("added_tokens_decoder") or {}).items():
+                self.added[token["content"]] = int(number)
+            for token in tokenizer.get("added_tokens") or []:
+                self.added[token["content"]] = int(token["id"])
+            vocabulary = (tokenizer.get("model") or {}).get("vocab")
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            problem = f"its tokenizer's files make no sense ({error!r})"
+            raise CheckpointError(str(folder), problem, remedy="fetch the tokenizer again") from error
         self._vocabulary: dict[str, int] = vocabulary if isinstance(vocabulary, dict) else {}
 
     def id_of(self, role: str) -> int | None:

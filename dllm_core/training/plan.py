@@ -181,11 +181,19 @@ def read_share(objective: AnyObjective, process: AnyNoise) -> float:
 
 @dataclass(frozen=True)
 class Pace:
-    """Seconds a step takes, and all of them; FLOPs of a step over all workers."""
+    """Seconds a step takes, and all of them; FLOPs of a step over all workers. most_steps, most_seconds: the budget."""
 
     step_flops: float
     step_seconds: float
-    steps: int
+    most_steps: int
+    most_seconds: float | None
+
+    @property
+    def steps(self) -> int:
+        """As many as the budget has room for; the one in which time is over is finished."""
+        if self.most_seconds is None or self.most_seconds >= self.most_steps * self.step_seconds:
+            return self.most_steps
+        return math.ceil(self.most_seconds / self.step_seconds)
 
     @property
     def seconds(self) -> float:
@@ -206,7 +214,7 @@ def pace(
     """Time from a device's FLOP/s and the share of them that training is to reach: the trainer's own MFU, backwards."""
     tokens = config.batch_rows * model.context_length
     flops = tokens * passes * model.model.flops_per_token(model.vocab_size, model.context_length, pattern)
-    return Pace(flops, flops / (workers * device_flops * mfu), config.steps)
+    return Pace(flops, flops / (workers * device_flops * mfu), config.steps, config.seconds)
 
 
 @dataclass(frozen=True)

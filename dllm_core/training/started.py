@@ -7,10 +7,9 @@ from dllm_core.checkpoints.bundle import ModelBundle, read_bundle
 from dllm_core.checkpoints.run_dir import RunDir
 from dllm_core.errors import CheckpointError
 from dllm_core.model.config import WEIGHTS_NAME, DenoiserConfig
+from dllm_core.model.pretrained import BY_TOKEN
 from dllm_core.model.tensor_file import LazyTensors, TensorFile
 from dllm_core.training.start import StartConfig
-
-_BY_TOKEN = ("embed.weight", "head.weight")
 
 
 def open_start(start: StartConfig) -> ModelBundle:
@@ -37,7 +36,7 @@ class StartedWeights(LazyTensors):
                 raise CheckpointError(str(bundle.folder), problem)
         self._file = TensorFile(bundle.folder / WEIGHTS_NAME)
         self._missing = {
-            name: config.vocab_size - self._file.shapes[name][0] for name in _BY_TOKEN if name in self._file.shapes
+            name: config.vocab_size - self._file.shapes[name][0] for name in BY_TOKEN if name in self._file.shapes
         }
 
     @property

@@ -31,6 +31,16 @@ def test_a_dry_run_takes_steps_saves_and_leaves_nothing(tmp_path):
 
 
 @pytest.mark.long
+def test_a_dry_run_that_diverges_says_so_in_a_line(tmp_path):
+    words = [f"storage.root={tmp_path}/runs", "train.batch_rows=4", "train.learning_rate=1e30"]
+    command = [sys.executable, "-m", "workflows", "train", "workflows/recipes/quickstart.yaml", "--dry-run", *words]
+    told = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert told.returncode == 5, told.stderr
+    assert "dllm: train: the loss or its gradient was not a number at step" in told.stderr
+    assert "Traceback" not in told.stderr
+
+
+@pytest.mark.long
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("stage", "precision", "rows"), [(0, "fp32", 4), (2, "fp32", 4), (1, "bf16", 16), (0, "fp32", 16), (2, "bf16", 8)]

@@ -17,7 +17,8 @@ import numpy as np
 
 from dllm_core.checkpoints.run_dir import RunDir
 from dllm_core.data.batch import Batch
-from dllm_core.errors import DataError
+from dllm_core.errors import DataError, DivergedError
+from dllm_core.noise.discrete import snapped
 from dllm_core.noise.interpolating import InterpolatingProcess
 from dllm_core.seeding import Floats
 from dllm_core.storage.store import LocalStore
@@ -31,10 +32,18 @@ _AT_ONCE, _KEPT = 1 << 16, 1 << 25  # bytes above which glibc gives freed memory
 
 
 class FakeRows:
-    """Rows of random ids, noised at even times."""
+    """Rows of random ids, noised at even times, in discrete time those of a chain of so many steps."""
 
-    def __init__(self, process: InterpolatingProcess, vocab_size: int, seq_len: int, block_length: int | None) -> None:
+    def __init__(
+        self,
+        process: InterpolatingProcess,
+        vocab_size: int,
+        seq_len: int,
+        block_length: int | None,
+        steps: int | None = None,
+    ) -> None:
         self._process, self._size, self._length, self._block = process, vocab_size, seq_len, block_length
+        self._steps = steps
 
     def batch(self, counter: int, rows: int, rank: int = 0, world_size: int = 1) -> Batch:
         """The same for the same counter."""
@@ -43,6 +52,7 @@ class FakeRows:
         blocks = -(-self._length // (self._block or self._length))
         even = (np.arange(rows * blocks) + 0.5).reshape(rows, blocks) / (rows * blocks)
         t: Floats = even.repeat(self._block or self._length, axis=1)[:, : self._length].astype(np.float32)
+        t = t if self._steps is None else snapped(t, self._steps)
         u, v = rng.random(x0.shape, np.float32), rng.random(x0.shape)
         xt = self._process.corrupt(x0, t, u, v)
         return Batch(x0, xt, t, np.ones(x0.shape, dtype=bool), np.arange(counter, counter + rows))
@@ -101,6 +111,10 @@ def dry_run(recipe: Recipe, console: Console) -> dict[str, Any]:
         def saved(self, step: int) -> None:
             self.saved_at = time.perf_counter()
 
+        def skipped(self, step: int, counters: range) -> None:
+            problem = f"the loss or its gradient was not a number at step {step} of made-up rows"
+            raise DivergedError("train", problem, remedy="lower train.learning_rate")
+
     watch = Watch()
     with _alone(), tempfile.TemporaryDirectory(prefix="dllm-dry-run-") as scratch:
         before = torch.cuda.memory_allocated(device) if is_gpu else _reset_peak_rss()
@@ -109,7 +123,8 @@ def dry_run(recipe: Recipe, console: Console) -> dict[str, Any]:
         objective = objective_of(recipe, model, device, share)
         backend = DeepSpeedBackend(module, config)
         checkpoints = CheckpointStore(RunDir(LocalStore(Path(scratch)), "dry-run"))
-        rows = FakeRows(process, model.vocab_size, recipe.packing.seq_len, recipe.noise.block_length)
+        noise = recipe.noise
+        rows = FakeRows(process, model.vocab_size, recipe.packing.seq_len, noise.block_length, noise.steps)
         trainer = Trainer(
             config, backend, objective, rows, checkpoints, watch, samples_per_epoch=1 << 40, peak_flops=peak_flops
         )

@@ -193,9 +193,10 @@ def _show(result: dict[str, Any], recipe: Recipe, machine: Machine, console: Con
     else:
         at = f"{result['device_tflops']:.3g} TFLOP/s a device ({result['device_rate']}), MFU {100 * machine.mfu:.0f} %"
     console.print(f"a step {_duration(result['step_seconds'])} at {at}: {result['tokens_per_s']:,.0f} tokens/s in all")
+    ending = " until train.seconds are over" if result["steps"] < recipe.train.steps else ""
     progress = 1 - saved["lost"]  # a share of the time that is taken, not of the time that work takes
     console.print(
-        f"{result['steps']:,} steps of {result['tokens']:,} tokens in {_duration(result['seconds'])}, "
+        f"{result['steps']:,} steps of {result['tokens']:,} tokens{ending} in {_duration(result['seconds'])}, "
         f"{_duration(result['seconds'] / progress) if progress else 'never'} with failures"
     )
     console.print(

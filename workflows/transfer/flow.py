@@ -7,9 +7,10 @@ dllm export dllm-runs/runs/llada-0123456789ab out
 Weights pass one tensor at a time. The run's recipe says what the model is; a corpus is needed only to evaluate it.
 """
 
+import contextlib
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from rich.markup import escape
 from safetensors.torch import load_file
 
 from dllm_core.checkpoints.bundle import read_bundle, write_bundle
-from dllm_core.checkpoints.bundle_manifest import Lineage
+from dllm_core.checkpoints.bundle_manifest import BundleManifest, Lineage
 from dllm_core.checkpoints.run_dir import RunDir
 from dllm_core.config.fingerprint import fingerprint
 from dllm_core.config.overrides import apply_overrides
@@ -28,7 +29,7 @@ from dllm_core.model.config import WEIGHTS_NAME
 from dllm_core.model.foreign import Foreign, layout_for, open_foreign, write_foreign
 from dllm_core.model.special_ids import TOKENIZER_NAME, tokens_of, with_token
 from dllm_core.model.tensor_file import Header, write_file
-from dllm_core.storage.store import file_sha256, local_path, open_store, sha256
+from dllm_core.storage.store import LocalStore, Store, file_sha256, local_path, open_store, sha256
 from workflows.console import Console
 from workflows.preprocess.flow import plan_corpus
 from workflows.recipe import Recipe, anchored
@@ -55,15 +56,14 @@ def import_checkpoint(folder: str, name: str, words: Sequence[str], console: Con
     if length > longest:
         raise ConfigError("packing.seq_len", f"must be <= {longest}, the checkpoint's context", length)
     store = open_store("storage.root", recipe.storage.root)
-    store.check_writable("storage.root")
+    header = Header.of(opened.specs(dtype), {"format": "pt"})
+    _check_room(store, header.size)
     corpus = plan_corpus(recipe, store).fingerprint if _has_corpus(overrides) else "none"
     digests = {file: file_sha256(source / file) for file in opened.headers}
     identity = [opened.config, digests, own.get("dtype"), recipe.run_fingerprint(corpus), tokenizer.digest]
     run = RunDir(store, f"{name}-{fingerprint(identity)}")
     with run.locked(), tempfile.TemporaryDirectory() as scratch, console.stage("import") as bar:
         bar.update("copying weights")
-        specs = opened.specs(dtype)
-        header = Header.of(specs, {"format": "pt"})
         weights = Path(scratch, WEIGHTS_NAME)
         write_file(weights, header, opened.tensors(list(header.entries), dtype))
         run.store.put(run.key("recipe.yaml"), recipe.to_yaml().encode())
@@ -97,17 +97,63 @@ def export_checkpoint(target: str, out: str, console: Console) -> dict[str, Any]
     run, folder = RunDir.at(target), local_path("FOLDER", out)
     bundle = read_bundle(run)
     config, found = bundle.config, bundle.layout()
+    _check_public(bundle.manifest, was_imported=found is not None)
     weights = load_file(bundle.folder / WEIGHTS_NAME)
     layout = found or layout_for(config, next(iter(weights.values())).dtype)
     try:
-        write_foreign(weights, config, layout, folder)
-        shutil.copyfile(bundle.folder / TOKENIZER_NAME, folder / TOKENIZER_NAME)
+        with _whole_or_empty(folder):
+            write_foreign(weights, config, layout, folder)
+            shutil.copyfile(bundle.folder / TOKENIZER_NAME, folder / TOKENIZER_NAME)
     except OSError as error:
         raise DataError(str(folder), f"cannot be written ({error.strerror})") from error
     if found is None:
         console.print("No public format is this model's own; it is written as [bold]llada[/bold], which can hold it.")
     console.done("export", f"{layout.family} in {escape(str(folder))}")
     return {"folder": str(folder), "family": layout.family}
+
+
+@contextlib.contextmanager
+def _whole_or_empty(folder: Path) -> Iterator[None]:
+    """Take back what was written into an empty folder where the rest cannot be: it is no checkpoint, takes room, and
+    would be in the way of the next try.
+    """
+    was_there = folder.exists()
+    is_empty = not was_there or not any(folder.iterdir())
+    try:
+        yield
+    except BaseException:
+        if is_empty and folder.is_dir():
+            for path in folder.iterdir():
+                path.unlink()
+            if not was_there:
+                folder.rmdir()
+        raise
+
+
+def _check_room(store: Store, size: int) -> None:
+    """Fail now if so many bytes have no room in the storage, or where they are put together before."""
+    scratch = LocalStore(Path(tempfile.gettempdir()))
+    is_shared = isinstance(store, LocalStore) and _device(store.root) == _device(scratch.root)
+    store.check_writable("storage.root", 2 * size if is_shared else size)
+    scratch.check_writable("TMPDIR", size)
+
+
+def _device(path: Path) -> int:
+    """Of the folder, or of the one that it will be made in."""
+    return next(folder for folder in (path, *path.parents) if folder.exists()).stat().st_dev
+
+
+def _check_public(manifest: BundleManifest, *, was_imported: bool) -> None:
+    """Refuse a model that whoever reads a public checkpoint would take for another: its tensors do not say whom a
+    position sees, nor what noise is. was_imported: into a family that sees as the model does now.
+    """
+    kind, process = manifest.objective.type, manifest.process.type
+    is_told = kind == "autoregressive" or (kind != "masked_lm" and process == "absorbing")
+    if is_told and (was_imported or kind == "diffusion"):
+        return
+    other = f"noise.process.type={process}" if kind == "diffusion" else f"objective.type={kind}"
+    problem = f"no public format holds such a model; `llada` would but for {other}"
+    raise ConfigError("export", problem, remedy="train one with objective.type=diffusion noise.process.type=absorbing")
 
 
 def _sorted_out(words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:

@@ -2,11 +2,12 @@
 
 import filecmp
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from foreign_folders import CONFIGS, DREAM, LLADA, QWEN2, ROWS, random_tensors, reference_logits, write_folder
+from foreign_folders import CONFIGS, DIM, DREAM, LLADA, QWEN2, ROWS, random_tensors, reference_logits, write_folder
 from safetensors.torch import load_file, save_file
 from tiny import closely, ids_of, mixed_denoiser, new_denoiser
 
@@ -158,6 +159,37 @@ def test_a_new_row_for_the_mask_is_the_mean_of_all_and_changes_no_other_logit(tm
     assert torch.equal(again(ids), after(ids))
 
 
+@pytest.mark.parametrize("name", ["qwen2", "qwen2, tied"])
+def test_a_new_row_is_one_of_embedding_and_head_whatever_else_has_as_many_rows(tmp_path, name):
+    config = {
+        **CONFIGS[name],
+        "vocab_size": DIM - 1,
+        "eos_token_id": 3,
+    }  # one more, and every matrix D wide has as many
+    tensors = random_tensors(config)
+    for key in [key for key in tensors if key.startswith(("model.embed_tokens", "lm_head"))]:
+        tensors[key] = tensors[key][: DIM - 1].contiguous()
+    folder = write_folder(tmp_path / "in", config, tensors)
+    after, before = weights_of(read_foreign(folder, mask_id="new")), weights_of(read_foreign(folder, mask_id=7))
+    for key in before.keys() - {"embed.weight", "head.weight"}:
+        assert torch.equal(after[key], before[key]), key
+    assert after["embed.weight"].shape == (DIM, DIM)
+
+
+@torch.inference_mode()
+def test_heads_that_turn_in_part_are_known_from_newer_files_too(tmp_path):
+    shutil.copytree(GOLDEN / "tiny-llada2-moe", tmp_path / "in")
+    config = json.loads((tmp_path / "in" / "config.json").read_text())
+    del config["rope_scaling"]
+    moved = {name: config.pop(name) for name in ("rope_theta", "partial_rotary_factor")}
+    (tmp_path / "in" / "config.json").write_text(
+        json.dumps({**config, "rope_parameters": moved | {"rope_type": "default"}})
+    )
+    known, pattern = load_file(GOLDEN / "llada2.logits.safetensors"), AttentionPattern("block_causal", 16)
+    found = read_foreign(tmp_path / "in")(known["ids"], pattern=pattern)
+    torch.testing.assert_close(found, known["logits"], atol=1e-4, rtol=0)
+
+
 def test_a_model_of_our_own_goes_out_as_llada_where_that_can_hold_it(tmp_path):
     own = new_denoiser(qk_norm=False, tie_embeddings=False, heads=4, kv_heads=2)
     write_foreign(weights_of(own), own.config, layout_for(own.config), tmp_path / "out")
@@ -182,6 +214,17 @@ def test_nothing_is_written_over_and_nothing_of_another_model(tmp_path):
     with pytest.raises(CheckpointError, match=r"lack model\.norm\.weight"):
         write_foreign(weights, denoiser.config, layout, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["../gone.py", "{root}/gone.py", "a/gone.py", "..", ""])
+@pytest.mark.parametrize("part", ["texts", "headers"])
+def test_nothing_is_written_outside_of_the_folder(tmp_path, part, name):
+    denoiser, layout = read(folder_of("dream", tmp_path)), open_foreign(tmp_path / "in").layout
+    [some] = list(getattr(layout, part).values())[:1]
+    crafted = layout.model_copy(update={part: {**getattr(layout, part), name.format(root=tmp_path): some}})
+    with pytest.raises(CheckpointError, match="would be written elsewhere"):
+        write_foreign(weights_of(denoiser), denoiser.config, crafted, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
 def test_a_library_reads_what_was_written(tmp_path):

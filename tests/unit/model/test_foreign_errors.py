@@ -170,6 +170,8 @@ def test_null_is_no_mask_and_a_dictionary_may_declare_one(tmp_path):
         (NO_MASK, {"mask_id": "last"}, r"mask_id: must be an id or new, got 'last'"),
         (NO_MASK, {"mask_id": 35}, r"mask_id: must differ from the ids of end and padding"),
         ({**DREAM, "eos_token_id": None}, {}, r"no end token: .*eos_id=N"),
+        (DREAM, {"eos_id": 5}, r"eos_id: the checkpoint says 35, got 5: leave it out"),
+        ({**DREAM, "eos_token_id": [33, 35]}, {"eos_id": 5}, r"eos_id: the checkpoint says \[33, 35\], got 5"),
     ],
 )
 def test_ids_that_mean_nothing_are_refused(tmp_path, config, said, problem):
@@ -177,10 +179,47 @@ def test_ids_that_mean_nothing_are_refused(tmp_path, config, said, problem):
         open_foreign(write_folder(tmp_path, config, random_tensors(DREAM)), **said)
 
 
-def test_of_several_end_tokens_the_first_counts_and_pads(tmp_path):
+@pytest.mark.parametrize(
+    ("file", "values"),
+    [
+        ("tokenizer.json", {"added_tokens": [{"id": 7}]}),
+        ("tokenizer.json", {"added_tokens": {"<hide>": 7}}),
+        ("tokenizer.json", {"added_tokens": [{"id": "last", "content": "<hide>"}]}),
+        ("tokenizer.json", {"model": "bpe"}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"last": {"content": "<hide>"}}}),
+        ("tokenizer_config.json", {"added_tokens_decoder": ["<hide>"]}),
+    ],
+)
+def test_files_of_a_tokenizer_that_make_no_sense_are_refused_in_a_line(tmp_path, file, values):
+    folder = write_folder(tmp_path, DREAM)
+    (folder / file).write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match="its tokenizer's files make no sense"):
+        open_foreign(folder)
+
+
+def test_what_a_tokenizer_leaves_null_it_does_not_say(tmp_path):
+    folder = write_folder(tmp_path, DREAM)
+    (folder / "tokenizer.json").write_text(json.dumps({"added_tokens": None, "model": None}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": None, "mask_token": None}))
+    assert open_foreign(folder).config.mask_id == 36
+
+
+@pytest.mark.parametrize("file", ["../in/model-00001-of-00003.safetensors", "/etc/passwd", "", ".", "..", "a\0b", 5])
+def test_an_index_names_files_of_its_folder_alone(tmp_path, file):
+    folder = write_folder(tmp_path / "in", DREAM, shards=3)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    index["weight_map"]["model.norm.weight"] = file
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"index\.json: has no weight_map of tensors to files"):
+        open_foreign(folder)
+
+
+def test_of_several_end_tokens_the_first_counts_and_pads_or_the_one_that_the_user_says(tmp_path):
     config = {**NO_MASK, "eos_token_id": [33, 35], "pad_token_id": None}
-    found = open_foreign(write_folder(tmp_path, config, random_tensors(DREAM)), mask_id=1).config
-    assert (found.mask_id, found.eos_id, found.pad_id) == (1, 33, 33)
+    folder = write_folder(tmp_path, config, random_tensors(DREAM))
+    for said, eos in ((None, 33), (33, 33), (35, 35)):
+        found = open_foreign(folder, mask_id=1, eos_id=said).config
+        assert (found.mask_id, found.eos_id, found.pad_id) == (1, eos, eos)
 
 
 PEAK = """

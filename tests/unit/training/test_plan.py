@@ -11,6 +11,9 @@ from hypothesis import strategies as st
 from dllm_core.model.config import DenoiserConfig, ModelConfig
 from dllm_core.model.denoiser import Denoiser
 from dllm_core.model.pattern import FULL, AttentionPattern
+from dllm_core.noise.process import AbsorbingNoise, HybridNoise, UniformNoise
+from dllm_core.objective.config import DiffusionConfig
+from dllm_core.objective.diffusion import Diffusion
 from dllm_core.training.config import CHECKPOINT_BYTES, TrainConfig
 from dllm_core.training.plan import (
     Forward,
@@ -24,6 +27,7 @@ from dllm_core.training.plan import (
     saving,
 )
 from workflows.cli import run_command_line
+from workflows.train.dry_run import FakeRows
 
 QUICKSTART = "workflows/recipes/quickstart.yaml"
 
@@ -197,6 +201,24 @@ def test_time_with_failures_is_what_is_left_for_work_of_it(capsys, mtbf_hours):
     assert f"{days:,.1f} days, {days / (1 - lost):,.1f} days with failures" in shown
 
 
+@pytest.mark.parametrize(
+    ("budget", "steps", "seconds"),
+    [
+        (["train.steps=6000", "train.seconds=180"], 1758, 1758 * 0.1024),  # 32 x 64 tokens a step
+        (["train.steps=1000", "train.seconds=180"], 1000, 102.4),
+        (["train.steps=6000", "train.seconds=null"], 6000, 614.4),
+        (["train.steps=6000", "train.seconds=0.01"], 1, 0.1024),
+    ],
+)
+def test_a_training_ends_with_its_steps_or_its_seconds_whichever_are_over_first(capsys, budget, steps, seconds):
+    words = [*budget, "--workers", "2", "--tokens-per-second", "10000"]
+    told = planned(capsys, *words)[1]
+    assert (told["steps"], told["tokens"]) == (steps, steps * 2048)
+    assert told["seconds"] == pytest.approx(seconds)
+    assert run_command_line(["plan", QUICKSTART, *words]) == 0
+    assert ("until train.seconds are over" in capsys.readouterr().out) == (steps in (1758, 1))
+
+
 @pytest.mark.parametrize("mtbf_hours", ["1e-4", "1e-9"])
 def test_where_no_save_is_ever_done_it_takes_for_ever(capsys, mtbf_hours):
     words = ["--workers", "8", "--device-tflops", "1", "--storage-gb-per-second", "0.01", "--mtbf-hours", mtbf_hours]
@@ -221,6 +243,17 @@ def test_logits_are_counted_where_the_objective_asks_for_them(capsys):
 
 def test_a_forward_is_no_larger_than_a_worker_s_share(capsys):
     assert planned(capsys, "train.micro_rows=16", "--workers", "8")[1]["rows_of_a_forward"] == 4
+
+
+@pytest.mark.parametrize("kind", [AbsorbingNoise(), UniformNoise(), HybridNoise()], ids=lambda kind: kind.type)
+@pytest.mark.parametrize("steps", [1, 4, 1000])
+def test_made_up_rows_of_a_chain_stand_at_its_times_and_have_a_loss(kind, steps):
+    process, denoiser = kind.bind(0, 300), Denoiser(denoiser_config())
+    batch = FakeRows(process, 300, 32, None, steps).batch(0, 16)
+    assert batch.t.min() > 0
+    assert np.allclose(batch.t * steps, np.round(batch.t * steps), rtol=1e-6)
+    objective = Diffusion(DiffusionConfig(), process, torch.device("cpu"), steps=steps)
+    assert objective.loss(denoiser, batch).nats.isfinite()
 
 
 @pytest.mark.parametrize(

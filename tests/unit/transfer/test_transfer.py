@@ -2,6 +2,7 @@
 
 import filecmp
 import json
+import resource
 import shutil
 from pathlib import Path
 
@@ -16,8 +17,10 @@ from dllm_core.decoding.config import DecodeConfig
 from dllm_core.decoding.engine import Engine
 from dllm_core.decoding.request import Request
 from dllm_core.errors import CheckpointError, ConfigError, DataError
-from dllm_core.model.foreign import read_foreign
+from dllm_core.model.families import LLADA, places
+from dllm_core.model.foreign import open_foreign, read_foreign
 from dllm_core.model.pattern import CAUSAL
+from dllm_core.model.tensor_file import Header
 from workflows.console import Console
 from workflows.generate.asked import Asked
 from workflows.generate.flow import Generator
@@ -196,3 +199,56 @@ def test_a_run_of_our_own_goes_out_as_llada_where_it_fits_and_comes_back(
     with torch.inference_mode():
         assert torch.equal(back.denoiser()(ids), read_bundle(run).denoiser()(ids))
     assert back.config.mask_id == read_bundle(run).config.mask_id
+
+
+@pytest.mark.parametrize(
+    ("sections", "what"),
+    [
+        ({"objective": {"type": "autoregressive"}}, "objective.type=autoregressive"),
+        ({"objective": {"type": "masked_lm"}}, "objective.type=masked_lm"),
+        ({"objective": {"type": "block_diffusion"}, "noise": {"block_length": 4}}, "objective.type=block_diffusion"),
+        ({"noise": {"process": {"type": "uniform"}}}, "noise.process.type=uniform"),
+    ],
+)
+def test_a_run_that_sees_or_noises_otherwise_than_llada_does_not_go_out_as_llada(tmp_path, sections, what):
+    corpus = make_small_corpus(tmp_path / "other", model={"qk_norm": False, "tie_embeddings": False}, **sections)
+    with pytest.raises(ConfigError, match=f"export: no public format holds such a model; `llada` would but for {what}"):
+        written(make_small_bundle(corpus, tmp_path / "run"), str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_export_that_cannot_be_written_whole_leaves_nothing_and_is_tried_again_at_the_same_place(root):
+    run, before = imported(GOLDEN / "tiny-llada"), resource.getrlimit(resource.RLIMIT_FSIZE)
+    for made in (True, False):
+        if made:
+            (root / "out").mkdir()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, before[1]))  # of 7 MB of weights
+        try:
+            with pytest.raises(DataError, match=r"out: cannot be written \(File too large\)"):
+                written(run)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert (root / "out").exists() == made
+        assert not made or not any((root / "out").iterdir())
+        shutil.rmtree(written(run))
+    (root / "file").write_text("kept")
+    with pytest.raises(DataError, match=r"file: cannot be written \(Not a directory\)"):
+        written(run, "file")
+    assert (root / "file").read_text() == "kept"
+
+
+def test_an_import_that_has_no_room_is_refused_before_a_byte_is_copied(root):
+    folder = root / "in"
+    shutil.copytree(GOLDEN / "tiny-llada", folder)
+    told = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**told, "mlp_hidden_size": 1 << 28}))
+    config = open_foreign(GOLDEN / "tiny-llada").config
+    huge = places(LLADA, config.model.model_copy(update={"ffn_dim": 1 << 28}), config.vocab_size)
+    header = Header.of({place.foreign: (torch.float32, place.shape) for place in huge}, {})
+    with (folder / "model.safetensors").open("wb") as file:
+        data = header.text.encode()
+        file.write(len(data).to_bytes(8, "little") + data)
+        file.truncate(header.data_start + header.size)  # 2.5 TB, of which none is written
+    with pytest.raises(DataError, match=r"storage\.root: \d+ MiB free, \d+ MiB needed"):
+        imported(folder)
+    assert not (root / "dllm-runs" / "runs").exists()
