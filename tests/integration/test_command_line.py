@@ -262,6 +262,16 @@ def test_text_that_looks_like_markup_or_cannot_be_spelled_is_shown_as_it_is(smal
     assert told.stdout.startswith(b"[/b] :warning: [red]\\xe9\\")
 
 
+def test_a_reader_that_has_left_ends_a_verb_in_one_line(tmp_path):
+    """As `dllm run ... | head`: exit code 3 as of a disk that is full, not 1 without a word."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    words = [*DLLM, "task", "addition", str(tmp_path / "sums"), "--rows", "3"]
+    told = subprocess.run(words, stdout=writing, stderr=subprocess.PIPE, text=True, check=False, timeout=120)
+    os.close(writing)
+    assert (told.returncode, told.stderr) == (3, "dllm: dllm: the system refuses ([Errno 32] Broken pipe)\n")
+
+
 def test_show_prints_the_resolved_recipe(root):
     told = dllm("show", str(root / "small.yaml"), "train.steps=77")
     assert told.returncode == 0
