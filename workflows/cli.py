@@ -81,6 +81,8 @@ def preprocess(
     action, rest = "run", list(overrides or [])
     if target in _PREPROCESS_ACTIONS:
         action, target, rest = target, rest[0] if rest else "", rest[1:]
+    elif rest and (rest[0] in _PREPROCESS_ACTIONS or (target.isalpha() and "=" not in rest[0])):
+        run_verb(lambda _: _refuse_action(target, rest[0]), output)
     if action == "run":
         run_verb(_stage(target, rest, lambda pipeline: pipeline.preprocess()), output)
     else:
@@ -295,6 +297,14 @@ def _on_corpus(action: str, target: str, overrides: list[str]) -> Callable[[Cons
         return look_at_corpus(action, plan, console)
 
     return body
+
+
+def _refuse_action(first: str, second: str) -> None:
+    """Two words of which the first is no action of `preprocess`."""
+    if second in _PREPROCESS_ACTIONS:
+        raise ConfigError("preprocess", "the action stands first", second, f"dllm preprocess {second} {first}")
+    actions = ", ".join(_PREPROCESS_ACTIONS)
+    raise ConfigError("preprocess", "knows no such action", first, f"one of {actions}")
 
 
 def _one_line(error: Any) -> str:

@@ -245,6 +245,9 @@ def test_with_json_the_last_line_is_one_object_for_an_answer_and_for_an_error(sm
         (["show", "x.yaml", "--output", "xml"], "invalid value for '--output'"),
         (["nope"], "no such command 'nope'"),
         (["show", "x" * 300], "cannot be read"),
+        (["preprocess", "verfy", "x.yaml"], "preprocess: knows no such action, got 'verfy': one of plan, run, verify,"),
+        (["preprocess", "x.yaml", "plan"], "the action stands first, got 'plan': dllm preprocess plan x.yaml"),
+        (["preprocess", "x.yaml", "train.steps"], "x.yaml: no such recipe"),
     ],
 )
 def test_a_mistake_in_the_words_themselves_is_one_line(here, words, line):
