@@ -103,8 +103,10 @@ def _merge(into: Document, patch: Document) -> None:
 def _name_images(value: Any, image: dict[str, str]) -> None:
     for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
         _name_images(part, image)
-    if isinstance(value, dict) and value.get("image") == image["name"]:
-        value["image"] = f"{image['newName']}:{image['newTag']}"
+    if isinstance(value, dict) and isinstance(value.get("image"), str):
+        name = value["image"].partition(":")[0]
+        if name == image["name"]:
+            value["image"] = f"{image.get('newName', name)}:{image['newTag']}"
 
 
 @cache
@@ -267,7 +269,7 @@ def test_every_container_is_locked_and_bounded(documents: list[Document]) -> Non
             assert {"cpu", "memory", "ephemeral-storage"} <= set(container["resources"][bound]), f"{where} {bound}"
         assert "/tmp" in {mount["mountPath"] for mount in container["volumeMounts"]}, where
     for where, container in containers(documents):
-        assert re.fullmatch(r"[\w.-]+(/[\w.-]+)+:\d+\.\d+\.\d+", container["image"]), where
+        assert re.fullmatch(r"[\w.-]+(/[\w.-]+)+:\d+\.\d+\.\d+(-cpu)?", container["image"]), where
 
 
 def test_objects_of_ray_find_room_in_shared_memory(documents: list[Document], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -464,5 +466,7 @@ def test_overlays_do_what_they_are_for() -> None:
     base, small, spot = (_rendered(name) for name in RENDERINGS)
     assert '"nvidia.com/gpu": "1"' in base
     assert '"nvidia.com/gpu": "1"' not in small
+    images = {container["image"] for _, container in containers(json.loads(small))}
+    assert {image for image in images if "dllm" in image and not image.endswith("-cpu")} == set()
     spot_groups = {where: template["spec"].get("nodeSelector") for where, template in templates(json.loads(spot))}
     assert {where for where, nodes in spot_groups.items() if nodes} == {"RayCluster/dllm preprocess"}
