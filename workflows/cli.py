@@ -4,6 +4,7 @@ Every mistake of a user's is one line and an exit code: 2 recipe, 3 data, 4 pree
 """
 
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -81,6 +82,8 @@ def preprocess(
     action, rest = "run", list(overrides or [])
     if target in _PREPROCESS_ACTIONS:
         action, target, rest = target, rest[0] if rest else "", rest[1:]
+    elif rest and (rest[0] in _PREPROCESS_ACTIONS or (target.isalpha() and "=" not in rest[0])):
+        run_verb(lambda _: _refuse_action(target, rest[0]), output)
     if action == "run":
         run_verb(_stage(target, rest, lambda pipeline: pipeline.preprocess()), output)
     else:
@@ -297,14 +300,20 @@ def _on_corpus(action: str, target: str, overrides: list[str]) -> Callable[[Cons
     return body
 
 
+def _refuse_action(first: str, second: str) -> None:
+    """Two words of which the first is no action of `preprocess`."""
+    if second in _PREPROCESS_ACTIONS:
+        raise ConfigError("preprocess", "the action stands first", second, f"dllm preprocess {second} {first}")
+    actions = ", ".join(_PREPROCESS_ACTIONS)
+    raise ConfigError("preprocess", "knows no such action", first, f"one of {actions}")
+
+
 def _one_line(error: Any) -> str:
     message = " ".join(error.format_message().split()).rstrip(".")
     return message[:1].lower() + message[1:]
 
 
 def _shown(path: str) -> str:
-    """A path below the working directory in its short form."""
-    if "://" in path:
-        return path
-    relative = os.path.relpath(path)
-    return path if relative.startswith("..") else relative
+    """A path as a shell takes it, below the working directory in its short form."""
+    relative = path if "://" in path else os.path.relpath(path)
+    return shlex.quote(path if relative.startswith("..") else relative)

@@ -1,7 +1,9 @@
 """What a verb shows: stages with a progress bar for people, one JSON object as the last line for programs."""
 
 import contextlib
+import errno
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -14,6 +16,15 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 Output = Literal["text", "json"]
 _PLAIN_LINE_EVERY_S = 20.0
 _LOG_WIDTH = 200
+
+
+class _Terminal(RichConsole):
+    """Rich's own ends the process with 1, and without a word, when nobody reads any more: a stage would not say why."""
+
+    def on_broken_pipe(self) -> None:
+        """Shown nothing more; whoever printed is told, as of a disk that is full."""
+        self.quiet = True
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
 
 
 class StageBar:
@@ -57,7 +68,7 @@ class Console:
 
     def __init__(self, output: Output = "text") -> None:
         self.output = output
-        self.rich = RichConsole(stderr=output == "json", highlight=False, soft_wrap=True, emoji=False)
+        self.rich = _Terminal(stderr=output == "json", highlight=False, soft_wrap=True, emoji=False)
         if not self.rich.is_terminal:
             self.rich.width = _LOG_WIDTH  # a log is as wide as its lines: no column of a table is cut
 

@@ -60,12 +60,14 @@ def read_target_recipe(target: str, overrides: Sequence[str]) -> tuple[Recipe, R
         raise ConfigError(place, "is not text", remedy="start from a recipe file") from None
     old = Recipe.checked(values, RECIPE_NAME)
     new = anchored(Recipe.checked(apply_overrides(values, list(overrides))))
-    if (old.corpus_fingerprint([]), old.run_fingerprint("")) != (
-        new.corpus_fingerprint([]),
-        new.run_fingerprint(""),
-    ):
+    if _identity(old) != _identity(new):
         raise ConfigError(", ".join(overrides), "would make another run than", run.name, _ANOTHER_RUN)
     return new.model_copy(update={"storage": StorageConfig(root=run.store.url)}), run
+
+
+def _identity(recipe: Recipe) -> tuple[str, str, str]:
+    """What makes a recipe another run's, its corpus's files apart."""
+    return recipe.name, recipe.corpus_fingerprint([]), recipe.run_fingerprint("")
 
 
 def open_target(target: str, overrides: Sequence[str]) -> Target:

@@ -1,6 +1,7 @@
 """Read a YAML recipe and apply `dotted.path=value` overrides; values are YAML too (`train.steps=200`)."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,9 @@ import yaml
 
 from dllm_core.errors import ConfigError
 
-_INDICATORS = "*&!|>%@`"
+_INDICATORS = "*&!|>%@`#"
+_QUOTES_AND_BRACKETS = "'\"[{"
+_COMMENT = re.compile(r"\s#")
 
 
 class _TwiceError(yaml.MarkedYAMLError):
@@ -72,8 +75,12 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
 
 def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
-    """A copy of `values` with every `a.b=c` applied. Changing `x.type` drops the keys of the old kind."""
+    """A copy of `values` with every `a.b=c` applied.
+
+    Changing `x.type` drops the keys of the old kind that `values` had, and none that an override has set before it.
+    """
     result: dict[str, Any] = _copy(values)
+    said: list[list[str]] = []
     for item in overrides:
         path, equals, text = item.partition("=")
         names = path.strip().split(".")
@@ -86,16 +93,27 @@ def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, A
                 here[name] = {}
             here = here[name]
         if names[-1] == "type" and here.get("type", value) != value:
-            here.clear()
+            for name in [name for name in here if not _is_within([*names[:-1], name], said)]:
+                del here[name]
         here[names[-1]] = value
+        said.append(names)
     return result
 
 
+def _is_within(path: list[str], said: list[list[str]]) -> bool:
+    """Whether an override has set what is at a path, below it or around it."""
+    return any(one[: len(path)] == path or path[: len(one)] == one for one in said)
+
+
 def _override_value(text: str, path: str) -> Any:
-    """YAML, but what only an anchor, a tag or a block could begin with is text: `corpus.glob=*.md` needs no quotes."""
+    """YAML, but what only an anchor, a tag or a block could begin with is text: `corpus.glob=*.md` needs no quotes.
+
+    Nor does ` #`, which begins a comment in a file: of `corpus.path=texts/part #2` nothing is left out.
+    """
     if not text:
         return None
-    return text if text[0] in _INDICATORS else parse_yaml(text, path)
+    is_plain = text[0] not in _QUOTES_AND_BRACKETS
+    return text if text[0] in _INDICATORS or (is_plain and _COMMENT.search(text)) else parse_yaml(text, path)
 
 
 def _copy(value: Any) -> Any:

@@ -23,6 +23,22 @@ def test_a_recipe_loads_and_its_resolved_form_is_the_same_recipe(path):
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["objective.type=autoregressive"],
+        ["objective.type=masked_lm"],
+        ["objective.type=block_diffusion", "noise.block_length=16"],
+        ["noise.process.type=uniform", "objective.max_weight=null"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_shipped_recipe_takes_every_objective_of_the_readme_by_an_override(path, words):
+    """It says of which kind its objective is: another kind then drops what was for that one."""
+    assert load_recipe(path, words).run_fingerprint("") != load_recipe(path).run_fingerprint("")
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_shipped_model_is_of_the_size_that_a_small_machine_trains(path):
     recipe = load_recipe(path)
     assert 0.9e6 <= recipe.model.num_parameters(recipe.tokenizer.vocab_size) <= 4e6

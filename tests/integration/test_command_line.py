@@ -245,6 +245,9 @@ def test_with_json_the_last_line_is_one_object_for_an_answer_and_for_an_error(sm
         (["show", "x.yaml", "--output", "xml"], "invalid value for '--output'"),
         (["nope"], "no such command 'nope'"),
         (["show", "x" * 300], "cannot be read"),
+        (["preprocess", "verfy", "x.yaml"], "preprocess: knows no such action, got 'verfy': one of plan, run, verify,"),
+        (["preprocess", "x.yaml", "plan"], "the action stands first, got 'plan': dllm preprocess plan x.yaml"),
+        (["preprocess", "x.yaml", "train.steps"], "x.yaml: no such recipe"),
     ],
 )
 def test_a_mistake_in_the_words_themselves_is_one_line(here, words, line):
@@ -260,6 +263,28 @@ def test_text_that_looks_like_markup_or_cannot_be_spelled_is_shown_as_it_is(smal
     told = subprocess.run(words, env=environment, capture_output=True, check=False, timeout=120)
     assert told.returncode == 0
     assert told.stdout.startswith(b"[/b] :warning: [red]\\xe9\\")
+
+
+def test_a_reader_that_has_left_ends_a_verb_in_one_line(tmp_path):
+    """As `dllm run ... | head`: exit code 3 as of a disk that is full, not 1 without a word."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    words = [*DLLM, "task", "addition", str(tmp_path / "sums"), "--rows", "3"]
+    told = subprocess.run(words, stdout=writing, stderr=subprocess.PIPE, text=True, check=False, timeout=120)
+    os.close(writing)
+    assert (told.returncode, told.stderr) == (3, "dllm: dllm: the system refuses ([Errno 32] Broken pipe)\n")
+
+
+def test_a_command_that_is_shown_can_be_pasted(here, tmp_path):
+    told = here("task", "addition", str(tmp_path / "my sums"), "--rows", "3")
+    assert f"dllm run '{tmp_path}/my sums/recipe.yaml'" in told.stdout
+
+
+def test_a_run_keeps_its_name_as_it_keeps_what_it_is(small_bundle, here):
+    for word in ("name=other", "seed=77"):
+        told = here("show", small_bundle.url, word)
+        line = f"dllm: {word}: would make another run than, got '{small_bundle.name}': start from a recipe file"
+        assert (told.returncode, told.stderr.startswith(line)) == (2, True)
 
 
 def test_show_prints_the_resolved_recipe(root):

@@ -56,11 +56,12 @@ class BenchOptions(Frozen):
 
 def bench(options: BenchOptions, out: Path, console: Console) -> dict[str, Any]:
     """Run the sweep, print its table, write `bench.json` and `bench.html` into `out`. Ctrl-C keeps what is done."""
-    url = options.url.rstrip("/").removesuffix("/v1")
+    url = _checked_url(options.url)
     headers = {"authorization": f"Bearer {os.environ[_KEY]}"} if os.environ.get(_KEY) else {}
     model = options.model or _first_model(url, headers)
     mix = Mix(model, _prompts(options), options.lengths, options.body, options.seed)
     _check(url, mix, headers)
+    _make_room(out)
     slo_s, summaries = options.slo_ms / 1000, list[dict[str, Any]]()
     try:
         for load in options.loads:
@@ -77,10 +78,24 @@ def bench(options: BenchOptions, out: Path, console: Console) -> dict[str, Any]:
     return {"url": url, "model": model, "out": str(out), "loads": summaries}
 
 
+def _checked_url(given: str) -> str:
+    url = given.rstrip("/").removesuffix("/v1")
+    if not url.startswith(("http://", "https://")):
+        raise ConfigError("URL", "is no address of an endpoint", given, "e.g. http://127.0.0.1:8000")
+    return url
+
+
+def _make_room(out: Path) -> None:
+    """The folder of the results: what cannot be written is said before the load, which may take an hour."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError("--out", f"is no folder to write to ({error.strerror})", str(out)) from None
+
+
 def _write(
     out: Path, url: str, model: str, summaries: Sequence[dict[str, Any]], options: BenchOptions, slo_s: float
 ) -> None:
-    out.mkdir(parents=True, exist_ok=True)
     told = {"url": url, "model": model, "options": options.model_dump(mode="json"), "loads": list(summaries)}
     (out / "bench.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
     (out / "bench.html").write_bytes(report(url, model, summaries, slo_s))
@@ -99,11 +114,13 @@ def _prompts(options: BenchOptions) -> list[str]:
 
 
 def _first_model(url: str, headers: dict[str, str]) -> str:
-    answer = _asked("GET", f"{url}/v1/models", headers)
-    models = answer.get("data") or []
+    models = _asked("GET", f"{url}/v1/models", headers).get("data") or []
     if not models:
         raise DataError("bench", "the endpoint serves no model", url)
-    return str(models[0]["id"])
+    try:
+        return str(models[0]["id"])
+    except (KeyError, TypeError, IndexError):
+        raise DataError("bench", "its list of models is none of OpenAI's shape", models, "--model NAME") from None
 
 
 def _check(url: str, mix: Mix, headers: dict[str, str]) -> None:
@@ -117,7 +134,7 @@ def _check(url: str, mix: Mix, headers: dict[str, str]) -> None:
 def _asked(verb: str, url: str, headers: dict[str, str], body: Any = None) -> dict[str, Any]:
     try:
         answer = httpx.request(verb, url, headers=headers, json=body, timeout=120)
-        values: dict[str, Any] = answer.json()
+        values: Any = answer.json()
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise DataError("bench", f"no answer ({type(error).__name__})", url, "is it up? dllm serve RUN") from None
     except ValueError:
@@ -125,5 +142,10 @@ def _asked(verb: str, url: str, headers: dict[str, str], body: Any = None) -> di
     if answer.status_code == 401:
         raise ConfigError("bench", "the endpoint asks for a key", url, f"export {_KEY}")
     if answer.status_code != 200:
-        raise DataError("bench", str(values.get("error", {}).get("message", values)), answer.status_code)
+        error = values.get("error") if isinstance(values, dict) else None
+        raise DataError(
+            "bench", str(error.get("message", error) if isinstance(error, dict) else values), answer.status_code
+        )
+    if not isinstance(values, dict):
+        raise DataError("bench", "its answer is no JSON object: this is no OpenAI-shaped endpoint", url)
     return values

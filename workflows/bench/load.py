@@ -119,8 +119,8 @@ async def ask(client: httpx.AsyncClient, url: str, body: dict[str, Any], origin:
                     first = time.monotonic() - began
                 usage = event.get("usage") or {}
                 tokens = usage.get("completion_tokens", tokens)
-                calls = usage.get("diffusion", {}).get("num_calls", calls)
-    except (httpx.HTTPError, ValueError):
+                calls = (usage.get("diffusion") or {}).get("num_calls", calls)
+    except (httpx.HTTPError, ValueError, TypeError, AttributeError):  # the last two: events of another shape
         is_whole = False
     whole = time.monotonic() - began
     if not is_whole:

@@ -30,7 +30,7 @@ def examine(
     for part in _checks(recipe, root, address, ca_file, only_nodes):
         for finding in part:
             found.append(finding)
-            remedy = f" [dim]{escape(finding.remedy)}[/dim]" if finding.verdict != "good" and finding.remedy else ""
+            remedy = f": [dim]{escape(finding.remedy)}[/dim]" if finding.verdict != "good" and finding.remedy else ""
             console.print(f"{_MARKS[finding.verdict]} [bold]{finding.what:<13}[/bold] {escape(finding.told)}{remedy}")
     is_bad = any(finding.verdict == "bad" for finding in found)
     return {"findings": [asdict(finding) for finding in found], "exit_code": DataError.exit_code if is_bad else 0}
@@ -62,7 +62,7 @@ def _on_cluster(root: str) -> Iterator[Finding]:
         with ray_cluster(1):
             yield from nodes(root)
     except DllmError as error:
-        yield Finding("cluster", "bad", str(error), "check RAY_ADDRESS, or unset it")
+        yield here.bad("cluster", error, "check RAY_ADDRESS, or unset it")
 
 
 def _over_http(address: str, ca_file: str | None, root: str) -> Iterator[Finding]:
@@ -76,7 +76,7 @@ def _over_http(address: str, ca_file: str | None, root: str) -> Iterator[Finding
         yield _same_ray(server)
         yield from (Finding(**finding) for finding in _asked_by_job(server, root))
     except DllmError as error:
-        yield Finding("cluster", "bad", str(error), error.remedy)
+        yield here.bad("cluster", error, "")
 
 
 def _same_ray(server: JobServer) -> Finding:

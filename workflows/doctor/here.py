@@ -37,6 +37,11 @@ class Finding:
     remedy: str = ""
 
 
+def bad(what: str, error: DllmError, remedy: str) -> Finding:
+    """What an error says: with its own remedy, or with `remedy` where it has none."""
+    return Finding(what, "bad", str(type(error)(error.place, error.problem, error.value)), error.remedy or remedy)
+
+
 def python() -> Iterator[Finding]:
     """The interpreter."""
     told = f"{platform.python_version()} at {sys.executable}"
@@ -121,7 +126,7 @@ def storage(root: str) -> Iterator[Finding]:
         finally:
             store.delete(key)
     except DllmError as error:
-        yield Finding("storage", "bad", str(error), "a folder that is ours to write, or s3:// with AWS_* set")
+        yield bad("storage", error, "a folder that is ours to write, or s3:// with AWS_* set")
     else:
         yield Finding("storage", "good", f"{root} is written, read and listed; what is there is never put again")
 

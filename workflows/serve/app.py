@@ -13,7 +13,7 @@ import re
 import socket
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -182,9 +182,21 @@ def _starting(**options: Any) -> Iterator[None]:
     while not started.done() and not _controller_is_known():
         time.sleep(_POLL_S)
     if started.done():
-        started.result()
+        _outcome(started)
     yield
-    started.result()
+    _outcome(started)
+
+
+def _outcome(started: Future[None]) -> None:
+    """On a machine that is busy enough its proxy dies, or is waited for in vain."""
+    from ray.exceptions import RayError
+
+    try:
+        started.result()
+    except RayError as error:
+        problem = f"Ray Serve does not start ({str(error).strip().splitlines()[0]})"
+        remedy = "run it again: a busy machine may need longer than Ray waits"
+        raise DataError("serve", problem, remedy=remedy) from error
 
 
 def _controller_is_known() -> bool:

@@ -36,6 +36,7 @@ _STOP_WITHIN_S = 30  # a training saves within 25 s of SIGTERM; Ray's own patien
 _RUN, _FINGERPRINT = "dllm-run", "dllm-fingerprint"
 _REMEDY_OF_ROOT = "storage.root=s3://bucket/prefix, or the absolute path of a folder that all nodes see"
 _FAILED, _STOPPED = 3, 143
+_ALONE = re.compile(r"[\w.]+=")  # an override where a recipe might stand
 
 
 @dataclass(frozen=True)
@@ -162,10 +163,14 @@ def jobs(action: str, name: str | None, server: JobServer, console: Console) -> 
 
 def root_of(target: str | None, overrides: list[str]) -> tuple[Recipe | None, str]:
     """The recipe and the storage root that a command line means; nothing but `storage.root=...` may stand alone."""
-    if target is None or target.startswith("storage.root="):
-        return None, StorageConfig().root if target is None else target.partition("=")[2]
-    recipe, _ = read_target_recipe(target, overrides)
-    return recipe, recipe.storage.root
+    if target is not None and (Path(target).exists() or not _ALONE.match(target)):
+        recipe, _ = read_target_recipe(target, overrides)
+        return recipe, recipe.storage.root
+    values = apply_overrides({}, overrides if target is None else [target, *overrides])
+    for name in values:
+        if name != "storage":
+            raise ConfigError(name, "is a recipe's, and none is named", remedy="only storage.root=... stands alone")
+    return None, StorageConfig.checked(values.get("storage", {}), "storage").root
 
 
 def _of_run(asked: Submission, overrides: list[str], environment: dict[str, str]) -> Job:

@@ -72,6 +72,22 @@ def test_another_kind_drops_the_old_kind_s_keys_and_the_same_kind_keeps_them():
     assert apply_overrides({}, ["slope.power=3", "slope.type=steep"]) == values
 
 
+def test_another_kind_drops_nothing_that_an_override_has_set():
+    """Before its kind or after: `corpus.path=my/texts corpus.type=jsonl` is one folder of another kind."""
+    values = {"slope": {"type": "steep", "power": 3, "at": {"x": 1}}}
+    before = apply_overrides(values, ["slope.rate=2", "slope.at.y=5", "slope.type=flat"])
+    assert before == {"slope": {"type": "flat", "rate": 2, "at": {"x": 1, "y": 5}}}
+    assert apply_overrides(values, ["slope.type=flat", "slope.rate=2"]) == {"slope": {"type": "flat", "rate": 2}}
+    whole = apply_overrides(values, ["slope={type: flat, rate: 2}", "slope.type=round"])
+    assert whole == {"slope": {"type": "round", "rate": 2}}
+
+
+@pytest.mark.parametrize("text", ["texts/part #2", "#2", "a\t#b", "1 # one"])
+def test_what_would_be_a_comment_in_a_file_is_text_in_an_override(text):
+    assert apply_overrides({}, [f"path={text}"]) == {"path": text}
+    assert apply_overrides({}, [f"path=['{text}']"]) == {"path": [text]}
+
+
 @pytest.mark.parametrize("item", ["steps", "=3", "a..b=1", ".a=1", "a.=1"])
 def test_what_is_not_an_override_shows_how_to_write_one(item):
     with pytest.raises(ConfigError, match=r"write dotted\.path=value"):

@@ -16,9 +16,11 @@ from typing import Any
 
 import kubernetes_validate
 import pytest
+import ray
 import yaml
 from jsonschema import Draft202012Validator, ValidationError
 from kubernetes_validate.utils import schema_contents
+from ray._private.services import determine_plasma_store_config
 from ray.serve.schema import ServeDeploySchema
 from referencing import Registry, Resource
 from typer.main import get_command
@@ -101,8 +103,10 @@ def _merge(into: Document, patch: Document) -> None:
 def _name_images(value: Any, image: dict[str, str]) -> None:
     for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
         _name_images(part, image)
-    if isinstance(value, dict) and value.get("image") == image["name"]:
-        value["image"] = f"{image['newName']}:{image['newTag']}"
+    if isinstance(value, dict) and isinstance(value.get("image"), str):
+        name = value["image"].partition(":")[0]
+        if name == image["name"]:
+            value["image"] = f"{image.get('newName', name)}:{image['newTag']}"
 
 
 @cache
@@ -157,6 +161,12 @@ def offered(group: Document, resource: str) -> float:
     """What a group has of a resource when it is as large as it gets."""
     (container,) = group["template"]["spec"]["containers"]
     return group["maxReplicas"] * float(container["resources"]["limits"].get(resource, 0))
+
+
+def bytes_of(quantity: str) -> int:
+    """Of a quantity as the manifests write it: `1Ti`, `64Gi`, `512Mi`."""
+    number, unit = quantity[:-2], quantity[-2:]
+    return int(number) << {"Mi": 20, "Gi": 30, "Ti": 40}[unit]
 
 
 @cache
@@ -259,7 +269,38 @@ def test_every_container_is_locked_and_bounded(documents: list[Document]) -> Non
             assert {"cpu", "memory", "ephemeral-storage"} <= set(container["resources"][bound]), f"{where} {bound}"
         assert "/tmp" in {mount["mountPath"] for mount in container["volumeMounts"]}, where
     for where, container in containers(documents):
-        assert re.fullmatch(r"[\w.-]+(/[\w.-]+)+:\d+\.\d+\.\d+", container["image"]), where
+        assert re.fullmatch(r"[\w.-]+(/[\w.-]+)+:\d+\.\d+\.\d+(-cpu)?", container["image"]), where
+
+
+def test_objects_of_ray_find_room_in_shared_memory(documents: list[Document], monkeypatch: pytest.MonkeyPatch) -> None:
+    """By Ray's own rule: where 30 % of a container's memory is more than its /dev/shm has, objects lie on the disk."""
+    for where, template in templates(documents):
+        (container,) = template["spec"]["containers"]
+        shared = [v["emptyDir"]["sizeLimit"] for v in template["spec"].get("volumes", []) if v["name"] == "shm"]
+        if not shared:
+            assert not container["name"].startswith(("ray-head", "ray-worker")), where
+            continue
+        memory, room = bytes_of(container["resources"]["limits"]["memory"]), bytes_of(shared[0])
+        monkeypatch.setattr(ray._private.utils, "get_shared_memory_bytes", lambda room=room: room)
+        monkeypatch.setattr(ray._common.utils, "get_system_memory", lambda memory=memory: memory)
+        wanted = ray._private.utils.resolve_object_store_memory(memory)
+        assert determine_plasma_store_config(wanted, "/tmp")[0] == "/dev/shm", where
+
+
+def test_the_cache_of_shards_fills_its_claim_and_stays_within(documents: list[Document]) -> None:
+    claims = {
+        d["metadata"]["name"]: d["spec"]["resources"]["requests"]["storage"] for d in documents if "Claim" in d["kind"]
+    }
+    limits = []
+    for where, template in templates(documents):
+        for volume in template["spec"].get("volumes", []):
+            if "persistentVolumeClaim" in volume:
+                (container,) = template["spec"]["containers"]
+                said = {one["name"]: one["value"] for one in container["env"]}
+                room = bytes_of(claims[volume["persistentVolumeClaim"]["claimName"]])
+                assert 0.7 * room <= int(said["DLLM_CACHE_BYTES"]) <= 0.9 * room, where
+                limits.append(where)
+    assert len(limits) == 3
 
 
 def test_what_pods_name_is_there(documents: list[Document]) -> None:
@@ -425,5 +466,7 @@ def test_overlays_do_what_they_are_for() -> None:
     base, small, spot = (_rendered(name) for name in RENDERINGS)
     assert '"nvidia.com/gpu": "1"' in base
     assert '"nvidia.com/gpu": "1"' not in small
+    images = {container["image"] for _, container in containers(json.loads(small))}
+    assert {image for image in images if "dllm" in image and not image.endswith("-cpu")} == set()
     spot_groups = {where: template["spec"].get("nodeSelector") for where, template in templates(json.loads(spot))}
     assert {where for where, nodes in spot_groups.items() if nodes} == {"RayCluster/dllm preprocess"}

@@ -5,7 +5,9 @@ import socket
 import pytest
 
 from dllm_core.storage.store import LocalStore
+from workflows.console import Console
 from workflows.doctor import here
+from workflows.doctor.flow import examine
 
 
 def one(findings):
@@ -58,6 +60,15 @@ def test_storage_that_cannot_be_written(tmp_path):
     assert finding.remedy
 
 
+def test_what_to_do_is_said_once_behind_what_is_wrong(capsys):
+    told = examine(None, "ftp://x", Console(), address="http://127.0.0.1:9", ca_file=None, only_nodes=True)
+    assert told["exit_code"] == 3
+    assert capsys.readouterr().out.count("ray dashboard cluster.yaml") == 1
+    examine(None, "ftp://x", Console(), address=None, ca_file=None, only_nodes=False)
+    line = "storage.root: unknown kind of storage, got 'ftp://x': a folder or s3://bucket/prefix"
+    assert capsys.readouterr().out.splitlines()[-1].endswith(f"  {line}")
+
+
 @pytest.mark.parametrize("broken", ["always", "never", "other"])
 def test_storage_that_puts_over_what_is_there_or_forgets_it(tmp_path, monkeypatch, broken):
     """Planted: what an S3 server does that ignores If-None-Match, refuses it, or gives back something else."""
@@ -69,4 +80,4 @@ def test_storage_that_puts_over_what_is_there_or_forgets_it(tmp_path, monkeypatc
         )
     finding = one(here.storage(str(tmp_path)))
     assert finding.verdict == "bad"
-    assert "If-None-Match" in finding.told or "give back" in finding.told
+    assert "If-None-Match" in finding.remedy or "give back" in finding.told

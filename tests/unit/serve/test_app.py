@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 from ray import serve
+from ray.exceptions import ActorDiedError
 
 from dllm_core.errors import ConfigError, DataError
 from workflows.serve.app import AppArgs, check_port, start
@@ -41,6 +42,26 @@ def test_a_replica_that_does_not_start_is_one_line_and_leaves_nothing(monkeypatc
         "serve: a replica does not start (CheckpointError: runs/small/bundle/model.safetensors: is damaged): "
         "the logs of Ray Serve have the whole story"
     )
+    assert taken_down == ["dllm"]
+
+
+def test_a_proxy_of_ray_serve_that_dies_on_a_busy_machine_is_one_line(monkeypatch):
+    """Planted: what Ray 2.60 raised where 33 processes shared two cores."""
+
+    def die(**_):
+        raise ActorDiedError
+
+    taken_down = []
+    monkeypatch.setattr(serve, "start", die)
+    monkeypatch.setattr(serve, "run", lambda *_, **__: None)
+    monkeypatch.setattr(serve, "delete", taken_down.append)
+    monkeypatch.setattr("workflows.serve.app._running_port", lambda: None)
+    monkeypatch.setattr("workflows.serve.app._controller_is_known", lambda: True)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with pytest.raises(DataError, match=r"^serve: Ray Serve does not start \(The actor died .*: run it again"):
+        start(AppArgs(models={"small": ServedRun(run="run")}, serve=ServeConfig(port=port)))
     assert taken_down == ["dllm"]
 
 

@@ -12,7 +12,7 @@ from dllm_core.errors import ConfigError, DataError
 from dllm_core.storage.store import open_store
 from workflows.console import Console
 from workflows.recipe import load_recipe
-from workflows.submit.flow import Submission, _result, prepare, submit
+from workflows.submit.flow import Submission, _result, prepare, root_of, submit
 from workflows.submit.server import JobServer, checked_address
 
 ROOT = Path(__file__).parents[3]
@@ -36,6 +36,21 @@ def test_addresses(given, url):
 def test_what_is_no_address(given):
     with pytest.raises(ConfigError, match="--address"):
         checked_address(given)
+
+
+def test_a_storage_root_stands_alone_and_nothing_else(tmp_path):
+    assert root_of(None, [])[1] == "dllm-runs"
+    assert root_of("storage.root=~/x", []) == (None, "~/x")
+    assert root_of(QUICKSTART, [f"storage.root={tmp_path}", "serve.port=9"])[1] == str(tmp_path)
+    for words, line in [
+        (["serve.port=9"], "serve: is a recipe's, and none is named"),
+        (["storage.root=x", "serve.port=9"], "serve: is a recipe's, and none is named"),
+        (["storage.root="], "storage.root: must be a valid string"),
+        (["storage.rot=x"], "storage.rot: unknown name: did you mean 'root'"),
+    ]:
+        with pytest.raises(ConfigError) as caught:
+            root_of(words[0], words[1:])
+        assert str(caught.value).startswith(line)
 
 
 def test_nobody_there_is_a_line(monkeypatch):
