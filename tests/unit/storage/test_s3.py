@@ -31,7 +31,7 @@ from s3_server import s3_server
 
 from dllm_core.errors import ConfigError, DataError
 from dllm_core.storage import s3
-from dllm_core.storage.cache import cache_folder, hold
+from dllm_core.storage.cache import cache_folder, cached_copy, hold
 from dllm_core.storage.s3 import S3Store, _client
 from dllm_core.storage.store import LocalStore, sha256
 
@@ -386,15 +386,14 @@ def test_the_cache_holds_what_it_may_and_drops_what_was_used_longest_ago(server,
     assert store.fetch("b").read_bytes() == b"b" * 100
 
 
-def test_a_cache_is_looked_through_once_in_a_part_of_its_limit_and_holds_little_more(store, monkeypatch, tmp_path):
+def test_a_cache_is_looked_through_once_in_a_part_of_its_limit_and_holds_little_more(monkeypatch, tmp_path):
     monkeypatch.setenv("DLLM_CACHE", str(tmp_path))
     limit, size = 64 * 40, 10
     monkeypatch.setenv("DLLM_CACHE_BYTES", str(limit))
     looks, look = [], LocalStore.list
     monkeypatch.setattr(LocalStore, "list", lambda self, prefix: looks.append(prefix) or look(self, prefix))
     for number in range(400):
-        store.put(f"{number}", f"{number:10}".encode())
-        store.fetch(f"{number}")
+        cached_copy(f"{number}", size, lambda: [b"x" * size])
         if number % 20 == 19:
             held = sum(path.stat().st_size for path in (tmp_path / "objects").iterdir())
             assert min(limit, size * (number + 1)) <= held <= limit + limit // 64

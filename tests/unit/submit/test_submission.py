@@ -125,7 +125,7 @@ def test_a_run_is_the_same_by_its_recipe_and_by_its_folder(tmp_path):
     asked = Submission(QUICKSTART, (f"storage.root={root}/", "train.steps=7"), "train")
     run = prepare(asked).run
     assert prepare(Submission(folder, (), "train")).run == run
-    assert prepare(Submission(f"{folder}/", ("evaluate.draws=3", "name=other", "corpus.path=/moved"))).run == run
+    assert prepare(Submission(f"{folder}/", ("evaluate.draws=3", "corpus.path=/moved"))).run == run
     (tmp_path / "link").symlink_to(root)
     assert prepare(Submission(QUICKSTART, (f"storage.root={tmp_path}/link", "train.steps=7"))).run == run
 
