@@ -388,16 +388,16 @@ def test_the_cache_holds_what_it_may_and_drops_what_was_used_longest_ago(server,
 
 def test_a_cache_is_looked_through_once_in_a_part_of_its_limit_and_holds_little_more(monkeypatch, tmp_path):
     monkeypatch.setenv("DLLM_CACHE", str(tmp_path))
-    limit, size = 64 * 40, 10
+    limit, size = 64 * 20, 10
     monkeypatch.setenv("DLLM_CACHE_BYTES", str(limit))
     looks, look = [], LocalStore.list
     monkeypatch.setattr(LocalStore, "list", lambda self, prefix: looks.append(prefix) or look(self, prefix))
-    for number in range(400):
+    for number in range(200):
         cached_copy(f"{number}", size, lambda: [b"x" * size])
         if number % 20 == 19:
             held = sum(path.stat().st_size for path in (tmp_path / "objects").iterdir())
             assert min(limit, size * (number + 1)) <= held <= limit + limit // 64
-    assert len(looks) == 1 + 399 // 4
+    assert len(looks) == 1 + 199 // 2
 
 
 @pytest.mark.parametrize("told", ["20GB", "-1", "1e9"])
