@@ -89,6 +89,9 @@ class Asked(Frozen):
         """
         if self.infill is not None:
             head, pieces, tail = self._template(tokenizer, config, context)
+            least = sum(piece.least for piece in pieces if isinstance(piece, OpenHole))
+            if least > context:
+                raise RequestError("infill", f"its holes ({least}) exceed the context of {context} tokens")
             request = Request(head, config, tail, self.seed, stop=self.stop, constraint=self.constraint)
             if any(isinstance(piece, OpenHole) and piece.least < piece.most for piece in pieces):
                 return request, pieces

@@ -239,8 +239,9 @@ def test_weights_that_are_no_numbers_end_with_one_line(small_bundle, told, monke
         (["--infill", "[[1]]", "--prompt", "x"], 2, "infill: holds all of the text"),
         (["--infill", "[[3-2]]"], 2, "infill: a hole is [[LENGTH]] or [[LEAST-MOST]], of at least 1 token, got"),
         (["--infill", "[[0]]"], 2, "infill: a hole is"),
-        (["--infill", "A[[900-999]]B"], 2, "middle: its holes need 900 positions at least"),
-        (["--infill", "A[[900]]B"], 2, "max_tokens: prompt ("),
+        (["--infill", "A[[31-99]]B"], 2, "middle: its holes need 31 positions at least"),
+        (["--infill", "A[[31]]B"], 2, "max_tokens: prompt ("),
+        (["--infill", "A[[99999999999]][[1]]B"], 2, "infill: its holes (100000000000) exceed the context of 32 tokens"),
         (
             ["--prompt", "RED", "--edit", "2:9"],
             2,
@@ -291,19 +292,19 @@ def test_a_mistake_in_a_file_of_prompts_names_its_line(told, tmp_path, text, cod
 
 
 @pytest.mark.parametrize(
-    ("lines", "words", "line"),
+    ("lines", "line"),
     [
-        ([{}, {"prompt_ids": [9999]}], [], ":2.prompt: token ids must be in [0, "),
-        ([{}, {"prompt": "x" * 99}], [], ":2.prompt: 99 tokens leave no room in the context of 32"),
-        ([{}, {}, {"infill": "A[[90-99]]B"}], [], ":3.middle: its holes need 90 positions at least"),
-        ([{"prompt": "A"}, {"regex": "a{99}"}], [], ":2.constraint: no answer of at most 8 tokens"),
-        ([{"regex": "(a"}], [], ":1.constraint: is no regular expression"),
+        ([{}, {"prompt_ids": [9999]}], ":2.prompt: token ids must be in [0, "),
+        ([{}, {"prompt": "x" * 99}], ":2.prompt: 99 tokens leave no room in the context of 32"),
+        ([{}, {}, {"infill": "A[[31-99]]B"}], ":3.middle: its holes need 31 positions at least"),
+        ([{"prompt": "A"}, {"regex": "a{99}"}], ":2.constraint: no answer of at most 8 tokens"),
+        ([{"regex": "(a"}], ":1.constraint: is no regular expression"),
     ],
 )
-def test_a_line_that_cannot_be_decoded_is_named_before_any_is(told, tmp_path, lines, words, line):
+def test_a_line_that_cannot_be_decoded_is_named_before_any_is(told, tmp_path, lines, line):
     path = tmp_path / "p.jsonl"
     path.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
-    code, [failed], err = told("--prompts", str(path), *words)
+    code, [failed], err = told("--prompts", str(path))
     assert (code, err.startswith(f"dllm: {path}{line}"), err.count("\n")) == (2, True, 1), err
     assert failed["exit_code"] == 2
 
