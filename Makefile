@@ -45,8 +45,8 @@ test: $(STAMP)
 	$(BIN)/pytest -m "not long" --durations=15 --durations-min=5 --ignore=tests/unit --ignore=tests/architecture
 
 test-long: $(STAMP)
-	DLLM_ALL_DRAWS=1 $(BIN)/pytest -m "long or not long" tests/unit/decoding
-	$(BIN)/pytest -m long --ignore=tests/unit/decoding
+	DLLM_ALL_DRAWS=1 $(BIN)/pytest -m "long or not long" tests/unit
+	$(BIN)/pytest -m long --ignore=tests/unit
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from conftest import draws
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import VOCABULARY, closely, ids_of, mixed_denoiser, new_denoiser, timed_denoiser, times_of
@@ -76,7 +77,7 @@ class Rows:
             cache.commit([settled(self.pattern, e) - b for b, e in zip(begin, end, strict=True)])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=draws(40), deadline=None)
 @given(ends=splits(), pattern=patterns, padding=st.integers(0, 3), seed=st.integers(0, 999))
 @torch.inference_mode()
 def test_a_row_in_any_steps_beside_any_rows_is_the_whole_row(denoiser, ends, pattern, padding, seed):
@@ -94,7 +95,7 @@ def test_a_row_in_any_steps_beside_any_rows_is_the_whole_row(denoiser, ends, pat
         rows.step(now, stops, commits=True, padding=padding)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=draws(30), deadline=None)
 @given(
     ends=st.lists(st.integers(1, 255), max_size=8, unique=True).map(sorted),
     pattern=patterns,
@@ -208,7 +209,7 @@ strips = st.lists(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=draws(40), deadline=None)
 @given(strips=strips, pattern=patterns | st.just(FULL), seed=st.integers(0, 999))
 @torch.inference_mode()
 @pytest.mark.parametrize("make", [new_denoiser, mixed_denoiser])

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import draws
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import (
@@ -87,7 +88,7 @@ def defined(pattern: AttentionPattern, documents: list[int], block_length: int) 
     return torch.tensor([[sees(query, key) for key in tokens] for query in tokens])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=draws(60), deadline=None)
 @given(layout=layouts(), pattern=patterns)
 def test_a_pair_sees_each_other_by_the_definition(layout: Layout, pattern):
     visible = visible_keys(pattern, layout.width, CPU, **layout.isolation)
@@ -105,7 +106,7 @@ def test_a_pair_sees_each_other_by_the_definition(layout: Layout, pattern):
         assert visible[row].any(-1).all(), "no softmax is over nothing"
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=draws(40), deadline=None)
 @given(layout=layouts(), pattern=patterns)
 def test_the_rule_by_tiles_is_the_table(layout: Layout, pattern):
     table, tiles = (which(pattern, layout.width, CPU, **layout.isolation) for which in (visible_keys, visible_tiles))
@@ -116,7 +117,7 @@ def test_the_rule_by_tiles_is_the_table(layout: Layout, pattern):
         assert torch.equal(told[:, 0].expand(layout.num_rows, -1, -1), table.expand(layout.num_rows, size, size))
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=draws(15), deadline=None)
 @given(layout=layouts(), pattern=patterns, seed=seeds)
 def test_attention_by_tiles_gives_the_logits_that_the_table_gives(layout: Layout, pattern, seed):
     """As on a GPU, but for its kernels; heads that share keys too."""
@@ -138,14 +139,14 @@ def test_without_a_gpu_that_agrees_with_the_table_it_is_the_table(kind):
     assert has_tiles(torch.device(kind), 64) == (kind == "cuda" and torch.cuda.is_available())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=draws(60), deadline=None)
 @given(length=st.integers(1, 30), pattern=patterns)
 def test_pairs_are_counted_as_they_are(length, pattern):
     visible = visible_keys(pattern, length, CPU)
     assert pattern.num_pairs(length) == (length**2 if visible is None else visible.sum())
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=draws(30), deadline=None)
 @given(blocks=st.integers(1, 6), block_length=block_lengths)
 def test_a_quarter_and_a_block_of_block_diffusions_square_are_seen(blocks, block_length):
     length = blocks * block_length
@@ -184,7 +185,7 @@ def test_a_pattern_has_a_block_length_where_it_counts_in_blocks(kind):
 # What logits depend on
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=draws(40), deadline=None)
 @given(layout=layouts(), block_length=block_lengths, seed=seeds)
 @torch.inference_mode()
 def test_a_document_gets_the_logits_in_a_row_that_it_gets_alone(any_denoiser, layout: Layout, block_length, seed):
@@ -200,7 +201,7 @@ def test_a_document_gets_the_logits_in_a_row_that_it_gets_alone(any_denoiser, la
             closely(together[row, begin:end], alone[0])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=draws(60), deadline=None)
 @given(layout=layouts(), block_length=block_lengths, seed=seeds)
 @torch.inference_mode()
 def test_one_pass_over_xt_and_x0_is_every_block_decoded_behind_its_clean_past(any_denoiser, layout, block_length, seed):
@@ -218,7 +219,7 @@ def test_one_pass_over_xt_and_x0_is_every_block_decoded_behind_its_clean_past(an
             closely(logits[row, begin:end], decoded[0, begin - document :])
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=draws(30), deadline=None)
 @given(length=st.integers(2, 14), block_length=block_lengths, data=st.data(), seed=seeds)
 @torch.inference_mode()
 def test_a_noised_block_depends_on_itself_and_its_clean_past_alone(length, block_length, data, seed):
@@ -233,7 +234,7 @@ def test_a_noised_block_depends_on_itself_and_its_clean_past_alone(length, block
     assert torch.equal(by_noised, block == block[at])
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=draws(30), deadline=None)
 @given(length=st.integers(2, 14), block_length=block_lengths, data=st.data(), seed=seeds)
 @torch.inference_mode()
 def test_a_causal_position_depends_on_no_later_block(length, block_length, data, seed):
@@ -245,7 +246,7 @@ def test_a_causal_position_depends_on_no_later_block(length, block_length, data,
         assert torch.equal((other != model(ids, pattern=pattern))[0].any(-1), block >= block[at])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=draws(40), deadline=None)
 @given(layout=layouts(), seed=seeds)
 @torch.inference_mode()
 def test_blocks_of_one_are_causal_and_a_block_of_all_is_full(denoiser, layout: Layout, seed):
@@ -292,7 +293,7 @@ def test_every_weight_learns_from_every_pattern(make, pattern):
 # Positions
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=draws(30), deadline=None)
 @given(length=st.integers(1, 12), pattern=patterns, shift=st.integers(0, 90), seed=seeds)
 @torch.inference_mode()
 def test_distances_alone_count(denoiser, length, pattern, shift, seed):

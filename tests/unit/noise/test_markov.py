@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from conftest import draws
 from enumeration import IDS, MASK, PROCESSES, REPLACING, TEXT, VOCAB, any_process, kernel, one_hot, some_log_probs
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -26,7 +27,7 @@ def transition(process, s, t):
     return matrix
 
 
-@settings(max_examples=300)
+@settings(max_examples=draws(300))
 @given(any_process(), TIMES)
 def test_transitions_are_laws_and_compose(process, times):
     """Chapman-Kolmogorov, from 0 and from any s: so q(xt | x0) is a Markov chain's."""
@@ -41,7 +42,7 @@ def test_transitions_are_laws_and_compose(process, times):
     np.testing.assert_allclose(transition(process, 0, t), kernel(process, t), atol=1e-12)
 
 
-@settings(max_examples=200)
+@settings(max_examples=draws(200))
 @given(any_process(), st.floats(0, 1), st.integers(0, 1000))
 def test_the_marginal_is_the_stated_mixture(process, t, seed):
     probs = np.exp(some_log_probs((5,), seed))
@@ -51,7 +52,7 @@ def test_the_marginal_is_the_stated_mixture(process, t, seed):
     np.testing.assert_allclose(found.sum(-1), 1, atol=1e-12)
 
 
-@settings(max_examples=300)
+@settings(max_examples=draws(300))
 @given(any_process(), TIMES)
 def test_the_posterior_of_a_known_text_is_bayes(process, times):
     """q(xs | xt, x0) = q(xt | xs) q(xs | x0) / q(xt | x0); and mixed over xt it is q(xs | x0) again."""
@@ -66,7 +67,7 @@ def test_the_posterior_of_a_known_text_is_bayes(process, times):
             np.testing.assert_allclose(found[xt], step[:, xt] * before[x0] / after[x0, xt], atol=1e-9)
 
 
-@settings(max_examples=200)
+@settings(max_examples=draws(200))
 @given(any_process(), TIMES, st.integers(0, 1000))
 def test_one_reverse_step_takes_a_laws_noise_to_less_of_it(process, times, seed):
     """For one token of known law p the plug-in posterior is the exact reverse: marginals at t go to those at s."""

@@ -5,6 +5,7 @@ The time integral starts a little above 0; what lies before is one exact step to
 
 import numpy as np
 import pytest
+from conftest import draws
 from enumeration import (
     IDS,
     MASK,
@@ -72,7 +73,7 @@ def knowing(law):
     return lambda t: np.broadcast_to(law, (t.size, VOCAB, VOCAB))
 
 
-@settings(max_examples=100)
+@settings(max_examples=draws(100))
 @given(any_process(), st.integers(0, 1000), st.floats(0.01, 0.99), st.floats(0, 0.99))
 def test_a_steps_nats_are_the_divergence_of_its_two_posteriors(process, seed, t, ratio):
     law, s = some_log_probs((VOCAB,), seed), t * ratio
@@ -104,7 +105,7 @@ def test_the_rate_is_the_limit_of_ever_more_steps(name):
         assert chain_nats(process, law_at, x0, 32_000) == pytest.approx(integral, rel=near / 3)
 
 
-@settings(max_examples=60)
+@settings(max_examples=draws(60))
 @given(any_process(), st.integers(0, 1000), st.sampled_from([1, 2, 7]))
 def test_a_chain_of_any_length_pays_an_oracle_its_code_length(process, seed, steps):
     """One token of a known law, the law itself as the denoiser: -log p(x0), for every x0 and T, also T = 1."""
@@ -206,7 +207,7 @@ def test_a_law_of_the_others_becomes_one_of_the_whole_row_by_the_posterior_at_ze
     np.testing.assert_allclose(found, np.exp(seen["whole"][possible]), atol=1e-12)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=draws(20), deadline=None)
 @given(any_process(), st.integers(0, 1000))
 def test_no_denoiser_pays_less_than_the_entropy(process, seed):
     """For any denoiser, the mean over a law's texts of what it pays is at least the law's entropy."""
@@ -229,7 +230,7 @@ def test_log_linear_noise_without_its_terminal_term_is_eps_short_of_a_bound():
         assert paid - last == pytest.approx((1 - eps) * -law[x0], rel=1e-9)
 
 
-@settings(max_examples=200)
+@settings(max_examples=draws(200))
 @given(any_process(), st.floats(0, 1), st.integers(0, 1000))
 def test_the_rate_is_never_negative_and_nothing_for_a_sure_and_right_denoiser(process, t, seed):
     law, times = some_log_probs((VOCAB,), seed, spread=4), np.full(VOCAB, t)
