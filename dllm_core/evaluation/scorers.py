@@ -126,8 +126,9 @@ def _flat(x0: Ints, is_real: Bools, segment_ids: NDArray[np.int32] | None) -> tu
     return x0.ravel(), np.where(is_real, depth, -1).ravel()
 
 
-def check_scorer(bundle: ModelBundle, tokenizer_digest: str) -> None:
-    """Refuse a bundle that is not autoregressive or has another tokenizer than `tokenizer_digest`, that of the texts.
+def check_scorer(bundle: ModelBundle, tokenizer_digest: str, context: int) -> None:
+    """Refuse a bundle that is not autoregressive, has another tokenizer than `tokenizer_digest`, that of the texts, or
+    was trained on shorter rows than their `context`: behind its own it would answer, and mean nothing.
 
     Raises CheckpointError.
     """
@@ -136,6 +137,9 @@ def check_scorer(bundle: ModelBundle, tokenizer_digest: str) -> None:
         raise CheckpointError(place, "is no autoregressive model", objective.type, "a scorer needs exact nats")
     if bundle.tokenizer().digest != tokenizer_digest:
         raise CheckpointError(place, "has another tokenizer", remedy="train the scorer on the same corpus")
+    if bundle.config.context_length < context:
+        problem = f"reads fewer tokens than the {context} of the rows to be scored"
+        raise CheckpointError(place, problem, bundle.config.context_length, "train the scorer on rows as long")
 
 
 class AutoregressiveScorer:
@@ -148,9 +152,9 @@ class AutoregressiveScorer:
         self._batch_rows, self.name = batch_rows, name
 
     @classmethod
-    def of(cls, bundle: ModelBundle, tokenizer_digest: str, device: str = "cpu") -> Self:
-        """The scorer in a bundle. tokenizer_digest: of the texts to be scored. Raises as `check_scorer`."""
-        check_scorer(bundle, tokenizer_digest)
+    def of(cls, bundle: ModelBundle, tokenizer_digest: str, context: int, device: str = "cpu") -> Self:
+        """The scorer in a bundle, for texts that `check_scorer` lets pass. Raises as that does."""
+        check_scorer(bundle, tokenizer_digest, context)
         denoiser, lineage = bundle.denoiser(device), bundle.manifest.lineage
         name = f"autoregressive {lineage.run}, step {lineage.step}"
         return cls(denoiser, denoiser.config.mask_id, torch.device(device), name=name)

@@ -190,7 +190,8 @@ def _judge(job: EvaluateJob, samples: tuple[Samples, Samples]) -> tuple[str, Tex
 def _scorer(job: EvaluateJob, bundle: ModelBundle, manifest: CorpusManifest) -> Scorer:
     section = job.recipe.evaluate.samples.scorer
     if not isinstance(section, NGramScorerConfig):
-        return AutoregressiveScorer.of(read_bundle(RunDir.at(section.run)), bundle.tokenizer().digest, job.device)
+        digest, context = bundle.tokenizer().digest, manifest.seq_len
+        return AutoregressiveScorer.of(read_bundle(RunDir.at(section.run)), digest, context, job.device)
     rows = evenly(np.arange(manifest.train.rows), section.rows)
     tokens = split_rows(job.run.store, manifest, manifest.train, rows)
     return NGramModel.fit(

@@ -254,7 +254,8 @@ class Pipeline:
         store, section = self.target.run.store, self.target.recipe.evaluate.samples
         if section.rows and isinstance(section.scorer, AutoregressiveScorerConfig):
             tokenizer = read_tokenizer(store, read_manifest(store, self.target.corpus))
-            check_scorer(read_bundle(RunDir.at(section.scorer.run)), tokenizer.digest)
+            context = self.target.recipe.packing.seq_len
+            check_scorer(read_bundle(RunDir.at(section.scorer.run)), tokenizer.digest, context)
 
     def _check_room(self, needed: int) -> None:
         """Refuse a disk on which what is still to be made will not fit, before anything is started."""

@@ -83,17 +83,19 @@ def _loss_curve(records: list[dict[str, Any]], evaluation: dict[str, Any]) -> st
     axis.plot(tokens, bound, color=SOFT, lw=0.7, label=f"training {name}")
     axis.plot(tokens, smooth, color=ACCENT, lw=1.8, label=f"mean of {width} records")
     axis.axhline(evaluation["unigram_entropy"], color=INK, lw=1, ls="--", label="unigram entropy, held out")
+    top = float(np.quantile(bound, 0.995))
     if evaluation["nelbo"] is not None:
+        error = 2 * (evaluation["standard_error"] or 0)
+        top = max(top, evaluation["nelbo"] + error)  # of what was learned by heart it is above all of the training
         axis.errorbar(
             [tokens[-1]],
             [evaluation["nelbo"]],
-            yerr=[2 * (evaluation["standard_error"] or 0)],
+            yerr=[error],
             fmt="o",
             color="#c2410c",
             capsize=4,
             label=f"held-out {_name_of(evaluation)} ± 2 SE (EMA)",
         )
-    top = float(np.quantile(bound, 0.995))
     axis.set(xlabel="tokens seen, millions", ylabel="nats/token", ylim=(0, top * 1.05), xlim=(0, None))
     axis.legend(frameon=False, fontsize=9)
     return svg(figure, "training loss and held-out likelihood over tokens seen")

@@ -25,7 +25,7 @@ from workflows.fan_out import serially
 from workflows.generate.asked import Asked
 from workflows.generate.flow import Generator
 from workflows.pipeline.flow import _about_evaluation
-from workflows.pipeline.report import write_report
+from workflows.pipeline.report import _loss_curve, write_report
 from workflows.preprocess.flow import plan_corpus
 from workflows.preprocess.inspect import inspect
 from workflows.recipe import Recipe
@@ -141,6 +141,15 @@ def test_a_report_shows_noise_as_it_is_and_says_what_there_is_not(made, kind):
     forward, _ = page.split("The reverse: one decode")
     assert ("class=open>" in forward) == (kind != "uniform")
     assert ("a masked language model bounds none" in page) == (kind == "masked_lm")
+
+
+def test_a_held_out_figure_above_all_of_the_training_is_in_the_plot():
+    """Of an overfitted model; matplotlib names a tick's text beside its shape."""
+    records = [{"tokens": 1e4 * (i + 1), "bound": max(1.0, 6 - 0.3 * i), "loss": 1.0} for i in range(60)]
+    evaluation = {"unigram_entropy": 5.2, "nelbo": 8.0, "standard_error": 0.5, "estimator": "exact"}
+    plot = _loss_curve(records, evaluation)
+    assert "<!-- 8 -->" in plot
+    assert "<!-- 10 -->" not in plot
 
 
 @pytest.mark.parametrize("kind", ["masks", "uniform", "hybrid", "blocks"])

@@ -160,8 +160,10 @@ def test_a_bundle_that_has_no_exact_nats_or_other_tokens_is_refused(small_bundle
     bundle = read_bundle(small_bundle)
     digest = bundle.tokenizer().digest
     with pytest.raises(CheckpointError, match="no autoregressive model"):
-        AutoregressiveScorer.of(bundle, digest)
+        AutoregressiveScorer.of(bundle, digest, 32)
     causal = type(bundle)(bundle.folder, bundle.manifest.model_copy(update={"objective": AutoregressiveConfig()}))
-    assert "step 0" in AutoregressiveScorer.of(causal, digest).name
+    assert "step 0" in AutoregressiveScorer.of(causal, digest, 32).name
     with pytest.raises(CheckpointError, match="another tokenizer"):
-        AutoregressiveScorer.of(causal, "0" * 64)
+        AutoregressiveScorer.of(causal, "0" * 64, 32)
+    with pytest.raises(CheckpointError, match="reads fewer tokens than the 33 of the rows to be scored, got 32"):
+        AutoregressiveScorer.of(causal, digest, 33)
