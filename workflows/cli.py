@@ -4,6 +4,7 @@ Every mistake of a user's is one line and an exit code: 2 recipe, 3 data, 4 pree
 """
 
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -313,8 +314,6 @@ def _one_line(error: Any) -> str:
 
 
 def _shown(path: str) -> str:
-    """A path below the working directory in its short form."""
-    if "://" in path:
-        return path
-    relative = os.path.relpath(path)
-    return path if relative.startswith("..") else relative
+    """A path as a shell takes it, below the working directory in its short form."""
+    relative = path if "://" in path else os.path.relpath(path)
+    return shlex.quote(path if relative.startswith("..") else relative)

@@ -275,6 +275,11 @@ def test_a_reader_that_has_left_ends_a_verb_in_one_line(tmp_path):
     assert (told.returncode, told.stderr) == (3, "dllm: dllm: the system refuses ([Errno 32] Broken pipe)\n")
 
 
+def test_a_command_that_is_shown_can_be_pasted(here, tmp_path):
+    told = here("task", "addition", str(tmp_path / "my sums"), "--rows", "3")
+    assert f"dllm run '{tmp_path}/my sums/recipe.yaml'" in told.stdout
+
+
 def test_show_prints_the_resolved_recipe(root):
     told = dllm("show", str(root / "small.yaml"), "train.steps=77")
     assert told.returncode == 0
