@@ -142,10 +142,9 @@ def _asked(verb: str, url: str, headers: dict[str, str], body: Any = None) -> di
     if answer.status_code == 401:
         raise ConfigError("bench", "the endpoint asks for a key", url, f"export {_KEY}")
     if answer.status_code != 200:
-        error = values.get("error") if isinstance(values, dict) else None
-        raise DataError(
-            "bench", str(error.get("message", error) if isinstance(error, dict) else values), answer.status_code
-        )
+        refusal = values.get("error") if isinstance(values, dict) else None
+        told = refusal.get("message", refusal) if isinstance(refusal, dict) else values
+        raise DataError("bench", str(told), answer.status_code)
     if not isinstance(values, dict):
         raise DataError("bench", "its answer is no JSON object: this is no OpenAI-shaped endpoint", url)
     return values
