@@ -53,6 +53,8 @@ def parse_json_object(text: str, place: str) -> dict[str, Any]:
     """A JSON object; what is none is named by its place."""
     try:
         values = json.loads(text)
+    except RecursionError:
+        raise ConfigError(place, "is nested too deep") from None
     except ValueError as error:
         raise ConfigError(place, f"is not JSON ({error})", text) from None
     if not isinstance(values, dict):

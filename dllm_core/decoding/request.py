@@ -109,7 +109,7 @@ class Request:
                 raise RequestError(place, f"token ids must be in [0, {vocab_size})")
         if self.strength is not None and not 0 < self.strength <= 1:
             raise RequestError("strength", "must be in (0, 1]", self.strength)
-        is_open = [token is None for token in self.middle or (None,)]
+        is_open = [token is None for token in ((None,) if self.middle is None else self.middle)]
         if self.strength is None and not any(is_open):
             raise RequestError("middle", "has no open position: there is nothing to fill")
         if self.strength is not None and (self.middle is None or any(is_open)):

@@ -272,6 +272,9 @@ def _headers(folder: Path) -> dict[str, Header]:
     index = read_json(folder / INDEX_NAME).get("weight_map")
     if not isinstance(index, dict) or any(not _is_plain(file) for file in index.values()):
         raise CheckpointError(str(folder / INDEX_NAME), "has no weight_map of tensors to files")
+    if (folder / WEIGHTS_NAME).exists() and WEIGHTS_NAME not in index.values():
+        problem = f"names other files than {WEIGHTS_NAME} beside it, which other software reads"
+        raise CheckpointError(str(folder / INDEX_NAME), problem, remedy="remove the one that is old")
     headers = {file: read_header(folder / file) for file in sorted(set(index.values()))}
     lost = [name for name, file in index.items() if name not in headers[file].entries]
     if lost:

@@ -39,6 +39,8 @@ def check_name(place: str, name: str) -> str:
 
 def local_path(place: str, text: str) -> Path:
     """An absolute path from what a user wrote; `~` is expanded, `..` folded, links are kept."""
+    if text.startswith("s3:"):
+        raise ConfigError(place, "is neither a path nor s3://bucket/prefix", text)
     try:
         if "\0" in text:
             raise ValueError("it holds a NUL")

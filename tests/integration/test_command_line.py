@@ -67,6 +67,7 @@ MISTAKES = [
     (2, "train.batch_rows=7", "dllm: train.batch_rows: must be a multiple of placement.train.workers=2, got 7"),
     (2, "name=../escape", "dllm: name: must be 1-128 of"),
     (2, "storage.root=ftp://host/x", "dllm: storage.root: unknown kind of storage, got 'ftp://host/x'"),
+    (2, "storage.root=s3:/bucket", "dllm: storage.root: is neither a path nor s3://bucket/prefix, got 's3:/bucket'"),
     (2, "train", "dllm: train: not an override: write dotted.path=value"),
     (2, "train.steps=yes", "dllm: train.steps: must not be true or false, got True"),
     (2, "storage.root=~nosuchuser/x", "dllm: storage.root: is no path ("),

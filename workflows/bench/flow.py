@@ -105,7 +105,8 @@ def _prompts(options: BenchOptions) -> list[str]:
     if options.prompts is None:
         return [options.prompt]
     try:
-        lines = [line for line in Path(options.prompts).read_text(encoding="utf-8").splitlines() if line]
+        text = Path(options.prompts).read_text(encoding="utf-8-sig")
+        lines = [line for line in text.split("\n") if line]  # at nothing else: U+2028 is a character of a prompt
     except (OSError, UnicodeDecodeError) as error:
         raise DataError("--prompts", f"cannot be read ({error})", options.prompts) from None
     if not lines:

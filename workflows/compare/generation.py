@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from dllm_core.checkpoints.bundle import read_bundle
-from dllm_core.data.loader import split_rows
+from dllm_core.data.loader import evenly, split_rows
 from dllm_core.data.manifest import read_manifest
 from dllm_core.decoding.config import is_ancestral
 from dllm_core.decoding.unmask import ThresholdPolicy
@@ -58,7 +58,7 @@ def generate(question: Question) -> dict[str, Any]:
 def _judge(entrant: Entrant) -> NGramModel:
     manifest = read_manifest(entrant.run.store, entrant.corpus)
     bundle = read_bundle(entrant.run)
-    rows = np.arange(min(manifest.train.rows, _MAX_JUDGED_ROWS))
+    rows = evenly(np.arange(manifest.train.rows), _MAX_JUDGED_ROWS)  # of a mixture the first are of one source
     tokens = split_rows(entrant.run.store, manifest, manifest.train, rows)
     return NGramModel.fit(
         tokens.x0,

@@ -323,11 +323,11 @@ def restored(speaker: Speaker, shown: Ints, is_real: Any, broken: float) -> Ints
     process, has_time = speaker.bundle.process, speaker.bundle.config.model.time_conditioning
     if not process.replaces and not isinstance(speaker.objective, MaskedLMConfig):
         return shown
-    given = np.empty_like(shown)
+    given, time = np.empty_like(shown), float(process.schedule.inverse(np.float64(1 - broken)))
     for start in range(0, len(shown), _BATCH_ROWS):
         at = slice(start, start + _BATCH_ROWS)
         ids, real = (torch.from_numpy(part[at]).to(speaker.device) for part in (shown, is_real))
-        when = {"t": torch.full((len(ids),), broken, device=speaker.device)} if has_time else {}
+        when = {"t": torch.full((len(ids),), time, device=speaker.device)} if has_time else {}
         logits = speaker.denoiser(ids, real, **when).float()
         if process.replaces:
             others = logits.shape[-1] - 2  # neither the mask nor the token itself

@@ -9,11 +9,12 @@ import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 
 from dllm_core.checkpoints.bundle import ModelBundle
 from dllm_core.config.fingerprint import fingerprint
@@ -24,6 +25,7 @@ from dllm_core.errors import ConfigError, DataError, RequestError
 
 FORMAT = 1
 Commit = tuple[int, int, float]  # position in the row, token, confidence
+_REQUEST, _CALLS = TypeAdapter(Request), TypeAdapter(list[list[Commit]])
 
 
 @dataclass(frozen=True)
@@ -121,9 +123,8 @@ def replay(path: Path, engine: Engine, bundle: ModelBundle) -> dict[str, Any]:
 
 def _compared(place: str, record: dict[str, Any], decoded: Decoded, engine: Engine) -> float:
     """The largest difference of a confidence; DataError where a call committed something else."""
-    was: list[list[Commit]] = [[(at, token, sure) for at, token, sure in call] for call in record["calls"]]
     largest, none = 0.0, list[Commit]()
-    for number, (old, new) in enumerate(itertools.zip_longest(was, decoded.calls, fillvalue=none), 1):
+    for number, (old, new) in enumerate(itertools.zip_longest(record["calls"], decoded.calls, fillvalue=none), 1):
         if [commit[:2] for commit in old] != [commit[:2] for commit in new]:
             was_by, is_by = (", ".join(map(str, by.values())) for by in (record["made_by"], _maker(engine)))
             remedy = f"it was made by {was_by}; this is {is_by}"
@@ -145,31 +146,41 @@ def _plain(request: Request) -> dict[str, Any]:
 
 
 def _request(path: Path, i: int, record: dict[str, Any]) -> Request:
-    fields: dict[str, Any] = dict(record["request"])
-    config = DecodeConfig.checked(fields.pop("config"), f"{path}:{i + 1}: request.config")
-    given: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()}
+    place, given = f"{path}:{i + 1}", record["request"]
+    if not isinstance(given, dict) or not given.keys() <= {one.name for one in fields(Request)}:
+        raise ConfigError(place, "is no request of this version", given)
+    config = DecodeConfig.checked(given.get("config"), f"{place}: request.config")
     try:
-        return Request(config=config, **given)
-    except TypeError as error:
-        raise ConfigError(f"{path}:{i + 1}", f"is no request of this version ({error})") from None
+        return _REQUEST.validate_python({**given, "config": config})
+    except ValidationError as error:
+        raise ConfigError(place, f"is no request of this version ({_first(error)})") from None
 
 
 def _record(path: Path, i: int, line: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}:{i + 1}", f"is not JSON ({error})") from None
     wanted = {"format", "bundle_digest", "made_by", "request", "tokens", "calls"}
     if not isinstance(record, dict) or not wanted <= record.keys():
         raise DataError(f"{path}:{i + 1}", "is no trace", remedy="`dllm generate RUN --trace FILE` writes one")
     if record["format"] != FORMAT:
         raise DataError(f"{path}:{i + 1}", "is a trace of another format", record["format"], f"{FORMAT} is known")
-    return record
+    try:
+        return {**record, "calls": _CALLS.validate_python(record["calls"])}
+    except ValidationError as error:
+        raise DataError(f"{path}:{i + 1}", f"is no trace (calls: {_first(error)})") from None
+
+
+def _first(error: ValidationError) -> str:
+    """Where, and what, of what is wrong first."""
+    found = error.errors()[0]
+    return f"{'.'.join(map(str, found['loc']))}: {found['msg']}"
 
 
 def _lines(path: Path) -> list[str]:
     try:
-        return path.read_text(encoding="utf-8").splitlines()
+        return path.read_text(encoding="utf-8").split("\n")
     except (OSError, ValueError) as error:
         raise DataError(str(path), f"cannot be read ({error})") from None
 

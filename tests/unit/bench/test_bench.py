@@ -7,7 +7,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from dllm_core.errors import ConfigError, DataError
-from workflows.bench.flow import BenchOptions, bench
+from workflows.bench.flow import BenchOptions, _prompts, bench
 from workflows.console import Console
 
 MODELS = (200, b'{"data": [{"id": "m"}]}')
@@ -47,6 +47,12 @@ def endpoint():
 def loaded(url, out):
     options = BenchOptions.checked({"url": url, "lengths": [8], "concurrency": [1], "seconds": 0.1})
     return bench(options, out, Console("json"))
+
+
+def test_a_line_of_a_file_of_prompts_ends_at_its_newline_alone(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("\ufeffone\u2028prompt\n\ntwo\x0c\n", encoding="utf-8")
+    assert _prompts(BenchOptions.checked({"url": "http://x", "prompts": str(path)})) == ["one\u2028prompt", "two\x0c"]
 
 
 def test_a_load_is_counted_and_written(endpoint, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ from dllm_core.checkpoints.bundle import read_bundle
 from dllm_core.config.overrides import apply_overrides
 from dllm_core.errors import DataError
 from dllm_core.evaluation.infill import SIDES, Filled
+from dllm_core.noise.schedule import CosineSchedule
+from dllm_core.noise.uniform import UniformProcess
 from dllm_core.storage.store import LocalStore
 from workflows.compare.flow import Comparison
 from workflows.compare.measures import restored, two_holes
@@ -171,6 +174,25 @@ def test_text_is_mended_by_the_law_of_a_token_given_all_that_is_shown(finished, 
     joint = prior * of_shown[np.searchsorted(text, shown)]
     assert np.array_equal(given, text[joint.argmax(-1)])
     assert not np.array_equal(given, text[prior.argmax(-1)])  # what is shown counts
+
+
+def test_a_model_that_is_told_t_mends_at_the_time_at_which_so_much_is_noise(finished):
+    recipe, _ = finished
+    run = entrant_of(recipe, "uniform").run
+    bundle, told = read_bundle(run), []
+    timed = bundle.config.model.model_copy(update={"time_conditioning": True})
+    noise = UniformProcess(mask_id=0, vocab_size=300, schedule=CosineSchedule())
+    said = SimpleNamespace(process=noise, config=bundle.config.model_copy(update={"model": timed}))
+
+    def denoiser(ids, real, t):
+        told.extend(t.tolist())
+        return torch.zeros(*ids.shape, bundle.config.vocab_size)
+
+    speaker = SimpleNamespace(
+        bundle=said, objective=None, device=torch.device("cpu"), denoiser=denoiser, mask_id=bundle.config.mask_id
+    )
+    restored(speaker, np.full((3, 32), 5), np.ones((3, 32), bool), 0.1)
+    np.testing.assert_allclose(1 - CosineSchedule().alpha(np.array(told)), 0.1, atol=1e-6)
 
 
 def test_the_tables_have_a_line_for_each_model_and_no_figure_that_is_none(finished):

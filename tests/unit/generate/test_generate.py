@@ -198,11 +198,18 @@ def test_what_is_no_longer_so_is_told_of(told, tmp_path, small_bundle):
     assert "the answer is another" in replayed(tokens=[3])
     assert "was made with another bundle" in replayed(bundle_digest="0" * 12)
     assert "is a trace of another format, got 9" in replayed(format=9)
-    assert "is no request of this version" in replayed(request={**record["request"], "novel": 1})
+    for wrong in ({"novel": 1}, {"prompt": "RED"}, {"strength": "much"}, {"middle": [[1]]}, {"seed": None}):
+        assert "is no request of this version" in replayed(request={**record["request"], **wrong})
+    assert "is no request of this version" in replayed(request=[])
+    assert "request.config" in replayed(request={"prompt": [3]})
+    assert "middle" in replayed(request={**record["request"], "middle": []})
+    for wrong in (None, [3], [[3]], [[[3, "a", 0.5]]]):
+        assert "is no trace (calls: " in replayed(calls=wrong)
     path.write_text("{}", encoding="utf-8")
     assert "is no trace" in told("--replay", str(path))[2]
-    path.write_text("x", encoding="utf-8")
-    assert "is not JSON" in told("--replay", str(path))[2]
+    for text in ("x", "[" * 100_000):
+        path.write_text(text, encoding="utf-8")
+        assert "is not JSON" in told("--replay", str(path))[2]
     path.write_text("", encoding="utf-8")
     assert "holds no trace" in told("--replay", str(path))[2]
 

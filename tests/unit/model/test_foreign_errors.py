@@ -214,6 +214,13 @@ def test_an_index_names_files_of_its_folder_alone(tmp_path, file):
         open_foreign(folder)
 
 
+def test_weights_of_which_other_software_would_read_others_are_refused(tmp_path):
+    folder = write_folder(tmp_path, DREAM, shards=3)
+    (folder / "model.safetensors").write_bytes((folder / "model-00001-of-00003.safetensors").read_bytes())
+    with pytest.raises(CheckpointError, match=r"index\.json: names other files than model\.safetensors beside it"):
+        open_foreign(folder)
+
+
 def test_of_several_end_tokens_the_first_counts_and_pads_or_the_one_that_the_user_says(tmp_path):
     config = {**NO_MASK, "eos_token_id": [33, 35], "pad_token_id": None}
     folder = write_folder(tmp_path, config, random_tensors(DREAM))
