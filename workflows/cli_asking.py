@@ -25,7 +25,9 @@ def generate(
     edit: Annotated[
         str | None, typer.Option(metavar="BEGIN:STOP", help="characters of the prompt that are made anew")
     ] = None,
-    strength: Annotated[float, typer.Option(help="how much of them noise takes, in (0, 1]")] = 0.5,
+    strength: Annotated[
+        float | None, typer.Option(help="how much of them noise takes, in (0, 1]; 0.5 by default")
+    ] = None,
     stop: Annotated[list[str] | None, typer.Option(help="a string that ends the answer; may be given again")] = None,
     regex: Annotated[str | None, typer.Option(help="a regular expression that all of the answer matches")] = None,
     json_schema: Annotated[
@@ -51,13 +53,15 @@ def generate(
             "suffix": suffix,
             "infill": infill,
             "edit": edit,
-            "strength": strength,
+            **({} if strength is None else {"strength": strength}),
             "seed": seed,
             "stop": stop or [],
             "regex": regex,
             "json_schema": None if json_schema is None else _schema(json_schema),
         }
         asked = Asked.checked(given)
+        if strength is not None and edit is None and prompts is None:
+            raise ConfigError("--strength", "says how --edit makes a span anew, and none is named", strength)
         if replay is not None and (prompts is not None or trace is not None or asked != Asked()):
             raise ConfigError("--replay", "takes all from the trace", str(replay), "leave out the other options")
         several = None if prompts is None else read_asked(prompts, asked)

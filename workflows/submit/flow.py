@@ -97,10 +97,10 @@ def submit(
     asked: Submission, server: JobServer | None, console: Console, *, detach: bool, refuse_busy: bool
 ) -> dict[str, Any]:
     """Send a job and follow it to its end; its exit code is in the result. Without a server: what would be sent."""
-    job = prepare(asked)
+    job, started = prepare(asked), startable(asked.nodes) if asked.nodes else ()
     if server is None:
         return _say_package(job, console)
-    waiting = check_room(job.needs, live(server.nodes()), startable(asked.nodes) if asked.nodes else ())
+    waiting = check_room(job.needs, live(server.nodes()), started)
     for need in waiting:
         console.print(f"  nodes must be started first: {escape(need.stage)} needs {escape(str(need))}")
     if lines := busy(job.needs, server.usage()):

@@ -234,6 +234,12 @@ def test_a_dry_run_says_what_would_be_sent(capsys):
     assert told["bytes"] < 1 << 20
 
 
+def test_a_dry_run_too_reads_what_nodes_there_are(tmp_path):
+    asked = Submission(QUICKSTART, (S3,), nodes=tmp_path / "none.yaml")
+    with pytest.raises(ConfigError, match=r"none\.yaml: "):
+        submit(asked, None, Console("json"), detach=False, refuse_busy=False)
+
+
 def test_what_all_nodes_must_see_is_named(tmp_path):
     assert prepare(Submission(QUICKSTART, (S3,))).paths == ()
     (tmp_path / "corpus").mkdir()
