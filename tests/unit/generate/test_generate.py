@@ -258,11 +258,7 @@ def test_weights_that_are_no_numbers_end_with_one_line(small_bundle, told, monke
         (["--prompt", "RED", "--edit", "1:1"], 2, "edit: must be characters"),
         (["--prompt", "RED", "--edit", "0:2", "--suffix", "x"], 2, "edit: is a span of the prompt's text"),
         (["--prompt", "RED", "--edit", "0:2", "--strength", "0"], 2, "strength: must be greater than 0"),
-        (
-            ["--prompt", "RED", "--strength", "0.9"],
-            2,
-            "--strength: says how --edit makes a span anew, and none is named",
-        ),
+        (["--prompt", "RED", "--strength", "0.9"], 2, "--strength: says how --edit makes a span anew"),
         (["--prompt", "RED", "--prompt-ids", "1"], 2, "prompt_ids: is another form of prompt"),
         (["--prompt", "RED", "--stop", ""], 2, "stop: must not be empty"),
         (["--regex", "(a"], 2, "constraint: is no regular expression"),
