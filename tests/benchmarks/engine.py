@@ -3,7 +3,7 @@
     python tests/benchmarks/engine.py [--run RUN] [--dtype bfloat16] [--rounds 3] [--threads 2]
 
 The rival is the loop of public reference decoders: the whole canvas through the network for every token, full logits,
-one row at a time. Without --run the weights are random, 97 M of them, and the commits a fixed schedule: blocks of
+one row at a time. Without --run the weights are random, 110 M of them, and the commits a fixed schedule: blocks of
 32 in 8 calls, 4 tokens each, as a threshold gives trained ones. With --run they are those of a trained run, and the
 policy is a confidence threshold; lengths are what its context has room for. Settings alternate within a round, and
 each one's best round counts, so that a neighbour's burst does not. The overhead is the share of the time outside the
