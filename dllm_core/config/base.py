@@ -56,6 +56,8 @@ def explain(error: ValidationError, schema: type[BaseModel], values: Any, place:
         return ConfigError(f"{path}.type", "missing", remedy="the recipe must say of which kind this is")
     if kind == "union_tag_invalid":
         return ConfigError(f"{path}.type", "unknown kind", context["tag"], f"one of {context['expected_tags']}")
+    if kind in ("model_type", "model_attributes_type"):
+        return ConfigError(path, "must be a section: names and their values", first["input"])
     if isinstance(cause, FieldProblem):
         return ConfigError(path, *cause.args[1:])
     problem = str(cause) if cause is not None else first["msg"].replace("Input should be", "must be")

@@ -58,7 +58,7 @@ REFUSALS = [
     ({"stage": {"slope": {"type": "flat", "power": 1}}}, "stage.slope.power: unknown name: it belongs to type=steep"),
     ({"stages": [{"foo": 1}]}, "stages.0.foo: unknown name: known names: slope, steps, warmup_steps"),
     ({"stage": {"steps": True}}, "stage.steps: must not be true or false, got True"),
-    ({"stage": 3}, "stage: must be a valid dictionary"),
+    ({"stage": 3}, "stage: must be a section: names and their values, got 3"),
 ]
 
 
