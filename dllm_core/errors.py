@@ -26,8 +26,8 @@ class DllmError(Exception):
         return " ".join(line.splitlines())  # what a library says of its own failure may have several lines
 
     def below(self, place: str) -> Self:
-        """The same, of what stands at a place, such as a line of a file."""
-        return type(self)(f"{place}.{self.place}", self.problem, self.value, self.remedy)
+        """The same, of what stands at a place, such as a line of a file; "" is nowhere."""
+        return type(self)(f"{place}.{self.place}" if place else self.place, self.problem, self.value, self.remedy)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.place, self.problem, self.value, self.remedy)

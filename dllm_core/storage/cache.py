@@ -15,9 +15,7 @@ from dllm_core.storage.store import LocalStore, is_temporary
 _CACHE_BYTES = 20 << 30
 _LOCK_POLL_S = 0.05
 _ABANDONED = 3600.0  # seconds since a temporary file was last written to
-_UNSEEN_PART = (
-    64  # the limit's part that a process fetches between two looks through the cache: 0.2 s for 10,000 objects
-)
+_LOOKS = 64  # of a process through the cache while it fetches its limit: each is 0.2 s for 10,000 objects
 _HELD: dict[Path, BinaryIO] = {}
 _unseen: dict[Path, int] = {}  # bytes that this process has fetched since it last looked through a cache
 
@@ -106,7 +104,7 @@ def _prune(cached: LocalStore, keep: str, size: int, limit: int) -> None:
     """
     folder = cached.path("objects")
     unseen = _unseen.get(folder, limit) + size
-    _unseen[folder] = unseen if unseen < limit // _UNSEEN_PART else 0
+    _unseen[folder] = unseen if unseen < limit // _LOOKS else 0
     if _unseen[folder]:
         return
     _sweep(folder)

@@ -209,6 +209,7 @@ def _constraint(question: Question, entrant: Entrant, speaker: Speaker, served: 
         return None
     sees_behind = not isinstance(speaker.objective, AutoregressiveConfig | BlockDiffusionConfig)
     config, told = served.model_copy(update={"max_tokens": length}), {}
+    ones, documents = np.ones(len(holes)), _documents_of(entrant, speaker.bundle.config, holes)
     for name, regex in (("untold", None), ("told", section.regex)):
         answers = engine.generate(
             [
@@ -224,7 +225,6 @@ def _constraint(question: Question, entrant: Entrant, speaker: Speaker, served: 
         )
         matches = [bool(re.fullmatch(section.regex, tokenizer.decode(answer.tokens))) for answer in answers]
         exact = [answer.tokens == hole.truth.tolist() for answer, hole in zip(answers, holes, strict=True)]
-        ones, documents = np.ones(len(holes)), _documents_of(entrant, speaker.bundle.config, holes)
         told[name] = {
             "matches": asdict(proportion(matches, ones, documents)),
             "exact": asdict(proportion(exact, ones, documents)),

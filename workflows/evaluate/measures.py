@@ -111,20 +111,19 @@ def _infill(stage: Evaluation) -> Figures:
     if not scores:
         raise _NotMeasuredError("; ".join(sorted({str(one["why"]) for one in left_out})))
     pairs = [(scores[one.length, "both"], one) for one in scores.values() if (one.length, "both") in scores]
+    document = dict(zip(rows.tolist(), stage.documents(rows).tolist(), strict=True))
+
+    def units(of: HoleScores) -> Ints:
+        return np.array([document[row] for row in of.row_ids.tolist()])
+
     return {
         "rows": len(rows),
         "decode": _settings(stage, recipe.decode.model_copy(update={"temperature": 0.0})),
         "holes": [
-            asdict(one)
-            for found in scores.values()
-            if (one := summarize_holes(found, stage.documents(found.row_ids))) is not None
+            asdict(one) for found in scores.values() if (one := summarize_holes(found, units(found))) is not None
         ],
         "gains": [
-            {
-                "length": one.length,
-                "over": one.side,
-                "token": asdict(token_gain(both, one, stage.documents(one.row_ids))),
-            }
+            {"length": one.length, "over": one.side, "token": asdict(token_gain(both, one, units(one)))}
             for both, one in pairs
             if one.side != "both"
         ],

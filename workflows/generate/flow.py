@@ -110,7 +110,7 @@ class Generator:
                 return request, None
             found = infill(self._engine, request, pieces)
         except DllmError as error:
-            raise (error.below(place) if place else error) from None
+            raise error.below(place) from None
         return found.request, found
 
     def _watched(self, request: Request) -> Decoded:

@@ -47,7 +47,7 @@ def decode(engine: Engine, requests: Mapping[str, Request]) -> Iterator[Decoded]
         try:
             rows[engine.add(request)] = i
         except RequestError as error:
-            raise (error.below(place) if place else error) from None
+            raise error.below(place) from None
     calls: dict[int, list[list[Commit]]] = {row: [] for row in rows}
     done: dict[int, Decoded] = {}
     told = 0
