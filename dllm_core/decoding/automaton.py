@@ -162,6 +162,27 @@ def _mixed(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return words ^ (words >> np.uint64(31))
 
 
+def _interruptibly(make: Callable[[], TokenAutomaton]) -> TokenAutomaton:
+    """What it makes, in a thread of its own: no signal is heeded in native code, and `((a{50}){50}){50}` takes minutes.
+
+    What stands here meanwhile wakes to Ctrl-C; the thread goes with the process.
+    """
+    made: list[TokenAutomaton | BaseException] = []
+
+    def work() -> None:
+        try:
+            made.append(make())
+        except BaseException as error:  # noqa: BLE001 (raised below)
+            made.append(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join()
+    if isinstance(made[0], BaseException):
+        raise made[0]
+    return made[0]
+
+
 class AutomatonCache:
     """Automata of one vocabulary, compiled once while they are among the last that were asked for. Thread-safe."""
 
@@ -180,7 +201,7 @@ class AutomatonCache:
         spelled = self._spell()
         if spelled is None:
             raise RequestError("constraint", "needs a byte-level tokenizer, which this engine has not", regex)
-        automaton = compile_regex(regex, spelled)
+        automaton = _interruptibly(lambda: compile_regex(regex, spelled))
         self.put(regex, automaton)
         return automaton
 

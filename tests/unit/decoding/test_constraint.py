@@ -3,6 +3,8 @@
 import itertools
 import json
 import re
+import subprocess
+import sys
 from dataclasses import replace
 
 import jsonschema
@@ -402,6 +404,24 @@ def test_a_thousand_schemas_all_validate(json_engine):
     for schema in drawn[:1000]:
         json_answers(json_engine, [schema], 3)
     print(f"{len(drawn[:1000])} schemas x 3 seeds, all answers valid")
+
+
+INTERRUPTED = """
+import signal, time
+from dllm_core.decoding.automaton import AutomatonCache
+signal.signal(signal.SIGALRM, signal.default_int_handler)  # as Ctrl-C is
+signal.setitimer(signal.ITIMER_REAL, 0.5)
+try:
+    AutomatonCache(lambda: [b"a", b"aa"]).get("((a{50}){50}){50}")
+except KeyboardInterrupt:
+    print("interrupted", flush=True)
+"""
+
+
+def test_an_expression_that_takes_minutes_is_left_at_once_by_ctrl_c():
+    told = subprocess.run([sys.executable, "-c", INTERRUPTED], capture_output=True, text=True, timeout=20)
+    assert told.stdout == "interrupted\n", told.stderr
+    assert told.returncode == 0
 
 
 def test_tokens_are_spelled_by_their_bytes(json_engine):
