@@ -40,9 +40,11 @@ quickstart: $(STAMP)
 
 # What starts clusters and servers has the machine to itself; all else runs in two processes, which share it: with as
 # many threads each as there are cores, torch would wait for its own: 279 s for 25 (two runs of test_canvases.py at once).
+ALONE := tests/cluster tests/e2e tests/endpoint
+SLOWEST := --durations=15 --durations-min=5
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not long" -n 2 --dist loadfile tests/unit tests/architecture
-	$(BIN)/pytest -m "not long" --durations=15 --durations-min=5 --ignore=tests/unit --ignore=tests/architecture
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not long" $(SLOWEST) -n 2 --dist loadfile $(addprefix --ignore=,$(ALONE))
+	$(BIN)/pytest -m "not long" $(SLOWEST) $(ALONE)
 
 test-long: $(STAMP)
 	DLLM_ALL_DRAWS=1 $(BIN)/pytest -m "long or not long" tests/unit

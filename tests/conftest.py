@@ -25,10 +25,6 @@ from workflows.preprocess.flow import Preprocessing, plan_corpus
 from workflows.recipe import Recipe
 from workflows.train.job import denoiser_config
 
-# How fast examples are drawn and tried says how busy the machine is, nothing about the project.
-settings.register_profile("dllm", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("dllm")
-
 COLOURS = ("RED", "GREEN", "BLUE", "WHITE", "BLACK")
 SHAPES = ("CIRCLE", "SQUARE", "ARROW", "STAR", "HEART", "DIAMOND")
 
@@ -48,6 +44,16 @@ def draws(number: int) -> int:
     each run: where an example is a batch of rows, drawn whole and one by one.
     """
     return number if os.environ.get("DLLM_ALL_DRAWS") else -(-number // 3)
+
+
+def in_long(*cases: object) -> list[Any]:
+    """Cases of a parametrized test that `make test-long` adds to those of `make test`."""
+    return [pytest.param(case, marks=pytest.mark.long) for case in cases]
+
+
+# How fast examples are drawn and tried says how busy the machine is, nothing about the project.
+settings.register_profile("dllm", max_examples=draws(100), deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("dllm")
 
 
 def free_port() -> int:

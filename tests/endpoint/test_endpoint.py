@@ -63,7 +63,12 @@ SCHEMA = schemathesis.openapi.from_dict(api.openapi())
 
 
 @SCHEMA.parametrize()
-@hypothesis.settings(max_examples=5, deadline=None, suppress_health_check=list(hypothesis.HealthCheck))
+@hypothesis.settings(
+    max_examples=20,
+    phases=[hypothesis.Phase.generate],  # the 2,000 that schemathesis lists besides come with the long form
+    deadline=None,
+    suppress_health_check=list(hypothesis.HealthCheck),
+)
 def test_no_request_that_the_document_allows_or_forbids_is_a_server_error(case, endpoint):
     fuzzed(case, endpoint)
 

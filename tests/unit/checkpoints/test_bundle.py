@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SmallCorpus
+from conftest import SmallCorpus, draws
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from s3_server import s3_server
@@ -111,7 +111,7 @@ def test_a_bundle_on_s3_gives_bit_equal_logits_and_a_new_one_in_its_place_is_see
             denoiser = Denoiser(denoiser.config).eval()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=draws(40), deadline=None)
 @given(name=st.sampled_from(FILES), at=st.integers(0, 10**9), bit=st.integers(0, 7), cut=st.booleans())
 def test_a_flipped_bit_and_a_cut_off_end_are_refused_by_name(copies, name, at, bit, cut):
     run, folder = copies()

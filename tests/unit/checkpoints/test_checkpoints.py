@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from conftest import draws
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -66,7 +67,7 @@ def test_the_newest_checkpoint_is_what_was_saved_last(checkpoints, tmp_path):
     }
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=draws(20), deadline=None)
 @given(at=st.integers(0, 10**6), name=st.sampled_from(NAMES), kind=st.sampled_from(["flip", "truncate", "delete"]))
 def test_a_checkpoint_with_a_damaged_file_is_refused_by_name_and_the_one_before_is_used(
     tmp_path_factory, at, name, kind
@@ -246,7 +247,7 @@ def test_pruning_keeps_the_newest_and_nothing_of_the_others(run, checkpoints, tm
     best=st.integers(0, 4),
     every=st.one_of(st.none(), st.integers(1, 5)),
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=draws(25), deadline=None)
 def test_pruning_keeps_the_best_the_newest_and_the_multiples_and_nothing_else(
     tmp_path_factory, scores, keep, best, every
 ):

@@ -6,6 +6,7 @@ import unicodedata
 from pathlib import Path
 
 import pytest
+from conftest import draws
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -73,14 +74,14 @@ def records_of(key: str, kind: str, data: bytes) -> list[Document | BadRecord]:
     return found
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=draws(200), deadline=None)
 @given(data=texts, kind=kinds)
 def test_a_record_is_what_stands_between_line_ends(new_store, data, kind):
     found = read(TextCorpus(path="x", document=kind), new_store(x=data), as_one_unit(x=data))
     assert found == records_of("x", kind, data)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=draws(300), deadline=None)
 @given(
     one=texts,
     two=texts,
@@ -106,7 +107,7 @@ def test_units_of_any_size_hold_every_record_once_as_it_is_in_the_whole_file(
     assert found == [*records_of("one", kind, one), *records_of("two", kind, two)]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=draws(60), deadline=None)
 @given(lines=st.lists(st.text(max_size=5), max_size=12), unit_bytes=st.integers(1, 60), crlf=st.booleans())
 def test_jsonl_of_any_text_comes_back_whatever_the_units(new_store, lines, unit_bytes, crlf):
     end = "\r\n" if crlf else "\n"
@@ -117,7 +118,7 @@ def test_jsonl_of_any_text_comes_back_whatever_the_units(new_store, lines, unit_
     assert [record.text for record in found] == lines
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=draws(100), deadline=None)
 @given(
     sizes=st.lists(st.integers(1, 50), max_size=8),
     unit_bytes=st.integers(1, 40),

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import small_recipe
+from conftest import in_long, small_recipe
 
 from dllm_core.data import build, shard
 from dllm_core.data.build import decisions_key, put_shard, to_arrow
@@ -84,7 +84,7 @@ def test_decisions_are_done_to_their_documents(tmp_path, has_digests):
     assert json.loads(line)["text"] == TEXTS[1700]
 
 
-@pytest.mark.parametrize("most", [1, 3])
+@pytest.mark.parametrize("most", [1, *in_long(3)])
 def test_a_search_over_many_units_maps_few_files_at_a_time_and_decides_alike(tmp_path, monkeypatch, most):
     """As over more units than a process has mappings (65,530)."""
     few = planned(tmp_path, near={})

@@ -10,6 +10,7 @@ from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
+from conftest import draws
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -247,7 +248,7 @@ CORPUS = families(random.Random(7), 40)
 
 
 @given(st.lists(st.integers(0, len(CORPUS)), max_size=6).map(tuple))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=draws(25), deadline=None)
 def test_the_cut_into_units_does_not_matter(cuts):
     assert decided(CORPUS, NEAR, cuts) == decided(CORPUS, NEAR)
 
@@ -279,7 +280,7 @@ def test_what_is_kept_is_kept_again(seed):
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 40), st.sampled_from([1, 2, 3, 64]), st.integers(0, 40))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=draws(150), deadline=None)
 def test_crowded_bands_keep_the_laws(seed, count, leaders, cut):
     """Made up so that nearly all share bands and few are similar; 64 turns are enough to compare all pairs."""
     rng = np.random.default_rng(seed)

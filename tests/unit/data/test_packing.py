@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
+from conftest import draws
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -39,7 +40,7 @@ def documents_in(rows) -> list[list[int]]:
     return found
 
 
-@settings(max_examples=200)
+@settings(max_examples=draws(200))
 @given(docs=documents, seq_len=st.integers(8, 24))
 def test_isolated_rows_hold_every_document_whole_or_in_row_long_pieces(docs, seq_len):
     rows = pack(IsolatedPacking(seq_len=seq_len), run_of(docs), EOS)
@@ -71,7 +72,7 @@ def test_padded_rows_hold_one_document_each_and_count_what_was_left_out(docs, se
     assert rows.num_tokens.tolist() == [seq_len if learn else len(doc) for doc in kept]
 
 
-@settings(max_examples=200)
+@settings(max_examples=draws(200))
 @given(docs=documents, seq_len=st.integers(8, 40))
 def test_a_pair_is_in_one_row_behind_one_another_or_left_out(docs, seq_len):
     docs = docs[: len(docs) // 2 * 2]

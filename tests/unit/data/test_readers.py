@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+from conftest import draws
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -65,7 +66,7 @@ def test_every_format_in_units_of_any_size_holds_every_document_once(tmp_path, k
         assert len(units) > 8
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=draws(60), deadline=None)
 @given(
     data=st.lists(st.sampled_from([b"a", b"bc", b" ", b"\n", b"\n\n", b"\r\n", b"\xff"]), max_size=40).map(b"".join),
     kind=st.sampled_from(["line", "paragraph", "file"]),
@@ -98,7 +99,7 @@ def inflated(suffix: str, data: bytes) -> bytes:
     )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=draws(150), deadline=None)
 @given(
     members=st.lists(
         st.lists(st.sampled_from([b"a", b"bc" * 30, b"\n", b"\n\n", b"\r\n", b"\xff"]), max_size=40).map(

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import small_text
+from conftest import draws, small_text
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -32,7 +32,7 @@ def parsed(record, values) -> Document | BadRecord:
     return from_json(record, "file", 0, raw)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=draws(80), deadline=None)
 @given(conversation=messages)
 def test_the_assistants_turns_and_their_ends_are_learned_and_nothing_else(tokenizer, conversation):
     document = parsed(ChatRecord(), {"messages": conversation})

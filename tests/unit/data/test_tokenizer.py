@@ -4,7 +4,7 @@ import json
 import pickle
 
 import pytest
-from conftest import small_text
+from conftest import draws, small_text
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -21,7 +21,7 @@ def tokenizer() -> Tokenizer:
     return Tokenizer.train(small_text(40).split("\n\n"), CONFIG)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=draws(300), deadline=None)
 @given(text=texts)
 @example(text="<|mask|><|eos|> a<|pad|>\x00\r\n\u2028\ufeff\U0010ffff")
 def test_any_text_comes_back_and_holds_no_special_token(tokenizer, text):
@@ -31,13 +31,13 @@ def test_any_text_comes_back_and_holds_no_special_token(tokenizer, text):
     assert all(0 <= i < tokenizer.vocab_size for i in ids)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=draws(50), deadline=None)
 @given(batch=st.lists(texts, max_size=5))
 def test_a_text_has_the_same_ids_alone_and_in_a_batch(tokenizer, batch):
     assert list(tokenizer.encode_batch(batch)) == [tokenizer.encode(text) for text in batch]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=draws(50), deadline=None)
 @given(text=texts, data=st.data())
 def test_special_ids_are_left_out_of_a_decoded_text(tokenizer, text, data):
     ids = tokenizer.encode(text)

@@ -150,7 +150,7 @@ def assert_fits(found: np.ndarray, law: np.ndarray) -> None:
 def test_answers_have_the_law_of_the_reverse_chain(name, prompt, suffix, steps):
     process, oracle, is_given, text = setting(name, prompt, suffix)
     expected = chain_law(process, oracle, is_given, text, steps)
-    assert_fits(counts(process, oracle, prompt, suffix, steps, rows=2000), expected)
+    assert_fits(counts(process, oracle, prompt, suffix, steps, rows=draws(2000)), expected)
 
 
 def truth(is_given: np.ndarray, text: tuple) -> np.ndarray:

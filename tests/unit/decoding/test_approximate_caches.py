@@ -216,7 +216,7 @@ def test_rows_of_any_length_have_the_same_bits_alone_and_together(wide, cache):
     """Rows whose widths differ are one joined forward a call; every confidence is compared to the last bit."""
     rng = np.random.default_rng(2)
     batch = []
-    for _ in range(12):
+    for _ in range(draws(12)):
         prompt = tuple(map(int, rng.integers(3, 512, rng.integers(1, 40))))
         config = DecodeConfig(
             policy=LowConfidencePolicy(),

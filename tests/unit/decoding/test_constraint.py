@@ -180,7 +180,7 @@ def test_the_proposal_is_the_likeliest_of_all_strings_and_any_part_of_it_leaves_
 def test_a_draw_has_the_law_of_what_matches(regex, may_end):
     """Chi-square against the list of all strings; a string's weight is that of its tokens and its end."""
     rng = np.random.default_rng(7)
-    length, number = 3, 5_000
+    length, number = 3, draws(5_000)
     law = rng.dirichlet(np.full(len(FEW), 1.0), length)
     automaton, state = compile_regex(regex, FEW), row_of(length, may_end=may_end)
     all_strings = strings(length, regex, may_end)

@@ -90,7 +90,7 @@ def test_a_row_gets_the_same_tokens_alone_and_in_a_batch(denoiser, batch):
 
 
 @pytest.mark.long  # it wants the machine to itself: threads that share their cores with other tests wait for each other
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=draws(60), deadline=None)
 @given(batch=st.lists(requests(), min_size=2, max_size=7))
 def test_on_two_threads_too(denoiser, batch):
     """There other kernels, which sum in another order, begin at other numbers of rows."""

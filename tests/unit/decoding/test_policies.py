@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+from conftest import draws
 from hypothesis import given
 from hypothesis import strategies as st
 from rows import policies
@@ -65,7 +66,7 @@ def test_a_factor_takes_as_many_as_its_theorem_allows(score, factor, takes_last)
 @pytest.mark.parametrize("quota", [1, 2, 3])
 def test_drawn_positions_are_draws_without_replacement_by_their_softmax(kind, quota):
     """Against the law listed whole (Plackett-Luce): chances of every set of positions, chi-square at 0.1 %."""
-    score, heat, number = np.array([0.9, 0.2, 0.6, 0.4], np.float32), 0.4, 40_000
+    score, heat, number = np.array([0.9, 0.2, 0.6, 0.4], np.float32), 0.4, draws(40_000)
     weight = np.exp(score.astype(np.float64) / heat)
     law: dict[frozenset[int], float] = {}
     for order in itertools.permutations(range(4), quota):
@@ -74,10 +75,10 @@ def test_drawn_positions_are_draws_without_replacement_by_their_softmax(kind, qu
             chance *= weight[at] / left
             left -= weight[at]
         law[frozenset(order)] = law.get(frozenset(order), 0.0) + chance
-    draws = np.random.default_rng(1).random((number, 4)).astype(np.float32)
+    drawn = np.random.default_rng(1).random((number, 4)).astype(np.float32)
     policy = kind(position_temperature=heat)
     found = dict.fromkeys(law, 0)
-    for u in draws:
+    for u in drawn:
         found[frozenset(np.flatnonzero(policy.choose(score, quota, u)).tolist())] += 1
     assert sum(law.values()) == pytest.approx(1)
     chi2 = sum((found[which] - number * p) ** 2 / (number * p) for which, p in law.items())

@@ -95,7 +95,7 @@ class Independent:
 )
 def test_answers_have_the_law_whatever_is_masked_again(policy, process):
     config = DecodeConfig(policy=policy, max_tokens=3, block_length=3, steps_per_block=5, temperature=1.0)
-    number = 1_500
+    number = draws(1_500)
     engine = Engine.over(Independent(), process, 100_000, max_rows=number)
     answers = engine.generate([Request((), config, seed=seed) for seed in range(number)])
     assert {answer.num_calls for answer in answers} == {5}

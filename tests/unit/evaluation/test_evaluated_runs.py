@@ -1,5 +1,6 @@
 """Bundles of every objective through the evaluate stage, its report and the verbs that decode: figures or a no."""
 
+import functools
 import json
 import math
 
@@ -52,15 +53,21 @@ def made(tmp_path_factory):
     return runs_by_kind(tmp_path_factory, {kind: told[0] for kind, told in KINDS.items()})
 
 
+@pytest.fixture(scope="module")
+def figures(made):
+    """Of a kind, as its recipe asks for them; measured once, read them only."""
+    return functools.cache(lambda kind: evaluated(made(kind)[0].recipe, made(kind)[1]))
+
+
 def evaluated(recipe: Recipe, run: RunDir, **section: object) -> dict:
     changed = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update=section)})
     return json.loads(json.dumps(evaluate(changed, run, serially, lambda *told: None)))
 
 
 @EVERY_KIND
-def test_a_bundle_is_scored_as_it_was_trained_and_decoded_where_it_can_be(made, kind):
-    (corpus, run), (_, estimator, refusal) = made(kind), KINDS[kind]
-    result = evaluated(corpus.recipe, run)
+def test_a_bundle_is_scored_as_it_was_trained_and_decoded_where_it_can_be(made, figures, kind):
+    (corpus, _), (_, estimator, refusal) = made(kind), KINDS[kind]
+    result = figures(kind)
     heldout = corpus.manifest.heldout
     assert result["estimator"] == estimator
     assert result["rows"] == heldout.rows
@@ -94,9 +101,10 @@ def test_a_bundle_is_scored_as_it_was_trained_and_decoded_where_it_can_be(made, 
 
 
 @EVERY_KIND
-def test_figures_do_not_depend_on_how_rows_are_batched(made, kind):
+def test_figures_do_not_depend_on_how_rows_are_batched(made, figures, kind):
     corpus, run = made(kind)
-    whole, parts = (evaluated(corpus.recipe, run, batch_rows=size, prompts=0) for size in (64, 7))
+    whole, parts = figures(kind), evaluated(corpus.recipe, run, batch_rows=7)
+    assert corpus.recipe.evaluate.batch_rows > 7
     for name, value in whole.items():
         assert parts[name] == (pytest.approx(value, rel=1e-6) if isinstance(value, float) else value), name
 
@@ -130,9 +138,9 @@ def test_what_has_no_decoder_is_refused_in_one_line_before_anything_starts(made,
 
 
 @EVERY_KIND
-def test_a_report_shows_noise_as_it_is_and_says_what_there_is_not(made, kind):
+def test_a_report_shows_noise_as_it_is_and_says_what_there_is_not(made, figures, kind):
     corpus, run = made(kind)
-    run.write_json("evaluation.json", evaluated(corpus.recipe, run))
+    run.write_json("evaluation.json", figures(kind))
     write_report(corpus.recipe, run)
     page = run.store.read(run.key("report.html")).decode()
     assert ("There is no decoder for such a model yet" in page) == (KINDS[kind][2] is not None)

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from conftest import draws
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -52,7 +53,7 @@ def all_counted(x0: np.ndarray, ids: np.ndarray | None = None) -> HeldoutRows:
     return HeldoutRows(x0, every, np.arange(len(x0)) if ids is None else ids, every)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=draws(150), deadline=None)
 @given(corpora(), st.integers(1, 6))
 def test_a_hole_is_whole_counted_text_of_one_document_with_a_token_on_either_side(corpus, length):
     x0, is_real, counted, segments = corpus

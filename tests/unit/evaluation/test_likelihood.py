@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import in_long
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -74,7 +75,7 @@ def counts_of(x0: np.ndarray, counted: np.ndarray | None = None) -> np.ndarray:
 
 
 @EVERY_MASK
-@pytest.mark.parametrize("draws", [1, 4])
+@pytest.mark.parametrize("draws", [4, *in_long(1)])
 def test_an_oracle_denoiser_pays_the_entropy_in_the_mean(name, draws):
     x0 = rows_of(LAW, 96_000 // draws, 16, seed=0)
     found = summarized(score(denoiser_of(LAW), x0, by=name, draws=draws), counts_of(x0))
@@ -84,7 +85,7 @@ def test_an_oracle_denoiser_pays_the_entropy_in_the_mean(name, draws):
 
 
 @pytest.mark.parametrize("process", REPLACING, ids=str)
-@pytest.mark.parametrize("steps", [None, 3])
+@pytest.mark.parametrize("steps", [3, *in_long(None)])
 def test_an_oracle_pays_the_entropy_where_tokens_are_replaced(process, steps):
     """A token that looks clean costs nats too: only all positions together pay the whole entropy."""
     x0 = rows_of(LAW, 24_000, 16, seed=0)

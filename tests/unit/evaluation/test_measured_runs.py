@@ -1,5 +1,6 @@
 """What the evaluate stage writes beside the likelihood: the figures of the plain functions, or why there are none."""
 
+import functools
 import json
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
@@ -100,6 +101,12 @@ def measured(recipe: Recipe, run: RunDir, **section: object) -> dict:
     return found
 
 
+@pytest.fixture(scope="module")
+def figures(made):
+    """Of a kind, all of them; measured once, read them only."""
+    return functools.cache(lambda kind: measured(made(kind)[0].recipe, made(kind)[1]))
+
+
 def leaves(value: object, path: str = "") -> Iterator[tuple[str, object]]:
     if isinstance(value, dict | list):
         for name, part in value.items() if isinstance(value, dict) else enumerate(value):
@@ -116,9 +123,9 @@ def heldout(corpus: SmallCorpus, count: int, of: int = 20) -> HeldoutRows:
 
 
 @EVERY_KIND
-def test_a_model_is_measured_in_what_it_can_do_and_says_what_it_cannot(made, kind):
+def test_a_model_is_measured_in_what_it_can_do_and_says_what_it_cannot(made, figures, kind):
     (corpus, run), (_, sides) = made(kind), KINDS[kind]
-    result = measured(corpus.recipe, run)
+    result = figures(kind)
     if kind == "uniform":
         assert result["calibration"] == {"not_measured": "noise.process.type=uniform: calibration is of masks"}
     else:
@@ -159,9 +166,10 @@ def test_a_model_is_measured_in_what_it_can_do_and_says_what_it_cannot(made, kin
 
 
 @EVERY_KIND
-def test_no_figure_depends_on_how_work_is_cut_up(made, kind):
+def test_no_figure_depends_on_how_work_is_cut_up(made, figures, kind):
     corpus, run = made(kind)
-    whole, parts = (dict(leaves(measured(corpus.recipe, run, batch_rows=size))) for size in (64, 1))
+    assert asked(corpus.recipe).evaluate.batch_rows > 1
+    whole, parts = (dict(leaves(found)) for found in (figures(kind), measured(corpus.recipe, run, batch_rows=1)))
     assert whole.keys() == parts.keys()
     for path, value in whole.items():
         assert parts[path] == (pytest.approx(value, rel=1e-5) if isinstance(value, float) else value), path

@@ -5,6 +5,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from conftest import draws
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -44,7 +45,7 @@ def without_each(statistic, rows) -> float:
     return math.sqrt(((values - values.mean()) ** 2).sum() * (len(rows) - 1) / len(rows))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=draws(150), deadline=None)
 @given(st.lists(st.tuples(token_lists, token_lists), min_size=1, max_size=6))
 def test_figures_are_those_of_counting_by_hand(pairs):
     prompts, answers = zip(*pairs, strict=True)

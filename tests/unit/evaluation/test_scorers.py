@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import draws
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -71,7 +72,7 @@ def corpora(draw):
     return rows, is_real, segments, documents
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=draws(60), deadline=None)
 @given(corpora(), st.integers(1, 4))
 def test_every_law_is_the_formula_and_sums_to_one(corpus, order):
     rows, is_real, segments, documents = corpus
@@ -88,7 +89,7 @@ def test_every_law_is_the_formula_and_sums_to_one(corpus, order):
 
 
 @given(corpora(), st.integers(1, 3))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=draws(30), deadline=None)
 def test_a_row_s_nats_are_those_of_its_tokens_one_by_one_and_filler_costs_nothing(corpus, order):
     rows, is_real, segments, _ = corpus
     model = fitted(rows, order, is_real, segments)

@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
+from conftest import draws
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -68,7 +69,7 @@ def test_counts_are_those_that_are_known(is_puzzle):
     assert {clues: int(n) for clues, n in enumerate(minimal) if n} == {4: 25_728, 5: 58_368, 6: 1_536}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=draws(60), deadline=None)
 @given(st.integers(0, 287), st.integers(0, (1 << 16) - 1))
 def test_solutions_are_counted_as_trying_all_counts_them(grid, shown):
     clues = [int(cell) if shown >> i & 1 else 0 for i, cell in enumerate(all_grids()[grid])]

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from conftest import draws
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import VOCABULARY, ids_of, mixed_denoiser, new_denoiser, same
@@ -28,7 +29,7 @@ def denoiser(request) -> Denoiser:
     return new_denoiser(tie_embeddings=request.param, qk_norm=request.param)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=draws(25), deadline=None)
 @given(lengths=st.lists(st.integers(1, 20), min_size=1, max_size=5), left=st.booleans(), seed=st.integers(0, 99))
 @torch.inference_mode()
 def test_a_row_does_not_depend_on_its_neighbours_nor_on_padding_at_either_end(denoiser, lengths, left, seed):
@@ -107,7 +108,7 @@ def test_every_position_sees_every_other_and_where_it_stands(denoiser):
     assert (denoiser(exchanged)[0, 2:] - before[2:]).abs().amax(-1).min() > 1e-4
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=draws(25), deadline=None)
 @given(
     heads=st.integers(1, 4),
     pairs=st.integers(4, 6),
@@ -228,7 +229,7 @@ def test_a_folder_that_holds_no_denoiser_is_refused(tmp_path, name):
         read_denoiser(tmp_path / "nowhere")
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=draws(30), deadline=None)
 @given(
     rows=st.integers(1, 3),
     heads=st.integers(1, 3),

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import draws
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import closely, ids_of, mixed_denoiser
@@ -67,7 +68,7 @@ def chosen_by_hand(router: Router, token: torch.Tensor) -> dict[int, float]:
     return {i: scores[i] / total * own.routed_scaling for i in best}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=draws(60), deadline=None)
 @given(section=sections(), number=st.integers(1, 40), seed=st.integers(0, 99))
 @torch.no_grad()
 def test_a_token_gets_the_weighted_sum_of_its_own_experts(section, number, seed):
@@ -82,7 +83,7 @@ def test_a_token_gets_the_weighted_sum_of_its_own_experts(section, number, seed)
         closely(got / size, wanted / size)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=draws(40), deadline=None)
 @given(section=sections(), number=st.integers(16, 60), seed=st.integers(0, 99), data=st.data())
 @torch.inference_mode()
 def test_a_tokens_bits_do_not_depend_on_who_else_is_there(section, number, seed, data):
@@ -92,7 +93,7 @@ def test_a_tokens_bits_do_not_depend_on_who_else_is_there(section, number, seed,
     assert torch.equal(mixture(x[kept][None])[0], whole[kept])
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=draws(30), deadline=None)
 @given(section=sections(), seed=st.integers(0, 99))
 def test_groups_and_experts_are_as_many_as_are_asked_for_and_each_once(section, seed):
     chosen, weights = new_mixture(section, seed).router(tokens(50, seed))

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from conftest import draws
 from foreign_folders import DREAM, LLADA, LLADA_MOE, QWEN2, ROWS, random_tensors, write_folder
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -97,7 +98,7 @@ def test_a_folder_that_is_not_whole_is_refused_by_the_file(tmp_path):
         open_foreign(tmp_path / "pickled")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=draws(60), deadline=None)
 @given(at=st.integers(0, 3000), value=st.integers(0, 255))
 def test_a_damaged_header_is_refused_or_says_the_same_sizes(tmp_path_factory, at, value):
     folder = write_folder(tmp_path_factory.mktemp("damaged"), LLADA)
@@ -113,7 +114,7 @@ def test_a_damaged_header_is_refused_or_says_the_same_sizes(tmp_path_factory, at
     }
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=draws(150), deadline=None)
 @given(
     base=st.sampled_from([LLADA, QWEN2, DREAM, LLADA_MOE]),
     data=st.data(),

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import draws
 from enumeration import IDS, MASK, PROCESSES, REPLACING, TEXT, VOCAB, any_process, bound_processes, kernel
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,7 +22,7 @@ EVERY_PROCESS = pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCE
 CHI_SQUARE = {1: 19.5, 2: 23.0, 3: 25.9}  # exceeded once in 100,000, by degrees of freedom
 
 
-@settings(max_examples=100)
+@settings(max_examples=draws(100))
 @given(any_process(), st.floats(0, 1))
 def test_corrupt_has_the_stated_marginal(process, t):
     """Exact: every cell of a grid over (u, v) once, so only the grid of u rounds, to 1/2000."""

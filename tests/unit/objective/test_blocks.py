@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from conftest import draws
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small import LINEAR, MASK, PROCESSES, TEXT, Recorded, batch_of, diffusion, new_denoiser
@@ -77,7 +78,7 @@ def documents(draw):
     return rows, max(map(sum, rows)) + draw(st.integers(0, 2))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=draws(25), deadline=None)
 @given(documents(), st.integers(1, 4), seeds, st.sampled_from(["absorbing", "hybrid"]), st.booleans())
 def test_one_pass_is_a_pass_of_its_own_for_every_block_of_every_document(shape, block_length, seed, kind, timed):
     """Documents, filler and a time for each block of each document, together; nothing is shared but the weights."""
@@ -125,7 +126,7 @@ def _alone(objective, denoiser, batch, row, first, begin, end, block_length, tim
     return float(objective.loss(behind_the_past, short).nats.detach())
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=draws(25), deadline=None)
 @given(st.integers(1, 4), st.integers(2, 4), st.data(), seeds)
 def test_no_later_token_changes_a_blocks_cost_and_no_own_clean_one_its_logits(block_length, blocks, data, seed):
     length = block_length * blocks

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from conftest import in_long
 from small import (
     ABSORBING,
     MASK,
@@ -81,7 +82,7 @@ def test_an_oracle_pays_minus_log_p_token_by_token():
         assert cost(autoregressive(), oracle, text[None], noise, 1.0) == pytest.approx(-np.log(p), rel=1e-5)
 
 
-@pytest.mark.parametrize("steps", [1, 2, 5])
+@pytest.mark.parametrize("steps", [1, 2, *in_long(5)])
 def test_an_oracle_of_independent_tokens_pays_their_code_length_in_any_number_of_steps(steps):
     ends = [(k / steps, 1 / steps) for k in range(1, steps + 1)]
     text = np.array([0, 3])

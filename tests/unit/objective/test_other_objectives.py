@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from conftest import draws
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small import MASK, TEXT, autoregressive, batch_of, masked_lm, new_denoiser
@@ -14,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 CHI_SQUARE_1E_4 = {1: 15.14, 3: 21.11, 20: 52.39}  # the 1 - 1e-4 quantiles
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=draws(25), deadline=None)
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=4), st.integers(0, 3), st.integers(0, 1000))
 def test_a_documents_tokens_cost_in_a_row_what_they_cost_alone(lengths, filler, seed):
     rng, denoiser = np.random.default_rng(seed), new_denoiser(seed)

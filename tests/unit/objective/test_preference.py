@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from conftest import draws
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small import CPU, LINEAR, MASK, PROCESSES, TEXT, VOCAB, batch_of, diffusion, new_denoiser, nodes, rows_at
@@ -202,7 +203,7 @@ def test_no_schedule_is_in_it():
     assert bounds[0] == pytest.approx(bounds[1], rel=1e-4)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=draws(20), deadline=None)
 @given(st.integers(0, 10_000), st.integers(1, 6), st.sampled_from([None, 2, 3]))
 def test_where_nothing_was_learned_each_pair_costs_log_2_under_every_draw(seed, draws, block):
     rng, denoiser = np.random.default_rng(seed), new_denoiser(seed)
@@ -259,21 +260,21 @@ def test_shared_masks_vary_less_than_masks_of_their_own(size, share, monkeypatch
 def test_more_draws_vary_as_little_as_their_number_says_or_less(seed, monkeypatch):
     reference, policy = new_denoiser(seed), nudged(0.3, seed, like=seed)
     variances = {}
-    for draws in (1, 2, 4, 8):
-        tuned, of_draw = objective(reference, draws=draws), []
-        for varied in range(draws):  # draws are independent: their variances add up
-            some = listed(PAIR, draws, varied=(varied,))
+    for number in (1, 2, 4, 8):
+        tuned, of_draw = objective(reference, draws=number), []
+        for varied in range(number):  # draws are independent: their variances add up
+            some = listed(PAIR, number, varied=(varied,))
             of_draw.append(mean_and_variance(every_gain(policy, tuned, PAIR, some, monkeypatch), some)[1])
-        variances[draws] = sum(of_draw)
+        variances[number] = sum(of_draw)
     both = listed(PAIR, 2)
     _, together = mean_and_variance(every_gain(policy, objective(reference, draws=2), PAIR, both, monkeypatch), both)
     assert together == pytest.approx(variances[2], rel=1e-3)
-    for draws in (2, 4, 8):  # strata can only take away
-        assert variances[draws] <= variances[1] / draws * (1 + 1e-4)
+    for number in (2, 4, 8):  # strata can only take away
+        assert variances[number] <= variances[1] / number * (1 + 1e-4)
     assert variances[8] > variances[1] / 8 / 10, "what orders of places add is left"
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=draws(20), deadline=None)
 @given(st.integers(0, 10_000), st.sampled_from([None, 2]))
 def test_exchanged_answers_mirror_the_gain(seed, block):
     rng = np.random.default_rng(seed)
@@ -285,7 +286,7 @@ def test_exchanged_answers_mirror_the_gain(seed, block):
     torch.testing.assert_close(gain, -mirrored, rtol=1e-3, atol=1e-4)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=draws(50), deadline=None)
 @given(st.integers(0, 10_000), st.sampled_from([None, 1, 3]))
 def test_only_answers_are_masked_at_one_time_and_alike(seed, block):
     rng = np.random.default_rng(seed)

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from conftest import draws
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small import (
@@ -54,7 +55,7 @@ def sums(losses: list[LossSum]) -> list[float]:
 
 
 @EVERY_OBJECTIVE
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=draws(8), deadline=None)
 @given(st.integers(0, 1000), st.integers(1, 5))
 def test_any_two_parts_of_a_batch_give_the_sums_of_the_whole(name, seed, cut):
     batch, denoiser, objective = noised(name, seed), new_denoiser(seed), OBJECTIVES[name]

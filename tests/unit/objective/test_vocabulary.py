@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import draws
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -31,7 +32,7 @@ def asked(draw):
     return logits, mask_id, x0, xt, largest - 10 * torch.rand(rows, generator=generator, dtype=torch.float64)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=draws(150), deadline=None)
 @given(asked(), st.integers(1, 400))
 def test_a_law_of_logits_reads_as_its_log_probs_do(situation, elements):
     logits, mask_id, x0, xt, shift = situation

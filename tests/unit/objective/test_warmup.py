@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import SmallCorpus, small_recipe
+from conftest import SmallCorpus, draws, small_recipe
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small import new_denoiser
@@ -51,7 +51,7 @@ class Asked:
         return self._denoiser(ids, **options)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=draws(10), deadline=None)
 @given(
     stages=STAGES,
     in_blocks=st.booleans(),

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from conftest import draws, in_long
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small import ABSORBING, LINEAR, MASK, TEXT, Recorded, batch_of, diffusion, expected, new_denoiser, nodes, texts
@@ -32,7 +33,7 @@ def test_over_a_mask_and_its_complement_each_counted_token_is_asked_once():
     assert 2 * loss.divisor == loss.num_tokens == counted.sum()
 
 
-@pytest.mark.parametrize("block_length", [None, 2])
+@pytest.mark.parametrize("block_length", [None, *in_long(2)])
 @pytest.mark.parametrize("process", ABSORBING.values(), ids=ABSORBING)
 def test_a_pair_costs_in_the_mean_what_one_mask_does(process, block_length):
     """Loss and bound, under every schedule: where alpha is not even over t, the complements' times are not either."""
@@ -156,7 +157,7 @@ def noised_rows(draw):
     return is_clean, is_real, np.cumsum(starts, axis=1)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=draws(40), deadline=None)
 @given(rows=noised_rows(), block_length=st.integers(1, 10))
 def test_in_blocks_a_mask_is_weighed_by_what_it_sees(rows, block_length):
     """Itself a block's; its document's blocks before it as they were; nothing behind it."""
@@ -172,7 +173,7 @@ def test_in_blocks_a_mask_is_weighed_by_what_it_sees(rows, block_length):
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=draws(20), deadline=None)
 @given(rows=noised_rows(), more=st.integers(0, 3))
 def test_in_one_block_a_mask_weighs_what_it_does_in_a_whole_row(rows, more):
     length = rows[0].shape[1]

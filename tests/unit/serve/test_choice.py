@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import pytest
+from conftest import draws
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -40,7 +41,7 @@ texts = st.text(st.sampled_from("helo wrd é日😀"), max_size=12)
 some = st.lists(st.integers(0, 30), max_size=4)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=draws(200), deadline=None)
 @given(text=texts, head=texts, pieces=some)
 def test_bytes_are_a_tokens_own_and_offsets_are_where_its_character_begins(text, head, pieces):
     whole, entries, offsets = told(text, head=head, pieces=pieces)
@@ -55,7 +56,7 @@ def test_bytes_are_a_tokens_own_and_offsets_are_where_its_character_begins(text,
     assert all((entry["top_logprobs"] is None) == (entry["logprob"] is None) for entry in entries)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=draws(200), deadline=None)
 @given(text=texts, stop=st.text(st.sampled_from("helo é"), min_size=1, max_size=3), pieces=some)
 def test_no_token_behind_a_stop_string_is_told_whenever_it_is_seen(text, stop, pieces):
     whole, entries, offsets = told(text, stop=(stop,), pieces=pieces)

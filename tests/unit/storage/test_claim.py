@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 
 import pytest
+from conftest import draws
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from s3_server import s3_server
@@ -425,7 +426,7 @@ SEEDS = st.integers(0, 2**32)
 PLANS = st.lists(st.tuples(st.floats(0, 90), st.integers(0, 4), st.booleans()), min_size=2, max_size=5)
 
 
-@settings(max_examples=60)
+@settings(max_examples=draws(60))
 @given(seed=SEEDS, plans=PLANS)
 def test_while_nobody_sleeps_longer_than_the_lease_at_most_one_has_it(seed, plans):
     world = simulated(seed, plans, longest=2.0)
@@ -434,7 +435,7 @@ def test_while_nobody_sleeps_longer_than_the_lease_at_most_one_has_it(seed, plan
     assert world.won == sorted(set(world.won))
 
 
-@settings(max_examples=60)
+@settings(max_examples=draws(60))
 @given(seed=SEEDS, plans=PLANS)
 def test_who_slept_finds_at_its_next_beat_that_another_has_it(seed, plans):
     world = simulated(seed, plans, longest=60.0)

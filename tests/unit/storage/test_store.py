@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from conftest import draws
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from s3_faults import QUICK, at_random, faulty_s3
@@ -56,7 +57,7 @@ def store(new_store) -> Store:
     return new_store()
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=draws(8), deadline=None)
 @given(names=key_sets(), data=st.binary(max_size=100))
 def test_what_was_put_is_listed_sorted_below_its_folders_only_and_read_back(new_store, names, data):
     store = new_store()

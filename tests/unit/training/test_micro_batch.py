@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import draws
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -61,7 +62,7 @@ def test_the_gradient_of_a_batch_does_not_tell_how_it_was_cut(name):
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=draws(10), deadline=None)
 @given(seed=st.integers(0, 999), rows=st.integers(1, 6))
 def test_the_divisor_is_told_before_the_loss_and_is_the_losses_own(name, seed, rows):
     objective, batch = OBJECTIVES[name], some_batch(seed, rows)

@@ -138,6 +138,7 @@ def test_a_model_learns_to_prefer_and_forgets_little(root, started, kind):
     assert _about_training({**records[-1], "step": 60}, prepared.recipe).endswith("a pair")
 
 
+@pytest.mark.long
 def test_a_share_of_the_chosen_answers_own_nats_keeps_them_likely(root, started):
     run, chosen = started("rows"), []
     for weight in (0.0, 0.5):

@@ -11,7 +11,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
-from conftest import SmallCorpus
+from conftest import SmallCorpus, draws
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from trainers import BadAt, Pair, Told, make_trainer, newest_of, run_dir
@@ -133,7 +133,7 @@ NEWEST = st.sets(st.integers(0, 2))  # of what is committed, counted from the ne
 EVENTS = st.one_of(st.integers(1, 4), st.tuples(NEWEST, NEWEST))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=draws(60), deadline=None)
 @given(
     events=st.lists(EVENTS, min_size=4, max_size=12),
     keep=st.integers(1, 3),
