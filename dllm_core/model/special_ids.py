@@ -83,10 +83,10 @@ def with_token(tokenizer_json: str, token: str, number: int, place: str) -> str:
 
 
 def _first(*found: Any) -> int | None:
-    """The first that says something; of several end tokens the first counts."""
+    """The first that says something; of several end tokens the first counts, and -1 is Llama's word for none."""
     for value in found:
         value = value[0] if isinstance(value, list) and value else value
-        if isinstance(value, int) and not isinstance(value, bool):
+        if isinstance(value, int) and not isinstance(value, bool) and value != -1:
             return value
     return None
 

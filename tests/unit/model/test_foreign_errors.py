@@ -222,8 +222,9 @@ def test_weights_of_which_other_software_would_read_others_are_refused(tmp_path)
         open_foreign(folder)
 
 
-def test_of_several_end_tokens_the_first_counts_and_pads_or_the_one_that_the_user_says(tmp_path):
-    config = {**NO_MASK, "eos_token_id": [33, 35], "pad_token_id": None}
+@pytest.mark.parametrize("pad", [None, -1])
+def test_of_several_end_tokens_the_first_counts_and_pads_or_the_one_that_the_user_says(tmp_path, pad):
+    config = {**NO_MASK, "eos_token_id": [33, 35], "pad_token_id": pad}
     folder = write_folder(tmp_path, config, random_tensors(DREAM))
     for said, eos in ((None, 33), (33, 33), (35, 35)):
         found = open_foreign(folder, mask_id=1, eos_id=said).config
