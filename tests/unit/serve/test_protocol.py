@@ -1,6 +1,7 @@
 """What a request may hold, and what a bad one is told."""
 
 import json
+import time
 
 import pytest
 
@@ -107,8 +108,26 @@ def test_null_is_the_default_of_whatever_has_one(kind):
     assert parse_body(kind, json.dumps({**needed, **nulls}).encode()) == parse_body(kind, json.dumps(needed).encode())
 
 
-def test_brackets_in_a_prompt_are_text():
-    assert parse(prompt="[" * 500).prompts == ["[" * 500]
+@pytest.mark.parametrize("text", ["[" * 500, '"[' * 500, "\\" * 3 + "[" * 500])
+def test_brackets_in_a_prompt_are_text(text):
+    assert parse(prompt=text).prompts == [text]
+
+
+@pytest.mark.parametrize("text", ["]" * 500, '"]' * 500, "\\" * 3 + "]" * 500])
+def test_brackets_in_a_prompt_hide_no_depth(text):
+    schema: dict = {}
+    for _ in range(400):
+        schema = {"items": schema}
+    with pytest.raises(RequestError, match="body: nested deeper than 64"):
+        parse(prompt=text, response_format={"type": "json_schema", "json_schema": {"schema": schema}})
+
+
+def test_how_deep_a_body_is_takes_time_as_it_is_long():
+    began = time.monotonic()
+    for body in (b'{"' + b'\\"' * (1 << 17), b'"\\' * (1 << 17), b"[]" * (1 << 17)):
+        with pytest.raises(RequestError, match="is not JSON"):
+            parse_body(CompletionRequest, body)
+    assert time.monotonic() - began < 4
 
 
 def test_seeds_of_choices_differ_and_the_first_is_the_one_asked_for():
