@@ -130,6 +130,12 @@ def test_how_deep_a_body_is_takes_time_as_it_is_long():
     assert time.monotonic() - began < 4
 
 
+def test_of_alternatives_that_look_alike_the_likeliest_is_told():
+    best = [{"token": token, "logprob": -1.0 - i} for i, token in enumerate(["\ufffd", "a", "\ufffd"])]
+    told = parse(logprobs=3).told([{"token": "\ufffd", "logprob": -1.0, "top_logprobs": best}], [0])
+    assert told["top_logprobs"] == [{"\ufffd": -1.0, "a": -2.0}]
+
+
 def test_seeds_of_choices_differ_and_the_first_is_the_one_asked_for():
     first = parse(seed=5).seeds(6)
     assert first[0] == 5
