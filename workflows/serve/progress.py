@@ -48,7 +48,7 @@ Detail = Literal["end", "tokens", "commits", "canvas"]
 class Commit:
     """A token that became final. position: from the first behind the prompt; log_prob: nats, of the call that did it.
 
-    best: the likeliest tokens there in that call and their log-probabilities, as many as were asked for.
+    best: the likeliest tokens there in that call and their log-probabilities, as many as were asked for and possible.
     """
 
     position: int
@@ -169,8 +169,8 @@ class Call:
 def _commits(update: "RowUpdate") -> list[Commit]:
     head = len(update.state.request.prompt)
     logs = np.log(np.maximum(update.confidence, np.finfo(np.float32).tiny)).tolist()
-    best = [
-        tuple(zip(tokens, log_probs, strict=True))
+    best = [  # what a call gives no probability at all is no alternative, and its logarithm no JSON
+        tuple(pair for pair in zip(tokens, log_probs, strict=True) if pair[1] > -math.inf)
         for tokens, log_probs in zip(update.best_tokens.tolist(), update.best_log_probs.tolist(), strict=True)
     ]
     made = zip(update.commits, logs, best, strict=True)
