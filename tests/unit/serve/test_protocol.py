@@ -159,8 +159,9 @@ def test_options_override_the_recipe_and_impossible_ones_name_themselves():
     for name in ("threshold", "factor"):
         with pytest.raises(RequestError, match=rf"diffusion\.{name}: is for unmask={name}( or editing)?, got"):
             parse(diffusion={"unmask": "entropy", name: 0.5}).decode_config(base, 100)
-    with pytest.raises(RequestError, match=r"diffusion\.steps_per_block"):
-        parse(diffusion={"steps_per_block": 99}).decode_config(base, 100)
+    for name, value in {"steps_per_block": 99, "threshold": 2, "cfg_scale": -1, "block_length": 0}.items():
+        with pytest.raises(RequestError, match=rf"diffusion\.{name}: must be"):
+            parse(diffusion={name: value}).decode_config(base, 100)
 
 
 def test_a_request_holds_at_most_64_rows_and_says_which_parameter_makes_them():

@@ -182,7 +182,8 @@ class DecodingFields(Part):
         try:
             return DecodeConfig.checked(values)
         except ConfigError as error:
-            named = {field: f"diffusion.{name}" for name, field in _PLAIN.items()}
+            fields = {**{name: f"policy.{name}" for name in _OPTIONS}, **_PLAIN}
+            named = {field: f"diffusion.{name}" for name, field in fields.items()}
             kept = error.place if error.place in {"temperature", "top_p", "max_tokens"} else f"diffusion.{error.place}"
             raise RequestError(named.get(error.place, kept), error.problem, error.value, error.remedy) from None
 
