@@ -202,6 +202,8 @@ def test_efforts_are_policies_and_what_is_said_beside_them_counts_more():
     assert (instant.policy.threshold, instant.steps) == (0.3, 10)
     assert (low.policy.threshold, low.steps) == (0.6, 20)
     assert (high.policy.type, high.steps_per_block, high.steps) == ("low_confidence", base.block_length, 80)
+    longer = of(reasoning_effort="high", diffusion={"block_length": 32})  # one position a call still
+    assert (longer.block_length, longer.steps_per_block) == (32, 32)
     assert of(reasoning_effort="medium") == base.model_copy(update={"max_tokens": base.max_tokens})
     assert of(diffusion={"effort": "low"}) == low
     assert of(reasoning_effort="low", diffusion={"effort": "high"}) == high

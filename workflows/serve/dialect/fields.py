@@ -161,6 +161,9 @@ class DecodingFields(Part):
             if getattr(self, name) is not None:
                 values[name] = getattr(self, name)
         ours = self.diffusion
+        if ours.block_length is not None:  # first: an effort may follow it
+            values["block_length"] = ours.block_length
+            values["steps_per_block"] = min(values["steps_per_block"], ours.block_length)
         _take_effort(values, ours.effort or self.reasoning_effort)
         if ours.unmask is not None and values["policy"]["type"] != ours.unmask:
             values["policy"] = {"type": ours.unmask}
@@ -174,9 +177,6 @@ class DecodingFields(Part):
             if getattr(ours, name) is not None:
                 values[field] = getattr(ours, name)
         values["refresh_every"] = values["refresh_every"] if values["cache"] != "none" else None
-        if ours.block_length is not None:
-            values["block_length"] = ours.block_length
-            values["steps_per_block"] = min(values["steps_per_block"], ours.block_length)
         if ours.steps_per_block is not None:
             values["steps_per_block"] = ours.steps_per_block
         try:
