@@ -146,6 +146,14 @@ def test_an_edit_changes_its_spans_and_nothing_else(served):
         ("/v1/score", {"completion": "a", "draws": 1}, "draws"),
         ("/v1/completions", {"prompt": "a", "diffusion": {"regex": "("}}, "diffusion.regex"),
         ("/v1/completions", {"prompt": "a", "diffusion": {"regex": "a"}, "stop": "x"}, "diffusion.regex"),
+        (
+            "/v1/infill",
+            {
+                "segments": [{"hole": 12}],
+                "diffusion": {"unmask": "remasking", "block_length": 1, "steps_per_block": 400},
+            },
+            "diffusion.steps_per_block",
+        ),
     ],
 )
 def test_what_cannot_be_done_is_refused_by_name(served, path, body, param):
