@@ -16,6 +16,7 @@ from fastapi import FastAPI
 from local_endpoint import local_endpoint
 
 from dllm_core.errors import ConfigError
+from workflows.serve.dialect.completions import CompletionRequest
 from workflows.serve.edge import OPEN_ROUTES, Edge, EdgeSettings, guard
 from workflows.serve.gateway import api
 from workflows.serve.keys import KeyRing, read_keys
@@ -122,6 +123,21 @@ def test_every_answer_carries_its_id_and_says_how_to_treat_it(models):
 
     with local_endpoint(models) as session:
         session(scenario)
+
+
+def test_an_error_that_nobody_has_foreseen_carries_its_id_too(models, monkeypatch):
+    monkeypatch.setattr(CompletionRequest, "rows", lambda *_: 1 // 0)
+
+    async def scenario(client):
+        body = {"model": "m", "prompt": "RED"}
+        return await client.post("/v1/completions", json=body, headers={"x-request-id": "mine-1"})
+
+    with local_endpoint(models) as session:
+        answer = session(scenario)
+    assert (answer.status_code, answer.json()["error"]["message"]) == (500, "ZeroDivisionError")
+    assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+    assert answer.headers["x-request-id"] == "mine-1"
+    assert answer.headers["x-content-type-options"] == "nosniff"
 
 
 def test_other_origins_may_ask_only_where_it_was_said(models):
