@@ -1,6 +1,7 @@
 """The gateway over HTTP, with replicas whose every step is scripted: retries, deadlines, refusals, freed rows."""
 
 import asyncio
+import itertools
 import json
 import subprocess
 import sys
@@ -255,6 +256,13 @@ def test_a_call_that_a_replica_cannot_begin_is_tried_elsewhere_and_what_broke_in
     replicas = Replicas(lambda i: steps(broken) if i == 0 else steps("end"))
     answer = served(replicas)(prompt="RED", stream=stream)
     assert (answer.status_code, len(replicas.calls)) == (503, 1)
+
+
+def test_all_chunks_of_a_stream_say_that_it_was_made_at_one_time(served, steps, monkeypatch):
+    monkeypatch.setattr(time, "time", itertools.count(1_700_000_000).__next__)
+    *told, _ = events(served(Replicas(lambda i: steps(1, 2, "end")))(prompt="RED", stream=True))
+    assert len(told) == 3
+    assert len({json.loads(event)["created"] for event in told}) == 1
 
 
 def test_replicas_that_keep_dying_end_a_stream_with_an_error_event(served, steps):
