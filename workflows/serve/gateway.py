@@ -18,6 +18,7 @@ from dllm_core.checkpoints.run_dir import RunDir
 from dllm_core.decoding.config import MAX_ROWS
 from dllm_core.errors import ConfigError, DllmError
 from workflows.serve.answer import Answering, explained
+from workflows.serve.calls import scores_of
 from workflows.serve.config import ServeConfig, ServedModels, ServedRun
 from workflows.serve.dialect.body import parse_body
 from workflows.serve.dialect.chat import ChatRequest
@@ -193,8 +194,8 @@ class Gateway:
                 questions = await made(lambda: asked.questions(model))
                 call = (model.name, model.digest, questions, asked.draws, asked.target_error, asked.seed)
                 try:
-                    scores, estimator = await self._replicas.score.remote(*call)
-                except (RayError, RayServeException) as error:
+                    scores, estimator = await scores_of(self._replicas, *call)
+                except Exception as error:
                     raise explained(error) from error
                 return JSONResponse(asked.answer(model, questions, scores, estimator))
         except (DllmError, ApiError, TimeoutError) as error:

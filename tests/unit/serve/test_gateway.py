@@ -8,6 +8,7 @@ import sys
 import time
 from types import SimpleNamespace
 
+import grpc
 import httpx
 import pytest
 from ray import serve
@@ -16,6 +17,7 @@ from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from dllm_core.errors import ConfigError
+from dllm_core.evaluation.question import AnswerScore
 from workflows.serve.config import ServeConfig
 from workflows.serve.dialect.completions import CompletionRequest
 from workflows.serve.gateway import Gateway, api
@@ -256,6 +258,30 @@ def test_a_call_that_a_replica_cannot_begin_is_tried_elsewhere_and_what_broke_in
     replicas = Replicas(lambda i: steps(broken) if i == 0 else steps("end"))
     answer = served(replicas)(prompt="RED", stream=stream)
     assert (answer.status_code, len(replicas.calls)) == (503, 1)
+
+
+GONE = [ActorDiedError(), grpc.RpcError("unavailable"), asyncio.CancelledError(), NotLoadedError("m")]
+
+
+@pytest.mark.parametrize("error", [*GONE, RuntimeError("a score failed")], ids=lambda error: type(error).__name__)
+def test_a_score_whose_replica_goes_is_asked_for_elsewhere_and_one_that_fails_is_not(served, steps, error):
+    asked, is_wrapped = [], isinstance(error, RuntimeError)
+
+    async def score(*call):
+        asked.append(call)
+        if len(asked) == 1:
+            raise RayTaskError("score", "", error).as_instanceof_cause() if is_wrapped else error
+        return [AnswerScore(2.0, 0.1, 4)], "exact"
+
+    replicas = Replicas(steps)
+    replicas.score = SimpleNamespace(remote=score)
+    answer = served(replicas)("/v1/score", completion="RED")
+    if error not in GONE:
+        assert (answer.status_code, len(asked)) == (503, 1)
+        return
+    assert answer.json()["data"][0]["nats"] == 2.0
+    assert len(asked) == 2
+    assert asked[0] == asked[1]
 
 
 def test_all_chunks_of_a_stream_say_that_it_was_made_at_one_time(served, steps, monkeypatch):
