@@ -39,6 +39,8 @@ class Compiler:
     async def compile(self, regex: str) -> TokenAutomaton:
         """As `compile_regex`; RequestError too where that takes more time or memory than it may."""
         async with self._turn:
+            if self._pool is not None and _is_gone(self._pool):  # ended by others: the next expression is not why
+                self.close()
             if self._pool is None:
                 spawn = multiprocessing.get_context("spawn")
                 self._pool = ProcessPoolExecutor(1, spawn, _begin, (self._spelled,))
@@ -69,3 +71,7 @@ class Compiler:
 
 def _ready() -> None:
     return None
+
+
+def _is_gone(pool: ProcessPoolExecutor) -> bool:
+    return bool(pool._broken) or not all(process.is_alive() for process in (pool._processes or {}).values())
