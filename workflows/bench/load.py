@@ -122,11 +122,20 @@ async def ask(
                 if first is None and any(choice.get("text") for choice in choices):
                     first = time.monotonic() - began
                 usage = event.get("usage") or {}
-                tokens = usage.get("completion_tokens", tokens)
-                calls = (usage.get("diffusion") or {}).get("num_calls", calls)
+                tokens = _counted(usage.get("completion_tokens"), tokens)
+                calls = _counted((usage.get("diffusion") or {}).get("num_calls"), calls)
     except (httpx.HTTPError, ValueError, TypeError, AttributeError):  # the last two: events of another shape
         is_whole = False
     whole = time.monotonic() - began
     if not is_whole:
         return Answered(0, began - origin, None, None, 0, 0)
     return Answered(200, began - origin, first if first is not None else whole, whole, tokens, calls)
+
+
+def _counted(told: Any, before: int) -> int:
+    """What a usage tells, or what one before it did."""
+    if told is None:
+        return before
+    if not isinstance(told, int):
+        raise TypeError("no number of tokens or calls")
+    return told

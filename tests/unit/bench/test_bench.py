@@ -85,12 +85,21 @@ def test_what_is_no_endpoint_is_a_line(endpoint, tmp_path, what, answer, line):
     assert line in str(caught.value)
 
 
-@pytest.mark.parametrize("event", [b"null", b"3", b'{"choices": 3}', b'{"usage": [1]}'])
+@pytest.mark.parametrize(
+    "event", [b"null", b"3", b'{"choices": 3}', b'{"usage": [1]}', b'{"usage": {"completion_tokens": "3"}}']
+)
 def test_a_stream_of_another_shape_is_a_request_that_failed(endpoint, tmp_path, event):
     url, said = endpoint
     said["stream"] = (200, b"data: " + event + b"\n\ndata: [DONE]\n\n")
     [load] = loaded(url, tmp_path)["loads"]
     assert load["by_status"] == {"0": load["requests"]}
+
+
+def test_a_usage_that_is_not_known_is_no_failure(endpoint, tmp_path):
+    url, said = endpoint
+    said["stream"] = (200, b'data: {"usage": {"completion_tokens": null}}\n\ndata: [DONE]\n\n')
+    [load] = loaded(url, tmp_path)["loads"]
+    assert (load["by_status"], load["tokens_per_s"]) == ({"200": load["requests"]}, 0)
 
 
 def test_a_client_that_falls_behind_hides_no_wait_of_an_open_loop(endpoint):
