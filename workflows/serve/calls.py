@@ -15,6 +15,7 @@ from typing import Any
 
 import grpc  # type: ignore[import-untyped]
 from ray.exceptions import RayError, RayTaskError
+from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from dllm_core.evaluation.question import AnswerScore
@@ -26,6 +27,7 @@ from workflows.serve.routing import num_replicas
 _TRIES = 4
 _LEAST_ROWS = 8  # of a call, where a request has them: its messages cost as much for one row as for many
 _PING_EVERY_S = 15.0
+_TOLD_WITHIN_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,19 @@ async def scores_of(replicas: DeploymentHandle, *asked: Any) -> tuple[list[Answe
         except (RayError, grpc.RpcError) as error:
             await _before_another_try(error, attempt)
     raise AssertionError
+
+
+async def told_by_all(handle: DeploymentHandle, method: str) -> list[Any]:
+    """What each replica of a deployment answers, or what went wrong there; one that hangs hides no other."""
+    try:
+        async with asyncio.timeout(_TOLD_WITHIN_S):
+            asked = await handle.broadcast(method)._fetch_replica_results_async()  # its own timeout is of all together
+    except DeploymentUnavailableError:  # there is none
+        return []
+    except (RayError, RayServeException, TimeoutError) as error:
+        return [error]
+    answers = (asyncio.wait_for(one.get_async(), _TOLD_WITHIN_S) for one in asked)
+    return list(await asyncio.gather(*answers, return_exceptions=True))
 
 
 async def _before_another_try(error: Exception, attempt: int) -> None:

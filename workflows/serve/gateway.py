@@ -9,8 +9,6 @@ from typing import Any, Protocol, TypeVar
 from fastapi import Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from ray import serve
-from ray.exceptions import RayError
-from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from dllm_core.checkpoints.bundle import read_bundle
@@ -18,7 +16,7 @@ from dllm_core.checkpoints.run_dir import RunDir
 from dllm_core.decoding.config import MAX_ROWS
 from dllm_core.errors import ConfigError, DllmError
 from workflows.serve.answer import Answering, explained
-from workflows.serve.calls import scores_of
+from workflows.serve.calls import scores_of, told_by_all
 from workflows.serve.config import ServeConfig, ServedModels, ServedRun
 from workflows.serve.dialect.body import parse_body
 from workflows.serve.dialect.chat import ChatRequest
@@ -35,9 +33,7 @@ from workflows.serve.page import PAGE, PAGE_HEADERS
 from workflows.serve.room import Room
 from workflows.serve.routing import num_replicas
 
-_LOAD_WITHIN_S = 5.0
 _LARGE = 16 << 10  # bytes of a body that take milliseconds to read
-_NO_REPLICA = (RayError, RayServeException, TimeoutError)
 _STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 Decoding = CompletionRequest | ChatRequest | InfillRequest | EditRequest
@@ -71,17 +67,6 @@ async def _joined(first: bytes, others: AsyncGenerator[bytes, None]) -> AsyncIte
         yield first
         async for other in others:
             yield other
-
-
-async def _told_by_all(handle: DeploymentHandle, method: str) -> list[Any]:
-    """What each replica of a deployment answers, or what went wrong there."""
-    try:
-        told = handle.broadcast(method)
-        return list(await told.results_async(timeout_s=_LOAD_WITHIN_S, return_exceptions=True))
-    except DeploymentUnavailableError:  # there is none
-        return []
-    except _NO_REPLICA as error:
-        return [error]
 
 
 @serve.deployment
@@ -229,14 +214,14 @@ class Gateway:
 
     async def _loads(self) -> list[Any]:
         """What each replica says of its rows, or what went wrong there."""
-        return await _told_by_all(self._replicas, "load")
+        return await told_by_all(self._replicas, "load")
 
     async def _counted_elsewhere(self) -> list[Any]:
         """What each gateway has counted, or what went wrong there."""
         if self._gateways == 1:
             return []
         here = serve.get_replica_context()
-        return await _told_by_all(serve.get_deployment_handle(here.deployment, here.app_name), "counted")
+        return await told_by_all(serve.get_deployment_handle(here.deployment, here.app_name), "counted")
 
     async def _read(self, http: Request, kind: type[Asked]) -> tuple[Asked, ServedModel, _Making]:
         """A body, checked, the model that it asks for, and where to make more of it: a large one in a thread."""
