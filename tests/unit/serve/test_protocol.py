@@ -35,6 +35,8 @@ def parse(**fields):
         ({"diffusion": {"treshold": 1}}, "diffusion.treshold"),
         ({"logprobs": 6}, "logprobs"),
         ({"diffusion": {"steps": 1 << 20}}, "diffusion.steps"),
+        ({"diffusion": {"frames": "changes"}}, "diffusion.frames"),
+        ({"diffusing": True, "logprobs": 0}, "logprobs"),
         ({"reasoning_effort": "extreme"}, "reasoning_effort"),
         ({"presence_penalty": 0.5}, "presence_penalty"),
         ({"prompt": None}, "prompt"),

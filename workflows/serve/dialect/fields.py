@@ -128,9 +128,13 @@ class DecodingFields(Part):
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     def check(self, limits: Limits) -> None:
-        """Refuse what is beyond the endpoint's limits."""
+        """Refuse what is beyond the endpoint's limits, and what would be passed over."""
         if self.n > limits.choices:
             raise RequestError("n", f"must be at most {limits.choices}", self.n)
+        if self.diffusing and self.wanted_logprobs is not None:
+            raise RequestError("logprobs", "are not told in frames", remedy="stream=true instead of diffusing")
+        if self.diffusion.frames != "whole" and not self.diffusing:
+            raise RequestError("diffusion.frames", "is for diffusing=true", self.diffusion.frames)
         if len(self.stops) > limits.stops or any(not 1 <= len(stop) <= limits.stop_chars for stop in self.stops):
             raise RequestError("stop", f"at most {limits.stops} strings of 1 to {limits.stop_chars} characters")
         for name in ("steps", "steps_per_block"):
