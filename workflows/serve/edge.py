@@ -42,11 +42,12 @@ _log = logging.getLogger("dllm.access")
 
 @dataclass(frozen=True)
 class EdgeSettings:
-    """Whom a gateway lets in, and how much of a header."""
+    """Whom a gateway lets in, and how much of a header. tells_ids: nobody before it does."""
 
     keys: KeyRing | None = None
     allow_origins: frozenset[str] = frozenset()
     limits: Limits = field(default_factory=Limits)
+    tells_ids: bool = True
 
 
 # One gateway a process: Ray Serve copies the application before the gateway knows its settings.
@@ -80,7 +81,9 @@ class Edge:
             if message["type"] == "http.response.start":
                 status, is_begun = message["status"], True
                 said = {name.lower() for name, _ in message["headers"]}
-                own = {**_HEADERS, "X-Request-Id": request_id, **self._cors(headers)}
+                own = {**_HEADERS, **self._cors(headers)}
+                if _settings.tells_ids or request_id != asked_id:
+                    own["X-Request-Id"] = request_id
                 message["headers"] = [
                     *message["headers"],
                     *((n.encode(), v.encode()) for n, v in own.items() if n.lower().encode() not in said),

@@ -9,6 +9,7 @@ from typing import Any, Protocol, TypeVar
 from fastapi import Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from ray import serve
+from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from dllm_core.checkpoints.bundle import read_bundle
@@ -69,6 +70,15 @@ async def _joined(first: bytes, others: AsyncGenerator[bytes, None]) -> AsyncIte
             yield other
 
 
+def _is_behind_a_proxy() -> bool:
+    """Whether Ray Serve runs this: its proxy puts an id into each request, and into its answer."""
+    try:
+        serve.get_replica_context()
+    except RayServeException:
+        return False
+    return True
+
+
 @serve.deployment
 @serve.ingress(api)
 class Gateway:
@@ -88,7 +98,8 @@ class Gateway:
         self._room = Room(MAX_ROWS + self._settings.max_queued_requests, num_replicas)
         keys = self._settings.keys_file
         ring = KeyRing(keys) if keys is not None else None
-        guard(EdgeSettings(ring, frozenset(self._settings.allow_origins), self._settings.limits))
+        origins, limits = frozenset(self._settings.allow_origins), self._settings.limits
+        guard(EdgeSettings(ring, origins, limits, tells_ids=not _is_behind_a_proxy()))
         log_to_stderr()
 
     def reconfigure(self, models: dict[str, dict[str, Any]]) -> None:
