@@ -4,7 +4,9 @@ import json
 import time
 
 import pytest
+import tokenizers
 
+from dllm_core.data.tokenizer import Tokenizer, TokenizerConfig
 from dllm_core.decoding.config import DecodeConfig
 from dllm_core.errors import RequestError
 from workflows.serve.config import Limits
@@ -12,6 +14,7 @@ from workflows.serve.dialect.body import parse_body
 from workflows.serve.dialect.chat import ChatRequest
 from workflows.serve.dialect.completions import CompletionRequest, FimRequest
 from workflows.serve.dialect.errors import ApiError
+from workflows.serve.dialect.rows import ServedModel
 from workflows.serve.dialect.score import ScoreRequest
 from workflows.serve.dialect.spans import EditRequest, InfillRequest
 
@@ -136,6 +139,29 @@ def test_of_alternatives_that_look_alike_the_likeliest_is_told():
     best = [{"token": token, "logprob": -1.0 - i} for i, token in enumerate(["\ufffd", "a", "\ufffd"])]
     told = parse(logprobs=3).told([{"token": "\ufffd", "logprob": -1.0, "top_logprobs": best}], [0])
     assert told["top_logprobs"] == [{"\ufffd": -1.0, "a": -2.0}]
+
+
+@pytest.mark.parametrize(
+    ("kind", "said", "place"),
+    [
+        (InfillRequest, lambda text: {"segments": [{"hole": 1}, text, {"hole": 1}]}, "segments"),
+        (EditRequest, lambda text: {"text": f"a{text}b", "spans": [[0, 1], [len(text) + 1, len(text) + 2]]}, "spans"),
+    ],
+)
+def test_a_text_that_is_kept_is_kept_as_it_is_or_refused(kind, said, place):
+    """Some tokenizers compose characters first, as Qwen's does."""
+    core = tokenizers.Tokenizer.from_str(Tokenizer.train(["cafe"], TokenizerConfig(vocab_size=260)).json_text)
+    core.normalizer = tokenizers.normalizers.NFC()
+    tokenizer = Tokenizer(core.to_str(), TokenizerConfig(vocab_size=260))
+    model = ServedModel("m", "d", tokenizer, 64, DecodeConfig(), LIMITS, 0, "diffusion")
+
+    def rows(text):
+        return parse_body(kind, json.dumps({"model": "m", **said(text)}).encode()).rows(model)
+
+    assert len(rows(" caf\u00e9 ")) == 1
+    with pytest.raises(RequestError, match="would change") as caught:
+        rows(" cafe\u0301 ")
+    assert caught.value.place == place
 
 
 def test_seeds_of_choices_differ_and_the_first_is_the_one_asked_for():
