@@ -6,7 +6,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import Any, Protocol, TypeVar
 
-from fastapi import Request
+from fastapi import HTTPException, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from ray import serve
 from ray.serve.exceptions import RayServeException
@@ -151,9 +151,11 @@ class Gateway:
         """The models that are served, the first of them the default of the page."""
         return {"object": "list", "data": [model.card for model in self._models.values()]}
 
-    @api.get("/v1/models/{model}", openapi_extra={"responses": ERRORS})
+    @api.get("/v1/models/{model:path}", openapi_extra={"responses": ERRORS})  # a name may hold a slash
     async def model(self, model: str) -> dict[str, Any]:
         """One's card."""
+        if not model:
+            raise HTTPException(404)
         return self._model(model).card
 
     @api.post("/v1/completions", openapi_extra=takes(CompletionRequest))

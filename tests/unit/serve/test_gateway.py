@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import grpc
 import httpx
+import openai
 import pytest
 from ray import serve
 from ray.exceptions import ActorDiedError, RayError, RayTaskError
@@ -395,6 +396,22 @@ def test_token_ids_that_there_are_not_are_refused_whether_they_are_echoed_or_not
         assert answer.status_code == 400
         assert is_refusal(answer.json(), "invalid_request_error")
         assert answer.json()["error"]["param"] == "prompt"
+
+
+@pytest.mark.parametrize("name", ["m", "org/m", "a b"])
+def test_the_card_of_every_model_in_the_list_can_be_asked_for(small_bundle, monkeypatch, name):
+    gateway = Gateway.func_or_class.__mro__[1](Replicas(None), ServeConfig().model_dump(mode="json"))
+    gateway.reconfigure({name: {"run": small_bundle.url}})
+    monkeypatch.setattr(serve, "get_replica_context", lambda: SimpleNamespace(servable_object=gateway))
+
+    async def asked():
+        transport = httpx.ASGITransport(app=api)
+        async with openai.AsyncOpenAI(
+            base_url="http://gateway/v1", api_key="k", http_client=httpx.AsyncClient(transport=transport), max_retries=0
+        ) as client:
+            return (await client.models.retrieve((await client.models.list()).data[0].id)).id
+
+    assert asyncio.run(asked()) == name
 
 
 @pytest.mark.parametrize("path", ["/v1/completions/", "/v1/models/", "/health/"])
