@@ -193,6 +193,8 @@ class Answering:
         if self._asked.diffusion.frames == "whole" or is_ended:
             delta["content"] = choice.whole_text if is_ended else choice.provisional_text()
         body = {"index": choice.index, "delta": delta, "finish_reason": choice.finish_reason}
+        if is_ended and choice.row.holes:
+            body["holes"] = choice.holes
         return {**self._body(self._asked.chunk_object, [body]), "diffusion_meta": meta}
 
     async def _told(

@@ -315,6 +315,7 @@ def test_documents_stream_whole_and_show_frames(served, path):
     shown = served(path, {**body, "diffusing": True})
     finals = [event["choices"][0] for event in shown if event["choices"][0]["finish_reason"]]
     assert {one["index"]: one["delta"]["content"] for one in finals} == {c["index"]: c["text"] for c in whole}
+    assert {one["index"]: one.get("holes") for one in finals} == {c["index"]: c.get("holes") for c in whole}
 
 
 def test_schemas_and_expressions_are_kept(served):
