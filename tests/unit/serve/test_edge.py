@@ -10,6 +10,7 @@ import threading
 import time
 
 import httpx
+import openai
 import pytest
 import uvicorn
 from fastapi import FastAPI
@@ -138,6 +139,17 @@ def test_an_error_that_nobody_has_foreseen_carries_its_id_too(models, monkeypatc
     assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
     assert answer.headers["x-request-id"] == "mine-1"
     assert answer.headers["x-content-type-options"] == "nosniff"
+
+
+def test_the_card_of_every_model_in_the_list_can_be_asked_for(models):
+    async def scenario(http):
+        client = openai.AsyncOpenAI(base_url="http://gateway/v1", api_key="unused", http_client=http, max_retries=0)
+        listed = [model.id for model in (await client.models.list()).data]
+        return listed, [(await client.models.retrieve(name)).id for name in listed]
+
+    with local_endpoint({name: models["m"] for name in ("m", "org/m", "a b")}) as session:
+        listed, found = session(scenario)
+    assert found == listed == ["m", "org/m", "a b"]
 
 
 def test_other_origins_may_ask_only_where_it_was_said(models):

@@ -9,9 +9,7 @@ import sys
 import time
 from types import SimpleNamespace
 
-import grpc
 import httpx
-import openai
 import pytest
 from ray import serve
 from ray.exceptions import ActorDiedError, RayError, RayTaskError
@@ -19,7 +17,6 @@ from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from dllm_core.errors import ConfigError
-from dllm_core.evaluation.question import AnswerScore
 from workflows.serve.config import ServeConfig
 from workflows.serve.dialect.completions import CompletionRequest
 from workflows.serve.gateway import Gateway, api
@@ -269,30 +266,6 @@ def test_a_call_that_a_replica_cannot_begin_is_tried_elsewhere_and_what_broke_in
     assert (answer.status_code, len(replicas.calls)) == (503, 1)
 
 
-GONE = [ActorDiedError(), grpc.RpcError("unavailable"), asyncio.CancelledError(), NotLoadedError("m")]
-
-
-@pytest.mark.parametrize("error", [*GONE, RuntimeError("a score failed")], ids=lambda error: type(error).__name__)
-def test_a_score_whose_replica_goes_is_asked_for_elsewhere_and_one_that_fails_is_not(served, steps, error):
-    asked, is_wrapped = [], isinstance(error, RuntimeError)
-
-    async def score(*call):
-        asked.append(call)
-        if len(asked) == 1:
-            raise RayTaskError("score", "", error).as_instanceof_cause() if is_wrapped else error
-        return [AnswerScore(2.0, 0.1, 4)], "exact"
-
-    replicas = Replicas(steps)
-    replicas.score = SimpleNamespace(remote=score)
-    answer = served(replicas)("/v1/score", completion="RED")
-    if error not in GONE:
-        assert (answer.status_code, len(asked)) == (503, 1)
-        return
-    assert answer.json()["data"][0]["nats"] == 2.0
-    assert len(asked) == 2
-    assert asked[0] == asked[1]
-
-
 def test_all_chunks_of_a_stream_say_that_it_was_made_at_one_time(served, steps, monkeypatch):
     monkeypatch.setattr(time, "time", itertools.count(1_700_000_000).__next__)
     *told, _ = events(served(Replicas(lambda i: steps(1, 2, "end")))(prompt="RED", stream=True))
@@ -396,22 +369,6 @@ def test_token_ids_that_there_are_not_are_refused_whether_they_are_echoed_or_not
         assert answer.status_code == 400
         assert is_refusal(answer.json(), "invalid_request_error")
         assert answer.json()["error"]["param"] == "prompt"
-
-
-@pytest.mark.parametrize("name", ["m", "org/m", "a b"])
-def test_the_card_of_every_model_in_the_list_can_be_asked_for(small_bundle, monkeypatch, name):
-    gateway = Gateway.func_or_class.__mro__[1](Replicas(None), ServeConfig().model_dump(mode="json"))
-    gateway.reconfigure({name: {"run": small_bundle.url}})
-    monkeypatch.setattr(serve, "get_replica_context", lambda: SimpleNamespace(servable_object=gateway))
-
-    async def asked():
-        transport = httpx.ASGITransport(app=api)
-        async with openai.AsyncOpenAI(
-            base_url="http://gateway/v1", api_key="k", http_client=httpx.AsyncClient(transport=transport), max_retries=0
-        ) as client:
-            return (await client.models.retrieve((await client.models.list()).data[0].id)).id
-
-    assert asyncio.run(asked()) == name
 
 
 @pytest.mark.parametrize("path", ["/v1/completions/", "/v1/models/", "/health/"])
