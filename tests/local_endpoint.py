@@ -55,10 +55,10 @@ class LocalReplicas:
         return self
 
     def broadcast(self, method):
-        async def results_async(timeout_s, return_exceptions):
-            return [await getattr(self._replica, method)()]
+        async def asked():
+            return [SimpleNamespace(get_async=getattr(self._replica, method))]
 
-        return SimpleNamespace(results_async=results_async)
+        return SimpleNamespace(_fetch_replica_results_async=asked)
 
 
 REPLICA = {

@@ -105,6 +105,13 @@ def test_openais_client_completes_infills_and_lists_models(client, endpoint):
     assert infill.usage.completion_tokens == 5
 
 
+def test_an_answers_id_is_told_once(client, endpoint):
+    listed = httpx.get(f"{endpoint[0]}/v1/models", headers={"x-request-id": "mine-1"})
+    assert listed.headers.get_list("x-request-id") == ["mine-1"]
+    answer = client.completions.create(model=endpoint[1], prompt="RED ", max_tokens=2)
+    assert re.fullmatch("[A-Za-z0-9-]+", answer._request_id)
+
+
 def test_openais_client_streams_the_unary_text(client, endpoint):
     body = {"model": endpoint[1], "prompt": "BLUE ", "seed": 9, **HOT}
     unary = client.completions.create(**body)

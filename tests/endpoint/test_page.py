@@ -1,5 +1,6 @@
 """The live page in a real browser: typing, watching, stepping, stopping, infilling, editing."""
 
+import ast
 import re
 import shutil
 
@@ -81,6 +82,13 @@ def test_a_prompt_is_denoised_and_every_step_can_be_seen_again(page, url):
     assert page.locator(".canvas .sure, .canvas .likely, .canvas .unsure").count() > 0
     assert f"{answer['usage']['completion_tokens']} tokens" in page.locator("#said").inner_text()
     assert "/v1/completions" in page.locator("#curl").text_content()
+
+
+def test_the_python_that_is_shown_asks_the_same(page):
+    text = 'is it true, "false"\n\\ or é?'
+    page.fill("#text", text)
+    shown = re.search(r"json=(\{.*\})\)\nprint", page.text_content("#python"), re.DOTALL)
+    assert ast.literal_eval(shown[1])["prompt"] == text
 
 
 def test_holes_are_filled_and_a_selected_span_is_edited(page):

@@ -1,6 +1,7 @@
 """Loads: requests sent in a closed loop (so many at once) or an open one (so many a second), each timed.
 
 An open loop goes on sending while answers wait, as users do, and so shows what a closed loop hides: a queue that grows.
+Its times count from when a request was due, so that a client which falls behind hides no wait.
 Times are of the client, on one clock. TTFC: to the first text that will not change. A request that is refused or breaks
 off counts as such, and in no latency.
 """
@@ -63,8 +64,8 @@ async def drive(url: str, load: Load, mix: Mix, headers: dict[str, str], tell: C
     async with httpx.AsyncClient(limits=limits, timeout=httpx.Timeout(300, connect=10), headers=headers) as client:
         began = time.monotonic()
 
-        async def one(number: int) -> None:
-            done.append(await ask(client, url, mix.request(number), began))
+        async def one(number: int, due: float | None = None) -> None:
+            done.append(await ask(client, url, mix.request(number), began, due))
             tell(len(done))
 
         if load.kind == "closed":
@@ -84,7 +85,7 @@ async def _closed(load: Load, one: Callable[[int], Any], began: float) -> None:
     await asyncio.gather(*(client() for _ in range(round(load.level))))
 
 
-async def _open(load: Load, one: Callable[[int], Any], began: float, seed: int) -> None:
+async def _open(load: Load, one: Callable[[int, float], Any], began: float, seed: int) -> None:
     """Arrivals of a Poisson process: waits between them are exponential."""
     rng, at, tasks = random.Random(f"arrivals:{seed}"), 0.0, []
     for number in range(1 << 40):
@@ -92,13 +93,16 @@ async def _open(load: Load, one: Callable[[int], Any], began: float, seed: int) 
         if at >= load.seconds:
             break
         await asyncio.sleep(max(0.0, began + at - time.monotonic()))
-        tasks.append(asyncio.create_task(one(number)))
+        tasks.append(asyncio.create_task(one(number, began + at)))
     await asyncio.gather(*tasks)
 
 
-async def ask(client: httpx.AsyncClient, url: str, body: dict[str, Any], origin: float) -> Answered:
-    """One streamed completion. origin: the clock's zero."""
-    began, first, tokens, calls, is_whole = time.monotonic(), None, 0, 0, False
+async def ask(
+    client: httpx.AsyncClient, url: str, body: dict[str, Any], origin: float, due: float | None = None
+) -> Answered:
+    """One streamed completion. origin: the clock's zero; due: when it was to be sent, by default now."""
+    first, tokens, calls, is_whole = None, 0, 0, False
+    began = time.monotonic() if due is None else due
     try:
         async with client.stream("POST", f"{url}/v1/completions", json=body) as answer:
             if answer.status_code != 200:
@@ -118,11 +122,20 @@ async def ask(client: httpx.AsyncClient, url: str, body: dict[str, Any], origin:
                 if first is None and any(choice.get("text") for choice in choices):
                     first = time.monotonic() - began
                 usage = event.get("usage") or {}
-                tokens = usage.get("completion_tokens", tokens)
-                calls = (usage.get("diffusion") or {}).get("num_calls", calls)
+                tokens = _counted(usage.get("completion_tokens"), tokens)
+                calls = _counted((usage.get("diffusion") or {}).get("num_calls"), calls)
     except (httpx.HTTPError, ValueError, TypeError, AttributeError):  # the last two: events of another shape
         is_whole = False
     whole = time.monotonic() - began
     if not is_whole:
         return Answered(0, began - origin, None, None, 0, 0)
     return Answered(200, began - origin, first if first is not None else whole, whole, tokens, calls)
+
+
+def _counted(told: Any, before: int) -> int:
+    """What a usage tells, or what one before it did."""
+    if told is None:
+        return before
+    if not isinstance(told, int):
+        raise TypeError("no number of tokens or calls")
+    return told

@@ -101,7 +101,7 @@ class Answering:
         """places: the rows', given back as they end; begun, deadline: on the monotonic clock, seconds."""
         self._replicas, self._model, self._asked, self._metrics = replicas, model, asked, metrics
         self._places, self._begun, self._deadline = places, begun, deadline
-        self._id = f"{asked.id_prefix}-{secrets.token_hex(12)}"
+        self._id, self._created = f"{asked.id_prefix}-{secrets.token_hex(12)}", math.floor(time.time())
         wanted = asked.wanted_logprobs
         self._choices = [Choice(i, row, model.tokenizer, begun, wanted) for i, row in enumerate(rows)]
 
@@ -193,6 +193,8 @@ class Answering:
         if self._asked.diffusion.frames == "whole" or is_ended:
             delta["content"] = choice.whole_text if is_ended else choice.provisional_text()
         body = {"index": choice.index, "delta": delta, "finish_reason": choice.finish_reason}
+        if is_ended and choice.row.holes:
+            body["holes"] = choice.holes
         return {**self._body(self._asked.chunk_object, [body]), "diffusion_meta": meta}
 
     async def _told(
@@ -226,7 +228,7 @@ class Answering:
 
     def _body(self, kind: str, choices: list[dict[str, Any]], usage: Any = None) -> dict[str, Any]:
         """An answer, or one chunk of a stream."""
-        body = {"id": self._id, "object": kind, "created": math.floor(time.time()), "model": self._model.name}
+        body = {"id": self._id, "object": kind, "created": self._created, "model": self._model.name}
         return {**body, "choices": choices, **({"usage": usage} if usage is not None else {})}
 
     def _count(self, choice: Choice) -> None:

@@ -9,14 +9,16 @@ import asyncio
 import contextlib
 import itertools
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import grpc  # type: ignore[import-untyped]
 from ray.exceptions import RayError, RayTaskError
+from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
+from dllm_core.evaluation.question import AnswerScore
 from workflows.serve.choice import Choice
 from workflows.serve.dialect.rows import ServedModel
 from workflows.serve.progress import Detail, ElsewhereError, Told
@@ -25,6 +27,7 @@ from workflows.serve.routing import num_replicas
 _TRIES = 4
 _LEAST_ROWS = 8  # of a call, where a request has them: its messages cost as much for one row as for many
 _PING_EVERY_S = 15.0
+_TOLD_WITHIN_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -114,10 +117,52 @@ async def _followed(
                         return
             raise AssertionError("a call ended before its rows")
         except (RayError, grpc.RpcError) as error:
-            says_no = isinstance(error, RayTaskError) and not isinstance(error.cause, ElsewhereError)  # and lives
-            if says_no or attempt == _TRIES - 1:
-                raise
-            await asyncio.sleep(0.1 * 4**attempt)
+            await _before_another_try(error, attempt)
+
+
+async def scores_of(replicas: DeploymentHandle, *asked: Any) -> tuple[list[AnswerScore], str]:
+    """What a replica's `score` answers; one that dies costs a retry here too, and they are the same from any."""
+    for attempt in itertools.count():
+        try:
+            with _told_of_the_gone():
+                found: tuple[list[AnswerScore], str] = await replicas.score.remote(*asked)
+                return found
+        except (RayError, grpc.RpcError) as error:
+            await _before_another_try(error, attempt)
+    raise AssertionError
+
+
+async def told_by_all(handle: DeploymentHandle, method: str) -> list[Any]:
+    """What each replica of a deployment answers, or what went wrong there; one that hangs hides no other."""
+    try:
+        async with asyncio.timeout(_TOLD_WITHIN_S):
+            asked = await handle.broadcast(method)._fetch_replica_results_async()  # its own timeout is of all together
+    except DeploymentUnavailableError:  # there is none
+        return []
+    except (RayError, RayServeException, TimeoutError) as error:
+        return [error]
+    answers = (asyncio.wait_for(one.get_async(), _TOLD_WITHIN_S) for one in asked)
+    return list(await asyncio.gather(*answers, return_exceptions=True))
+
+
+async def _before_another_try(error: Exception, attempt: int) -> None:
+    """Wait for it, or raise the error where another try would be of no use."""
+    says_no = isinstance(error, RayTaskError) and not isinstance(error.cause, ElsewhereError)  # and lives
+    if says_no or attempt == _TRIES - 1:
+        raise error
+    await asyncio.sleep(0.1 * 4**attempt)
+
+
+@contextlib.contextmanager
+def _told_of_the_gone() -> Iterator[None]:
+    """A cancellation that nobody here has asked for is how Ray Serve tells of a replica that shuts down."""
+    try:
+        yield
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise
+        raise _GoneError("the replica ended the call") from None
 
 
 def _taken(choice: Choice, row: Any, seen: Callable[[Choice], Any]) -> News | None:
@@ -139,12 +184,8 @@ async def _call(
         model.name, model.digest, requests, detail, part[0].row.end_id
     )
     try:
-        async for message in messages:
-            yield message
-    except asyncio.CancelledError:
-        task = asyncio.current_task()
-        if task is not None and task.cancelling():
-            raise
-        raise _GoneError("the replica ended the call") from None  # as Ray Serve tells of one that shuts down
+        with _told_of_the_gone():
+            async for message in messages:
+                yield message
     finally:
         messages.cancel()

@@ -71,7 +71,7 @@ class Choice:
         for commit in progress.commits:
             self._commits[commit.position] = commit
         if progress.num_committed and self.first is None:
-            self.first = now - self.begun
+            self.first = now - progress.first_ago_s - self.begun  # what is told at its end alone had it long ago
         tokens, is_ended = progress.tokens, progress.finish_reason is not None
         if self.row.end_id is not None and self.row.end_id in tokens:
             tokens, is_ended = tokens[: tokens.index(self.row.end_id)], True

@@ -29,34 +29,34 @@ def _compile(regex: str) -> TokenAutomaton:
 
 
 class Compiler:
-    """One at a time, in the order asked for. The process starts with the first."""
+    """One at a time, which its owner sees to. The process starts with the first."""
 
     def __init__(self, spelled: Sequence[bytes | None], seconds: float) -> None:
         self._spelled, self._seconds = spelled, seconds
-        self._turn = asyncio.Lock()
         self._pool: ProcessPoolExecutor | None = None
 
     async def compile(self, regex: str) -> TokenAutomaton:
         """As `compile_regex`; RequestError too where that takes more time or memory than it may."""
-        async with self._turn:
-            if self._pool is None:
-                spawn = multiprocessing.get_context("spawn")
-                self._pool = ProcessPoolExecutor(1, spawn, _begin, (self._spelled,))
-                await asyncio.wrap_future(self._pool.submit(_ready))  # its start is not the expression's fault
-            try:
-                return await asyncio.wait_for(
-                    asyncio.wrap_future(self._pool.submit(_compile, regex)), timeout=self._seconds
-                )
-            except TimeoutError:
-                self.close()
-                problem = f"takes more than {self._seconds:g} s to compile"
-                raise RequestError("constraint", problem, remedy="make it simpler: fewer and smaller counts") from None
-            except (BrokenProcessPool, MemoryError):
-                self.close()
-                raise RequestError("constraint", "takes too much memory to compile", remedy="make it simpler") from None
-            except asyncio.CancelledError:
-                self.close()
-                raise
+        if self._pool is not None and _is_gone(self._pool):  # ended by others: the next expression is not why
+            self.close()
+        if self._pool is None:
+            spawn = multiprocessing.get_context("spawn")
+            self._pool = ProcessPoolExecutor(1, spawn, _begin, (self._spelled,))
+            await asyncio.wrap_future(self._pool.submit(_ready))  # its start is not the expression's fault
+        try:
+            return await asyncio.wait_for(
+                asyncio.wrap_future(self._pool.submit(_compile, regex)), timeout=self._seconds
+            )
+        except TimeoutError:
+            self.close()
+            problem = f"takes more than {self._seconds:g} s to compile"
+            raise RequestError("constraint", problem, remedy="make it simpler: fewer and smaller counts") from None
+        except (BrokenProcessPool, MemoryError):
+            self.close()
+            raise RequestError("constraint", "takes too much memory to compile", remedy="make it simpler") from None
+        except asyncio.CancelledError:
+            self.close()
+            raise
 
     def close(self) -> None:
         """End the process, whatever it does."""
@@ -69,3 +69,7 @@ class Compiler:
 
 def _ready() -> None:
     return None
+
+
+def _is_gone(pool: ProcessPoolExecutor) -> bool:
+    return bool(pool._broken) or not all(process.is_alive() for process in (pool._processes or {}).values())

@@ -42,11 +42,12 @@ _log = logging.getLogger("dllm.access")
 
 @dataclass(frozen=True)
 class EdgeSettings:
-    """Whom a gateway lets in, and how much of a header."""
+    """Whom a gateway lets in, and how much of a header. tells_ids: nobody before it does."""
 
     keys: KeyRing | None = None
     allow_origins: frozenset[str] = frozenset()
     limits: Limits = field(default_factory=Limits)
+    tells_ids: bool = True
 
 
 # One gateway a process: Ray Serve copies the application before the gateway knows its settings.
@@ -73,14 +74,16 @@ class Edge:
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
         asked_id = headers.get("x-request-id", "")
         request_id = asked_id if _REQUEST_ID.fullmatch(asked_id) else secrets.token_hex(8)
-        began, status, key = time.monotonic(), 500, None
+        began, status, is_begun, key = time.monotonic(), 500, False, None
 
         async def tell(message: Message) -> None:
-            nonlocal status
+            nonlocal status, is_begun
             if message["type"] == "http.response.start":
-                status = message["status"]
+                status, is_begun = message["status"], True
                 said = {name.lower() for name, _ in message["headers"]}
-                own = {**_HEADERS, "X-Request-Id": request_id, **self._cors(headers)}
+                own = {**_HEADERS, **self._cors(headers)}
+                if _settings.tells_ids or request_id != asked_id:
+                    own["X-Request-Id"] = request_id
                 message["headers"] = [
                     *message["headers"],
                     *((n.encode(), v.encode()) for n, v in own.items() if n.lower().encode() not in said),
@@ -98,6 +101,11 @@ class Edge:
                 await JSONResponse(refusal.body, refusal.status, refusal.headers)(scope, receive, tell)
                 return
             await self._app(scope, receive, tell)
+        except Exception as error:
+            if not is_begun:  # here, where it has its headers and its id yet
+                told = ApiError(500, type(error).__name__, kind="server_error")
+                await JSONResponse(told.body, told.status)(scope, receive, tell)
+            raise
         finally:
             line = {
                 "request_id": request_id,
@@ -163,7 +171,7 @@ async def read_body(http: Request, limit: int) -> bytes:
 
 
 def answer_errors(api: FastAPI) -> None:
-    """Every error in OpenAI's shape, FastAPI's and Starlette's own too."""
+    """Every error in OpenAI's shape, FastAPI's and Starlette's own too; what nobody has foreseen, `Edge` tells."""
 
     async def api_error(_: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, ApiError)
@@ -183,11 +191,7 @@ def answer_errors(api: FastAPI) -> None:
         assert isinstance(error, RequestValidationError)
         return JSONResponse(ApiError(400, str(error.errors()[0]["msg"])).body, 400)
 
-    async def any_error(_: Request, error: Exception) -> JSONResponse:
-        return JSONResponse(ApiError(500, type(error).__name__, kind="server_error").body, 500)
-
     api.add_exception_handler(ApiError, api_error)
     api.add_exception_handler(RequestError, request_error)
     api.add_exception_handler(HTTPException, http_error)
     api.add_exception_handler(RequestValidationError, validation_error)
-    api.add_exception_handler(Exception, any_error)

@@ -125,7 +125,11 @@ def ask(url: str, model: str, body: dict[str, Any]) -> dict[str, Any]:
         answer = httpx.post(f"{url}/v1/completions", json={"model": model, **body}, timeout=60)
     except httpx.HTTPError as error:
         raise DataError("serve", f"no answer ({type(error).__name__})", url) from error
-    values: dict[str, Any] = answer.json()
-    if answer.status_code != 200:
-        raise DataError("serve", values["error"]["message"], answer.status_code)
+    try:
+        values: dict[str, Any] = answer.json()
+        problem = None if answer.status_code == 200 else str(values["error"]["message"])
+    except (ValueError, LookupError, TypeError):  # of Ray's proxy, where no gateway lives
+        problem = f"is no answer of ours: {answer.text[:200]!r}"
+    if problem is not None:
+        raise DataError("serve", problem, answer.status_code)
     return values

@@ -6,11 +6,10 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import Any, Protocol, TypeVar
 
-from fastapi import Request
+from fastapi import HTTPException, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from ray import serve
-from ray.exceptions import RayError
-from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
+from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from dllm_core.checkpoints.bundle import read_bundle
@@ -18,6 +17,7 @@ from dllm_core.checkpoints.run_dir import RunDir
 from dllm_core.decoding.config import MAX_ROWS
 from dllm_core.errors import ConfigError, DllmError
 from workflows.serve.answer import Answering, explained
+from workflows.serve.calls import scores_of, told_by_all
 from workflows.serve.config import ServeConfig, ServedModels, ServedRun
 from workflows.serve.dialect.body import parse_body
 from workflows.serve.dialect.chat import ChatRequest
@@ -34,9 +34,7 @@ from workflows.serve.page import PAGE, PAGE_HEADERS
 from workflows.serve.room import Room
 from workflows.serve.routing import num_replicas
 
-_LOAD_WITHIN_S = 5.0
 _LARGE = 16 << 10  # bytes of a body that take milliseconds to read
-_NO_REPLICA = (RayError, RayServeException, TimeoutError)
 _STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 Decoding = CompletionRequest | ChatRequest | InfillRequest | EditRequest
@@ -72,15 +70,13 @@ async def _joined(first: bytes, others: AsyncGenerator[bytes, None]) -> AsyncIte
             yield other
 
 
-async def _told_by_all(handle: DeploymentHandle, method: str) -> list[Any]:
-    """What each replica of a deployment answers, or what went wrong there."""
+def _is_behind_a_proxy() -> bool:
+    """Whether Ray Serve runs this: its proxy puts an id into each request, and into its answer."""
     try:
-        told = handle.broadcast(method)
-        return list(await told.results_async(timeout_s=_LOAD_WITHIN_S, return_exceptions=True))
-    except DeploymentUnavailableError:  # there is none
-        return []
-    except _NO_REPLICA as error:
-        return [error]
+        serve.get_replica_context()
+    except RayServeException:
+        return False
+    return True
 
 
 @serve.deployment
@@ -102,7 +98,8 @@ class Gateway:
         self._room = Room(MAX_ROWS + self._settings.max_queued_requests, num_replicas)
         keys = self._settings.keys_file
         ring = KeyRing(keys) if keys is not None else None
-        guard(EdgeSettings(ring, frozenset(self._settings.allow_origins), self._settings.limits))
+        origins, limits = frozenset(self._settings.allow_origins), self._settings.limits
+        guard(EdgeSettings(ring, origins, limits, tells_ids=not _is_behind_a_proxy()))
         log_to_stderr()
 
     def reconfigure(self, models: dict[str, dict[str, Any]]) -> None:
@@ -154,9 +151,11 @@ class Gateway:
         """The models that are served, the first of them the default of the page."""
         return {"object": "list", "data": [model.card for model in self._models.values()]}
 
-    @api.get("/v1/models/{model}", openapi_extra={"responses": ERRORS})
+    @api.get("/v1/models/{model:path}", openapi_extra={"responses": ERRORS})  # a name may hold a slash
     async def model(self, model: str) -> dict[str, Any]:
         """One's card."""
+        if not model:
+            raise HTTPException(404)
         return self._model(model).card
 
     @api.post("/v1/completions", openapi_extra=takes(CompletionRequest))
@@ -193,8 +192,8 @@ class Gateway:
                 questions = await made(lambda: asked.questions(model))
                 call = (model.name, model.digest, questions, asked.draws, asked.target_error, asked.seed)
                 try:
-                    scores, estimator = await self._replicas.score.remote(*call)
-                except (RayError, RayServeException) as error:
+                    scores, estimator = await scores_of(self._replicas, *call)
+                except Exception as error:
                     raise explained(error) from error
                 return JSONResponse(asked.answer(model, questions, scores, estimator))
         except (DllmError, ApiError, TimeoutError) as error:
@@ -228,14 +227,14 @@ class Gateway:
 
     async def _loads(self) -> list[Any]:
         """What each replica says of its rows, or what went wrong there."""
-        return await _told_by_all(self._replicas, "load")
+        return await told_by_all(self._replicas, "load")
 
     async def _counted_elsewhere(self) -> list[Any]:
         """What each gateway has counted, or what went wrong there."""
         if self._gateways == 1:
             return []
         here = serve.get_replica_context()
-        return await _told_by_all(serve.get_deployment_handle(here.deployment, here.app_name), "counted")
+        return await told_by_all(serve.get_deployment_handle(here.deployment, here.app_name), "counted")
 
     async def _read(self, http: Request, kind: type[Asked]) -> tuple[Asked, ServedModel, _Making]:
         """A body, checked, the model that it asks for, and where to make more of it: a large one in a thread."""

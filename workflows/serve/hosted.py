@@ -1,11 +1,13 @@
 """HostedModel: a bundle in memory with its decoding loop, its compiler of constraints, and its scores. Needs torch."""
 
+import asyncio
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from dllm_core.checkpoints.bundle import ModelBundle
+from dllm_core.decoding.automaton import TokenAutomaton
 from dllm_core.decoding.config import DecodeConfig
 from dllm_core.decoding.engine import Engine
 from dllm_core.decoding.request import Request
@@ -47,6 +49,7 @@ class HostedModel:
         self._device = device
         self._loop: DecodingLoop | None = None
         self._compiler: Compiler | None = None
+        self._turn, self._num_preparing = asyncio.Lock(), 0
 
     def warm_up(self, decode: DecodeConfig) -> None:
         """One small request to its end: what a first call sets up is set up, and a model that fails fails now."""
@@ -68,16 +71,30 @@ class HostedModel:
         """Whether anything was decoded yet."""
         return self._loop is not None
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether anything that was asked of it is yet to be decoded."""
+        return self._num_preparing > 0 or (self._loop is not None and any(self._loop.load.values()))
+
     async def prepare(self, request: Request) -> None:
-        """Compile its constraint, where that was not done, while others are decoded."""
+        """Compile its constraint, where that was not done, while others are decoded; once for all who wait for it."""
         if request.constraint is None or request.constraint in self.engine.automata:
             return
+        self._num_preparing += 1
+        try:
+            async with self._turn:
+                if request.constraint not in self.engine.automata:
+                    self.engine.automata.put(request.constraint, await self._compiled(request.constraint))
+        finally:
+            self._num_preparing -= 1
+
+    async def _compiled(self, regex: str) -> TokenAutomaton:
         if self._compiler is None:
             spelled = self.bundle.tokenizer().token_bytes()
             if spelled is None:
                 raise RequestError("constraint", "needs a byte-level tokenizer, which the model has not")
             self._compiler = Compiler(spelled, self._settings["compile_seconds"])
-        self.engine.automata.put(request.constraint, await self._compiler.compile(request.constraint))
+        return await self._compiler.compile(regex)
 
     def score(
         self,

@@ -48,7 +48,7 @@ Detail = Literal["end", "tokens", "commits", "canvas"]
 class Commit:
     """A token that became final. position: from the first behind the prompt; log_prob: nats, of the call that did it.
 
-    best: the likeliest tokens there in that call and their log-probabilities, as many as were asked for.
+    best: the likeliest tokens there in that call and their log-probabilities, as many as were asked for and possible.
     """
 
     position: int
@@ -62,7 +62,8 @@ class Progress:
     """A row after a call: all answer tokens so far, in order, none of which will change.
 
     commits: since what was told before; canvas: what stands between prompt and suffix, OPEN where nothing does yet.
-    waited_s: from when the row was asked for to its first call.
+    waited_s: from when the row was asked for to its first call; first_ago_s: since its first committed token, when this
+    was told.
     """
 
     tokens: list[int]
@@ -72,6 +73,7 @@ class Progress:
     commits: tuple[Commit, ...] = ()
     canvas: list[int] | None = None
     waited_s: float = 0.0
+    first_ago_s: float = 0.0
 
 
 # One message: of some of a call's rows, by their place in it, how far they are, or why they have failed.
@@ -91,6 +93,7 @@ class Reader:
         self._told = -1
         self._is_new = False
         self._asked_at, self._waited_s = time.monotonic(), math.nan
+        self._first_at: float | None = None
 
     def fail(self, error: Exception) -> None:
         """It ends with this."""
@@ -106,6 +109,8 @@ class Reader:
         if state.finish_reason == "error":
             self.fail(DllmError("model", "its output for this request is no number"))
             return
+        if self._first_at is None and state.num_committed:
+            self._first_at = time.monotonic()
         if self.call.detail in ("commits", "canvas"):
             self._commits += _commits(update)
         self.is_ended = state.finish_reason is not None
@@ -130,7 +135,8 @@ class Reader:
         canvas = _canvas(state) if detail == "canvas" else None
         finish_reason = "stop" if self.is_ended_early else state.finish_reason
         told = (tokens, state.num_calls, state.num_committed, finish_reason)
-        return Progress(*told, commits, canvas, self._waited_s)
+        first_ago_s = 0.0 if self._first_at is None else time.monotonic() - self._first_at
+        return Progress(*told, commits, canvas, self._waited_s, first_ago_s)
 
 
 class Call:
@@ -169,8 +175,8 @@ class Call:
 def _commits(update: "RowUpdate") -> list[Commit]:
     head = len(update.state.request.prompt)
     logs = np.log(np.maximum(update.confidence, np.finfo(np.float32).tiny)).tolist()
-    best = [
-        tuple(zip(tokens, log_probs, strict=True))
+    best = [  # what a call gives no probability at all is no alternative, and its logarithm no JSON
+        tuple(pair for pair in zip(tokens, log_probs, strict=True) if pair[1] > -math.inf)
         for tokens, log_probs in zip(update.best_tokens.tolist(), update.best_log_probs.tolist(), strict=True)
     ]
     made = zip(update.commits, logs, best, strict=True)

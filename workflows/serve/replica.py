@@ -80,7 +80,7 @@ class DecodeReplica:
         try:
             while (now := time.monotonic()) - begun < _DRAIN_S and now - idle_since < _IDLE_S:
                 await asyncio.sleep(_IDLE_S / 10)
-                if model.is_started and any(model.loop.load.values()):
+                if model.is_busy:
                     idle_since = time.monotonic()
         finally:
             self._retiring.remove(retiring)

@@ -1,13 +1,16 @@
 """A load on whatever answers: what is no endpoint is told of in one line, and before the load."""
 
+import asyncio
 import json
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
 from dllm_core.errors import ConfigError, DataError
 from workflows.bench.flow import BenchOptions, _prompts, bench
+from workflows.bench.load import Load, Mix, drive
 from workflows.console import Console
 
 MODELS = (200, b'{"data": [{"id": "m"}]}')
@@ -82,12 +85,32 @@ def test_what_is_no_endpoint_is_a_line(endpoint, tmp_path, what, answer, line):
     assert line in str(caught.value)
 
 
-@pytest.mark.parametrize("event", [b"null", b"3", b'{"choices": 3}', b'{"usage": [1]}'])
+@pytest.mark.parametrize(
+    "event", [b"null", b"3", b'{"choices": 3}', b'{"usage": [1]}', b'{"usage": {"completion_tokens": "3"}}']
+)
 def test_a_stream_of_another_shape_is_a_request_that_failed(endpoint, tmp_path, event):
     url, said = endpoint
     said["stream"] = (200, b"data: " + event + b"\n\ndata: [DONE]\n\n")
     [load] = loaded(url, tmp_path)["loads"]
     assert load["by_status"] == {"0": load["requests"]}
+
+
+def test_a_usage_that_is_not_known_is_no_failure(endpoint, tmp_path):
+    url, said = endpoint
+    said["stream"] = (200, b'data: {"usage": {"completion_tokens": null}}\n\ndata: [DONE]\n\n')
+    [load] = loaded(url, tmp_path)["loads"]
+    assert (load["by_status"], load["tokens_per_s"]) == ({"200": load["requests"]}, 0)
+
+
+def test_a_client_that_falls_behind_hides_no_wait_of_an_open_loop(endpoint):
+    def stand_still(done):
+        if done == 1:
+            time.sleep(0.4)
+
+    load, mix = Load("open", 50, 0.5), Mix("m", ["a"], [4], {})
+    answered = asyncio.run(drive(endpoint[0], load, mix, {}, stand_still))
+    assert max(one.whole for one in answered) > 0.25
+    assert all(one.began < 0.5 for one in answered)
 
 
 def test_results_that_could_not_be_kept_are_refused_before_the_load(endpoint, tmp_path):

@@ -27,3 +27,18 @@ def test_a_huge_automaton_is_given_up_and_small_ones_are_made_before_and_after()
             compiler.close()
 
     asyncio.run(scenario())
+
+
+def test_a_process_that_others_ended_is_not_blamed_on_the_next_expression():
+    async def scenario():
+        compiler = Compiler(BYTES, seconds=10.0)
+        try:
+            await compiler.compile("(ab)+")
+            [process] = compiler._pool._processes.values()
+            process.kill()
+            process.join()
+            assert (await compiler.compile("[0-9]")).step(0, ord("7")) > 0
+        finally:
+            compiler.close()
+
+    asyncio.run(scenario())

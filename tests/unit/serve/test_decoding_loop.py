@@ -15,6 +15,7 @@ from dllm_core.decoding.config import DecodeConfig
 from dllm_core.decoding.engine import Engine
 from dllm_core.decoding.request import Request
 from dllm_core.errors import DllmError, RequestError
+from dllm_core.noise.process import UniformNoise
 from dllm_core.objective.config import AutoregressiveConfig, BlockDiffusionConfig
 from workflows.serve.loop import DecodingLoop
 from workflows.serve.progress import LoopEndedError
@@ -121,6 +122,23 @@ def test_rows_that_share_the_loop_are_told_what_each_engine_answers_alone(small_
         [answer] = Engine(bundle).generate([request])
         assert (progress.tokens, progress.num_calls) == (answer.tokens, answer.num_calls)
         assert (progress.num_committed, progress.finish_reason) == (answer.num_committed, answer.finish_reason)
+
+
+def test_alternatives_are_what_a_call_gives_any_probability(small_bundle):
+    """Of replaced tokens the last step leaves a single one at temperature 0; the logarithm of 0 is no JSON."""
+    bundle = read_bundle(small_bundle)
+    bundle = replace(bundle, manifest=bundle.manifest.model_copy(update={"process": UniformNoise()}))
+    request = Request((7,), DecodeConfig(max_tokens=4, steps=3), top_logprobs=5)
+
+    async def scenario():
+        loop = DecodingLoop(Engine(bundle), max_waiting=8)
+        ends = await ends_of(loop, [request], detail="commits")
+        await loop.close()
+        return ends
+
+    [end] = asyncio.run(asyncio.wait_for(scenario(), 30))
+    assert [commit.best for commit in end.commits] == [((token, 0.0),) for token in end.tokens]
+    assert len(end.commits) == 4
 
 
 def test_a_row_whose_output_is_no_number_is_told_so_and_its_neighbours_are_not(small_bundle):

@@ -114,6 +114,23 @@ def test_a_prompt_is_counted_once_however_many_choices_it_has(session):
     session(scenario)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_time_to_the_first_token_is_not_that_of_the_whole_answer(session, stream):
+    async def scenario(client):
+        async def seconds(name):
+            lines = (await client.get("/metrics")).text.splitlines()
+            return sum(float(line.split()[-1]) for line in lines if line.startswith(f"dllm_{name}_seconds_sum"))
+
+        names = ("time_to_first_token", "e2e_request_latency")
+        before = [await seconds(name) for name in names]
+        one_by_one = {"prompt": "RED", "max_tokens": 24, "diffusion": {"block_length": 1}, "stream": stream}
+        await client.post("/v1/completions", json={"model": "m", **one_by_one})
+        return [await seconds(name) - was for name, was in zip(names, before, strict=True)]
+
+    first, whole = session(scenario)
+    assert 0 < first < 0.9 * whole
+
+
 def test_an_edit_changes_its_spans_and_nothing_else(served):
     text = "RED CIRCLE 17 BLUE STAR 23"
     bodies = [{"text": text, "span": [4, 10], "strength": 1.0, "seed": seed, "temperature": 2.0} for seed in range(6)]
@@ -146,6 +163,14 @@ def test_an_edit_changes_its_spans_and_nothing_else(served):
         ("/v1/score", {"completion": "a", "draws": 1}, "draws"),
         ("/v1/completions", {"prompt": "a", "diffusion": {"regex": "("}}, "diffusion.regex"),
         ("/v1/completions", {"prompt": "a", "diffusion": {"regex": "a"}, "stop": "x"}, "diffusion.regex"),
+        (
+            "/v1/infill",
+            {
+                "segments": [{"hole": 12}],
+                "diffusion": {"unmask": "remasking", "block_length": 1, "steps_per_block": 400},
+            },
+            "diffusion.steps_per_block",
+        ),
     ],
 )
 def test_what_cannot_be_done_is_refused_by_name(served, path, body, param):
@@ -290,6 +315,7 @@ def test_documents_stream_whole_and_show_frames(served, path):
     shown = served(path, {**body, "diffusing": True})
     finals = [event["choices"][0] for event in shown if event["choices"][0]["finish_reason"]]
     assert {one["index"]: one["delta"]["content"] for one in finals} == {c["index"]: c["text"] for c in whole}
+    assert {one["index"]: one.get("holes") for one in finals} == {c["index"]: c.get("holes") for c in whole}
 
 
 def test_schemas_and_expressions_are_kept(served):

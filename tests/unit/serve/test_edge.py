@@ -10,12 +10,14 @@ import threading
 import time
 
 import httpx
+import openai
 import pytest
 import uvicorn
 from fastapi import FastAPI
 from local_endpoint import local_endpoint
 
 from dllm_core.errors import ConfigError
+from workflows.serve.dialect.completions import CompletionRequest
 from workflows.serve.edge import OPEN_ROUTES, Edge, EdgeSettings, guard
 from workflows.serve.gateway import api
 from workflows.serve.keys import KeyRing, read_keys
@@ -122,6 +124,32 @@ def test_every_answer_carries_its_id_and_says_how_to_treat_it(models):
 
     with local_endpoint(models) as session:
         session(scenario)
+
+
+def test_an_error_that_nobody_has_foreseen_carries_its_id_too(models, monkeypatch):
+    monkeypatch.setattr(CompletionRequest, "rows", lambda *_: 1 // 0)
+
+    async def scenario(client):
+        body = {"model": "m", "prompt": "RED"}
+        return await client.post("/v1/completions", json=body, headers={"x-request-id": "mine-1"})
+
+    with local_endpoint(models) as session:
+        answer = session(scenario)
+    assert (answer.status_code, answer.json()["error"]["message"]) == (500, "ZeroDivisionError")
+    assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+    assert answer.headers["x-request-id"] == "mine-1"
+    assert answer.headers["x-content-type-options"] == "nosniff"
+
+
+def test_the_card_of_every_model_in_the_list_can_be_asked_for(models):
+    async def scenario(http):
+        client = openai.AsyncOpenAI(base_url="http://gateway/v1", api_key="unused", http_client=http, max_retries=0)
+        listed = [model.id for model in (await client.models.list()).data]
+        return listed, [(await client.models.retrieve(name)).id for name in listed]
+
+    with local_endpoint({name: models["m"] for name in ("m", "org/m", "a b")}) as session:
+        listed, found = session(scenario)
+    assert found == listed == ["m", "org/m", "a b"]
 
 
 def test_other_origins_may_ask_only_where_it_was_said(models):

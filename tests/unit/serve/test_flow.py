@@ -4,11 +4,14 @@ import io
 import json
 import shlex
 
+import httpx
+import pytest
 from rich.console import Console as RichConsole
 
+from dllm_core.errors import DataError
 from workflows.console import Console
 from workflows.serve.config import Example, ServeConfig
-from workflows.serve.flow import say_how_to_use
+from workflows.serve.flow import ask, say_how_to_use
 
 
 def test_a_prompt_is_shown_as_it_is_and_not_as_markup(small_corpus):
@@ -19,3 +22,18 @@ def test_a_prompt_is_shown_as_it_is_and_not_as_markup(small_corpus):
     say_how_to_use(console, "http://127.0.0.1:8000", "small", recipe)
     command = shlex.split(console.rich.file.getvalue().splitlines()[1])
     assert json.loads(command[-1])["prompt"] == prompt
+
+
+@pytest.mark.parametrize(
+    ("answer", "line"),
+    [
+        (httpx.Response(500, text="Internal Server Error"), "is no answer of ours: 'Internal Server Error', got 500"),
+        (httpx.Response(404, json={"detail": "Not Found"}), "is no answer of ours: "),
+        (httpx.Response(400, json={"error": {"message": "prompt: is bad"}}), "serve: prompt: is bad, got 400"),
+    ],
+)
+def test_an_answer_that_is_none_is_told_in_a_line(answer, line, monkeypatch):
+    monkeypatch.setattr(httpx, "post", lambda *_, **__: answer)
+    with pytest.raises(DataError) as caught:
+        ask("http://127.0.0.1:8000", "small", {"prompt": "RED"})
+    assert line in str(caught.value)

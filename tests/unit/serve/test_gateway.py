@@ -1,6 +1,8 @@
 """The gateway over HTTP, with replicas whose every step is scripted: retries, deadlines, refusals, freed rows."""
 
 import asyncio
+import functools
+import itertools
 import json
 import subprocess
 import sys
@@ -54,7 +56,7 @@ class Call:
 
 
 class Replicas:
-    """Decodes the i-th row of its life as `script(i)` says."""
+    """Decodes the i-th row of its life as `script(i)` says. loads: what each replica answers; None: it hangs."""
 
     def __init__(self, script, loads=()):
         self._script, self._loads, self.calls = script, loads, []
@@ -64,12 +66,19 @@ class Replicas:
         return self
 
     def broadcast(self, method):
-        async def results_async(timeout_s, return_exceptions):
+        async def asked():
             if not self._loads:  # as Ray Serve answers for none
                 raise DeploymentUnavailableError(DeploymentID("DecodeReplica"))
-            return list(self._loads)
+            return [SimpleNamespace(get_async=functools.partial(told, load)) for load in self._loads]
 
-        return SimpleNamespace(results_async=results_async)
+        async def told(load):
+            if load is None:
+                await asyncio.Event().wait()
+            if isinstance(load, Exception):
+                raise load
+            return load
+
+        return SimpleNamespace(_fetch_replica_results_async=asked)
 
     def _decode(self, name, digest, requests, detail, end_id):
         begun = sum(len(call.requests) for call in self.calls)
@@ -257,6 +266,13 @@ def test_a_call_that_a_replica_cannot_begin_is_tried_elsewhere_and_what_broke_in
     assert (answer.status_code, len(replicas.calls)) == (503, 1)
 
 
+def test_all_chunks_of_a_stream_say_that_it_was_made_at_one_time(served, steps, monkeypatch):
+    monkeypatch.setattr(time, "time", itertools.count(1_700_000_000).__next__)
+    *told, _ = events(served(Replicas(lambda i: steps(1, 2, "end")))(prompt="RED", stream=True))
+    assert len(told) == 3
+    assert len({json.loads(event)["created"] for event in told}) == 1
+
+
 def test_replicas_that_keep_dying_end_a_stream_with_an_error_event(served, steps):
     answer = served(Replicas(lambda i: steps(4, ActorDiedError())))(prompt="RED", stream=True)
     assert is_refusal(json.loads(events(answer)[-1]), "server_error")
@@ -305,6 +321,14 @@ def test_health_is_503_when_no_replica_answers(served, steps, error):
         assert is_refusal(answer.json(), "server_error")
     answer = served(Replicas(steps, [error, {"running": 0, "waiting": 0}]))("/health")
     assert answer.json() == {"status": "ok", "replicas": 1}
+
+
+def test_a_replica_that_hangs_makes_no_other_unwell(served, steps, monkeypatch):
+    monkeypatch.setattr("workflows.serve.calls._TOLD_WITHIN_S", 0.1)
+    send = served(Replicas(steps, [None, {"running": 2, "waiting": 0}]))
+    assert send("/health").json() == {"status": "ok", "replicas": 1}
+    assert {"dllm_decode_replicas 1.0", "dllm_num_requests_running 2.0"} <= {*send("/metrics").text.splitlines()}
+    assert served(Replicas(steps, [None]))("/health").status_code == 503
 
 
 def test_no_replica_is_well_where_they_may_rest(served, steps):

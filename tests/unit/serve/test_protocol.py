@@ -1,9 +1,12 @@
 """What a request may hold, and what a bad one is told."""
 
 import json
+import time
 
 import pytest
+import tokenizers
 
+from dllm_core.data.tokenizer import Tokenizer, TokenizerConfig
 from dllm_core.decoding.config import DecodeConfig
 from dllm_core.errors import RequestError
 from workflows.serve.config import Limits
@@ -11,6 +14,7 @@ from workflows.serve.dialect.body import parse_body
 from workflows.serve.dialect.chat import ChatRequest
 from workflows.serve.dialect.completions import CompletionRequest, FimRequest
 from workflows.serve.dialect.errors import ApiError
+from workflows.serve.dialect.rows import ServedModel
 from workflows.serve.dialect.score import ScoreRequest
 from workflows.serve.dialect.spans import EditRequest, InfillRequest
 
@@ -34,6 +38,8 @@ def parse(**fields):
         ({"diffusion": {"treshold": 1}}, "diffusion.treshold"),
         ({"logprobs": 6}, "logprobs"),
         ({"diffusion": {"steps": 1 << 20}}, "diffusion.steps"),
+        ({"diffusion": {"frames": "changes"}}, "diffusion.frames"),
+        ({"diffusing": True, "logprobs": 0}, "logprobs"),
         ({"reasoning_effort": "extreme"}, "reasoning_effort"),
         ({"presence_penalty": 0.5}, "presence_penalty"),
         ({"prompt": None}, "prompt"),
@@ -107,8 +113,55 @@ def test_null_is_the_default_of_whatever_has_one(kind):
     assert parse_body(kind, json.dumps({**needed, **nulls}).encode()) == parse_body(kind, json.dumps(needed).encode())
 
 
-def test_brackets_in_a_prompt_are_text():
-    assert parse(prompt="[" * 500).prompts == ["[" * 500]
+@pytest.mark.parametrize("text", ["[" * 500, '"[' * 500, "\\" * 3 + "[" * 500])
+def test_brackets_in_a_prompt_are_text(text):
+    assert parse(prompt=text).prompts == [text]
+
+
+@pytest.mark.parametrize("text", ["]" * 500, '"]' * 500, "\\" * 3 + "]" * 500])
+def test_brackets_in_a_prompt_hide_no_depth(text):
+    schema: dict = {}
+    for _ in range(400):
+        schema = {"items": schema}
+    with pytest.raises(RequestError, match="body: nested deeper than 64"):
+        parse(prompt=text, response_format={"type": "json_schema", "json_schema": {"schema": schema}})
+
+
+def test_how_deep_a_body_is_takes_time_as_it_is_long():
+    began = time.monotonic()
+    for body in (b'{"' + b'\\"' * (1 << 17), b'"\\' * (1 << 17), b"[]" * (1 << 17)):
+        with pytest.raises(RequestError, match="is not JSON"):
+            parse_body(CompletionRequest, body)
+    assert time.monotonic() - began < 4
+
+
+def test_of_alternatives_that_look_alike_the_likeliest_is_told():
+    best = [{"token": token, "logprob": -1.0 - i} for i, token in enumerate(["\ufffd", "a", "\ufffd"])]
+    told = parse(logprobs=3).told([{"token": "\ufffd", "logprob": -1.0, "top_logprobs": best}], [0])
+    assert told["top_logprobs"] == [{"\ufffd": -1.0, "a": -2.0}]
+
+
+@pytest.mark.parametrize(
+    ("kind", "said", "place"),
+    [
+        (InfillRequest, lambda text: {"segments": [{"hole": 1}, text, {"hole": 1}]}, "segments"),
+        (EditRequest, lambda text: {"text": f"a{text}b", "spans": [[0, 1], [len(text) + 1, len(text) + 2]]}, "spans"),
+    ],
+)
+def test_a_text_that_is_kept_is_kept_as_it_is_or_refused(kind, said, place):
+    """Some tokenizers compose characters first, as Qwen's does."""
+    core = tokenizers.Tokenizer.from_str(Tokenizer.train(["cafe"], TokenizerConfig(vocab_size=260)).json_text)
+    core.normalizer = tokenizers.normalizers.NFC()
+    tokenizer = Tokenizer(core.to_str(), TokenizerConfig(vocab_size=260))
+    model = ServedModel("m", "d", tokenizer, 64, DecodeConfig(), LIMITS, 0, "diffusion")
+
+    def rows(text):
+        return parse_body(kind, json.dumps({"model": "m", **said(text)}).encode()).rows(model)
+
+    assert len(rows(" caf\u00e9 ")) == 1
+    with pytest.raises(RequestError, match="would change") as caught:
+        rows(" cafe\u0301 ")
+    assert caught.value.place == place
 
 
 def test_seeds_of_choices_differ_and_the_first_is_the_one_asked_for():
@@ -134,8 +187,9 @@ def test_options_override_the_recipe_and_impossible_ones_name_themselves():
     for name in ("threshold", "factor"):
         with pytest.raises(RequestError, match=rf"diffusion\.{name}: is for unmask={name}( or editing)?, got"):
             parse(diffusion={"unmask": "entropy", name: 0.5}).decode_config(base, 100)
-    with pytest.raises(RequestError, match=r"diffusion\.steps_per_block"):
-        parse(diffusion={"steps_per_block": 99}).decode_config(base, 100)
+    for name, value in {"steps_per_block": 99, "threshold": 2, "cfg_scale": -1, "block_length": 0}.items():
+        with pytest.raises(RequestError, match=rf"diffusion\.{name}: must be"):
+            parse(diffusion={name: value}).decode_config(base, 100)
 
 
 def test_a_request_holds_at_most_64_rows_and_says_which_parameter_makes_them():
@@ -176,6 +230,8 @@ def test_efforts_are_policies_and_what_is_said_beside_them_counts_more():
     assert (instant.policy.threshold, instant.steps) == (0.3, 10)
     assert (low.policy.threshold, low.steps) == (0.6, 20)
     assert (high.policy.type, high.steps_per_block, high.steps) == ("low_confidence", base.block_length, 80)
+    longer = of(reasoning_effort="high", diffusion={"block_length": 32})  # one position a call still
+    assert (longer.block_length, longer.steps_per_block) == (32, 32)
     assert of(reasoning_effort="medium") == base.model_copy(update={"max_tokens": base.max_tokens})
     assert of(diffusion={"effort": "low"}) == low
     assert of(reasoning_effort="low", diffusion={"effort": "high"}) == high

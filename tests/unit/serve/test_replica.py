@@ -9,6 +9,7 @@ from conftest import runs_by_kind
 from local_endpoint import REPLICA
 
 from dllm_core.checkpoints.bundle import read_bundle
+from dllm_core.decoding.automaton import compile_regex
 from dllm_core.decoding.config import DecodeConfig
 from dllm_core.decoding.request import Request
 from dllm_core.evaluation.question import Question
@@ -108,6 +109,51 @@ def test_a_model_that_is_kept_busy_for_ever_is_closed_when_its_time_is_over(runs
     monkeypatch.setattr("workflows.serve.replica._DRAIN_S", 0.3)
     monkeypatch.setattr("workflows.serve.replica._IDLE_S", 0.1)
     asyncio.run(asyncio.wait_for(scenario(), 30))
+
+
+def test_an_expression_is_compiled_once_for_all_who_wait_and_a_model_that_is_dropped_meanwhile_keeps_it(
+    runs, monkeypatch
+):
+    compiled, dropped = [], asyncio.Event()
+
+    class Slow:
+        """A compiler that is done when the model has been dropped for a while, unless it is closed."""
+
+        def __init__(self, spelled, seconds):
+            self._spelled, self._is_closed = spelled, False
+
+        async def compile(self, regex):
+            compiled.append(regex)
+            await dropped.wait()
+            await asyncio.sleep(0.3)
+            assert not self._is_closed
+            return compile_regex(regex, self._spelled)
+
+        def close(self):
+            self._is_closed = True
+
+    async def scenario():
+        replica, digest = DecodeReplica(REPLICA), read_bundle(runs("first")).digest
+        await replica.reconfigure({"m": said_of(runs("first"))})
+
+        async def one():
+            request = Request((1,), DECODE, constraint="[0-9]{2}")
+            return [told async for told in replica.decode("m", digest, [request], "end")]
+
+        rows = [asyncio.create_task(one()) for _ in range(3)]
+        while not compiled:
+            await asyncio.sleep(0.001)
+        await replica.reconfigure({})
+        dropped.set()
+        for [[(_, end)]] in await asyncio.gather(*rows):
+            assert end.finish_reason == "stop"
+        while replica._closing:
+            await asyncio.sleep(0.01)
+
+    monkeypatch.setattr("workflows.serve.hosted.Compiler", Slow)
+    monkeypatch.setattr("workflows.serve.replica._IDLE_S", 0.1)
+    asyncio.run(asyncio.wait_for(scenario(), 30))
+    assert compiled == ["[0-9]{2}"]
 
 
 def test_a_score_that_nobody_waits_for_ends_at_its_next_call_and_keeps_no_place(runs, monkeypatch):

@@ -24,7 +24,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 _TYPES = frozenset({"str", "list", "int", "constrained", "tagged", "function", "model"})  # pydantic's names of forms
 
-_BRACKET = re.compile(r"[][{}]")
+_STRUCTURE = re.compile(r'"(?:[^"\\]+|\\.)*+"?|[][{}]', re.DOTALL)  # a bracket, or a string, in which it is text
 
 Asked = TypeVar("Asked", bound=BaseModel)
 
@@ -57,10 +57,11 @@ def _parsed(body: bytes, limits: Limits) -> dict[str, Any]:
     try:
         text = body.decode("utf-8")
         level = deepest = 0
-        for bracket in _BRACKET.findall(text):  # an upper bound: those in strings count too, until it matters
-            level += 1 if bracket in "[{" else -1
+        for found in _STRUCTURE.finditer(text):
+            mark = text[found.start()]
+            level += (mark in "[{") - (mark in "]}")
             deepest = max(deepest, level)
-        if deepest > limits.json_depth and depth(json.loads(text)) > limits.json_depth:
+        if deepest > limits.json_depth:  # before it is parsed, which recursion might end
             raise RequestError("body", f"nested deeper than {limits.json_depth}")
         values = json.loads(text, parse_constant=_refuse_constant)
         json.dumps(values, ensure_ascii=False).encode("utf-8")  # a lone surrogate has no UTF-8

@@ -75,11 +75,16 @@ class CompletionRequest(DecodingFields):
         return None
 
     def told(self, entries: list[dict[str, Any]], offsets: list[int]) -> dict[str, Any]:
-        """Log-probabilities of tokens, null for those of an echoed prompt, and where in the text each begins."""
-        best = [
-            None if entry["top_logprobs"] is None else {one["token"]: one["logprob"] for one in entry["top_logprobs"]}
-            for entry in entries
-        ]
+        """Log-probabilities of tokens, null for those of an echoed prompt, and where in the text each begins.
+
+        Of alternatives that look alike, as parts of characters do, the likeliest is told.
+        """
+        best = list[dict[str, float] | None]()
+        for entry in entries:
+            alternatives = dict[str, float]()
+            for one in entry["top_logprobs"] or ():  # surest first
+                alternatives.setdefault(one["token"], one["logprob"])
+            best.append(None if entry["top_logprobs"] is None else alternatives)
         return {
             "tokens": [entry["token"] for entry in entries],
             "token_logprobs": [entry["logprob"] for entry in entries],

@@ -128,9 +128,13 @@ class DecodingFields(Part):
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     def check(self, limits: Limits) -> None:
-        """Refuse what is beyond the endpoint's limits."""
+        """Refuse what is beyond the endpoint's limits, and what would be passed over."""
         if self.n > limits.choices:
             raise RequestError("n", f"must be at most {limits.choices}", self.n)
+        if self.diffusing and self.wanted_logprobs is not None:
+            raise RequestError("logprobs", "are not told in frames", remedy="stream=true instead of diffusing")
+        if self.diffusion.frames != "whole" and not self.diffusing:
+            raise RequestError("diffusion.frames", "is for diffusing=true", self.diffusion.frames)
         if len(self.stops) > limits.stops or any(not 1 <= len(stop) <= limits.stop_chars for stop in self.stops):
             raise RequestError("stop", f"at most {limits.stops} strings of 1 to {limits.stop_chars} characters")
         for name in ("steps", "steps_per_block"):
@@ -161,6 +165,9 @@ class DecodingFields(Part):
             if getattr(self, name) is not None:
                 values[name] = getattr(self, name)
         ours = self.diffusion
+        if ours.block_length is not None:  # first: an effort may follow it
+            values["block_length"] = ours.block_length
+            values["steps_per_block"] = min(values["steps_per_block"], ours.block_length)
         _take_effort(values, ours.effort or self.reasoning_effort)
         if ours.unmask is not None and values["policy"]["type"] != ours.unmask:
             values["policy"] = {"type": ours.unmask}
@@ -174,15 +181,13 @@ class DecodingFields(Part):
             if getattr(ours, name) is not None:
                 values[field] = getattr(ours, name)
         values["refresh_every"] = values["refresh_every"] if values["cache"] != "none" else None
-        if ours.block_length is not None:
-            values["block_length"] = ours.block_length
-            values["steps_per_block"] = min(values["steps_per_block"], ours.block_length)
         if ours.steps_per_block is not None:
             values["steps_per_block"] = ours.steps_per_block
         try:
             return DecodeConfig.checked(values)
         except ConfigError as error:
-            named = {field: f"diffusion.{name}" for name, field in _PLAIN.items()}
+            fields = {**{name: f"policy.{name}" for name in _OPTIONS}, **_PLAIN}
+            named = {field: f"diffusion.{name}" for name, field in fields.items()}
             kept = error.place if error.place in {"temperature", "top_p", "max_tokens"} else f"diffusion.{error.place}"
             raise RequestError(named.get(error.place, kept), error.problem, error.value, error.remedy) from None
 

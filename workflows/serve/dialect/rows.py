@@ -54,8 +54,15 @@ class ServedModel:
             raise RequestError("suffix" if suffix > prompt else "prompt", problem, remedy="shorten it")
 
     def check(self, request: Request) -> Request:
-        """The request, refused where it cannot be decoded."""
+        """The request, refused where it cannot be decoded, or not in the calls that one may ask for."""
         request.check(self.tokenizer.vocab_size, self.context)
+        config, limit = request.config, self.limits.steps
+        usual = max(config.block_length, self.decode.steps_per_block)  # a call a token, or what the recipe says
+        if config.steps_per_block > usual:
+            calls = -(-request.region_length // config.block_length) * config.steps_per_block
+            if calls > max(limit, request.num_asked):
+                problem = f"asks for {calls} denoiser calls over all blocks, and there may be {limit}"
+                raise RequestError("steps_per_block", problem, config.steps_per_block)
         return request
 
 
