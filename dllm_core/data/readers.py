@@ -42,6 +42,8 @@ _INFLATE_BYTES = 1 << 20
 # of 16 KiB, at 290 MB/s of text.
 _FRAME_BYTES = 1 << 9
 _ROWS_AT_ONCE = 1 << 10
+# What pyarrow raises of a value that Python cannot hold: no UTF-8, a date after the year 9999, a zone without a name.
+_NO_VALUE = (ArithmeticError, LookupError, ValueError)
 Record = Document | BadRecord
 RawRecord = tuple[int, bytes]
 
@@ -212,6 +214,9 @@ def _read_table(source: ParquetSource | ArrowSource, store: Store, segment: Segm
                     if isinstance(values, UnicodeDecodeError):
                         yield BadRecord(segment.key, row, f"not UTF-8 ({values.reason})", values.object)
                         continue
+                    if isinstance(values, Exception):
+                        yield BadRecord(segment.key, row, _why(values), b"")
+                        continue
                     record = from_fields(source.record, values, segment.key, row, b"")
                     yield replace(record, raw=part.raw(row, values)) if isinstance(record, BadRecord) else record
         except (pa.ArrowException, OSError) as error:
@@ -228,7 +233,7 @@ class _Part:
 
     def raw(self, row: int, values: Any) -> bytes:
         """A bad row as it goes to the quarantine: all that it holds, or its `values` where others cannot be read."""
-        with contextlib.suppress(pa.ArrowException, OSError, UnicodeDecodeError):
+        with contextlib.suppress(pa.ArrowException, OSError, *_NO_VALUE):
             [values] = self.whole().slice(row - self.first_row, 1).to_pylist()
         return _as_raw(values)
 
@@ -238,7 +243,7 @@ def _as_raw(values: Any) -> bytes:
 
 
 def _why(error: Exception) -> str:
-    return f"cannot be read ({str(error).splitlines()[0]})"
+    return f"cannot be read ({(str(error) or type(error).__name__).splitlines()[0]})"
 
 
 def _rows_in_parts(table: Any, first_row: int) -> Iterator[tuple[int, Any]]:
@@ -249,10 +254,10 @@ def _rows_in_parts(table: Any, first_row: int) -> Iterator[tuple[int, Any]]:
 
 
 def _rows(table: Any, first_row: int) -> Iterator[tuple[int, Any]]:
-    """(row number, its fields, or why they are no text): what holds a bad row is halved until that row stands alone."""
+    """(row number, its fields, or why they are none): what holds a bad row is halved until that row stands alone."""
     try:
         values = table.to_pylist()
-    except UnicodeDecodeError as error:
+    except _NO_VALUE as error:
         if table.num_rows == 1:
             yield first_row, error
             return

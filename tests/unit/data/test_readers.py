@@ -176,6 +176,27 @@ def test_what_is_no_table_is_refused_by_its_name_before_anything_runs(tmp_path):
         read(ParquetCorpus(path=str(tmp_path / "in")), tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+@pytest.mark.parametrize("beside", [True, False], ids=["beside the text", "in its place"])
+def test_a_date_that_python_has_not_costs_its_own_row_alone(tmp_path, kind, beside):
+    days = pa.array([1, 10**7, 3], pa.date32())  # the second in the year 29349
+    texts = pa.array(["one", None, "three"])
+    table = pa.table({"text": texts, "day": days} if beside else {"text": days})
+    if kind == "parquet":
+        pq.write_table(table, tmp_path / "a.parquet")
+    else:
+        with pa.ipc.new_file(tmp_path / "a.arrow", table.schema) as sink:
+            sink.write_table(table)
+    _, found = read((ParquetCorpus if kind == "parquet" else ArrowCorpus)(path=str(tmp_path)), tmp_path)
+    bad = [(record.offset, record.reason) for record in found if isinstance(record, BadRecord)]
+    no_text = "'text' is not a string"
+    if beside:
+        assert [record.text for record in found if not isinstance(record, BadRecord)] == ["one", "three"]
+        assert bad == [(1, no_text)]
+    else:
+        assert bad == [(0, no_text), (1, "cannot be read (date value out of range)"), (2, no_text)]
+
+
 def test_a_mixture_reads_its_sources_one_after_the_other_in_units_of_their_own(tmp_path):
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
