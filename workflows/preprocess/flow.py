@@ -102,11 +102,23 @@ class CorpusPlan:
         return plan_units(self.recipe.corpus, self.listed)
 
     def existing(self) -> CorpusManifest | None:
-        """The finished corpus, if it has all the noise that the recipe asks for."""
+        """The finished corpus, if it has all the noise that the recipe asks for.
+
+        DataError if it has more bad records than this recipe allows: another one, that allowed more, has made it.
+        """
         if not self.is_made:
             return None
         manifest = read_manifest(self.store, self.fingerprint)
+        self.check_bad(manifest.accounting)
         return manifest if len(manifest.noise_epochs) >= self.recipe.noise.epochs else None
+
+    def check_bad(self, total: Accounting) -> None:
+        """Refuse more bad records than the recipe allows."""
+        allowed = self.recipe.corpus.max_bad_fraction
+        if total.num_quarantined > allowed * total.documents_in:
+            share = f"{total.num_quarantined} of {total.documents_in} records are bad, {100 * allowed:.6g}% are allowed"
+            remedy = f"see {self.url}/quarantine; narrow corpus.glob or raise corpus.max_bad_fraction"
+            raise DataError("corpus.max_bad_fraction", share, remedy=remedy)
 
 
 def plan_corpus(recipe: Recipe, store: Store, listed: tuple[SourceFiles, ...] | None = None) -> CorpusPlan:
@@ -264,11 +276,7 @@ class Preprocessing:
             receipt.accounting.check(f"unit {receipt.unit}")
             total = total + receipt.accounting
         total.check("corpus")
-        allowed = self.plan.recipe.corpus.max_bad_fraction
-        if total.num_quarantined > allowed * total.documents_in:
-            share = f"{total.num_quarantined} of {total.documents_in} records are bad, {100 * allowed:.6g}% are allowed"
-            remedy = f"see {self.plan.url}/quarantine; narrow corpus.glob or raise corpus.max_bad_fraction"
-            raise DataError("corpus.max_bad_fraction", share, remedy=remedy)
+        self.plan.check_bad(total)
         return total
 
     def _refuse_empty(self, train: Split, heldout: Split) -> None:

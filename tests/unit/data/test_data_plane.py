@@ -94,6 +94,17 @@ def test_too_many_bad_records_end_the_run_with_exit_3(tmp_path):
     assert caught.value.exit_code == 3
 
 
+def test_a_finished_corpus_is_held_to_the_bad_records_that_this_recipe_allows(tmp_path):
+    jsonl(tmp_path / "in", TEXTS[:50], POISON)
+    corpus = made(tmp_path, corpus={"type": "jsonl", "path": str(tmp_path / "in"), "max_bad_fraction": 0.5})
+    assert plan_corpus(corpus.recipe, corpus.store).existing() == corpus.manifest
+    strict = corpus.recipe.model_copy(
+        update={"corpus": corpus.recipe.corpus.model_copy(update={"max_bad_fraction": 0.01})}
+    )
+    with pytest.raises(DataError, match=r"corpus\.max_bad_fraction: 12 of 62 records are bad, 1% are allowed"):
+        plan_corpus(strict, corpus.store).existing()
+
+
 def test_filters_and_duplicates_take_what_they_say_and_everything_is_accounted_for(tmp_path):
     near = "the quick brown fox jumps over the lazy dog and runs far away into the deep dark green forest at night " * 2
     texts = [*TEXTS, "tiny", "x", TEXTS[3], TEXTS[7], TEXTS[7], near, near + "again"]
