@@ -147,11 +147,11 @@ def decisions_key(unit: int) -> str:
 def sign_unit(job: CorpusJob, unit: Unit) -> FileReceipt:
     """First pass: the signatures of a unit's documents that no filter drops, in order."""
     assert job.corpus.dedup is not None
-    texts = [record.text for record, reason in _sifted(job, unit) if reason is None and isinstance(record, Document)]
-    columns = signatures(texts, job.corpus.dedup).to_columns()
-    data = to_arrow(columns, {"unit": str(unit.index)})
+    texts = (record.text for record, reason in _sifted(job, unit) if reason is None and isinstance(record, Document))
+    found = signatures(texts, job.corpus.dedup)
+    data = to_arrow(found.to_columns(), {"unit": str(unit.index)})
     name = signature_key(unit.index)
-    info = put_shard(job.output, job.prefix, name, data, unit=unit.index, rows=len(texts), tokens=0)
+    info = put_shard(job.output, job.prefix, name, data, unit=unit.index, rows=len(found), tokens=0)
     receipt = FileReceipt(shard=info)
     job.receipts.write(SIGNATURES, unit.index, receipt)
     return receipt
