@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
 
+from dllm_core.data.arrow_index import batch_rows
 from dllm_core.data.corpus import (
     AnyRecord,
     ArrowSource,
@@ -299,7 +300,9 @@ def _batches(record: AnyRecord, file: Any, segment: Segment) -> Iterator[_Part |
         try:
             batch = reader.get_batch(number)
         except (pa.ArrowException, OSError) as error:
-            yield BadRecord(segment.key, first_row, _why(error), b"")
+            rows = max(1, batch_rows(file, file.size())[number])  # of a head that makes no sense it is 0
+            for row in range(first_row, first_row + rows):
+                yield BadRecord(segment.key, row, _why(error), b"")
         else:
             yield _of_batch(record, batch, first_row)
 
