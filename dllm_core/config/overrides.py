@@ -77,7 +77,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
 
 def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
-    """A copy of `values` with every `a.b=c` applied.
+    """A copy of `values` with every `a.b=c` applied; an item of a list is named by its number, from 0 on.
 
     Changing `x.type` drops the keys of the old kind that `values` had, and none that an override has set before it.
     """
@@ -89,17 +89,29 @@ def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, A
         if not equals or not all(names):
             raise ConfigError(item, "not an override", remedy="write dotted.path=value, e.g. train.steps=200")
         value = _override_value(text.strip(), path)
-        here = result
-        for name in names[:-1]:
-            if not isinstance(here.get(name), dict):
-                here[name] = {}
-            here = here[name]
-        if names[-1] == "type" and here.get("type", value) != value:
+        here: Any = result
+        for depth, name in enumerate(names[:-1]):
+            key = _key(here, name, names[: depth + 1])
+            if not isinstance(here[key] if isinstance(here, list) else here.get(key), dict | list):
+                here[key] = {}
+            here = here[key]
+        key = _key(here, names[-1], names)
+        if key == "type" and here.get("type", value) != value:
             for name in [name for name in here if not _is_within([*names[:-1], name], said)]:
                 del here[name]
-        here[names[-1]] = value
+        here[key] = value
         said.append(names)
     return result
+
+
+def _key(here: Any, name: str, path: list[str]) -> Any:
+    """What a name means in a mapping, or the number that it is in a list."""
+    if not isinstance(here, list):
+        return name
+    if not (name.isascii() and name.isdigit() and int(name) < len(here)):
+        known = f"items 0 to {len(here) - 1}" if here else "no item"
+        raise ConfigError(".".join(path), "no such item of a list", name, f"it has {known}")
+    return int(name)
 
 
 def _is_within(path: list[str], said: list[list[str]]) -> bool:
@@ -119,4 +131,6 @@ def _override_value(text: str, path: str) -> Any:
 
 
 def _copy(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_copy(item) for item in value]
     return {key: _copy(item) for key, item in value.items()} if isinstance(value, dict) else value

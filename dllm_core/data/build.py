@@ -90,7 +90,7 @@ def sample_texts(job: CorpusJob, units: Sequence[Unit], limit_bytes: int) -> lis
     share = max(1, limit_bytes // max(1, len(units)))
     of_unit: dict[int, list[str]] = {}
     size = 0
-    for number in _spread(len(units)):
+    for number in spread(len(units)):
         texts = of_unit[number] = _first_texts(job, units[number], share)
         size += sum(len(text.encode()) for text in texts)
         if size >= limit_bytes:
@@ -98,7 +98,7 @@ def sample_texts(job: CorpusJob, units: Sequence[Unit], limit_bytes: int) -> lis
     return [text for number in sorted(of_unit) for text in of_unit[number]]
 
 
-def _spread(count: int) -> list[int]:
+def spread(count: int) -> list[int]:
     """The numbers below `count`, of which any first ones are evenly spread, even ones and odd ones alike.
 
     So files of two languages may take turns, too.
@@ -110,7 +110,7 @@ def _first_texts(job: CorpusJob, unit: Unit, at_least: int) -> list[str]:
     """The pieces of a unit's first training documents, of so many bytes if it has them."""
     texts: list[str] = []
     size = 0
-    for record, reason in _sifted(job, unit):
+    for record, reason in sifted(job, unit):
         if reason is not None:
             continue
         assert isinstance(record, Document)
@@ -123,7 +123,7 @@ def _first_texts(job: CorpusJob, unit: Unit, at_least: int) -> list[str]:
     return texts
 
 
-def _sifted(job: CorpusJob, unit: Unit) -> Iterator[tuple[Document | BadRecord, str | None]]:
+def sifted(job: CorpusJob, unit: Unit) -> Iterator[tuple[Document | BadRecord, str | None]]:
     """Every record of a unit with the reason for which it is dropped, or None: what both passes agree on."""
     for record in read_unit(job.corpus, job.stores, unit):
         if isinstance(record, BadRecord):
@@ -147,11 +147,11 @@ def decisions_key(unit: int) -> str:
 def sign_unit(job: CorpusJob, unit: Unit) -> FileReceipt:
     """First pass: the signatures of a unit's documents that no filter drops, in order."""
     assert job.corpus.dedup is not None
-    texts = [record.text for record, reason in _sifted(job, unit) if reason is None and isinstance(record, Document)]
-    columns = signatures(texts, job.corpus.dedup).to_columns()
-    data = to_arrow(columns, {"unit": str(unit.index)})
+    texts = (record.text for record, reason in sifted(job, unit) if reason is None and isinstance(record, Document))
+    found = signatures(texts, job.corpus.dedup)
+    data = to_arrow(found.to_columns(), {"unit": str(unit.index)})
     name = signature_key(unit.index)
-    info = put_shard(job.output, job.prefix, name, data, unit=unit.index, rows=len(texts), tokens=0)
+    info = put_shard(job.output, job.prefix, name, data, unit=unit.index, rows=len(found), tokens=0)
     receipt = FileReceipt(shard=info)
     job.receipts.write(SIGNATURES, unit.index, receipt)
     return receipt
@@ -257,7 +257,7 @@ def _sort(job: CorpusJob, tokenizer: Tokenizer, unit: Unit) -> _Sorted:
     decisions = None if job.corpus.dedup is None else _Decisions(job, unit)
     source = job.corpus.all_sources[unit.source]
     is_hub = isinstance(source, HubSource)
-    for record, reason in _sifted(job, unit):
+    for record, reason in sifted(job, unit):
         found.documents_in += 1
         if is_hub:  # of files the unit knows
             found.bytes_in += len(record.raw if isinstance(record, BadRecord) else record.text.encode())

@@ -16,7 +16,7 @@ signatures, which may be files mapped in turn, 0.8 GB of memory beside them and 
 import hashlib
 import itertools
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Any, Self
@@ -136,19 +136,20 @@ def text_digest(text: str) -> bytes:
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
-def signatures(texts: Sequence[str], config: DedupConfig) -> Signatures:
-    """The signatures of texts, in their order; each depends on its text and `config` alone."""
-    raw = b"".join(map(text_digest, texts))
-    digest = np.frombuffer(raw, "<u8").reshape(-1, 2).astype(np.uint64)
-    near = config.near
-    if near is None:
-        return Signatures(digest, np.empty((len(texts), 0), np.uint64), np.empty((len(texts), 0), np.uint16))
-    bands, hashes = [np.empty((0, near.num_bands), np.uint64)], [np.empty((0, near.num_hashes), np.uint16)]
+def signatures(texts: Iterable[str], config: DedupConfig) -> Signatures:
+    """The signatures of texts, in their order; each depends on its text and `config` alone. Few texts are held."""
+    near, raw = config.near, bytearray()
+    width = (near.num_bands, near.num_hashes) if near else (0, 0)
+    bands, hashes = [np.empty((0, width[0]), np.uint64)], [np.empty((0, width[1]), np.uint16)]
     for group in _groups(texts):
-        full = _min_hashes(group, near)
-        bands.append(_bands(full, near))
-        hashes.append(((full * np.uint32(0x9E3779B1)) >> np.uint32(16)).astype(np.uint16))  # the product's best mixed
-    return Signatures(digest, np.concatenate(bands), np.concatenate(hashes))
+        raw += b"".join(map(text_digest, group))
+        if near:
+            full = _min_hashes(group, near)
+            bands.append(_bands(full, near))
+            hashes.append((full * np.uint32(0x9E3779B1) >> np.uint32(16)).astype(np.uint16))  # a product's best mixed
+    digest = np.frombuffer(raw, "<u8").reshape(-1, 2).astype(np.uint64)
+    shapes = [(len(digest), k) for k in width]
+    return Signatures(digest, np.concatenate(bands).reshape(shapes[0]), np.concatenate(hashes).reshape(shapes[1]))
 
 
 def duplicates(parts: Sequence[Signatures], config: DedupConfig) -> list[Duplicates]:
@@ -181,7 +182,7 @@ def duplicates(parts: Sequence[Signatures], config: DedupConfig) -> list[Duplica
     return [Duplicates(representative[start:stop], is_exact[start:stop]) for start, stop in itertools.pairwise(offsets)]
 
 
-def _groups(texts: Sequence[str]) -> Iterator[list[str]]:
+def _groups(texts: Iterable[str]) -> Iterator[list[str]]:
     group: list[str] = []
     size = 0
     for text in texts:

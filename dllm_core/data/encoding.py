@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from dllm_core.data.packing import Ids, PackingBase, Rows, TokenRun, joined, pack_ended, too_long, with_end
+from dllm_core.data.packing import Ids, PackingBase, Rows, TokenRun, joined, pack_ended, repeated, too_long, with_end
 from dllm_core.data.quarantine import Removed
 from dllm_core.data.records import Document, Part
 from dllm_core.data.shard import id_type
@@ -20,7 +20,8 @@ _CHARS_AT_ONCE = 1 << 22  # a call of the tokenizer costs nothing beside so many
 
 class Encoder:
     """Documents as they come -> packed rows. Text is let go once it is encoded, so a unit of any number of documents
-    takes the memory of its ids, two bytes each where they fit, and not that of its texts, eight times as much.
+    takes the memory of its ids, two bytes each where they fit, and not that of its texts, eight times as much. What is
+    taken many times is encoded once.
 
     kept: documents that made tokens; removed: the others, in order.
     """
@@ -48,16 +49,17 @@ class Encoder:
 
     def _encode(self) -> None:
         waiting, self._waiting, self._chars = self._waiting, [], 0
-        repeated = [document for document, times in waiting for _ in range(times)]
-        run = with_end(encode_documents(self._tokenizer, repeated), self._tokenizer.eos_id)
-        left_out = {id(repeated[index]) for index in too_long(self._packing, run).tolist()}
+        taken = [document for document, times in waiting if times]
+        run = with_end(encode_documents(self._tokenizer, taken), self._tokenizer.eos_id)
+        left_out = {id(taken[index]) for index in too_long(self._packing, run).tolist()}
         for document, times in waiting:
             if times and id(document) not in left_out:
                 self.kept += 1
             else:
                 self.removed.append(Removed.of(document, "filtered", "packing.too_long" if times else "weight"))
         ids = run.ids.astype(id_type(self._tokenizer.vocab_size))
-        self._runs.append(TokenRun(ids, run.offsets, run.is_learned))
+        once = TokenRun(ids, run.offsets, run.is_learned)
+        self._runs.append(repeated(once, [times for _, times in waiting if times]))
 
 
 def encode_documents(tokenizer: Tokenizer, documents: Sequence[Document]) -> TokenRun:

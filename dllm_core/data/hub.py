@@ -13,8 +13,18 @@ def num_shards(source: HubSource) -> int:
 
 
 def hub_records(source: HubSource, index: int, shards: int) -> Iterator[Any]:
-    """The records of part `index` of `shards`, as the library yields them: mappings of named fields."""
-    yield from _load(source).shard(num_shards=shards, index=index)
+    """The records of part `index` of `shards`, as the library yields them: mappings of named fields.
+
+    A stream that breaks off is a DataError, not a bad record: what follows in it is not known to be bad.
+    """
+    part, row = _load(source).shard(num_shards=shards, index=index), 0
+    try:
+        for record in part:
+            yield record
+            row += 1
+    except Exception as error:
+        problem = f"broke off at record {row} of part {index} of {shards} ({_first_line(error)})"
+        raise DataError("corpus.path", problem, source.path, "what is complete is kept: run again") from error
 
 
 def _load(source: HubSource) -> Any:
@@ -25,5 +35,8 @@ def _load(source: HubSource) -> Any:
             source.path, source.subset, split=source.split, data_files=source.data_files, streaming=True
         )
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError("corpus.path", f"cannot be loaded ({reason})", source.path) from error
+        raise DataError("corpus.path", f"cannot be loaded ({_first_line(error)})", source.path) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]

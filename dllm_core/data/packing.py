@@ -5,7 +5,9 @@ begins, so that attention stays inside it. padded: one document a row, for fine-
 """
 
 from bisect import bisect_left, insort
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
@@ -134,6 +136,20 @@ def with_end(run: TokenRun, eos_id: int) -> TokenRun:
         is_learned = np.ones(len(ids), dtype=bool)
         is_learned[is_text] = run.is_learned
     return TokenRun(ids, offsets, is_learned)
+
+
+def repeated(run: TokenRun, times: Sequence[int]) -> TokenRun:
+    """Each record, one document of the run or of pairs two, so many times in its place."""
+    if all(count == 1 for count in times):
+        return run
+    documents = run.num_documents // len(times)
+    spans = list(zip(pairwise(run.offsets[::documents].tolist()), times, strict=True))
+    lengths = np.repeat(np.diff(run.offsets).reshape(-1, documents), times, axis=0).ravel()
+    ids = np.concatenate([np.tile(run.ids[begin:end], count) for (begin, end), count in spans])
+    learned = None
+    if run.is_learned is not None:
+        learned = np.concatenate([np.tile(run.is_learned[begin:end], count) for (begin, end), count in spans])
+    return TokenRun(ids, np.cumsum(np.concatenate([np.zeros(1, np.int64), lengths])), learned)
 
 
 def joined(runs: list[TokenRun], dtype: type[np.unsignedinteger[Any]]) -> TokenRun:

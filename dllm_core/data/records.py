@@ -129,7 +129,7 @@ def _text_in(values: Mapping[str, Any], field: str) -> str:
     text = values[field]
     if not isinstance(text, str):
         raise _NotADocumentError(f"{field!r} is not a string")
-    if not _is_unicode(text):  # a lone surrogate is legal JSON and no text
+    if not is_unicode(text):  # a lone surrogate is legal JSON and no text
         raise _NotADocumentError(f"{field!r} is not Unicode")
     return text
 
@@ -176,7 +176,8 @@ def _answer(values: Mapping[str, Any], record: PreferenceRecord, field: str) -> 
     return (Part("assistant" if record.conversations else None, _text_in(values, field), is_learned=True),)
 
 
-def _is_unicode(text: str) -> bool:
+def is_unicode(text: str) -> bool:
+    """Whether it can be written as UTF-8: no lone surrogate is in it."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:

@@ -17,6 +17,7 @@ from dllm_core.config.base import Frozen
 from dllm_core.data.arrow_index import batch_rows
 from dllm_core.data.corpus import ArrowSource, CorpusBase, HubSource, ParquetSource, SourceBase, TextSource
 from dllm_core.data.hub import num_shards
+from dllm_core.data.records import is_unicode
 from dllm_core.errors import DataError
 from dllm_core.storage.file import StoredFile
 from dllm_core.storage.store import READERS, Store, StoredObject
@@ -55,6 +56,15 @@ class SourceFiles:
 
 def list_files(source: SourceBase, store: Store, prefix: str) -> list[StoredObject]:
     """The source's files in the order of their names; a source without any is an error."""
+    found = _found(source, store, prefix)
+    for item in found:
+        if not is_unicode(item.key):  # what a corpus is, and where its records are from, is told in UTF-8
+            remedy = "rename it, or narrow corpus.glob"
+            raise DataError("corpus.path", "a file's name is not UTF-8", item.key, remedy)
+    return found
+
+
+def _found(source: SourceBase, store: Store, prefix: str) -> list[StoredObject]:
     named = store.stat(prefix) if prefix else None
     if named is not None:
         if not named.size:

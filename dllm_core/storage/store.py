@@ -150,10 +150,11 @@ class LocalStore:
         return path
 
     def list(self, prefix: str = "") -> Iterator[StoredObject]:
-        """All files below a folder, sorted by key; temporary ones are not objects."""
+        """All files below a folder, sorted by key; temporary ones are not objects. Links are followed, in no circle."""
         top, root = self._file(prefix).rstrip("/") or "/", str(self.root).rstrip("/")
         found = []
-        for folder, _, names in os.walk(top, onerror=_raise_walk_error):
+        for folder, folders, names in os.walk(top, onerror=_raise_walk_error, followlinks=True):
+            folders[:] = [name for name in folders if not _leads_back(f"{folder.rstrip('/')}/{name}", top)]
             for name in names:
                 if not is_temporary(name):
                     path = f"{folder.rstrip('/')}/{name}"
@@ -307,6 +308,18 @@ def _is_encodable(key: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def _leads_back(path: str, top: str) -> bool:
+    """Whether a folder is a link to what holds it: to one of those that lead there from `top`, or to what is around."""
+    if not os.path.islink(path):
+        return False
+    target, here = os.path.realpath(path), path
+    while len(here) > len(top):
+        here = os.path.dirname(here)
+        if f"{os.path.realpath(here)}/".startswith(f"{target.rstrip('/')}/"):
+            return True
+    return False
 
 
 def _raise_walk_error(error: OSError) -> None:

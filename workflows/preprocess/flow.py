@@ -6,6 +6,7 @@ Rounds of tasks (signatures where duplicates are removed, tokens, then noise, wh
 the manifest. Every task leaves a receipt, so a run that was killed goes on with what is missing.
 """
 
+import contextlib
 import json
 import time
 from collections.abc import Callable
@@ -102,11 +103,23 @@ class CorpusPlan:
         return plan_units(self.recipe.corpus, self.listed)
 
     def existing(self) -> CorpusManifest | None:
-        """The finished corpus, if it has all the noise that the recipe asks for."""
+        """The finished corpus, if it has all the noise that the recipe asks for.
+
+        DataError if it has more bad records than this recipe allows: another one, that allowed more, has made it.
+        """
         if not self.is_made:
             return None
         manifest = read_manifest(self.store, self.fingerprint)
+        self.check_bad(manifest.accounting)
         return manifest if len(manifest.noise_epochs) >= self.recipe.noise.epochs else None
+
+    def check_bad(self, total: Accounting) -> None:
+        """Refuse more bad records than the recipe allows."""
+        allowed = self.recipe.corpus.max_bad_fraction
+        if total.num_quarantined > allowed * total.documents_in:
+            share = f"{total.num_quarantined} of {total.documents_in} records are bad, {100 * allowed:.6g}% are allowed"
+            remedy = f"see {self.url}/quarantine; narrow corpus.glob or raise corpus.max_bad_fraction"
+            raise DataError("corpus.max_bad_fraction", share, remedy=remedy)
 
 
 def plan_corpus(recipe: Recipe, store: Store, listed: tuple[SourceFiles, ...] | None = None) -> CorpusPlan:
@@ -153,10 +166,11 @@ class Preprocessing:
         """Make what is missing; the manifest is written last."""
         recipe, plan, job = self.plan.recipe, self.plan, self.plan.job()
         units = plan.units()
-        tokenizer = self._tokenizer(job, units)
+        [tokenized] = job.receipts.all_finished(TOKENS)
+        tokenizer = self._tokenizer(job, units, tokenizer_of(job, tokenized.values()))
         if recipe.corpus.dedup is not None:
             self._duplicates(job, units)
-        receipts = self._tokens(job, tokenizer, units)
+        receipts = self._tokens(job, tokenizer, units, tokenized)
         accounting = self._accounted(receipts)
         train = Split(shards=tuple(receipt.train for receipt in receipts if receipt.train.rows))
         heldout = Split(shards=tuple(receipt.heldout for receipt in receipts if receipt.heldout.rows))
@@ -186,21 +200,29 @@ class Preprocessing:
         write_manifest(plan.store, manifest)
         return manifest
 
-    def _tokenizer(self, job: CorpusJob, units: list[Unit]) -> Tokenizer:
-        """The recipe's tokenizer, or one trained on the corpus; it is kept beside the shards."""
-        config = self.plan.recipe.tokenizer
+    def _tokenizer(self, job: CorpusJob, units: list[Unit], made_by: str | None) -> Tokenizer:
+        """The recipe's tokenizer, or one trained on the corpus; it is kept beside the shards.
+
+        made_by: sha256 of the one that made those that are there.
+        """
+        config, url = self.plan.recipe.tokenizer, self.plan.url
         key = job.key(TOKENIZER_NAME)
         if job.output.exists(key):
-            return Tokenizer(job.output.read(key).decode(), config, key)
+            data = job.output.read(key)
+            problem = None if made_by in (None, sha256(data)) else "is not the tokenizer of the shards"
+            with contextlib.suppress(UnicodeDecodeError):
+                if problem is None:
+                    return Tokenizer(data.decode(), config, key)
+            problem, remedy = problem or "is not UTF-8", "run `dllm preprocess repair`"
+            raise DataError(f"{url}/{TOKENIZER_NAME}", problem, remedy=remedy)
         if config.path is not None:
             tokenizer = Tokenizer.given(config)
         else:
             self.on_progress("training the tokenizer", 0, 0)
             train = partial(_train_tokenizer, job, units)
             [tokenizer] = self.fan_out(train, [config], workers=1, demand=self._placement.demand)
-        [tokenized] = job.receipts.all_finished(TOKENS)
-        if tokenizer_of(job, tokenized.values()) not in (None, tokenizer.digest):
-            url, problem = self.plan.url, "was lost, and the one made in its place is not that of the shards"
+        if made_by not in (None, tokenizer.digest):
+            problem = "was lost, and the one made in its place is not that of the shards"
             raise DataError(f"{url}/{TOKENIZER_NAME}", problem, remedy=f"delete {url} and run again")
         job.output.put(key, tokenizer.json_text.encode())
         return tokenizer
@@ -216,8 +238,10 @@ class Preprocessing:
             receipts = [done[unit.index] for unit in units]
             self.fan_out(partial(decide, job), [receipts], workers=1, demand=self._placement.demand)
 
-    def _tokens(self, job: CorpusJob, tokenizer: Tokenizer, units: list[Unit]) -> list[UnitReceipt]:
-        [done] = job.receipts.all_finished(TOKENS)
+    def _tokens(
+        self, job: CorpusJob, tokenizer: Tokenizer, units: list[Unit], tokenized: dict[int, UnitReceipt]
+    ) -> list[UnitReceipt]:
+        done = dict(tokenized)
         missing = [unit for unit in units if unit.index not in done]
         for receipt in self._tasks("tokens", partial(tokenize_unit, job, tokenizer), missing, units):
             done[receipt.unit] = receipt
@@ -264,11 +288,7 @@ class Preprocessing:
             receipt.accounting.check(f"unit {receipt.unit}")
             total = total + receipt.accounting
         total.check("corpus")
-        allowed = self.plan.recipe.corpus.max_bad_fraction
-        if total.num_quarantined > allowed * total.documents_in:
-            share = f"{total.num_quarantined} of {total.documents_in} records are bad, {100 * allowed:.6g}% are allowed"
-            remedy = f"see {self.plan.url}/quarantine; narrow corpus.glob or raise corpus.max_bad_fraction"
-            raise DataError("corpus.max_bad_fraction", share, remedy=remedy)
+        self.plan.check_bad(total)
         return total
 
     def _refuse_empty(self, train: Split, heldout: Split) -> None:

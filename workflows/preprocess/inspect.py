@@ -143,7 +143,7 @@ def _removed(store: Store, manifest: CorpusManifest) -> str:
     for item in store.list(f"{corpus_prefix(manifest.fingerprint)}/quarantine"):
         if not item.key.endswith(".jsonl"):
             continue
-        for line in store.read(item.key, 0, 1 << 16).decode("utf-8", "replace").splitlines():
+        for line in store.read(item.key, 0, 1 << 16).decode("utf-8", "replace").split("\n"):  # a text may hold U+2028
             try:
                 record = json.loads(line)
             except ValueError:

@@ -48,9 +48,13 @@ def _plan(corpus: CorpusPlan, console: Console) -> dict[str, Any]:
     console.print(f"{found['corpus']}")
     console.print(f"  input    {found['files']:,} files, {found['input_bytes'] / 1e6:,.1f} MB")
     console.print(f"  work     {found['units']:,} units ({found['units_done']:,} done), {found['shards']:,} shards")
-    console.print(f"  output   about {found['tokens']:,} tokens, {found['disk_bytes'] / 1e6:,.1f} MB")
+    seconds = "" if found["seconds"] is None else f"{found['seconds']:,.0f} s and "
+    output = "not known: a hub does not tell how much it has"
+    if found["tokens"] is not None:
+        output = f"about {found['tokens']:,} tokens, {found['disk_bytes'] / 1e6:,.1f} MB"
+    console.print(f"  output   {output}")
     console.print(
-        f"  needs    about {found['seconds']:,.0f} s and {found['memory_bytes'] / 2**30:.1f} GiB "
+        f"  needs    about {seconds}{found['memory_bytes'] / 2**30:.1f} GiB "
         f"on {found['workers']} workers [dim]({found['tokenizer_engine']}, from a sample of 1 MB)[/dim]"
     )
     return found

@@ -3,12 +3,11 @@
 dllm preprocess verify workflows/recipes/quickstart.yaml
 """
 
-import time
 from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-from dllm_core.data.build import sample_texts, tokenizer_of
+from dllm_core.data.build import tokenizer_of
 from dllm_core.data.manifest import NAME, CorpusManifest, read_manifest, read_tokenizer
 from dllm_core.data.receipts import DECISIONS, SIGNATURES, TOKENS, Step, noise_step, shards_of
 from dllm_core.data.tokenizer import Tokenizer
@@ -17,49 +16,38 @@ from dllm_core.errors import DataError
 from dllm_core.model.special_ids import TOKENIZER_NAME
 from dllm_core.storage.store import sha256
 from workflows.fan_out import FanOut
+from workflows.preprocess.estimate import estimate
 from workflows.preprocess.flow import CorpusPlan, OnProgress, Preprocessing
 
-_SAMPLE_BYTES = 1 << 20
 # A Ray worker with pyarrow, numpy and a tokenizer, measured; half of it are words that `fastokens` remembers. Units
 # come on top.
 _WORKER_MIB = 420
 
 
 def plan(corpus: CorpusPlan) -> dict[str, Any]:
-    """What a run would read and make. Nothing is written; a sample of at most 1 MB is tokenized for the estimates."""
+    """What a run would read and make. Nothing is written; a sample of about 1 MB is tokenized for the estimates.
+
+    tokens, rows, disk_bytes and seconds are None where a hub does not tell how much it has.
+    """
     recipe, job, units = corpus.recipe, corpus.job(), corpus.units()
     [finished] = job.receipts.all_finished(TOKENS)
     done = sum(unit.index in finished for unit in units)
-    texts = sample_texts(job, units[:1], _SAMPLE_BYTES)
-    sample = sum(len(text.encode()) for text in texts)
-    if not texts:
-        raise DataError("corpus.path", "no text in its first unit", recipe.corpus.type)
-    begun = time.perf_counter()
-    config = recipe.tokenizer.model_copy(update={"vocab_size": min(recipe.tokenizer.vocab_size, 4096), "path": None})
-    tokenizer = Tokenizer.train(texts[:256], config)
-    trained = time.perf_counter()
-    tokens = len(tokenizer.encode_flat(texts)[0])
-    rate = sample / max(time.perf_counter() - trained, 1e-6)
-    num_bytes = corpus.num_bytes
+    found = estimate(recipe, job, units)
     workers = recipe.placement.preprocess.workers
-    total_tokens = int(num_bytes * tokens / sample)
-    rows = -(-total_tokens // recipe.packing.seq_len)
-    # Reading, packing, hashing and writing cost about as much as encoding (tests/benchmarks/preprocess.py).
-    seconds = 2 * num_bytes / rate / workers + (trained - begun) + 3
     return {
         "corpus": corpus.url,
         "files": sum(len(files.files) for files in corpus.listed),
-        "input_bytes": num_bytes,
+        "input_bytes": corpus.num_bytes,
         "units": len(units),
         "units_done": done,
         "shards": len(units) * (2 + recipe.noise.epochs),
-        "tokens": total_tokens,
-        "rows": rows,
-        "disk_bytes": corpus.disk_bytes(rows),
-        "seconds": round(seconds, 1),
+        "tokens": found.tokens,
+        "rows": found.rows,
+        "disk_bytes": None if found.rows is None else corpus.disk_bytes(found.rows),
+        "seconds": found.seconds,
         "memory_bytes": workers * ((_WORKER_MIB << 20) + 8 * recipe.corpus.unit_bytes),
         "workers": workers,
-        "tokenizer_engine": tokenizer.engine,
+        "tokenizer_engine": found.engine,
     }
 
 

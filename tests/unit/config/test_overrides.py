@@ -82,6 +82,21 @@ def test_another_kind_drops_nothing_that_an_override_has_set():
     assert whole == {"slope": {"type": "round", "rate": 2}}
 
 
+def test_an_item_of_a_list_is_named_by_its_number():
+    values = {"a": [{"type": "x", "w": 1}, {"type": "x", "w": 2, "l": [[1, 2]]}]}
+    assert apply_overrides(values, ["a.1.w=5", "a.1.l.0.1=7", "a.0=null"]) == {
+        "a": [None, {"type": "x", "w": 5, "l": [[1, 7]]}]
+    }
+    assert apply_overrides(values, ["a.0.v=3", "a.0.type=y"])["a"][0] == {"type": "y", "v": 3}
+    assert values == {"a": [{"type": "x", "w": 1}, {"type": "x", "w": 2, "l": [[1, 2]]}]}
+
+
+@pytest.mark.parametrize("path", ["a.2", "a.-1", "a.x", "a.2.w", "a.\u0661.w", "a.type"])
+def test_what_is_no_item_of_a_list_is_told_with_those_that_are(path):
+    with pytest.raises(ConfigError, match=r"^a\..*: no such item of a list, got '.*': it has items 0 to 1$"):
+        apply_overrides({"a": [{"w": 1}, {"w": 2}]}, [f"{path}=5"])
+
+
 @pytest.mark.parametrize("text", ["texts/part #2", "#2", "a\t#b", "1 # one"])
 def test_what_would_be_a_comment_in_a_file_is_text_in_an_override(text):
     assert apply_overrides({}, [f"path={text}"]) == {"path": text}

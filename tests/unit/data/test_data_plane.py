@@ -4,6 +4,7 @@ import gzip
 import json
 from collections import Counter
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from dllm_core.data.readers import read_unit
 from dllm_core.errors import ConfigError, DataError
 from dllm_core.storage.store import LocalStore, open_store
 from workflows.fan_out import serially
+from workflows.preprocess import inspect
 from workflows.preprocess.flow import Preprocessing, plan_corpus
 from workflows.recipe import Recipe
 
@@ -92,6 +94,29 @@ def test_too_many_bad_records_end_the_run_with_exit_3(tmp_path):
     with pytest.raises(DataError, match=r"corpus\.max_bad_fraction: 12 of 62 records are bad") as caught:
         made(tmp_path, corpus={"type": "jsonl", "path": str(tmp_path / "in")})
     assert caught.value.exit_code == 3
+
+
+def test_a_finished_corpus_is_held_to_the_bad_records_that_this_recipe_allows(tmp_path):
+    jsonl(tmp_path / "in", TEXTS[:50], POISON)
+    corpus = made(tmp_path, corpus={"type": "jsonl", "path": str(tmp_path / "in"), "max_bad_fraction": 0.5})
+    assert plan_corpus(corpus.recipe, corpus.store).existing() == corpus.manifest
+    strict = corpus.recipe.model_copy(
+        update={"corpus": corpus.recipe.corpus.model_copy(update={"max_bad_fraction": 0.01})}
+    )
+    with pytest.raises(DataError, match=r"corpus\.max_bad_fraction: 12 of 62 records are bad, 1% are allowed"):
+        plan_corpus(strict, corpus.store).existing()
+
+
+def test_removed_records_are_shown_whatever_line_ends_their_texts_hold(tmp_path, monkeypatch):
+    monkeypatch.setattr(inspect, "axes", lambda *asked: (None, [MagicMock()]))  # a plot takes seconds to import
+    monkeypatch.setattr(inspect, "svg", lambda *asked: "")
+    jsonl(tmp_path / "in", [*TEXTS[:80], "a\u2028b"])
+    with (tmp_path / "in" / "a.jsonl").open("a", encoding="utf-8") as file:
+        file.writelines(f'{{"text": "{text}"}}\n' for text in ("c\u2029d", "e\x85f", "g"))
+    section = {"type": "jsonl", "path": str(tmp_path / "in"), "filters": [{"type": "length", "min_chars": 6}]}
+    corpus = made(tmp_path, corpus={**section, "unit_bytes": 1 << 20})
+    assert corpus.manifest.accounting.filtered == {"length.too_short": 4}
+    assert inspect._removed(corpus.store, corpus.manifest).count("<tr>") == 4
 
 
 def test_filters_and_duplicates_take_what_they_say_and_everything_is_accounted_for(tmp_path):

@@ -1,6 +1,7 @@
 """What was decided on one document is never done to another, and a search for duplicates maps few files at a time."""
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from dllm_core.data import build, shard
 from dllm_core.data.build import decisions_key, put_shard, to_arrow
 from dllm_core.data.filters import first_reason
 from dllm_core.data.receipts import DECISIONS, FileReceipt
+from dllm_core.data.records import Document
 from dllm_core.data.shard import map_shard
 from dllm_core.errors import DataError
 from dllm_core.storage.store import LocalStore
@@ -113,3 +115,17 @@ def columns(plan: CorpusPlan, name: str) -> list[object]:
     job = plan.job()
     receipts = [receipt.shard for _, receipt in sorted(job.receipts.of_all(DECISIONS).items())]
     return [value for info in receipts for value in map_shard(job.output, job.prefix, info)[name].tolist()]
+
+
+def test_the_first_pass_holds_few_of_a_units_texts(tmp_path, monkeypatch):
+    """A compressed file is one unit whatever its size."""
+    plan, count = planned(tmp_path), 256
+    long = (Document(f"{number} " + "x" * (1 << 16), "a", number) for number in range(count))
+    monkeypatch.setattr(build, "read_unit", lambda *asked: long)
+    tracemalloc.start()
+    try:
+        receipt = build.sign_unit(plan.job(), plan.units()[0])
+        assert tracemalloc.get_traced_memory()[1] < 4 << 20  # of 16 MiB
+    finally:
+        tracemalloc.stop()
+    assert receipt.shard.rows == count

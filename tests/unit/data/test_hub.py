@@ -55,3 +55,12 @@ def test_what_cannot_be_loaded_is_one_line_about_its_name(tmp_path, streamed):
     with pytest.raises(DataError, match=r"cannot be loaded") as caught:
         made(tmp_path, corpus={**hub, "data_files": f"{tmp_path}/nothing-*.jsonl"})
     assert "\n" not in str(caught.value)
+
+
+def test_a_stream_that_breaks_off_is_one_line_and_no_bad_record(tmp_path, streamed):
+    hub, _ = streamed
+    with (tmp_path / "streamed" / "part-1.jsonl").open("a") as file:
+        file.write('{"body": "cut\n{"body": "after"}\n')
+    with pytest.raises(DataError, match=r"^corpus\.path: broke off at record \d+ of part 1 of 3 \(.*JSON") as caught:
+        made(tmp_path, corpus={**hub, "max_bad_fraction": 0.5})
+    assert "\n" not in str(caught.value)

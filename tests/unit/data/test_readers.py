@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import re
+import time
 import zlib
 from pathlib import Path
 
@@ -145,6 +147,26 @@ def test_a_file_that_breaks_off_gives_what_was_readable_and_a_bad_record(
         assert [record.offset for record in found] == [record.offset for record in plain]
 
 
+@given(st.lists(st.sampled_from([b"\r", b"\n", b"\r\n", b"a"])).map(b"".join), st.integers(1, 3))
+def test_a_separator_is_a_run_of_line_ends_of_either_kind(data, newlines):
+    meant = re.compile(rb"(?:\r?\n){%d,}" % newlines)
+    assert list(readers._separators(newlines, data)) == [match.span() for match in meant.finditer(data)]
+
+
+@pytest.mark.parametrize("newlines", [1, 2])
+def test_separators_are_found_faster_than_character_by_character(newlines):
+    data = (b"some words of a line that goes on " * 6 + b"\n") * (1 << 13)
+
+    def seconds(expression: bytes | None) -> float:
+        begun = time.process_time()
+        found = readers._separators(newlines, data) if expression is None else re.finditer(expression, data)
+        assert sum(1 for _ in found) == (len(data.splitlines()) if newlines == 1 else 0)
+        return time.process_time() - begun
+
+    plain = rb"(?:\r?\n){%d,}" % newlines
+    assert 5 * min(seconds(None) for _ in range(3)) < min(seconds(plain) for _ in range(2))
+
+
 def test_frames_that_hold_no_text_are_passed_over(tmp_path):
     (tmp_path / "in").mkdir()
     skipped = b"\x50\x2a\x4d\x18" + (600).to_bytes(4, "little") + bytes(600)  # RFC 8878, section 3.1.2
@@ -175,6 +197,27 @@ def test_what_is_no_table_is_refused_by_its_name_before_anything_runs(tmp_path):
     (tmp_path / "in" / "a.parquet").write_bytes(b"PAR1 no table PAR1")
     with pytest.raises(DataError, match=r"is not a parquet file .*a\.parquet"):
         read(ParquetCorpus(path=str(tmp_path / "in")), tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+@pytest.mark.parametrize("beside", [True, False], ids=["beside the text", "in its place"])
+def test_a_date_that_python_has_not_costs_its_own_row_alone(tmp_path, kind, beside):
+    days = pa.array([1, 10**7, 3], pa.date32())  # the second in the year 29349
+    texts = pa.array(["one", None, "three"])
+    table = pa.table({"text": texts, "day": days} if beside else {"text": days})
+    if kind == "parquet":
+        pq.write_table(table, tmp_path / "a.parquet")
+    else:
+        with pa.ipc.new_file(tmp_path / "a.arrow", table.schema) as sink:
+            sink.write_table(table)
+    _, found = read((ParquetCorpus if kind == "parquet" else ArrowCorpus)(path=str(tmp_path)), tmp_path)
+    bad = [(record.offset, record.reason) for record in found if isinstance(record, BadRecord)]
+    no_text = "'text' is not a string"
+    if beside:
+        assert [record.text for record in found if not isinstance(record, BadRecord)] == ["one", "three"]
+        assert bad == [(1, no_text)]
+    else:
+        assert bad == [(0, no_text), (1, "cannot be read (date value out of range)"), (2, no_text)]
 
 
 def test_a_mixture_reads_its_sources_one_after_the_other_in_units_of_their_own(tmp_path):

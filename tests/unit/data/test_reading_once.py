@@ -2,7 +2,6 @@
 
 import io
 import os
-import re
 from dataclasses import replace
 
 import pyarrow as pa
@@ -104,19 +103,22 @@ def test_a_bad_row_is_kept_with_the_fields_that_no_record_needs(tmp_path, kind):
     assert found[0].raw == b"{'id': 0, 'text': 'a', 'x': '\\n'}"
 
 
-def test_a_batch_that_cannot_be_read_costs_no_other(tmp_path):
+@pytest.mark.parametrize("part", ["head", "body"])
+def test_a_batch_that_cannot_be_read_costs_no_other(tmp_path, part):
     (tmp_path / "in").mkdir()
     path = tmp_path / "in" / "a.arrow"
     texts = [f"row {i} of a table" for i in range(60)]
-    write_arrow(path, pa.table({"text": texts}), 10)
+    write_arrow(path, pa.table({"text": texts}), 10, compression="zstd")
     data = bytearray(path.read_bytes())
     begin, length = _blocks(io.BytesIO(data), len(data))[2]
-    data[begin + 8 : begin + length] = b"\x7f" * (length - 8)
+    after = slice(begin + 8, begin + length) if part == "head" else slice(begin + length, begin + length + 64)
+    data[after] = b"\x7f" * (after.stop - after.start)
     path.write_bytes(data)
     units, found, _, _ = counted(ArrowCorpus(path=str(tmp_path / "in")), tmp_path)
     assert len(units) == 1
     assert [record.text for record in found if isinstance(record, Document)] == texts[:20] + texts[30:]
-    assert [record.offset for record in found if isinstance(record, BadRecord)] == [20]
+    bad = [record.offset for record in found if isinstance(record, BadRecord)]
+    assert bad == ([20] if part == "head" else list(range(20, 30)))  # of a damaged head nobody knows how many
 
 
 @given(
@@ -136,18 +138,17 @@ def test_the_rows_of_batches_are_those_that_pyarrow_reads(rows, columns, options
 
 
 def test_a_record_of_many_pieces_is_looked_through_twice_in_the_mean(tmp_path, monkeypatch):
-    separator, looked = re.compile(rb"(?:\r?\n){1,}"), []
+    separators, looked = readers._separators, []
 
-    class Counted:
-        def finditer(self, data):
-            looked.append(len(data))
-            return separator.finditer(data)
+    def watched(newlines: int, data: bytes):
+        looked.append(len(data))
+        return separators(newlines, data)
 
     text = os.urandom(1 << 19).hex()
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.zst").write_bytes(zstandard.compress(f"one\n{text}\ntwo\n".encode()))
     monkeypatch.setattr(readers, "_INFLATE_BYTES", 1 << 12)
-    monkeypatch.setattr(readers, "_separator", lambda newlines: Counted())
+    monkeypatch.setattr(readers, "_separators", watched)
     _, found, _, _ = counted(TextCorpus(path=str(tmp_path / "in"), document="line"), tmp_path)
     assert [record.text for record in found] == ["one", text, "two"]
-    assert sum(looked) <= 4 * len(text)
+    assert len(text) < sum(looked) <= 4 * len(text)

@@ -1,6 +1,7 @@
 """Conversations and pairs: what is read, what is learned, and that no text can play a marker."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dllm_core.data.corpus import ChatRecord, PairRecord, PreferenceRecord, TextRecord
-from dllm_core.data.encoding import encode_documents
+from dllm_core.data.encoding import Encoder, encode_documents
+from dllm_core.data.packing import PairsPacking, WrapPacking
 from dllm_core.data.records import BadRecord, Document, from_json, is_blank
 from dllm_core.data.tokenizer import ChatTemplate, Tokenizer, TokenizerConfig
 from dllm_core.errors import ConfigError
@@ -106,6 +108,29 @@ def test_a_preferences_prompt_may_be_a_conversation_of_which_nothing_is_learned(
         assert run.ids[own].tolist() == alone.ids.tolist()
         learned = len(tokenizer.encode(answers[k])) + 1  # and the end of the turn
         assert run.is_learned[own].tolist() == [False] * (len(alone.ids) - learned) + [True] * learned
+
+
+@pytest.mark.parametrize("kind", ["plain", "pair", "preference"])
+def test_what_is_taken_many_times_is_encoded_once_and_stands_in_its_place_as_often(tokenizer, monkeypatch, kind):
+    answers = {"chosen": "c", "rejected": "r"}
+    values = [{"text": f"{i} text", "prompt": f"{i} p", "answer": "a" * i, **answers} for i in range(4)]
+    record = {"plain": TextRecord(), "pair": PairRecord(), "preference": PreferenceRecord()}[kind]
+    packing = PairsPacking(seq_len=64) if kind == "preference" else WrapPacking(seq_len=16)
+    documents, times, asked = [parsed(record, value) for value in values], (3, 0, 1, 2), []
+    apart, together = Encoder(tokenizer, packing), Encoder(tokenizer, packing)
+    for document, count in zip(documents, times, strict=True):
+        for _ in range(count):
+            apart.add(replace(document))
+    flat = tokenizer.encode_flat
+    monkeypatch.setattr(tokenizer, "encode_flat", lambda texts: asked.extend(texts) or flat(texts))
+    for document, count in zip(documents, times, strict=True):
+        together.add(document, count)
+    found = together.rows()
+    assert len(asked) == 3 * {"plain": 1, "pair": 2, "preference": 4}[kind]
+    expected = apart.rows()
+    for name in ("ids", "num_tokens", "is_learned", "starts"):
+        assert np.array_equal(getattr(found, name), getattr(expected, name)), name
+    assert (together.kept, [item.reason for item in together.removed]) == (3, ["weight"])
 
 
 BAD_PREFERENCES = [

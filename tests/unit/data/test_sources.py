@@ -1,5 +1,7 @@
 """Where a corpus's files are found, and what is said when they are not."""
 
+import os
+
 import pytest
 
 from dllm_core.data.corpus import TextCorpus
@@ -38,6 +40,19 @@ def test_what_we_make_inside_the_corpus_is_no_part_of_it(tmp_path):
     root.put("corpora/x/manifest.json", b"{}")
     assert [item.key for item in find_source(TextCorpus(path=str(tmp_path)), root).files] == ["a.txt"]
     assert before == find_source(TextCorpus(path=str(tmp_path)), root)
+
+
+def test_a_name_that_is_not_utf8_is_refused_in_one_line_where_the_glob_takes_it(tmp_path):
+    root = LocalStore(tmp_path / "root")
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.txt").write_text("text")
+    (tmp_path / "in" / os.fsdecode(b"\xff.md")).write_text("text")
+    source = TextCorpus(path=str(tmp_path / "in"))
+    found = find_source(source.model_copy(update={"glob": "*.txt"}), root)
+    assert [item.key for item in found.files] == ["a.txt"]
+    with pytest.raises(DataError, match=r"^corpus\.path: a file's name is not UTF-8, got '\\udcff\.md'") as caught:
+        find_source(source, root)
+    assert str(caught.value).isascii()
 
 
 @pytest.mark.parametrize(

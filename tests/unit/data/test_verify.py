@@ -1,5 +1,6 @@
 """No damage passes `verify`, no whole corpus is accused, and `repair` gives the very bytes back."""
 
+import json
 import random
 import shutil
 
@@ -116,6 +117,22 @@ def test_repair_gives_the_very_bytes_back_and_runs_only_what_was_bad(copy, victi
     assert problems(corpus) == []
     total = 2 * len(corpus.units()) + 2 * len(corpus.existing().train.shards)
     assert result["tasks_run"] < total
+
+
+@pytest.mark.parametrize("has_shards", [True, False])
+def test_a_run_that_goes_on_takes_no_other_tokenizer_than_that_of_its_shards(copy, has_shards):
+    corpus, folder, files = copy
+    (folder / "manifest.json").unlink()
+    for path in sorted(folder.glob("receipts/tokens/*"))[: 1 if has_shards else None]:
+        path.unlink()
+    other = json.loads(files[folder / "tokenizer.json"])
+    other["model"]["merges"].pop()
+    (folder / "tokenizer.json").write_bytes(json.dumps(other).encode() if has_shards else b"\xff")
+    problem = "is not the tokenizer of the shards" if has_shards else "is not UTF-8"
+    with pytest.raises(DataError, match=rf"/tokenizer\.json: {problem}: run .*repair"):
+        Preprocessing(corpus, serially).run()
+    repair(corpus, serially, lambda *told: None)
+    assert {path: path.read_bytes() for path in files} == files
 
 
 def test_repair_of_a_whole_corpus_runs_nothing(copy):

@@ -99,6 +99,24 @@ def test_a_link_out_of_the_root_is_read_and_a_broken_one_is_no_object(store, tmp
     assert store.stat("broken") is store.stat("loop") is None
 
 
+def test_a_link_to_a_folder_is_followed_and_one_that_leads_back_is_not(store, tmp_path):
+    store.put("a/b/x", b"x")
+    (tmp_path / "elsewhere" / "deep").mkdir(parents=True)
+    (tmp_path / "elsewhere" / "deep" / "y").write_bytes(b"linked")
+    (tmp_path / "elsewhere" / "again").symlink_to(store.root / "a")
+    for name, target in {
+        "out": tmp_path / "elsewhere",
+        "self": store.root,
+        "up": tmp_path,
+        "round": "..",
+        "all": "/",
+    }.items():
+        (store.root / "a" / name).symlink_to(target)
+    assert [item.key for item in store.list()] == ["a/b/x", "a/out/deep/y"]
+    assert [item.key for item in store.list("a/out")] == ["a/out/again/b/x", "a/out/deep/y"]
+    assert store.read("a/out/deep/y") == b"linked"
+
+
 def test_a_fetched_file_is_the_object_itself(store):
     store.put("a", b"x")
     assert store.fetch("a").samefile(store.root / "a")
