@@ -3,7 +3,6 @@
 import gzip
 import json
 import re
-import time
 import zlib
 from pathlib import Path
 
@@ -151,20 +150,6 @@ def test_a_file_that_breaks_off_gives_what_was_readable_and_a_bad_record(
 def test_a_separator_is_a_run_of_line_ends_of_either_kind(data, newlines):
     meant = re.compile(rb"(?:\r?\n){%d,}" % newlines)
     assert list(readers._separators(newlines, data)) == [match.span() for match in meant.finditer(data)]
-
-
-@pytest.mark.parametrize("newlines", [1, 2])
-def test_separators_are_found_faster_than_character_by_character(newlines):
-    data = (b"some words of a line that goes on " * 6 + b"\n") * (1 << 13)
-
-    def seconds(expression: bytes | None) -> float:
-        begun = time.process_time()
-        found = readers._separators(newlines, data) if expression is None else re.finditer(expression, data)
-        assert sum(1 for _ in found) == (len(data.splitlines()) if newlines == 1 else 0)
-        return time.process_time() - begun
-
-    plain = rb"(?:\r?\n){%d,}" % newlines
-    assert 5 * min(seconds(None) for _ in range(3)) < min(seconds(plain) for _ in range(2))
 
 
 def test_frames_that_hold_no_text_are_passed_over(tmp_path):
