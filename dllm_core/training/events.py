@@ -6,11 +6,14 @@ from typing import Any, Protocol
 
 @dataclass(frozen=True)
 class Score:
-    """Of held-out rows, by the weights as they stood at `step` (not their average): nats a token."""
+    """Of held-out rows, by the weights as they stood at `step` (not their average): nats a token.
+
+    standard_error: rows are its unit, or all rows of one document together; None of one unit.
+    """
 
     step: int
     nats: float
-    standard_error: float
+    standard_error: float | None
 
 
 @dataclass(frozen=True)

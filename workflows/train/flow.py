@@ -49,8 +49,10 @@ def checkpoint_bytes(recipe: Recipe) -> int:
 def step_line(record: dict[str, Any]) -> str:
     """One line of a record of `metrics.jsonl` for people."""
     parts = [f"step {record['step']:,}", f"loss {record['loss']:.3f}"]
-    if record["heldout"] is not None:
-        parts.append(f"held-out {record['heldout']['nats']:.3f} ± {record['heldout']['standard_error']:.3f}")
+    heldout = record["heldout"]
+    if heldout is not None:
+        error = heldout["standard_error"]
+        parts.append(f"held-out {heldout['nats']:.3f}" + ("" if error is None else f" ± {error:.3f}"))
     if record.get("preference") is not None:
         parts.append(f"preferred {100 * record['preference']['accuracy']:.0f} %")
     parts += [f"norm {record['grad_norm']:.2f}", f"lr {record['learning_rate']:.1e}"]

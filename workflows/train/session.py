@@ -12,7 +12,7 @@ import torch
 from dllm_core.checkpoints.bundle import ModelBundle
 from dllm_core.checkpoints.run_dir import JsonLines, RunDir
 from dllm_core.checkpoints.store import Checkpoint, CheckpointStore, TrainPosition
-from dllm_core.data.loader import Batches, Loader, Prefetcher, evenly, split_rows
+from dllm_core.data.loader import Batches, Loader, Prefetcher, documents_of, evenly, split_rows
 from dllm_core.data.manifest import CorpusManifest, read_tokenizer
 from dllm_core.data.order import SampleOrder
 from dllm_core.errors import CheckpointError, DivergedError
@@ -115,7 +115,7 @@ def open_session(
         events_of(newest.manifest.position.step if newest else 0),
         samples_per_epoch=manifest.train.rows,
         peak_flops=peak,
-        heldout=heldout_scorer(recipe, run, manifest, estimator, trained),
+        heldout=heldout_scorer(recipe, run, manifest, estimator, trained, beat),
         should_stop=should_stop,
         beat=beat,
     )
@@ -162,25 +162,37 @@ def train_to_end(trainer: Trainer, run: RunDir, manifest: CorpusManifest) -> Tra
 
 
 def heldout_scorer(
-    recipe: Recipe, run: RunDir, manifest: CorpusManifest, estimator: Estimator | None, backend: Backend
+    recipe: Recipe,
+    run: RunDir,
+    manifest: CorpusManifest,
+    estimator: Estimator | None,
+    backend: Backend,
+    beat: Callable[[], None] = lambda: None,
 ) -> HeldoutScorer | None:
-    """A rank's share of `train.heldout_rows`, evenly spaced and as many on every rank, each scored by one draw.
+    """A rank's share of `train.heldout_rows`, evenly spaced, each scored by one draw. None without a likelihood.
 
-    The draws are the same each time, so that two scores differ by the weights alone. None without a likelihood.
+    Rows and draws are the same each time and for any number of ranks, so that two scores differ by the weights alone.
+    Rows of one document are one unit, as in an evaluation. beat: called after each forward.
     """
-    wanted = min(recipe.train.heldout_rows, manifest.heldout.rows) // backend.world_size * backend.world_size
-    if estimator is None or recipe.train.heldout_every is None or wanted < 2:
+    if estimator is None or recipe.train.heldout_every is None:
         return None
-    ids = evenly(np.arange(manifest.heldout.rows), wanted)[backend.rank :: backend.world_size]
-    parts = [
-        HeldoutRows.of(split_rows(run.store, manifest, manifest.heldout, rows), rows)
-        for rows in np.array_split(ids, math.ceil(len(ids) / _BATCH_ROWS))
-    ]
+    store, split, ranks = run.store, manifest.heldout, backend.world_size
+    ids = evenly(np.arange(split.rows), recipe.train.heldout_rows)
+    units = documents_of(store, manifest, split, ids, backend.module.config.eos_id)
+    num_forwards = math.ceil(math.ceil(len(ids) / ranks) / _BATCH_ROWS)
+    parts = []
+    for mine in np.array_split(np.arange(len(ids))[backend.rank :: ranks], num_forwards):
+        shown = ids[mine] if len(mine) else ids[:1]  # who has none left goes along with the others' forwards
+        parts.append((units[mine], HeldoutRows.of(split_rows(store, manifest, split, shown), shown)))
     draw = Draw(recipe.seed, 0)
 
     def score(denoiser: DenoiserLike) -> tuple[Doubles, Doubles]:
-        nats = [estimator.nats(denoiser, rows, draw) for rows in parts]
-        return np.concatenate(nats), np.concatenate([rows.counted.sum(1).astype(np.float64) for rows in parts])
+        nats, tokens = np.zeros((2, int(units[-1]) + 1))
+        for at, rows in parts:
+            np.add.at(nats, at, estimator.nats(denoiser, rows, draw)[: len(at)])
+            np.add.at(tokens, at, rows.counted.sum(1)[: len(at)])
+            beat()
+        return nats, tokens
 
     return score
 
