@@ -36,13 +36,14 @@ class FileEntry(Frozen):
 
 
 class TrainPosition(Frozen):
-    """Where training stands: all of its state that is not a tensor."""
+    """Where training stands: all of its state that is not a tensor. skipped_in_a_row: the last steps, if not taken."""
 
     step: int = 0
     samples_seen: int = 0
     tokens_seen: int = 0
     seconds: float = 0.0
     skipped_steps: int = 0
+    skipped_in_a_row: int = 0
 
 
 class CheckpointManifest(Frozen):

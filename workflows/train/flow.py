@@ -16,7 +16,7 @@ from typing import Any
 from dllm_core.checkpoints.run_dir import RunDir
 from dllm_core.checkpoints.store import CheckpointStore
 from dllm_core.data.manifest import read_manifest
-from dllm_core.errors import CheckpointError, DataError, DllmError, PreemptedError
+from dllm_core.errors import CheckpointError, DataError, DivergedError, DllmError, PreemptedError
 from dllm_core.training.config import CHECKPOINT_BYTES
 from workflows.env import on_nodes
 from workflows.interrupts import first_sigterm_asks
@@ -70,24 +70,30 @@ def train(recipe: Recipe, run: RunDir, corpus: str, on_message: OnMessage) -> No
     _check_checkpoint(recipe, run, corpus)
     import ray
 
-    from workflows.train.announcements import open_mailbox
+    from workflows.train.announcements import DIVERGED, open_mailbox
 
     mailbox = open_mailbox()
-    outcome: list[BaseException | None] = []
+    outcome, diverged = list[BaseException | None](), list[BaseException]()
     # In a thread of its own, because Ray Train takes SIGINT over in the main one and then needs > 5 s to end.
     fitting = threading.Thread(target=lambda: outcome.append(_outcome_of(recipe, run, corpus, mailbox)), daemon=True)
     fitting.start()
-    deadline, is_finished = math.inf, False
+    deadline, is_finished, is_over = math.inf, False, False
     with first_sigterm_asks() as is_asked:
-        while fitting.is_alive() and time.monotonic() < deadline:
+        while not is_over:
             fitting.join(timeout=_POLL_S)
+            is_over = not fitting.is_alive() or time.monotonic() >= deadline  # its last words are still to be heard
             with contextlib.suppress(ray.exceptions.RayError):  # a mailbox that died costs a screen, not a run
                 if is_asked.is_set() and deadline == math.inf:
                     deadline = time.monotonic() + _SAVE_WITHIN_S
                     mailbox.stop.remote()
                 for message in ray.get(mailbox.take.remote()):
+                    if message["kind"] == DIVERGED:
+                        diverged.append(message["error"])
+                        continue
                     is_finished = is_finished or message["kind"] == "finished"
                     on_message(message)
+    if diverged:
+        raise diverged[0]
     if is_asked.is_set():
         raise PreemptedError("train", f"was told to stop, {_standing(run)}", remedy="run it again to go on")
     error = outcome[0]
@@ -157,9 +163,16 @@ def _fit(recipe: Recipe, run: RunDir, corpus: str, mailbox: Any) -> None:
 
 
 def _on_worker(config: dict[str, Any]) -> None:
+    """Ray Train starts again whoever ends with an error, and what has diverged would only diverge again. All ranks end
+    with that one alike, so none waits for another.
+    """
+    from workflows.train.announcements import DIVERGED, Announcer
     from workflows.train.worker import train_worker  # DeepSpeed: 2 s that the driver need not pay
 
-    train_worker(config)
+    try:
+        train_worker(config)
+    except DivergedError as error:
+        Announcer(config["job"].mailbox).tell_surely(DIVERGED, error=error)
 
 
 def _explained(error: BaseException) -> BaseException:
