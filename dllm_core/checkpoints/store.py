@@ -18,7 +18,7 @@ from dllm_core.errors import CheckpointError, ConfigError, DataError
 from dllm_core.storage.cache import hold
 from dllm_core.storage.store import LocalStore, Store, fetch_intact, file_sha256
 
-_FOLDER = "checkpoints"
+CHECKPOINTS = "checkpoints"
 _MANIFEST = "manifest.json"
 _COMMITTED = re.compile(rf"step-(\d{{8,}})/{re.escape(_MANIFEST)}")
 _ANY = re.compile(r"step-(\d{8,})/.*")
@@ -80,7 +80,7 @@ class CheckpointStore:
 
     def folder(self, step: int) -> str:
         """Key prefix of a step's checkpoint."""
-        return self._run.key(f"{_FOLDER}/step-{step:08d}")
+        return self._run.key(f"{CHECKPOINTS}/step-{step:08d}")
 
     def save(self, position: TrainPosition, files: Mapping[str, Path], heldout: float | None = None) -> None:
         """Store the files, then the manifest that makes them a checkpoint. A kill in between leaves no checkpoint.
@@ -119,7 +119,7 @@ class CheckpointStore:
 
     def _steps(self, pattern: re.Pattern[str]) -> list[int]:
         """Of all objects whose key below `checkpoints/` is such a one, each once."""
-        top = self._run.key(_FOLDER)
+        top = self._run.key(CHECKPOINTS)
         names = [item.key.removeprefix(f"{top}/") for item in self._run.store.list(top)]
         return sorted({int(found[1]) for name in names if (found := pattern.fullmatch(name))})
 

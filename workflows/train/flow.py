@@ -37,13 +37,20 @@ def final_step(run: RunDir) -> int | None:
     return committed[-1] if committed else None
 
 
-def checkpoint_bytes(recipe: Recipe) -> int:
-    """What the kept checkpoints and the one in the making take: trained weights, EMA and two moments, fp32."""
-    parameters = recipe.model.num_parameters(recipe.tokenizer.vocab_size)
+def checkpoint_bytes(recipe: Recipe, there: int = 0) -> int:
+    """What is still to be written of the checkpoints that stay, and the one in the making: trained weights, EMA and two
+    moments, fp32. there: bytes of those that the run has, which make room as they go.
+    """
+    parameters, train = recipe.model.num_parameters(recipe.tokenizer.vocab_size), recipe.train
     if recipe.start is not None and recipe.start.lora is not None:
         parameters = recipe.start.lora.num_parameters(recipe.model)
-    best = recipe.train.average_checkpoints if recipe.train.average_from == "best" else 0
-    return CHECKPOINT_BYTES * parameters * (recipe.train.keep_checkpoints + best + 1)
+    kept = train.keep_checkpoints + (train.average_checkpoints if train.average_from == "best" else 0)
+    if train.keep_every is not None and train.seconds is None:  # how many steps a time has room for, nobody knows
+        every = train.checkpoint_every
+        older = max(0, -(-train.steps // every) - 1 - train.keep_checkpoints) * every  # when the last one is written
+        kept += older // math.lcm(train.keep_every, every)
+    one = CHECKPOINT_BYTES * parameters
+    return max(one, one * (kept + 1) - there)
 
 
 def step_line(record: dict[str, Any]) -> str:
