@@ -63,7 +63,8 @@ def open_session(
     keep_freed_memory()
     torch.manual_seed(recipe.seed)
     module = backend.new_denoiser(config, recipe.train, device)
-    checkpoints = CheckpointStore(run, manifest.rows_digest)
+    scored = manifest.heldout_digest(recipe.train.heldout_rows)
+    checkpoints = CheckpointStore(run, manifest.rows_digest, scored)
 
     def read() -> tuple[Checkpoint | None, ModelBundle | None]:
         newest = checkpoints.newest(on_damage)

@@ -356,7 +356,9 @@ def test_other_rows_than_before_are_refused_unless_they_are_named(small_corpus: 
             on_damage=lambda error: pytest.fail(str(error)),
         )
 
-    session(manifest, steps=1).run()
+    session(manifest, steps=1, heldout_every=1).run()
+    assert CheckpointStore(run).manifest(1).scored == manifest.heldout_digest(64)
+    assert manifest.heldout_digest(64) == manifest.heldout_digest(13) != manifest.heldout_digest(12)
     assert session(manifest.model_copy(update={"noise_epochs": ()})).position.step == 1  # more noise is no other corpus
     now = other.rows_digest
     with pytest.raises(DataError, match=f"train.accept_corpus={now} goes on with them") as refused:
