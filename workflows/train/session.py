@@ -5,6 +5,7 @@ Everything here may be killed at any moment; a session that starts anew resumes 
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from dllm_core.model.tensor_file import TensorFile
 from dllm_core.objective.build import new_objective
 from dllm_core.objective.config import DiffusionOptions, PreferenceConfig
 from dllm_core.objective.loss import DenoiserLike
-from dllm_core.objective.warmup import StagedBatches
+from dllm_core.objective.warmup import StagedBatches, widest_pattern
 from dllm_core.seeding import Doubles
 from dllm_core.training.backend import Backend, BackendKind, resolve_precision
 from dllm_core.training.events import StepRecord, TrainEvents
@@ -96,12 +97,14 @@ def open_session(
         reference=reference,
         **noise,
     )
+    widest = widest_pattern(objective)
     if recipe.start is not None and recipe.start.mask_noise is not None:
         objective = MaskNoise(objective, module, recipe.start.mask_noise, seed=recipe.seed, batch_rows=batch_rows)
     has_time = config.model.time_conditioning
     estimator = estimator_of(recipe.model_kind, process, device, time_conditioning=has_time, **noise)
     loader = _batches(recipe, run, manifest, mask_id)
-    micro_rows = chosen_micro_rows(recipe.train, config, lambda: backend.alone(module, device), objective, loader)
+    alone = partial(backend.alone, module, device)
+    micro_rows = chosen_micro_rows(recipe.train, config, alone, objective, loader, widest=widest)
     trained = backend(module, recipe.train)
     if trained.rank == 0 and bundle is not None and newest is None and LAYOUT_NAME in bundle.manifest.files:
         run.store.put_file(run.key(LAYOUT_NAME), bundle.folder / LAYOUT_NAME)
