@@ -180,6 +180,24 @@ def test_a_damaged_checkpoint_that_was_passed_over_takes_no_room_of_what_is_save
     assert intact_steps(run_dir(tmp_path, "run")) == [5]
 
 
+@pytest.mark.parametrize(("failing", "left"), [(3, [5, 6]), (6, [4, 5, 6])])
+def test_a_checkpoint_is_saved_though_what_is_before_it_cannot_be_removed(small_corpus, tmp_path, failing, left):
+    class Holding(LocalStore):
+        def delete(self, key: str) -> None:
+            if self.exists(f"runs/run/checkpoints/step-{failing:08d}/manifest.json") and not asked:
+                asked.append(key)
+                raise DataError(key, "cannot be deleted")
+            super().delete(key)
+
+    asked: list[str] = []
+    checkpoints = CheckpointStore(RunDir(Holding(tmp_path), "run"))
+    trainer, _, told = make_trainer(small_corpus, checkpoints, checkpoint_every=1, keep_checkpoints=2)
+    trainer.run()
+    assert (told.saves, told.failed_saves) == ([1, 2, 3, 4, 5, 6], [])
+    assert asked == [f"runs/run/checkpoints/step-{failing - 2:08d}/manifest.json"]
+    assert checkpoints.committed() == left
+
+
 def test_checkpoints_at_multiples_stay(make, tmp_path):
     make(checkpoint_every=1, keep_checkpoints=1, keep_every=2)[0].run()
     assert CheckpointStore(run_dir(tmp_path, "run")).committed() == [2, 4, 6]
