@@ -79,7 +79,7 @@ class TrainEvents(Protocol):
         """`log_every` steps are done."""
 
     def saving(self, step: int) -> None:
-        """A checkpoint is about to be committed: what was told before it must be durable when this returns.
+        """A checkpoint is about to be committed, or training ends: what was told before must be durable on return.
 
         Called by the thread that writes it, beside further calls. What it raises fails the save.
         """

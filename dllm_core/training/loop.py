@@ -261,6 +261,8 @@ class Trainer:
             if self._is_missing():
                 assert self._failure is not None
                 raise self._failure
+        elif self._writer is not None:  # a record may have been told since
+            self._events.saving(self._position.step)
 
     def _is_missing(self) -> bool:
         """Whether rank 0, this one, has no checkpoint of where training stands."""

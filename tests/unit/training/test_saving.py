@@ -3,6 +3,7 @@
 import contextlib
 import json
 import shutil
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from conftest import SmallCorpus
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from trainers import BadAt, Pair, Told, make_trainer, newest_of, run_dir
+from trainers import BadAt, Pair, Told, Work, make_trainer, newest_of, run_dir
 
 from dllm_core.checkpoints.run_dir import RunDir
 from dllm_core.checkpoints.store import CheckpointStore, TrainPosition
@@ -99,6 +100,29 @@ def test_who_listens_makes_durable_what_it_was_told_before_a_commit_or_there_is_
     assert stood == {1: [], 2: [1], 3: [1, 2], 4: [1, 2], 5: [1, 2, 4], 6: [1, 2, 4, 5]}
     assert told.failed_saves == [(3, "log.jsonl: cannot be written")]
     assert told.saves == [1, 2, 4, 5, 6]
+
+
+def test_what_is_told_after_the_last_save_is_durable_too(make, monkeypatch):
+    """Time is over at the very step of a checkpoint, and the log's last line comes after it."""
+    durable, has_saved, clock = list[int](), threading.Event(), Work()
+
+    def saving(told: Told, step: int) -> None:
+        durable.append(len(told.records))
+        if step == 10:
+            has_saved.set()
+
+    def ends_late(objective):
+        slow = clock.on(objective)
+        calls, loss = iter(range(99)), slow.loss
+        slow.loss = lambda *given: (next(calls) < 10 or has_saved.wait(60)) and loss(*given)
+        return slow
+
+    monkeypatch.setattr(Told, "saving", saving)
+    options = {"clock": clock, "wrap": ends_late, "seconds": 10.5, "steps": 10**6, "log_every": 4}
+    trainer, _, told = make(checkpoint_every=10, **options)
+    trainer.run()
+    assert [record.step for record in told.records] == [4, 8, 10]
+    assert durable == [2, 3]
 
 
 def test_the_last_save_must_succeed_and_the_one_before_it_loads(make, tmp_path):
