@@ -182,6 +182,15 @@ def _on_worker(config: dict[str, Any]) -> None:
         Announcer(config["job"].mailbox).tell_surely(DIVERGED, error=error)
 
 
+def _of_ranks(failures: dict[int, BaseException]) -> BaseException | None:
+    """The error that says why: ours, then that of a process which is gone. The others only miss the one that failed."""
+
+    def says_little(error: BaseException) -> tuple[bool, bool]:
+        return not isinstance(error, DllmError), not hasattr(error, "health_check_failure")
+
+    return min(failures.values(), key=says_little, default=None)
+
+
 def _explained(error: BaseException) -> BaseException:
     """Our own error, if one is in the chain of causes that Ray wrapped it in; else one line with the last cause."""
     found: BaseException | None = error
@@ -190,8 +199,7 @@ def _explained(error: BaseException) -> BaseException:
         seen.append(found)
         if isinstance(found, DllmError):
             return found
-        failures = getattr(found, "worker_failures", None)
-        inner = next(iter(failures.values()), None) if isinstance(failures, dict) else None
+        inner = _of_ranks(getattr(found, "worker_failures", None) or {})
         found = inner or getattr(found, "cause", None) or found.__cause__
     last = seen[-1]
     return DataError("train", f"{type(last).__name__}: {str(last).strip().splitlines()[-1] if str(last) else ''}")

@@ -5,9 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 import ray
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+from ray.train.v2.api.exceptions import WorkerGroupError
 from trainers import run_dir
 
-from dllm_core.errors import DivergedError, DllmError
+from dllm_core.errors import DataError, DivergedError, DllmError
 from workflows.train import announcements, flow
 
 
@@ -71,3 +73,23 @@ def test_a_training_that_finishes_or_fails_ends_as_it_says(train):
     starts, _, error = train(fails)
     assert starts == 4
     assert (str(error), error.exit_code) == ("train: OSError: no such device", 3)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    ("failed", "line"),
+    [
+        (DataError("shard", "no such file"), "shard: no such file"),
+        (
+            WorkerHealthCheckFailedError("gone", OSError("died\nby SIGKILL")),
+            "train: WorkerHealthCheckFailedError: by SIGKILL",
+        ),
+    ],
+)
+def test_the_rank_that_failed_is_told_of_and_not_those_that_miss_it(train, failed, rank, line):
+    missing = RuntimeError("gloo: connection closed by peer")
+
+    def fails(config):
+        raise WorkerGroupError("errors", {0: missing, 1: failed} if rank else {0: failed, 1: missing})
+
+    assert str(train(fails)[2]) == line
