@@ -104,11 +104,18 @@ class JsonLines:
                 self._path.write_bytes(run.store.read(self._key))
 
     def read(self) -> list[dict[str, Any]]:
-        """All whole lines; a line that a kill cut short is not there."""
+        """All whole lines; a line that a kill cut short is not there. Raises DataError for one that is damaged."""
         if not self._path.exists():
             return []
         lines = self._path.read_bytes().split(b"\n")[:-1]
-        return [json.loads(line) for line in lines if line]
+        return [self._record(number, line) for number, line in enumerate(lines, 1) if line]
+
+    def _record(self, number: int, line: bytes) -> dict[str, Any]:
+        with contextlib.suppress(ValueError):
+            record = json.loads(line)
+            if isinstance(record, dict):
+                return record
+        raise DataError(f"{self._run.store.url}/{self._key}", f"line {number} is not JSON", remedy="delete that line")
 
     def append(self, record: dict[str, Any]) -> None:
         """Add a line; one write call, so that two writers do not mix."""

@@ -18,7 +18,7 @@ from dllm_core.errors import CheckpointError, ConfigError, DataError
 from dllm_core.storage.cache import hold
 from dllm_core.storage.store import LocalStore, Store, fetch_intact, file_sha256
 
-_FOLDER = "checkpoints"
+CHECKPOINTS = "checkpoints"
 _MANIFEST = "manifest.json"
 _COMMITTED = re.compile(rf"step-(\d{{8,}})/{re.escape(_MANIFEST)}")
 _ANY = re.compile(r"step-(\d{8,})/.*")
@@ -36,21 +36,25 @@ class FileEntry(Frozen):
 
 
 class TrainPosition(Frozen):
-    """Where training stands: all of its state that is not a tensor."""
+    """Where training stands: all of its state that is not a tensor. skipped_in_a_row: the last steps, if not taken."""
 
     step: int = 0
     samples_seen: int = 0
     tokens_seen: int = 0
     seconds: float = 0.0
     skipped_steps: int = 0
+    skipped_in_a_row: int = 0
 
 
 class CheckpointManifest(Frozen):
-    """What a committed checkpoint holds. heldout: nats a token by its weights; corpus: digest of the rows."""
+    """What a committed checkpoint holds. heldout: nats a token by its weights; scored: digest of the rows that it is
+    of, None where nobody noted it; corpus: digest of the rows that were trained on.
+    """
 
     position: TrainPosition
     files: dict[str, FileEntry]
     heldout: float | None = None
+    scored: str | None = None
     corpus: str | None = None
 
 
@@ -66,11 +70,12 @@ class Checkpoint:
 class CheckpointStore:
     """Saves, finds and prunes the checkpoints of one run. Only rank 0 writes.
 
-    corpus: digest of the rows that are trained on, to be written into what is saved.
+    corpus, scored: digests of the rows that are trained on and of those that are scored, to be written into what is
+    saved.
     """
 
-    def __init__(self, run: RunDir, corpus: str | None = None) -> None:
-        self._run, self._corpus = run, corpus
+    def __init__(self, run: RunDir, corpus: str | None = None, scored: str | None = None) -> None:
+        self._run, self._corpus, self._scored = run, corpus, scored
 
     @property
     def identity(self) -> str:
@@ -79,7 +84,7 @@ class CheckpointStore:
 
     def folder(self, step: int) -> str:
         """Key prefix of a step's checkpoint."""
-        return self._run.key(f"{_FOLDER}/step-{step:08d}")
+        return self._run.key(f"{CHECKPOINTS}/step-{step:08d}")
 
     def save(self, position: TrainPosition, files: Mapping[str, Path], heldout: float | None = None) -> None:
         """Store the files, then the manifest that makes them a checkpoint. A kill in between leaves no checkpoint.
@@ -92,7 +97,10 @@ class CheckpointStore:
                 entry = FileEntry(bytes=path.stat().st_size, sha256=file_sha256(path))
                 self._run.store.put_file(f"{folder}/{name}", path)
                 entries[name] = entry
-            values = CheckpointManifest(position=position, files=entries, heldout=heldout, corpus=self._corpus)
+            scored = None if heldout is None else self._scored
+            values = CheckpointManifest(
+                position=position, files=entries, heldout=heldout, scored=scored, corpus=self._corpus
+            )
             manifest = seal(values)
             self._run.store.put(f"{folder}/{_MANIFEST}", manifest)
         except (DataError, OSError):
@@ -118,7 +126,7 @@ class CheckpointStore:
 
     def _steps(self, pattern: re.Pattern[str]) -> list[int]:
         """Of all objects whose key below `checkpoints/` is such a one, each once."""
-        top = self._run.key(_FOLDER)
+        top = self._run.key(CHECKPOINTS)
         names = [item.key.removeprefix(f"{top}/") for item in self._run.store.list(top)]
         return sorted({int(found[1]) for name in names if (found := pattern.fullmatch(name))})
 
@@ -141,17 +149,26 @@ class CheckpointStore:
             except CheckpointError as error:
                 on_damage(error)
 
-    def _ranked(self) -> list[int]:
-        """Committed steps, the best held-out score first; of equal ones and of those without, the newest."""
+    def _ranked(self, distrusted: Collection[int] = ()) -> list[int]:
+        """Committed steps, the best held-out score first; of equal ones and of those without, the newest.
+
+        Scores of other rows than the newest one's say nothing beside it, so they are none.
+        """
+        found = {step: self._said(step) for step in self.committed()[::-1] if step not in distrusted}
+        rows = next((said.scored for said in found.values() if said is not None and said.scored is not None), None)
 
         def score(step: int) -> float:
-            try:
-                nats = self.manifest(step).heldout
-            except CheckpointError:
+            said = found[step]
+            if said is None or said.heldout is None or said.scored not in (None, rows):
                 return math.inf
-            return math.inf if nats is None else nats
+            return said.heldout
 
-        return sorted(self.committed()[::-1], key=score)
+        return sorted(found, key=score)
+
+    def _said(self, step: int) -> CheckpointManifest | None:
+        with contextlib.suppress(CheckpointError):
+            return self.manifest(step)
+        return None
 
     def prune(
         self, keep: int, keep_every: int | None = None, keep_best: int = 0, distrusted: Collection[int] = ()
@@ -163,7 +180,7 @@ class CheckpointStore:
         the error may have been one of reading.
         """
         trusted = [step for step in self.committed() if step not in distrusted]
-        best = [step for step in self._ranked() if step not in distrusted][:keep_best] if keep_best else []
+        best = self._ranked(distrusted)[:keep_best] if keep_best else []
         kept = {step for step in trusted if step in best or (keep_every and step % keep_every == 0)}
         kept.update(trusted[-keep:])
         for step in self._steps(_ANY):

@@ -110,6 +110,11 @@ class CorpusManifest(Frozen):
         identity = self.model_dump(mode="json", include=_OF_ROWS)
         return f"rows-{fingerprint([identity, [[shard.rows, shard.sha256] for shard in self.train.shards]])}"
 
+    def heldout_digest(self, rows: int) -> str:
+        """What so many evenly spaced held-out rows are; all of them where there are no more."""
+        shards = [[shard.rows, shard.sha256] for shard in self.heldout.shards]
+        return fingerprint([shards, min(rows, self.heldout.rows)])
+
     @property
     def seq_len(self) -> int:
         """Tokens in a row."""

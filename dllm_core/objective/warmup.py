@@ -15,6 +15,7 @@ import numpy as np
 
 from dllm_core.data.batch import Batch
 from dllm_core.data.loader import Batches, Loader
+from dllm_core.model.pattern import AttentionPattern
 from dllm_core.objective.config import DiffusionOptions
 from dllm_core.objective.loss import DenoiserLike, LossSum, Objective
 
@@ -44,7 +45,7 @@ class Staged:
     """
 
     def __init__(self, objectives: Sequence[Objective], ends: Sequence[int], batch_rows: int) -> None:
-        self._objectives, self._ends, self._batch_rows = objectives, np.asarray(ends), batch_rows
+        self.stages, self._ends, self._batch_rows = objectives, np.asarray(ends), batch_rows
         self.pattern, self.passes = objectives[-1].pattern, objectives[-1].passes
 
     def loss(self, denoiser: DenoiserLike, batch: Batch) -> LossSum:
@@ -57,7 +58,13 @@ class Staged:
 
     def _of(self, batch: Batch) -> Objective:
         step = int(batch.counters[0]) // self._batch_rows if len(batch.counters) else 0
-        return self._objectives[int(np.searchsorted(self._ends, step, side="right"))]
+        return self.stages[int(np.searchsorted(self._ends, step, side="right"))]
+
+
+def widest_pattern(objective: Objective) -> AttentionPattern:
+    """Of its stages' patterns the one whose forwards hold the most: [xt ; x0] is twice as long as a row."""
+    stages = objective.stages if isinstance(objective, Staged) else [objective]
+    return next((stage.pattern for stage in stages if stage.pattern.has_clean_half), objective.pattern)
 
 
 def ends_of(config: DiffusionOptions) -> list[int]:

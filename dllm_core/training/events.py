@@ -6,11 +6,14 @@ from typing import Any, Protocol
 
 @dataclass(frozen=True)
 class Score:
-    """Of held-out rows, by the weights as they stood at `step` (not their average): nats a token."""
+    """Of held-out rows, by the weights as they stood at `step` (not their average): nats a token.
+
+    standard_error: rows are its unit, or all rows of one document together; None of one unit.
+    """
 
     step: int
     nats: float
-    standard_error: float
+    standard_error: float | None
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,7 @@ class TrainEvents(Protocol):
         """`log_every` steps are done."""
 
     def saving(self, step: int) -> None:
-        """A checkpoint is about to be committed: what was told before it must be durable when this returns.
+        """A checkpoint is about to be committed, or training ends: what was told before must be durable on return.
 
         Called by the thread that writes it, beside further calls. What it raises fails the save.
         """

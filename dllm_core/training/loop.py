@@ -95,6 +95,9 @@ class Trainer:
         """Go on from a checkpoint whose weights are already in the backend's module. Collective."""
         self._position = checkpoint.manifest.position
         self._durable = self._position.step
+        seen, rows = self._position.samples_seen, self._config.batch_rows
+        first = seen - self._position.skipped_in_a_row * rows
+        self._skipped = [range(counter, counter + rows) for counter in range(first, seen, rows)]
         updates = self._position.step - self._position.skipped_steps
         self._backend.load_optimizer_state(TensorFile(checkpoint.files[OPTIMIZER_NAME]), updates)
         averaged = self._backend.scatter(TensorFile(checkpoint.files[EMA_NAME]))
@@ -179,6 +182,7 @@ class Trainer:
             tokens_seen=position.tokens_seen + int(tokens),
             seconds=self._clock() - begun,
             skipped_steps=position.skipped_steps + int(not is_taken),
+            skipped_in_a_row=0 if is_taken else position.skipped_in_a_row + 1,
         )
         if not is_taken:
             self._skip(position)
@@ -257,6 +261,8 @@ class Trainer:
             if self._is_missing():
                 assert self._failure is not None
                 raise self._failure
+        elif self._writer is not None:  # a record may have been told since
+            self._events.saving(self._position.step)
 
     def _is_missing(self) -> bool:
         """Whether rank 0, this one, has no checkpoint of where training stands."""

@@ -17,6 +17,7 @@ from dllm_core.data.loader import Batches
 from dllm_core.errors import DataError
 from dllm_core.model.config import DenoiserConfig
 from dllm_core.model.denoiser import Denoiser
+from dllm_core.model.pattern import AttentionPattern
 from dllm_core.objective.loss import LossSum, Objective
 from dllm_core.training.backend import Backend, prepare, resolve_precision
 from dllm_core.training.config import TrainConfig
@@ -59,6 +60,7 @@ def chosen_micro_rows(
     objective: Objective,
     loader: Batches,
     *,
+    widest: AttentionPattern | None = None,
     device_bytes: int | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> int | None:
@@ -66,7 +68,8 @@ def chosen_micro_rows(
 
     model: what is trained; alone: a denoiser that a rank runs without the others, so that none waits for one that has
     run out of memory. It may have fewer layers, where the rest of the model is on other ranks; then what fits into
-    `device_bytes`, by default all of a GPU's, is told by `device_memory`. Ranks may find different numbers.
+    `device_bytes`, by default all of a GPU's, is told by `device_memory`. widest: the pattern in which the objective's
+    forwards hold the most, by default its own. Ranks may find different numbers.
     """
     if config.micro_rows != "auto":
         return config.micro_rows
@@ -83,7 +86,8 @@ def chosen_micro_rows(
     def fits(rows: int) -> bool:
         forward = Forward(rows, model.context_length, is_bf16, read_share=1.0)
         stage = config.zero_stage
-        needed = device_memory(config, model, objective.pattern, forward, stage=stage, workers=world_size)
+        pattern = widest or objective.pattern
+        needed = device_memory(config, model, pattern, forward, stage=stage, workers=world_size)
         return device_bytes is None or needed.total <= device_bytes
 
     return fastest_micro_rows(config, module, objective, batch, clock, fits)

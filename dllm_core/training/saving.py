@@ -1,5 +1,6 @@
 """CheckpointWriter: checkpoints are written beside the training that goes on, one at a time."""
 
+import contextlib
 import os
 import shutil
 import tempfile
@@ -13,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dllm_core.checkpoints.store import CheckpointStore, TrainPosition
+from dllm_core.errors import DataError
 from dllm_core.storage.progress import progress_to, progressed
 
 Parts = Mapping[str, Mapping[str, Tensor]]
@@ -97,4 +99,5 @@ class CheckpointWriter:
             self._before(position.step)
             self._checkpoints.save(position, files, heldout)
         self._passed_over.discard(position.step)
-        self._prune(self._passed_over)
+        with contextlib.suppress(DataError, OSError):  # it is committed; what could not be removed goes after the next
+            self._prune(self._passed_over)

@@ -16,6 +16,7 @@ from rich.markup import escape
 from dllm_core.checkpoints.bundle import read_bundle
 from dllm_core.checkpoints.bundle_manifest import FOLDER
 from dllm_core.checkpoints.run_dir import RunDir
+from dllm_core.checkpoints.store import CHECKPOINTS
 from dllm_core.config.fingerprint import fingerprint
 from dllm_core.data.manifest import CorpusManifest, read_manifest, read_tokenizer
 from dllm_core.decoding.config import NO_SUFFIX
@@ -266,7 +267,10 @@ class Pipeline:
         return 0 if self.target.plan.is_made else self.target.plan.bytes_needed
 
     def _training_bytes(self) -> int:
-        return 0 if self._trained() is not None else checkpoint_bytes(self.target.recipe)
+        run = self.target.run
+        if self._trained() is not None:
+            return 0
+        return checkpoint_bytes(self.target.recipe, sum(item.size for item in run.store.list(run.key(CHECKPOINTS))))
 
     def _trained(self) -> dict[str, Any] | None:
         """What the finished training reported."""

@@ -8,6 +8,8 @@ from ray.actor import ActorHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 Message = dict[str, Any]
+DIVERGED = "diverged"
+"""The kind of message by which a rank ends for good, with its `error`: the driver raises it and shows no such event."""
 
 
 _ASK_EVERY_S = 0.5

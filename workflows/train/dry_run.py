@@ -20,6 +20,7 @@ from dllm_core.data.batch import Batch
 from dllm_core.errors import DataError, DivergedError
 from dllm_core.noise.discrete import snapped
 from dllm_core.noise.interpolating import InterpolatingProcess
+from dllm_core.objective.config import DiffusionOptions
 from dllm_core.seeding import Floats
 from dllm_core.storage.store import LocalStore
 from workflows.console import Console
@@ -64,6 +65,7 @@ def dry_run(recipe: Recipe, console: Console) -> dict[str, Any]:
     import torch
 
     from dllm_core.checkpoints.store import CheckpointStore
+    from dllm_core.objective.warmup import widest_pattern
     from dllm_core.training.backend import resolve_precision
     from dllm_core.training.deepspeed_backend import DeepSpeedBackend
     from dllm_core.training.loop import Trainer, measure_peak_flops
@@ -115,12 +117,12 @@ def dry_run(recipe: Recipe, console: Console) -> dict[str, Any]:
             problem = f"the loss or its gradient was not a number at step {step} of made-up rows"
             raise DivergedError("train", problem, remedy="lower train.learning_rate")
 
-    watch = Watch()
+    rehearsed, watch = _rehearsed(recipe), Watch()
     with _alone(), tempfile.TemporaryDirectory(prefix="dllm-dry-run-") as scratch:
         before = torch.cuda.memory_allocated(device) if is_gpu else _reset_peak_rss()
         torch.manual_seed(recipe.seed)
         module = DeepSpeedBackend.new_denoiser(model, config, device)
-        objective = objective_of(recipe, model, device, share)
+        objective = objective_of(rehearsed, model, device, share)
         backend = DeepSpeedBackend(module, config)
         checkpoints = CheckpointStore(RunDir(LocalStore(Path(scratch)), "dry-run"))
         noise = recipe.noise
@@ -131,7 +133,8 @@ def dry_run(recipe: Recipe, console: Console) -> dict[str, Any]:
         trainer.run()
         written = sum(path.stat().st_size for path in Path(scratch).rglob("*") if path.is_file())
     forward = forward_of(recipe, micro_rows or share, precision)
-    planned = device_memory(config, model, objective.pattern, forward, stage=config.zero_stage, workers=1)
+    widest = widest_pattern(objective)
+    planned = device_memory(config, model, widest, forward, stage=config.zero_stage, workers=1)
     measured = watch.memory - before
     result = {
         "rows": share,
@@ -153,6 +156,17 @@ def dry_run(recipe: Recipe, console: Console) -> dict[str, Any]:
     console.print(f"memory {measured / gib:.3g} GiB; planned {result['planned_bytes'] / gib:.3g} GiB")
     console.print(f"a checkpoint {written / gib:.3g} GiB, saved in {result['save_seconds']:.3g} s and deleted again")
     return result
+
+
+def _rehearsed(recipe: Recipe) -> Recipe:
+    """The recipe with as much of its warm-up as holds more memory than what comes after, while that is measured."""
+    objective, length = recipe.objective, recipe.packing.seq_len
+    if not isinstance(objective, DiffusionOptions):
+        return recipe
+    wider = [stage for stage in objective.block_warmup if stage.block_length < length]
+    stages = wider[:1] if recipe.noise.block_length is None else []
+    warmup = tuple(stage.model_copy(update={"steps": _MEASURED_STEPS}) for stage in stages)
+    return recipe.model_copy(update={"objective": objective.model_copy(update={"block_warmup": warmup})})
 
 
 @contextlib.contextmanager

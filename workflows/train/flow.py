@@ -16,7 +16,7 @@ from typing import Any
 from dllm_core.checkpoints.run_dir import RunDir
 from dllm_core.checkpoints.store import CheckpointStore
 from dllm_core.data.manifest import read_manifest
-from dllm_core.errors import CheckpointError, DataError, DllmError, PreemptedError
+from dllm_core.errors import CheckpointError, DataError, DivergedError, DllmError, PreemptedError
 from dllm_core.training.config import CHECKPOINT_BYTES
 from workflows.env import on_nodes
 from workflows.interrupts import first_sigterm_asks
@@ -37,20 +37,29 @@ def final_step(run: RunDir) -> int | None:
     return committed[-1] if committed else None
 
 
-def checkpoint_bytes(recipe: Recipe) -> int:
-    """What the kept checkpoints and the one in the making take: trained weights, EMA and two moments, fp32."""
-    parameters = recipe.model.num_parameters(recipe.tokenizer.vocab_size)
+def checkpoint_bytes(recipe: Recipe, there: int = 0) -> int:
+    """What is still to be written of the checkpoints that stay, and the one in the making: trained weights, EMA and two
+    moments, fp32. there: bytes of those that the run has, which make room as they go.
+    """
+    parameters, train = recipe.model.num_parameters(recipe.tokenizer.vocab_size), recipe.train
     if recipe.start is not None and recipe.start.lora is not None:
         parameters = recipe.start.lora.num_parameters(recipe.model)
-    best = recipe.train.average_checkpoints if recipe.train.average_from == "best" else 0
-    return CHECKPOINT_BYTES * parameters * (recipe.train.keep_checkpoints + best + 1)
+    kept = train.keep_checkpoints + (train.average_checkpoints if train.average_from == "best" else 0)
+    if train.keep_every is not None and train.seconds is None:  # how many steps a time has room for, nobody knows
+        every = train.checkpoint_every
+        older = max(0, -(-train.steps // every) - 1 - train.keep_checkpoints) * every  # when the last one is written
+        kept += older // math.lcm(train.keep_every, every)
+    one = CHECKPOINT_BYTES * parameters
+    return max(one, one * (kept + 1) - there)
 
 
 def step_line(record: dict[str, Any]) -> str:
     """One line of a record of `metrics.jsonl` for people."""
     parts = [f"step {record['step']:,}", f"loss {record['loss']:.3f}"]
-    if record["heldout"] is not None:
-        parts.append(f"held-out {record['heldout']['nats']:.3f} ± {record['heldout']['standard_error']:.3f}")
+    heldout = record["heldout"]
+    if heldout is not None:
+        error = heldout["standard_error"]
+        parts.append(f"held-out {heldout['nats']:.3f}" + ("" if error is None else f" ± {error:.3f}"))
     if record.get("preference") is not None:
         parts.append(f"preferred {100 * record['preference']['accuracy']:.0f} %")
     parts += [f"norm {record['grad_norm']:.2f}", f"lr {record['learning_rate']:.1e}"]
@@ -68,24 +77,30 @@ def train(recipe: Recipe, run: RunDir, corpus: str, on_message: OnMessage) -> No
     _check_checkpoint(recipe, run, corpus)
     import ray
 
-    from workflows.train.announcements import open_mailbox
+    from workflows.train.announcements import DIVERGED, open_mailbox
 
     mailbox = open_mailbox()
-    outcome: list[BaseException | None] = []
+    outcome, diverged = list[BaseException | None](), list[BaseException]()
     # In a thread of its own, because Ray Train takes SIGINT over in the main one and then needs > 5 s to end.
     fitting = threading.Thread(target=lambda: outcome.append(_outcome_of(recipe, run, corpus, mailbox)), daemon=True)
     fitting.start()
-    deadline, is_finished = math.inf, False
+    deadline, is_finished, is_over = math.inf, False, False
     with first_sigterm_asks() as is_asked:
-        while fitting.is_alive() and time.monotonic() < deadline:
+        while not is_over:
             fitting.join(timeout=_POLL_S)
+            is_over = not fitting.is_alive() or time.monotonic() >= deadline  # its last words are still to be heard
             with contextlib.suppress(ray.exceptions.RayError):  # a mailbox that died costs a screen, not a run
                 if is_asked.is_set() and deadline == math.inf:
                     deadline = time.monotonic() + _SAVE_WITHIN_S
                     mailbox.stop.remote()
                 for message in ray.get(mailbox.take.remote()):
+                    if message["kind"] == DIVERGED:
+                        diverged.append(message["error"])
+                        continue
                     is_finished = is_finished or message["kind"] == "finished"
                     on_message(message)
+    if diverged:
+        raise diverged[0]
     if is_asked.is_set():
         raise PreemptedError("train", f"was told to stop, {_standing(run)}", remedy="run it again to go on")
     error = outcome[0]
@@ -155,9 +170,25 @@ def _fit(recipe: Recipe, run: RunDir, corpus: str, mailbox: Any) -> None:
 
 
 def _on_worker(config: dict[str, Any]) -> None:
+    """Ray Train starts again whoever ends with an error, and what has diverged would only diverge again. All ranks end
+    with that one alike, so none waits for another.
+    """
+    from workflows.train.announcements import DIVERGED, Announcer
     from workflows.train.worker import train_worker  # DeepSpeed: 2 s that the driver need not pay
 
-    train_worker(config)
+    try:
+        train_worker(config)
+    except DivergedError as error:
+        Announcer(config["job"].mailbox).tell_surely(DIVERGED, error=error)
+
+
+def _of_ranks(failures: dict[int, BaseException]) -> BaseException | None:
+    """The error that says why: ours, then that of a process which is gone. The others only miss the one that failed."""
+
+    def says_little(error: BaseException) -> tuple[bool, bool]:
+        return not isinstance(error, DllmError), not hasattr(error, "health_check_failure")
+
+    return min(failures.values(), key=says_little, default=None)
 
 
 def _explained(error: BaseException) -> BaseException:
@@ -168,8 +199,7 @@ def _explained(error: BaseException) -> BaseException:
         seen.append(found)
         if isinstance(found, DllmError):
             return found
-        failures = getattr(found, "worker_failures", None)
-        inner = next(iter(failures.values()), None) if isinstance(failures, dict) else None
+        inner = _of_ranks(getattr(found, "worker_failures", None) or {})
         found = inner or getattr(found, "cause", None) or found.__cause__
     last = seen[-1]
     return DataError("train", f"{type(last).__name__}: {str(last).strip().splitlines()[-1] if str(last) else ''}")

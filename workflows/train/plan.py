@@ -101,6 +101,7 @@ def plan(recipe: Recipe, machine: Machine, console: Console) -> dict[str, Any]:
         raise ConfigError("--workers", problem, workers)
     import torch
 
+    from dllm_core.objective.warmup import widest_pattern
     from dllm_core.training.backend import resolve_precision
     from dllm_core.training.loop import measure_peak_flops
     from dllm_core.training.plan import STAGES, at_stage, device_memory, pace, saving
@@ -113,10 +114,9 @@ def plan(recipe: Recipe, machine: Machine, console: Console) -> dict[str, Any]:
     share = recipe.train.batch_rows // workers
     rows = min(recipe.train.micro_rows, share) if isinstance(recipe.train.micro_rows, int) else share
     forward = forward_of(recipe, rows, precision)
+    widest = widest_pattern(objective)
     memory = {
-        stage: device_memory(
-            at_stage(recipe.train, stage), model, objective.pattern, forward, stage=stage, workers=workers
-        )
+        stage: device_memory(at_stage(recipe.train, stage), model, widest, forward, stage=stage, workers=workers)
         for stage in STAGES
     }
     is_measured = machine.device_tflops is None and machine.tokens_per_second is None

@@ -5,6 +5,7 @@ Everything here may be killed at any moment; a session that starts anew resumes 
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ import torch
 from dllm_core.checkpoints.bundle import ModelBundle
 from dllm_core.checkpoints.run_dir import JsonLines, RunDir
 from dllm_core.checkpoints.store import Checkpoint, CheckpointStore, TrainPosition
-from dllm_core.data.loader import Batches, Loader, Prefetcher, evenly, split_rows
+from dllm_core.data.loader import Batches, Loader, Prefetcher, documents_of, evenly, split_rows
 from dllm_core.data.manifest import CorpusManifest, read_tokenizer
 from dllm_core.data.order import SampleOrder
 from dllm_core.errors import CheckpointError, DivergedError
@@ -23,7 +24,7 @@ from dllm_core.model.tensor_file import TensorFile
 from dllm_core.objective.build import new_objective
 from dllm_core.objective.config import DiffusionOptions, PreferenceConfig
 from dllm_core.objective.loss import DenoiserLike
-from dllm_core.objective.warmup import StagedBatches
+from dllm_core.objective.warmup import StagedBatches, widest_pattern
 from dllm_core.seeding import Doubles
 from dllm_core.training.backend import Backend, BackendKind, resolve_precision
 from dllm_core.training.events import StepRecord, TrainEvents
@@ -63,7 +64,8 @@ def open_session(
     keep_freed_memory()
     torch.manual_seed(recipe.seed)
     module = backend.new_denoiser(config, recipe.train, device)
-    checkpoints = CheckpointStore(run, manifest.rows_digest)
+    scored = manifest.heldout_digest(recipe.train.heldout_rows)
+    checkpoints = CheckpointStore(run, manifest.rows_digest, scored)
 
     def read() -> tuple[Checkpoint | None, ModelBundle | None]:
         newest = checkpoints.newest(on_damage)
@@ -95,12 +97,14 @@ def open_session(
         reference=reference,
         **noise,
     )
+    widest = widest_pattern(objective)
     if recipe.start is not None and recipe.start.mask_noise is not None:
         objective = MaskNoise(objective, module, recipe.start.mask_noise, seed=recipe.seed, batch_rows=batch_rows)
     has_time = config.model.time_conditioning
     estimator = estimator_of(recipe.model_kind, process, device, time_conditioning=has_time, **noise)
     loader = _batches(recipe, run, manifest, mask_id)
-    micro_rows = chosen_micro_rows(recipe.train, config, lambda: backend.alone(module, device), objective, loader)
+    alone = partial(backend.alone, module, device)
+    micro_rows = chosen_micro_rows(recipe.train, config, alone, objective, loader, widest=widest)
     trained = backend(module, recipe.train)
     if trained.rank == 0 and bundle is not None and newest is None and LAYOUT_NAME in bundle.manifest.files:
         run.store.put_file(run.key(LAYOUT_NAME), bundle.folder / LAYOUT_NAME)
@@ -115,7 +119,7 @@ def open_session(
         events_of(newest.manifest.position.step if newest else 0),
         samples_per_epoch=manifest.train.rows,
         peak_flops=peak,
-        heldout=heldout_scorer(recipe, run, manifest, estimator, trained),
+        heldout=heldout_scorer(recipe, run, manifest, estimator, trained, beat),
         should_stop=should_stop,
         beat=beat,
     )
@@ -162,25 +166,37 @@ def train_to_end(trainer: Trainer, run: RunDir, manifest: CorpusManifest) -> Tra
 
 
 def heldout_scorer(
-    recipe: Recipe, run: RunDir, manifest: CorpusManifest, estimator: Estimator | None, backend: Backend
+    recipe: Recipe,
+    run: RunDir,
+    manifest: CorpusManifest,
+    estimator: Estimator | None,
+    backend: Backend,
+    beat: Callable[[], None] = lambda: None,
 ) -> HeldoutScorer | None:
-    """A rank's share of `train.heldout_rows`, evenly spaced and as many on every rank, each scored by one draw.
+    """A rank's share of `train.heldout_rows`, evenly spaced, each scored by one draw. None without a likelihood.
 
-    The draws are the same each time, so that two scores differ by the weights alone. None without a likelihood.
+    Rows and draws are the same each time and for any number of ranks, so that two scores differ by the weights alone.
+    Rows of one document are one unit, as in an evaluation. beat: called after each forward.
     """
-    wanted = min(recipe.train.heldout_rows, manifest.heldout.rows) // backend.world_size * backend.world_size
-    if estimator is None or recipe.train.heldout_every is None or wanted < 2:
+    if estimator is None or recipe.train.heldout_every is None:
         return None
-    ids = evenly(np.arange(manifest.heldout.rows), wanted)[backend.rank :: backend.world_size]
-    parts = [
-        HeldoutRows.of(split_rows(run.store, manifest, manifest.heldout, rows), rows)
-        for rows in np.array_split(ids, math.ceil(len(ids) / _BATCH_ROWS))
-    ]
+    store, split, ranks = run.store, manifest.heldout, backend.world_size
+    ids = evenly(np.arange(split.rows), recipe.train.heldout_rows)
+    units = documents_of(store, manifest, split, ids, backend.module.config.eos_id)
+    num_forwards = math.ceil(math.ceil(len(ids) / ranks) / _BATCH_ROWS)
+    parts = []
+    for mine in np.array_split(np.arange(len(ids))[backend.rank :: ranks], num_forwards):
+        shown = ids[mine] if len(mine) else ids[:1]  # who has none left goes along with the others' forwards
+        parts.append((units[mine], HeldoutRows.of(split_rows(store, manifest, split, shown), shown)))
     draw = Draw(recipe.seed, 0)
 
     def score(denoiser: DenoiserLike) -> tuple[Doubles, Doubles]:
-        nats = [estimator.nats(denoiser, rows, draw) for rows in parts]
-        return np.concatenate(nats), np.concatenate([rows.counted.sum(1).astype(np.float64) for rows in parts])
+        nats, tokens = np.zeros((2, int(units[-1]) + 1))
+        for at, rows in parts:
+            np.add.at(nats, at, estimator.nats(denoiser, rows, draw)[: len(at)])
+            np.add.at(tokens, at, rows.counted.sum(1)[: len(at)])
+            beat()
+        return nats, tokens
 
     return score
 

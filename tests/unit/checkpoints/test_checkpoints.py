@@ -263,6 +263,22 @@ def test_pruning_keeps_the_best_the_newest_and_the_multiples_and_nothing_else(
     assert [checkpoint.manifest.position.step for checkpoint in found] == [step for step in ranked if step in kept]
 
 
+def test_scores_of_other_rows_are_not_compared(run, checkpoints, tmp_path):
+    """Of 64 rows the score was lower all along than of the 8 that a restart asked for."""
+    before, now = CheckpointStore(run, scored="of 64"), CheckpointStore(run, scored="of 8")
+    save(checkpoints, tmp_path, 1, heldout={1: 4.0})  # of a format that did not say
+    save(before, tmp_path, 2, 3, heldout={2: 1.0, 3: 1.1})
+    save(now, tmp_path, 4, 5, 6, heldout={4: 3.1, 5: 3.0})
+    assert checkpoints.manifest(6).scored is None
+    found = checkpoints.best(lambda error: pytest.fail(str(error)))
+    assert [checkpoint.manifest.position.step for checkpoint in found] == [5, 4, 1, 6, 3, 2]
+    checkpoints.prune(keep=1, keep_best=2)
+    assert checkpoints.committed() == [4, 5, 6]
+    save(before, tmp_path, 7, heldout={7: 2.0})
+    checkpoints.prune(keep=1, keep_best=2, distrusted=[7])  # what is passed over does not say whose scores count
+    assert checkpoints.committed() == [4, 5, 6, 7]
+
+
 def test_checkpoints_of_another_run_are_not_seen_and_not_pruned(run, checkpoints, tmp_path):
     other = CheckpointStore(RunDir(run.store, "small-2"))
     save(other, tmp_path, 1, 2)

@@ -69,6 +69,13 @@ def test_damaged_json_is_refused_by_name(run, data):
         run.read_json("x.json")
 
 
+@pytest.mark.parametrize("data", [b"{", b"\0" * 9, b"\xff\xfe", b"5"])
+def test_a_damaged_line_of_a_log_is_refused_by_its_number(run, data):
+    run.store.put(run.key("log.jsonl"), b'{"step": 1}\n' + data + b'\n{"step": 3}\n')
+    with pytest.raises(DataError, match=r"log\.jsonl: line 2 is not JSON: delete that line"):
+        JsonLines(run, "log.jsonl").read()
+
+
 def test_a_log_is_what_was_appended_also_for_who_opens_it_later(run):
     records = [{"step": i, "text": "ä\n\u2028"} for i in range(5)]
     log = JsonLines(run, "log.jsonl")

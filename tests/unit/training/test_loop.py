@@ -117,6 +117,14 @@ def test_ten_bad_steps_in_a_row_end_the_run_and_nine_do_not(make):
         trainer.run()
     assert caught.value.exit_code == 5
     assert told.skips == list(range(3, 13))
+    for calls in ((3, 99), (0, 99)):  # stopped in the row of bad steps, and all of them again from a checkpoint there
+        options = {"wrap": lambda o, calls=calls: BadAt(o, lambda call: call >= calls[0]), "checkpoint_every": 7}
+        parts, _, again = make("parts", steps=1000, **options)
+        with pytest.raises(DivergedError, match="10 times in a row, at step 12"):
+            parts.run()
+        assert parts.skipped == trainer.skipped
+    assert again.begun == [(7, 0.0)]
+    assert again.skips == list(range(7, 13))
 
 
 def make_timed(make: Callable[..., object], name: str = "run", **options: object) -> object:

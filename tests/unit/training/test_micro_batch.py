@@ -18,6 +18,7 @@ from dllm_core.checkpoints.store import CheckpointStore
 from dllm_core.data.batch import Batch
 from dllm_core.errors import ConfigError, DataError
 from dllm_core.model.denoiser import Denoiser
+from dllm_core.model.pattern import AttentionPattern
 from dllm_core.storage.store import LocalStore
 from dllm_core.training.backend import LocalBackend, new_optimizer, new_state, prepare
 from dllm_core.training.config import TrainConfig
@@ -140,8 +141,9 @@ def test_a_number_is_taken_and_only_auto_is_measured():
     assert chosen_micro_rows(auto, new_denoiser().config, new_denoiser, diffusion(LINEAR), batches) in {1, 2, 4}
 
 
+@pytest.mark.parametrize("widest", [None, AttentionPattern("block_diffusion", 4)])
 @pytest.mark.parametrize(("room", "fitting"), [(None, 8), (0.999, 4), (0.0, 0)])
-def test_of_a_model_that_no_rank_holds_a_part_is_timed_and_what_fits_is_reckoned(room, fitting):
+def test_of_a_model_that_no_rank_holds_a_part_is_timed_and_what_fits_is_reckoned(room, fitting, widest):
     part = new_denoiser()
     model = part.config.model_copy(update={"model": part.config.model.model_copy(update={"layers": 40})})
     config = TrainConfig(micro_rows="auto", batch_rows=8, precision="fp32", zero_stage=3)
@@ -150,10 +152,10 @@ def test_of_a_model_that_no_rank_holds_a_part_is_timed_and_what_fits_is_reckoned
 
     def needed(rows: int) -> int:
         forward = Forward(rows, model.context_length, bf16=False, read_share=1.0)
-        return device_memory(config, model, costly.pattern, forward, stage=3, workers=1).total
+        return device_memory(config, model, widest or costly.pattern, forward, stage=3, workers=1).total
 
     device_bytes = None if room is None else int(room * needed(8))
-    given = {"device_bytes": device_bytes, "clock": costly.clock}
+    given = {"device_bytes": device_bytes, "clock": costly.clock, "widest": widest}
     asked = partial(chosen_micro_rows, config, model, lambda: part, costly, batches, **given)
     assert needed(4) < 0.999 * needed(8)
     if not fitting:

@@ -1,6 +1,7 @@
 """What `dllm plan` says before training: counts are those of the real model, and laws that hold for all sizes."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,7 +28,9 @@ from dllm_core.training.plan import (
     saving,
 )
 from workflows.cli import run_command_line
-from workflows.train.dry_run import FakeRows
+from workflows.recipe import load_recipe
+from workflows.train.dry_run import FakeRows, _rehearsed
+from workflows.train.plan import denoiser_of, objective_of
 
 QUICKSTART = "workflows/recipes/quickstart.yaml"
 
@@ -239,6 +242,55 @@ def test_logits_are_counted_where_the_objective_asks_for_them(capsys):
     assert logits["autoregressive"] - weights == pytest.approx(2 * (logits["diffusion"] - weights), rel=0.01)
     assert logits["masked_lm"] < logits["diffusion"]
     assert noisy["precision"] == "bfloat16"  # another machine is meant
+
+
+def test_a_warm_up_in_blocks_takes_their_memory_and_no_time(capsys):
+    """[xt ; x0] is twice as long as the rows that come after."""
+    rows, warm, blocks = (
+        planned(capsys, "--device-tflops", "1", *words)[1]
+        for words in (
+            (),
+            ("objective.block_warmup=[{block_length: 64, steps: 2}, {block_length: 4, steps: 2}]",),
+            ("objective={type: block_diffusion}", "noise.block_length=4"),
+        )
+    )
+    assert warm["memory"] == blocks["memory"]
+    assert warm["memory"]["2"]["activations"] > 1.9 * rows["memory"]["2"]["activations"]
+    assert warm["step_seconds"] == rows["step_seconds"]
+
+
+@pytest.mark.parametrize(
+    ("words", "passes"),
+    [
+        ([], [FULL] * 4),
+        (["objective.block_warmup=[{block_length: 64, steps: 9}]"], [FULL] * 4),
+        (
+            ["objective.block_warmup=[{block_length: 64, steps: 9}, {block_length: 4, steps: 9}]"],
+            [AttentionPattern("block_diffusion", 4)] * 2 + [FULL] * 2,
+        ),
+        (
+            [
+                "objective={type: block_diffusion, block_warmup: [{block_length: 64, steps: 9}]}",
+                "noise.block_length=8",
+            ],
+            [AttentionPattern("block_diffusion", 8)] * 4,
+        ),
+    ],
+)
+def test_a_dry_run_measures_the_memory_of_a_warm_up_and_the_time_of_what_comes_after(words, passes):
+    recipe = load_recipe(Path(QUICKSTART), words)
+    model, asked = denoiser_of(recipe), []
+    objective = objective_of(_rehearsed(recipe), model, torch.device("cpu"), 4)
+    rows = FakeRows(recipe.noise.process.bind(0, 1024), 1024, 64, recipe.noise.block_length)
+
+    def noted(ids, *, read, pattern, **more):
+        asked.append(pattern)
+        assert ids.shape[1] == 64 * (2 if pattern.has_clean_half else 1)
+        return torch.zeros(int(read.sum()), 1024)
+
+    for step in range(4):
+        objective.loss(noted, rows.batch(4 * step, 4))
+    assert asked == passes
 
 
 def test_a_forward_is_no_larger_than_a_worker_s_share(capsys):

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import shutil
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from conftest import SmallCorpus, draws
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from trainers import BadAt, Pair, Told, make_trainer, newest_of, run_dir
+from trainers import BadAt, Pair, Told, Work, make_trainer, newest_of, run_dir
 
 from dllm_core.checkpoints.run_dir import RunDir
 from dllm_core.checkpoints.store import CheckpointStore, TrainPosition
@@ -101,6 +102,29 @@ def test_who_listens_makes_durable_what_it_was_told_before_a_commit_or_there_is_
     assert told.saves == [1, 2, 4, 5, 6]
 
 
+def test_what_is_told_after_the_last_save_is_durable_too(make, monkeypatch):
+    """Time is over at the very step of a checkpoint, and the log's last line comes after it."""
+    durable, has_saved, clock = list[int](), threading.Event(), Work()
+
+    def saving(told: Told, step: int) -> None:
+        durable.append(len(told.records))
+        if step == 10:
+            has_saved.set()
+
+    def ends_late(objective):
+        slow = clock.on(objective)
+        calls, loss = iter(range(99)), slow.loss
+        slow.loss = lambda *given: (next(calls) < 10 or has_saved.wait(60)) and loss(*given)
+        return slow
+
+    monkeypatch.setattr(Told, "saving", saving)
+    options = {"clock": clock, "wrap": ends_late, "seconds": 10.5, "steps": 10**6, "log_every": 4}
+    trainer, _, told = make(checkpoint_every=10, **options)
+    trainer.run()
+    assert [record.step for record in told.records] == [4, 8, 10]
+    assert durable == [2, 3]
+
+
 def test_the_last_save_must_succeed_and_the_one_before_it_loads(make, tmp_path):
     FullStore.puts, FullStore.refused = 0, range(6, 99)
     trainer, _, told = make(kind=FullStore, checkpoint_every=3, keep_checkpoints=9, steps=7)
@@ -178,6 +202,24 @@ def test_a_damaged_checkpoint_that_was_passed_over_takes_no_room_of_what_is_save
     make(steps=5, checkpoint_every=1, keep_checkpoints=1, on_damage=lambda error: None)[0].run()
     assert checkpoints.committed() == [5, 6]
     assert intact_steps(run_dir(tmp_path, "run")) == [5]
+
+
+@pytest.mark.parametrize(("failing", "left"), [(3, [5, 6]), (6, [4, 5, 6])])
+def test_a_checkpoint_is_saved_though_what_is_before_it_cannot_be_removed(small_corpus, tmp_path, failing, left):
+    class Holding(LocalStore):
+        def delete(self, key: str) -> None:
+            if self.exists(f"runs/run/checkpoints/step-{failing:08d}/manifest.json") and not asked:
+                asked.append(key)
+                raise DataError(key, "cannot be deleted")
+            super().delete(key)
+
+    asked: list[str] = []
+    checkpoints = CheckpointStore(RunDir(Holding(tmp_path), "run"))
+    trainer, _, told = make_trainer(small_corpus, checkpoints, checkpoint_every=1, keep_checkpoints=2)
+    trainer.run()
+    assert (told.saves, told.failed_saves) == ([1, 2, 3, 4, 5, 6], [])
+    assert asked == [f"runs/run/checkpoints/step-{failing - 2:08d}/manifest.json"]
+    assert checkpoints.committed() == left
 
 
 def test_checkpoints_at_multiples_stay(make, tmp_path):
@@ -356,7 +398,9 @@ def test_other_rows_than_before_are_refused_unless_they_are_named(small_corpus: 
             on_damage=lambda error: pytest.fail(str(error)),
         )
 
-    session(manifest, steps=1).run()
+    session(manifest, steps=1, heldout_every=1).run()
+    assert CheckpointStore(run).manifest(1).scored == manifest.heldout_digest(64)
+    assert manifest.heldout_digest(64) == manifest.heldout_digest(13) != manifest.heldout_digest(12)
     assert session(manifest.model_copy(update={"noise_epochs": ()})).position.step == 1  # more noise is no other corpus
     now = other.rows_digest
     with pytest.raises(DataError, match=f"train.accept_corpus={now} goes on with them") as refused:

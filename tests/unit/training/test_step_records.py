@@ -1,6 +1,8 @@
 """Laws of what a step's record says: shares, time left, levels of t, held-out scores."""
 
 import math
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,15 +13,21 @@ from hypothesis import strategies as st
 from trainers import Work, make_trainer, run_dir
 
 from dllm_core.checkpoints.store import CheckpointStore
+from dllm_core.data.loader import evenly, split_rows
 from dllm_core.evaluation.estimate import ratio
+from dllm_core.evaluation.estimators import Draw, HeldoutRows, estimator_of
 from dllm_core.objective.config import DiffusionConfig
 from dllm_core.objective.loss import LEVELS, by_level
 from dllm_core.training.backend import LocalBackend
 from dllm_core.training.config import TrainConfig
+from dllm_core.training.events import Score
 from dllm_core.training.heldout import score
+from workflows.train import session
+from workflows.train.flow import step_line
+from workflows.train.session import heldout_scorer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-ROWS = st.lists(st.tuples(st.floats(0, 1e4), st.integers(1, 512)), min_size=2, max_size=40)
+ROWS = st.lists(st.tuples(st.floats(0, 1e4), st.integers(0, 512), st.integers(0, 6)), min_size=2, max_size=40)
 
 
 @pytest.fixture
@@ -95,15 +103,57 @@ def backend(small_corpus, tmp_path_factory):
 
 
 @given(rows=ROWS, cut=st.integers(0, 40))
-def test_a_heldout_score_is_the_ratio_over_all_ranks_rows_with_its_error(backend, rows, cut):
-    nats, tokens = (np.array([row[at] for row in rows], np.float64) for at in (0, 1))
+def test_a_heldout_score_is_the_ratio_over_all_ranks_units_with_its_error(backend, rows, cut):
+    nats, tokens, units = (np.array([row[at] for row in rows], np.float64) for at in (0, 1, 2))
+    nats[tokens == 0] = 0
+
+    def scorer(at):
+        sums = [np.bincount(units[at].astype(int), values[at], minlength=7) for values in (nats, tokens)]
+        return lambda denoiser: (sums[0], sums[1])
+
     first = Split(backend, None)
-    score(lambda denoiser: (nats[:cut], tokens[:cut]), first, 7)
-    found = score(lambda denoiser: (nats[cut:], tokens[cut:]), Split(backend, first.mine), 7)
-    expected = ratio(nats, tokens)
+    score(scorer(slice(0, cut)), first, 7)
+    found = score(scorer(slice(cut, None)), Split(backend, first.mine), 7)
+    if not tokens.any():
+        assert found is None
+        return
+    expected = ratio(nats, tokens, units)
     assert found.step == 7
     assert found.nats == pytest.approx(expected.value, rel=1e-9)
-    assert found.standard_error == pytest.approx(expected.standard_error, rel=1e-4, abs=1e-4)
+    error = expected.standard_error  # None of one unit
+    assert found.standard_error == (error and pytest.approx(error, rel=1e-6, abs=1e-9))
+
+
+@pytest.mark.parametrize("rows", [9, 10**6])
+def test_a_heldout_score_is_of_the_same_rows_for_any_number_of_ranks(small_corpus, backend, rows, monkeypatch):
+    corpus, manifest, denoiser = small_corpus, small_corpus.manifest, backend.module
+    monkeypatch.setattr(session, "_BATCH_ROWS", 2)
+    monkeypatch.setattr(session, "documents_of", lambda store, manifest, split, ids, eos_id: ids // 3)
+    recipe = corpus.recipe.model_copy(update={"train": corpus.recipe.train.model_copy(update={"heldout_rows": rows})})
+    process, cpu = manifest.process.bind(corpus.tokenizer.mask_id, manifest.vocab_size), torch.device("cpu")
+    estimator = estimator_of(recipe.objective, process, cpu)
+    run = run_dir(corpus.store.root, "run")
+    ids = evenly(np.arange(manifest.heldout.rows), rows)
+    own = HeldoutRows.of(split_rows(corpus.store, manifest, manifest.heldout, ids), ids)
+    with torch.no_grad():
+        nats = estimator.nats(denoiser, own, Draw(recipe.seed, 0))
+    expected = ratio(nats, own.counted.sum(1), ids // 3)
+    assert 2 < expected.rows < len(ids)
+    for ranks in (1, 2, 3, 5, len(ids) + 1):
+        told, forwards, beats = [0.0], [], []
+        for rank in range(ranks):
+            stub = SimpleNamespace(rank=rank, world_size=ranks, module=denoiser)
+            asked, alive = [], []
+            scorer = heldout_scorer(recipe, run, manifest, estimator, stub, lambda alive=alive: alive.append(1))
+            one = Split(backend, told if rank else None)
+            one.denoiser = lambda *given, asked=asked, **more: asked.append(1) or denoiser(*given, **more)
+            found = score(scorer, one, 7)
+            told = one.sum_over_ranks(one.mine)
+            forwards, beats = [*forwards, len(asked)], [*beats, len(alive)]
+        assert found.nats == pytest.approx(expected.value, rel=1e-5)
+        assert found.standard_error == pytest.approx(expected.standard_error, rel=1e-4)
+        assert len(set(forwards)) == 1 <= forwards[0]  # as many on each, and a sign of life after every one
+        assert forwards == beats
 
 
 def test_scores_come_at_their_steps_and_change_nothing(small_corpus, tmp_path):
@@ -119,6 +169,23 @@ def test_scores_come_at_their_steps_and_change_nothing(small_corpus, tmp_path):
     steps = [record.heldout and record.heldout.step for record in found[2][0]]
     assert steps == [None, 2, 2, 4, 4, 6]
     assert found[2][0][-1].heldout.nats == 2.0
+
+
+def test_a_score_that_is_no_number_is_none_and_spoils_no_checkpoint(small_corpus, tmp_path):
+    checkpoints = CheckpointStore(run_dir(tmp_path, "run"))
+    scorer = {"heldout": lambda denoiser: (np.array([math.nan, 5.0]), np.array([2.0, 2.0]))}
+    options = {"heldout_every": 1, "checkpoint_every": 2, "average_from": "best", "steps": 2}
+    trainer, _, told = make_trainer(small_corpus, checkpoints, options=scorer, **options)
+    trainer.run()
+    assert told.saves == [2]
+    assert [record.heldout for record in told.records] == [None, None]
+    assert checkpoints.manifest(2).heldout is None
+
+
+def test_a_score_of_one_document_is_told_without_an_error(told):
+    record = replace(told.records[0], heldout=Score(2, 2.5, None)).as_json()
+    assert "  held-out 2.500  " in step_line(record)
+    assert "held-out 2.500 ± 0.250" in step_line({**record, "heldout": {"nats": 2.5, "standard_error": 0.25}})
 
 
 def test_bookkeeping_is_no_identity(small_corpus):
