@@ -291,9 +291,9 @@ def test_memory_and_files_stay_as_they_are(served, is_long):
     def held():
         return {p.pid: (p.memory_info().rss, p.num_fds()) for p in replicas("")}
 
-    rounds(400 if is_long else 12)
+    rounds(400 if is_long else 8)
     before = held()
-    rounds(2000 if is_long else 16)
+    rounds(2000 if is_long else 10)
     after = held()
     assert before.keys() == after.keys()
     grown = {pid: (after[pid][0] - before[pid][0]) / (1 << 20) for pid in before}

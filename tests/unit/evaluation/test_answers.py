@@ -7,6 +7,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from conftest import in_long
 from hypothesis import given
 from hypothesis import strategies as st
 from small import CPU, MASK, PROCESSES, TEXT, new_denoiser
@@ -127,7 +128,7 @@ def test_an_autoregressive_answer_costs_what_its_tokens_cost_behind_all_before_t
         assert found[question].error == 0
 
 
-@pytest.mark.parametrize("target", [None, 0.5])
+@pytest.mark.parametrize("target", [None, *in_long(0.5)])
 def test_masked_answers_cost_their_bound_in_the_mean_with_the_error_that_is_told(denoiser, target):
     """Over seeds: the error may be too large, since it holds how strata differ; that of a target is a little too small,
     since draws end where it is small.

@@ -32,14 +32,18 @@ from workflows.preprocess.inspect import inspect
 from workflows.recipe import Recipe
 from workflows.serve.flow import serve_forever
 
-UNIFORM = {"noise": {"process": {"type": "uniform"}, "epochs": 1}}
+UNIFORM = {"noise": {"process": {"type": "uniform"}, "epochs": 1}, "decode": {"steps": 8}}
 BLOCKS = {"noise": {"block_length": 4, "epochs": 1}, "objective": {"type": "block_diffusion"}}
 KINDS = {
     "masks": ({}, "exact-count", None),
     "chain": ({"noise": {"steps": 8, "epochs": 1}}, "stratified-time", None),
     "timed": ({"model": {"time_conditioning": True}}, "stratified-time", "model.time_conditioning: "),
     "uniform": (UNIFORM, "stratified-time", None),
-    "hybrid": ({"noise": {"process": {"type": "hybrid", "p_u": 0.4}, "epochs": 1}}, "stratified-time", None),
+    "hybrid": (
+        {"noise": {"process": {"type": "hybrid", "p_u": 0.4}, "epochs": 1}, "decode": {"steps": 8}},
+        "stratified-time",
+        None,
+    ),
     "blocks": ({**BLOCKS, "packing": {"type": "isolated", "seq_len": 32}}, "exact-count", None),
     "autoregressive": ({"objective": {"type": "autoregressive"}}, "exact", None),
     "masked_lm": ({"objective": {"type": "masked_lm"}}, None, "objective.type: "),
@@ -77,7 +81,7 @@ def test_a_bundle_is_scored_as_it_was_trained_and_decoded_where_it_can_be(made, 
     if refusal is None:
         told = {
             "autoregressive": (None, None, "(token by token)"),
-            **dict.fromkeys(("uniform", "hybrid"), ({"type": "ancestral", "steps": 64}, None, "(ancestral 64)")),
+            **dict.fromkeys(("uniform", "hybrid"), ({"type": "ancestral", "steps": 8}, None, "(ancestral 8)")),
         }
         plain = ({"type": "threshold", "threshold": 0.9}, 4, "(threshold 0.9)")
         policy, length, words = told.get(kind, plain)
@@ -111,10 +115,10 @@ def test_figures_do_not_depend_on_how_rows_are_batched(made, figures, kind):
 
 def test_draws_end_at_the_target(made):
     corpus, run = made("uniform")
-    many = evaluated(corpus.recipe, run, draws=60, prompts=0)
+    many = evaluated(corpus.recipe, run, draws=30, prompts=0)
     target = 3 * many["monte_carlo_error"]
-    some = evaluated(corpus.recipe, run, draws=60, prompts=0, target_error=target)
-    assert some["draws"] < many["draws"] == 60
+    some = evaluated(corpus.recipe, run, draws=30, prompts=0, target_error=target)
+    assert some["draws"] < many["draws"] == 30
     assert some["monte_carlo_error"] <= target
     assert abs(some["nelbo"] - many["nelbo"]) < 5 * target
 
