@@ -109,6 +109,7 @@ def submit(
         console.print(f"  [yellow]the cluster is busy, the job waits:[/yellow] {escape('; '.join(lines))}")
     name, known = _named(job, server)
     if known is None:
+        _say_left_out(job, console)
         _say_paths(job, console)
         _send(job, name, server)
         size = f"{len(job.package.files)} files, {len(job.package.data) / 1e3:.0f} kB"
@@ -266,13 +267,17 @@ def _say_paths(job: Job, console: Console) -> None:
         console.print(f"  every node must see {escape(', '.join(job.paths))}")
 
 
+def _say_left_out(job: Job, console: Console) -> None:
+    if job.package.left_out:
+        shown = ", ".join(job.package.left_out[:5]) + (", ..." if len(job.package.left_out) > 5 else "")
+        console.print(f"  left out as data, secrets or links: {escape(shown)}")
+
+
 def _say_package(job: Job, console: Console) -> dict[str, Any]:
     """What a dry run shows."""
     console.print(f"would run [bold]{escape(job.entrypoint)}[/bold]")
     console.print(f"  with {len(job.package.files)} files, {len(job.package.data) / 1e3:.0f} kB")
-    if job.package.left_out:
-        shown = ", ".join(job.package.left_out[:5]) + (", ..." if len(job.package.left_out) > 5 else "")
-        console.print(f"  left out as data or secrets: {escape(shown)}")
+    _say_left_out(job, console)
     for need in job.needs:
         console.print(f"  {need.stage:<11} {escape(str(need))}")
     _say_paths(job, console)

@@ -234,6 +234,15 @@ def test_a_dry_run_says_what_would_be_sent(capsys):
     assert told["bytes"] < 1 << 20
 
 
+def test_what_stays_here_is_named_also_where_the_job_is_sent(tmp_path, capsys):
+    (tmp_path / "rows.parquet").write_text("x")
+    for server in (None, FakeServer()):
+        submit(
+            Submission(QUICKSTART, (S3,), include=(tmp_path,)), server, Console("text"), detach=True, refuse_busy=False
+        )
+        assert f"left out as data, secrets or links: {tmp_path.name}/rows.parquet" in capsys.readouterr().out
+
+
 def test_a_dry_run_too_reads_what_nodes_there_are(tmp_path):
     asked = Submission(QUICKSTART, (S3,), nodes=tmp_path / "none.yaml")
     with pytest.raises(ConfigError, match=r"^--nodes: cannot be read"):
