@@ -178,7 +178,7 @@ class JobServer:
             remedy = "https:// where TLS is spoken, with --ca-file for a certificate of your own"
             raise DataError("--address", f"no TLS with it ({_first_line(found)})", self.address, remedy) from None
         except RuntimeError as error:
-            if job is not None and ("404" in str(error) or "does not exist" in str(error)):
+            if job is not None and ("status code 404" in str(error) or "does not exist" in str(error)):
                 raise _unknown(job) from None
             raise self._lost(error) from None
 
@@ -209,8 +209,9 @@ def checked_address(address: str) -> str:
 
 
 def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+    """Of a traceback, which the server may answer with, the last: the first says nothing."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[-1 if "Traceback (" in lines[0] else 0]
 
 
 def _client_of(address: str, ca_file: str | None) -> Any:
