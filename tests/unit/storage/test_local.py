@@ -77,6 +77,20 @@ def test_a_file_put_in_its_own_place_stays(store):
     assert store.read("a/b") == b"x"
 
 
+def test_a_link_whose_answer_was_lost_has_won(store, monkeypatch):
+    """As NFS may answer: the request was sent twice, and the second finds what the first made."""
+    link = os.link
+
+    def link_twice(source, target):
+        link(source, target)
+        link(source, target)
+
+    monkeypatch.setattr(os, "link", link_twice)
+    assert store.put_if_absent("a/b", b"x")
+    assert not store.put_if_absent("a/b", b"y")
+    assert store.read("a/b") == b"x"
+
+
 def test_the_last_object_takes_its_empty_folders_with_it_and_never_the_root(store):
     store.put("a/b/c/d", b"x")
     store.put("a/e", b"x")
