@@ -150,10 +150,11 @@ class LocalStore:
         return path
 
     def list(self, prefix: str = "") -> Iterator[StoredObject]:
-        """All files below a folder, sorted by key; temporary ones are not objects."""
+        """All files below a folder, also behind links, sorted by key; temporary ones are not objects."""
         top, root = self._file(prefix).rstrip("/") or "/", str(self.root).rstrip("/")
         found = []
-        for folder, _, names in os.walk(top, onerror=_raise_walk_error):
+        for folder, folders, names in os.walk(top, onerror=_raise_walk_error, followlinks=True):
+            folders[:] = [name for name in folders if not _leads_back(f"{folder.rstrip('/')}/{name}", top)]
             for name in names:
                 if not is_temporary(name):
                     path = f"{folder.rstrip('/')}/{name}"
@@ -312,6 +313,21 @@ def _is_encodable(key: str) -> bool:
 def _raise_walk_error(error: OSError) -> None:
     if error.errno not in {errno.ENOENT, errno.ENOTDIR}:
         raise DataError(str(error.filename), f"cannot be listed ({error.strerror})") from error
+
+
+def _leads_back(folder: str, top: str) -> bool:
+    """Whether it is a link to a folder above it, up to `top`: behind it a walk would never end."""
+    if not os.path.islink(folder):
+        return False
+    try:
+        there, above = os.stat(folder), folder
+        while above != top and len(above) > 1:
+            above = os.path.dirname(above)
+            if os.path.samestat(os.stat(above), there):
+                return True
+    except OSError:  # it has just gone
+        return True
+    return False
 
 
 @contextlib.contextmanager

@@ -113,6 +113,22 @@ def test_a_link_out_of_the_root_is_read_and_a_broken_one_is_no_object(store, tmp
     assert store.stat("broken") is store.stat("loop") is None
 
 
+def test_folders_behind_links_are_listed_as_they_are_read_and_a_circle_is_gone_through_once(store, tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_bytes(name.encode())
+    (tmp_path / "one" / "other").symlink_to(tmp_path / "two")
+    (tmp_path / "two" / "other").symlink_to(tmp_path / "one")
+    store.put("own", b"x")
+    (store.root / "link").symlink_to(tmp_path / "one")
+    (store.root / "up").symlink_to(store.root)
+    assert [item.key for item in store.list()] == ["link/file", "link/other/file", "own"]
+    assert [item.key for item in store.list("link")] == ["link/file", "link/other/file"]
+    assert all(store.stat(item.key) == item for item in store.list())
+    (tmp_path / "root-link").symlink_to(store.root)
+    assert [item.key for item in LocalStore(tmp_path / "root-link").list()] == [item.key for item in store.list()]
+
+
 def test_a_fetched_file_is_the_object_itself(store):
     store.put("a", b"x")
     assert store.fetch("a").samefile(store.root / "a")
