@@ -45,26 +45,51 @@ def cached_copy(name: str, size: int, pieces: Callable[[], Iterable[bytes]]) -> 
     return path
 
 
-def hold(path: Path) -> None:
+def hold(path: Path) -> bool:
     """Keep a copy for as long as this process lives, whatever the cache's limit: a checkpoint may be larger than it.
 
-    For files that are few: each stays open, with a shared lock that whoever prunes finds.
+    False: another process has dropped it already. For files that are few: each stays open, with a shared lock that
+    whoever prunes finds.
     """
-    if path not in _HELD:
+    held = _HELD.get(path)
+    if held is None or not _is_at(path, held):
+        try:
+            held = path.open("rb")
+        except OSError:
+            return False
         with contextlib.suppress(OSError):
-            _HELD[path] = file = path.open("rb")
-            fcntl.flock(file, fcntl.LOCK_SH)
+            fcntl.flock(held, fcntl.LOCK_SH)
+        if not _is_at(path, held):
+            held.close()
+            return False
+        _HELD[path] = held
+    return True
 
 
-def _is_held(path: Path) -> bool:
+def _is_at(path: Path, file: BinaryIO) -> bool:
+    """Whether the open file is the one of that name still."""
     try:
-        with path.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
     except OSError:
         return False
-    return False
+
+
+def _drop(cached: LocalStore, key: str) -> bool:
+    """Remove a copy; False if a process holds it. None begins to in between: that waits for the lock, and looks again.
+
+    Over NFS a lock that is no other's beside it asks for a file that may be written to.
+    """
+    path = cached.path(key)
+    with contextlib.ExitStack() as stack:
+        try:
+            file = stack.enter_context(path.open("r+b" if os.access(path, os.W_OK) else "rb"))
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError:
+            pass  # it is gone, or nothing can be locked and so nothing is held
+        cached.delete(key)
+    return True
 
 
 def _is_there(cached: LocalStore, key: str, size: int) -> bool:
@@ -113,8 +138,7 @@ def _prune(cached: LocalStore, keep: str, size: int, limit: int) -> None:
     for item in items:
         if total <= limit:
             return
-        if item.key != keep and not _is_held(cached.path(item.key)):
-            cached.delete(item.key)
+        if item.key != keep and _drop(cached, item.key):
             total -= item.size
 
 
