@@ -1,5 +1,6 @@
 """What one machine has: Python, packages, devices, room, ports, storage. Each check is a function of its findings."""
 
+import errno
 import importlib.metadata
 import os
 import platform
@@ -105,14 +106,19 @@ def room() -> Iterator[Finding]:
 
 def port(host: str, number: int) -> Iterator[Finding]:
     """Where the endpoint would listen."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, number))
-        except OSError as error:
-            yield Finding("serve.port", "doubtful", f"{host}:{number} is taken ({error.strerror})", "serve.port=...")
-        else:
-            yield Finding("serve.port", "good", f"{host}:{number} is free")
+    where = f"{host}:{number}"
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, number, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        is_taken = error.errno == errno.EADDRINUSE
+        told = "is taken" if is_taken else f"cannot be listened on ({error.strerror})"
+        remedy = "serve.port=..." if is_taken else "serve.host=... or serve.port=..."
+        yield Finding("serve.port", "doubtful", f"{where} {told}", remedy)
+    else:
+        yield Finding("serve.port", "good", f"{where} is free")
 
 
 def storage(root: str) -> Iterator[Finding]:
