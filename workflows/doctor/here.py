@@ -12,6 +12,7 @@ import tempfile
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import psutil
@@ -25,6 +26,10 @@ _MIN_PYTHON = (3, 11)
 _MIN_FILES = 4096  # Ray holds a handful of sockets for each worker and node
 _MIN_FREE_BYTES = 2 << 30
 _MIN_SHM_BYTES = 512 << 20
+_CGROUPS = [  # of the second version and the first
+    (Path("/sys/fs/cgroup"), "memory.max", "memory.current"),
+    (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes"),
+]
 TOLD_PACKAGES = ("dllm", "ray", "torch", "deepspeed", "pyarrow", "datasets", "boto3")
 
 
@@ -73,9 +78,9 @@ def devices() -> Iterator[Finding]:
     """Cores, memory and GPUs."""
     import torch
 
-    memory = psutil.virtual_memory()
-    told = f"{os.cpu_count()} cores, {memory.total / 1e9:.0f} GB of memory, {memory.available / 1e9:.0f} free"
-    is_enough = memory.available > _MIN_FREE_BYTES
+    total, free = _memory()
+    told = f"{os.cpu_count()} cores, {total / 1e9:.0f} GB of memory, {free / 1e9:.0f} free"
+    is_enough = free > _MIN_FREE_BYTES
     yield Finding("machine", "good" if is_enough else "doubtful", told, "end what else runs here")
     count = torch.cuda.device_count()
     if count:
@@ -86,6 +91,21 @@ def devices() -> Iterator[Finding]:
         yield Finding("gpus", "bad", f"the driver is there, torch {torch.__version__} sees none", remedy)
     else:
         yield Finding("gpus", "good", "none: all stages run on the CPU")
+
+
+def _memory() -> tuple[int, int]:
+    """Bytes in all and free: of the container that this is in, where it has less than the machine."""
+    memory = psutil.virtual_memory()
+    total, free = memory.total, memory.available
+    for folder, most, used in _CGROUPS:
+        try:
+            limit, taken = (int((folder / name).read_text(encoding="ascii")) for name in (most, used))
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="ascii").splitlines())
+        except (OSError, ValueError):  # there is none, or its limit is `max`
+            continue
+        if limit < total:  # files that nobody has asked for lately are let go first
+            total, free = limit, min(free, limit - taken + int(stat.get("inactive_file", 0)))
+    return total, max(0, free)
 
 
 def room() -> Iterator[Finding]:

@@ -34,6 +34,19 @@ def test_a_missing_and_an_old_package_are_named_with_what_is_taken(monkeypatch):
     assert finding.remedy
 
 
+@pytest.mark.parametrize(("limit", "told"), [(3 << 30, "3 GB of memory, 1 free"), ("max", None), (1 << 62, None)])
+def test_a_container_s_memory_is_what_it_may_have(monkeypatch, tmp_path, limit, told):
+    usual = next(here.devices())
+    for name, text in (("memory.max", limit), ("memory.current", 3 << 30), ("memory.stat", f"inactive_file {1 << 30}")):
+        (tmp_path / name).write_text(f"{text}\n")
+    monkeypatch.setattr(here, "_CGROUPS", [(tmp_path, "memory.max", "memory.current")])
+    machine = next(here.devices())
+    if told is None:
+        assert machine.told.split(",")[:2] == usual.told.split(",")[:2]
+    else:
+        assert (machine.verdict, machine.told.partition(", ")[2]) == ("doubtful", told)
+
+
 def test_an_old_python_is_refused(monkeypatch):
     monkeypatch.setattr(here.sys, "version_info", (3, 10))
     assert one(here.python()).verdict == "bad"
