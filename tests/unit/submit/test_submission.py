@@ -1,5 +1,6 @@
 """What is refused before a cluster is asked, and what a job is called by."""
 
+import asyncio
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -307,6 +308,28 @@ def test_a_dry_run_too_reads_what_nodes_there_are(tmp_path):
     asked = Submission(QUICKSTART, (S3,), nodes=tmp_path / "none.yaml")
     with pytest.raises(ConfigError, match=r"^--nodes: cannot be read"):
         submit(asked, None, Console("json"), detach=False, refuse_busy=False)
+
+
+def test_a_connection_that_is_gone_without_a_word_is_made_anew(monkeypatch):
+    """As of a head that lost its power, or a tunnel whose machine slept: nothing comes, and nothing ends it."""
+    client, connections = SimpleNamespace(status="RUNNING"), []
+
+    async def tail(name):
+        connections.append(name)
+        yield "one\ntwo\n"
+        if len(connections) == 1:
+            await asyncio.sleep(10)
+            pytest.fail("it was waited for")
+        yield "three\n"
+        client.status = "SUCCEEDED"
+
+    client.tail_job_logs, client.get_job_info = tail, lambda name: SimpleNamespace(status=client.status)
+    monkeypatch.setattr("workflows.submit.server._SILENCE_S", 0.05)
+    monkeypatch.setattr("workflows.submit.server._POLL_S", 0.0)
+    server = JobServer.__new__(JobServer)
+    server.address, server._client, written = "http://head", client, []
+    assert server.follow("x-1", written.append).status == "SUCCEEDED"
+    assert ("".join(written), len(connections)) == ("one\ntwo\nthree\n", 2)
 
 
 def test_what_all_nodes_must_see_is_named(tmp_path):
