@@ -33,7 +33,7 @@ from s3_server import s3_server
 
 from dllm_core.checkpoints.store import FileEntry, verified_file
 from dllm_core.errors import CheckpointError, ConfigError, DataError
-from dllm_core.storage import s3
+from dllm_core.storage import cache, s3
 from dllm_core.storage.cache import cache_folder, cached_copy, hold
 from dllm_core.storage.s3 import S3Store, _client
 from dllm_core.storage.store import LocalStore, file_sha256, sha256
@@ -432,6 +432,46 @@ def test_a_cache_is_looked_through_once_in_a_part_of_its_limit_and_holds_little_
             held = sum(path.stat().st_size for path in (tmp_path / "objects").iterdir())
             assert min(limit, size * (number + 1)) <= held <= limit + limit // 64
     assert len(looks) == 1 + 199 // 2
+
+
+def gathered(name, data):
+    """Of a file that is fetched, checked and held, as of a bundle's."""
+    path = cached_copy(name, len(data), lambda: [data])
+    assert hold(path)
+    return cache.gather(f"all of {name}", {"file": path}, lambda _, copy: copy.read_bytes() == data)
+
+
+def test_folders_of_links_take_no_room_leave_with_their_files_and_stay_while_these_are_held(monkeypatch, tmp_path):
+    monkeypatch.setenv("DLLM_CACHE", str(tmp_path))
+    monkeypatch.setenv("DLLM_CACHE_BYTES", "1")
+    folders = [gathered(name, name.encode()) for name in "abc"]
+    assert gathered("b", b"b") == folders[1]
+    assert all(
+        (folder / "file").samefile(tmp_path / "objects" / name) for folder, name in zip(folders, "abc", strict=True)
+    )
+    for name in "ac":  # the process that had them has ended
+        cache._HELD.pop(tmp_path / "objects" / name).close()
+    cached_copy("d", 1, lambda: [b"d"])
+    assert [folder.exists() for folder in folders] == [False, True, False]
+    assert [path.name for path in (tmp_path / "bundles").iterdir()] == ["all of b"]
+
+
+def test_where_there_are_no_links_folders_have_copies_which_are_held_and_damaged_ones_are_made_anew(
+    monkeypatch, tmp_path
+):
+    def refused(*_):
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "link", refused)
+    monkeypatch.setenv("DLLM_CACHE", str(tmp_path))
+    monkeypatch.setenv("DLLM_CACHE_BYTES", "1")
+    with ThreadPoolExecutor(4) as pool:  # at once
+        [folder] = set(pool.map(gathered, "a" * 4, [b"a"] * 4))
+    cached_copy("d", 1, lambda: [b"d"])
+    assert (folder / "file").read_bytes() == b"a"
+    (folder / "file").write_bytes(b"damaged")
+    assert (gathered("a", b"a") / "file").read_bytes() == b"a"
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
 
 @pytest.mark.parametrize("told", ["20GB", "-1", "1e9"])
