@@ -49,6 +49,13 @@ class NodeChoice(Frozen):
                 raise ValueError(f"{name}={amount:g} {problem}")
         return resources
 
+    @field_validator("gpus_per_worker", "gpus_per_replica", check_fields=False)
+    @classmethod
+    def _are_whole_or_a_part_of_one(cls, gpus: float) -> float:
+        if gpus > 1 and gpus % 1:
+            raise ValueError("must be whole above 1: Ray gives a part of one GPU alone")
+        return gpus
+
     def _demand(self, cpus: float, gpus: float) -> Demand:
         rest = {"memory_gib": self.memory_gib, "resources": self.resources, "labels": self.labels}
         return Demand(cpus=cpus, gpus=gpus, **rest)

@@ -6,8 +6,6 @@ it as it came.
 """
 
 import hashlib
-import os
-import shutil
 import tempfile
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,6 +28,7 @@ from dllm_core.model.special_ids import TOKENIZER_NAME
 from dllm_core.noise.interpolating import InterpolatingProcess
 from dllm_core.noise.process import AnyNoise
 from dllm_core.objective.config import AnyObjective, DiffusionConfig
+from dllm_core.storage.cache import gather
 from dllm_core.storage.store import LocalStore, file_sha256
 
 if TYPE_CHECKING:
@@ -132,22 +131,5 @@ def read_bundle(run: RunDir) -> ModelBundle:
     }
     if isinstance(run.store, LocalStore):
         return ModelBundle(run.store.path(run.key(FOLDER)), manifest)
-    return ModelBundle(_gathered(files, manifest, raw), manifest)
-
-
-def _gathered(files: dict[str, Path], manifest: BundleManifest, raw: bytes) -> Path:
-    """One folder with the fetched files, named by the manifest's content; a damaged one is made anew."""
-    some = next(iter(files.values()))
-    folder = some.parent.parent / "bundles" / hashlib.sha256(raw).hexdigest()
-    if not all((folder / name).is_file() and entry.matches(folder / name) for name, entry in manifest.files.items()):
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".tmp-"))
-        for name, path in files.items():
-            shutil.copyfile(path, scratch / name)
-        (scratch / MANIFEST_NAME).write_bytes(raw)
-        try:
-            os.replace(scratch, folder)
-        except OSError:  # another process was first; its folder has the same content
-            shutil.rmtree(scratch)
-    return folder
+    folder = gather(hashlib.sha256(raw).hexdigest(), files, lambda name, path: manifest.files[name].matches(path))
+    return ModelBundle(folder, manifest)

@@ -22,6 +22,7 @@ CHECKPOINTS = "checkpoints"
 _MANIFEST = "manifest.json"
 _COMMITTED = re.compile(rf"step-(\d{{8,}})/{re.escape(_MANIFEST)}")
 _ANY = re.compile(r"step-(\d{8,})/.*")
+_FETCHES = 8
 
 
 class FileEntry(Frozen):
@@ -216,13 +217,18 @@ class CheckpointStore:
 
 
 def verified_file(store: Store, key: str, entry: FileEntry, place: str) -> Path:
-    """A local file whose sha256 is the promised one."""
+    """A local file whose sha256 is the promised one; what another process drops from the cache is fetched again."""
+    problem, remedy = "is dropped from the cache again and again", "set a larger DLLM_CACHE_BYTES"
     try:
-        path = fetch_intact(store, key, entry.sha256)
-        if path is not None:
-            if not isinstance(store, LocalStore):
-                hold(path)  # until all of them are read: the next one may be more than the cache is to hold
-            return path
+        for _ in range(_FETCHES):
+            with contextlib.suppress(FileNotFoundError):
+                path = fetch_intact(store, key, entry.sha256)
+                if path is None:
+                    problem, remedy = "does not match its sha256", "the file was changed or damaged"
+                    break
+                # Held until all of them are read: the next one may be more than the cache is to hold.
+                if isinstance(store, LocalStore) or hold(path):
+                    return path
     except (DataError, OSError) as error:
         raise CheckpointError(place, f"cannot be read ({error})") from error
-    raise CheckpointError(place, "does not match its sha256", remedy="the file was changed or damaged")
+    raise CheckpointError(place, problem, remedy=remedy)

@@ -209,7 +209,7 @@ class LocalStore:
             try:
                 os.link(temporary, path)
             except FileExistsError:
-                return False
+                return temporary.stat().st_nlink > 1  # over NFS the answer to a link that was made may be lost
         return True
 
     def put_file(self, key: str, path: Path) -> None:

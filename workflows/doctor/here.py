@@ -1,5 +1,6 @@
 """What one machine has: Python, packages, devices, room, ports, storage. Each check is a function of its findings."""
 
+import errno
 import importlib.metadata
 import os
 import platform
@@ -11,6 +12,7 @@ import tempfile
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import psutil
@@ -24,6 +26,10 @@ _MIN_PYTHON = (3, 11)
 _MIN_FILES = 4096  # Ray holds a handful of sockets for each worker and node
 _MIN_FREE_BYTES = 2 << 30
 _MIN_SHM_BYTES = 512 << 20
+_CGROUPS = [  # of the second version and the first
+    (Path("/sys/fs/cgroup"), "memory.max", "memory.current"),
+    (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes"),
+]
 TOLD_PACKAGES = ("dllm", "ray", "torch", "deepspeed", "pyarrow", "datasets", "boto3")
 
 
@@ -72,9 +78,9 @@ def devices() -> Iterator[Finding]:
     """Cores, memory and GPUs."""
     import torch
 
-    memory = psutil.virtual_memory()
-    told = f"{os.cpu_count()} cores, {memory.total / 1e9:.0f} GB of memory, {memory.available / 1e9:.0f} free"
-    is_enough = memory.available > _MIN_FREE_BYTES
+    total, free = _memory()
+    told = f"{os.cpu_count()} cores, {total / 1e9:.0f} GB of memory, {free / 1e9:.0f} free"
+    is_enough = free > _MIN_FREE_BYTES
     yield Finding("machine", "good" if is_enough else "doubtful", told, "end what else runs here")
     count = torch.cuda.device_count()
     if count:
@@ -85,6 +91,21 @@ def devices() -> Iterator[Finding]:
         yield Finding("gpus", "bad", f"the driver is there, torch {torch.__version__} sees none", remedy)
     else:
         yield Finding("gpus", "good", "none: all stages run on the CPU")
+
+
+def _memory() -> tuple[int, int]:
+    """Bytes in all and free: of the container that this is in, where it has less than the machine."""
+    memory = psutil.virtual_memory()
+    total, free = memory.total, memory.available
+    for folder, most, used in _CGROUPS:
+        try:
+            limit, taken = (int((folder / name).read_text(encoding="ascii")) for name in (most, used))
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="ascii").splitlines())
+        except (OSError, ValueError):  # there is none, or its limit is `max`
+            continue
+        if limit < total:  # files that nobody has asked for lately are let go first
+            total, free = limit, min(free, limit - taken + int(stat.get("inactive_file", 0)))
+    return total, max(0, free)
 
 
 def room() -> Iterator[Finding]:
@@ -105,14 +126,19 @@ def room() -> Iterator[Finding]:
 
 def port(host: str, number: int) -> Iterator[Finding]:
     """Where the endpoint would listen."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, number))
-        except OSError as error:
-            yield Finding("serve.port", "doubtful", f"{host}:{number} is taken ({error.strerror})", "serve.port=...")
-        else:
-            yield Finding("serve.port", "good", f"{host}:{number} is free")
+    where = f"{host}:{number}"
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, number, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        is_taken = error.errno == errno.EADDRINUSE
+        told = "is taken" if is_taken else f"cannot be listened on ({error.strerror})"
+        remedy = "serve.port=..." if is_taken else "serve.host=... or serve.port=..."
+        yield Finding("serve.port", "doubtful", f"{where} {told}", remedy)
+    else:
+        yield Finding("serve.port", "good", f"{where} is free")
 
 
 def storage(root: str) -> Iterator[Finding]:

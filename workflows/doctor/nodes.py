@@ -53,7 +53,10 @@ def nodes(root: str) -> Iterator[Finding]:
         except ray.exceptions.RayError as error:
             why = str(error).strip().splitlines()[-1]
             yield Finding("node", "bad", f"{name} runs no task ({why})", "its image lacks what ours has, or it is gone")
-    yield Finding("nodes", "good", ", ".join(told) or "none")
+    if not told:
+        yield Finding("nodes", "bad", "none of them answers", "see what each says")
+        return
+    yield Finding("nodes", "good", ", ".join(told))
     yield from _alike(told)
     yield from _together(root, key, told)
     yield from _clocks({name: how for name, how in options.items() if name in told})
@@ -92,19 +95,21 @@ def _together(root: str, key: str, told: dict[str, dict[str, Any]]) -> Iterator[
 
 
 def _clocks(options: dict[str, dict[str, Any]]) -> Iterator[Finding]:
-    """A node's clock against ours at the middle of the question; half the time that it took is the error."""
+    """Each node's clock against ours at the middle of the question; half the time that it took is the error. Told is
+    how far two of them are apart at least.
+    """
     import ray
 
-    worst, who = 0.0, ""
+    spans = {}
     for name, how in options.items():
         task = ray.remote(**how)(now)
         ray.get(task.remote())  # the first waits for a worker
         before = time.time()
         theirs = ray.get(task.remote())
         after = time.time()
-        skew = max(0.0, abs(theirs - (before + after) / 2) - (after - before) / 2)
-        if skew >= worst:
-            worst, who = skew, name
-    verdict: Verdict = "good" if worst <= _MAX_SKEW_S else "bad"
-    told = f"at most {worst:.2f} s apart" + (f" ({who})" if verdict == "bad" else "")
+        spans[name] = (theirs - after, theirs - before)
+    first, last = max(spans, key=lambda name: spans[name][0]), min(spans, key=lambda name: spans[name][1])
+    apart = max(0.0, spans[first][0] - spans[last][1])
+    verdict: Verdict = "good" if apart <= _MAX_SKEW_S else "bad"
+    told = f"{apart:.2f} s apart" + (f" ({first} and {last})" if verdict == "bad" else "")
     yield Finding("clocks", verdict, told, "let chrony or systemd-timesyncd run on it: S3 refuses late signatures")

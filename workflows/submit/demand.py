@@ -18,6 +18,7 @@ VERBS = {
     "serve": ("serve",),
 }
 _EPSILON = 1e-9
+_MOST_WORKERS = 2  # of a cluster whose file does not say: the launcher's own for AWS, Azure and Google Cloud
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,14 @@ class NodeGroup:
         """How many such workers all of them take at once."""
         if not all(matches(self.labels.get(name), wanted) for name, wanted in demand.labels.items()):
             return 0
-        return self.count * min(
-            (int(self.resources.get(name, 0) / amount + _EPSILON) for name, amount in demand.amounts.items()), default=1
-        )
+        return self.count * min((self._times(name, amount) for name, amount in demand.amounts.items()), default=1)
+
+    def _times(self, name: str, amount: float) -> int:
+        """How often a node has so much of it. A part of a GPU is one of a single GPU, whose rest is of no use."""
+        there = self.resources.get(name, 0)
+        if name == "GPU" and amount < 1:
+            return int(there) * int(1 / amount + _EPSILON)
+        return int(there / amount + _EPSILON)
 
 
 def needs(verb: str, placement: PlacementConfig) -> list[Need]:
@@ -111,11 +117,12 @@ def startable(path: Path) -> list[NodeGroup]:
     try:
         config = parse_yaml(path.read_text(encoding="utf-8"), str(path))
         head, kinds = config["head_node_type"], config["available_node_types"]
+        most = int(config.get("max_workers", _MOST_WORKERS))  # of all kinds together, whatever a kind says
         return [
             NodeGroup(
                 {name: float(amount) for name, amount in kind["resources"].items()},
                 kind.get("labels", {}),
-                int(kind.get("max_workers", config.get("max_workers", 0))),
+                min(most, int(kind.get("max_workers", most))),
             )
             for name, kind in kinds.items()
             if name != head

@@ -33,6 +33,7 @@ from workflows.submit.server import ENDED, JobServer
 from workflows.target import is_run, read_target_recipe
 
 _STOP_WITHIN_S = 30  # a training saves within 25 s of SIGTERM; Ray's own patience is 3 s
+_ENDS_WITHIN_S = 10  # after that: it is killed, and the server is told
 _RUN, _FINGERPRINT = "dllm-run", "dllm-fingerprint"
 _REMEDY_OF_ROOT = "storage.root=s3://bucket/prefix, or the absolute path of a folder that all nodes see"
 _FAILED, _STOPPED = 3, 143
@@ -109,8 +110,15 @@ def submit(
         console.print(f"  [yellow]the cluster is busy, the job waits:[/yellow] {escape('; '.join(lines))}")
     name, known = _named(job, server)
     if known is None:
+        _say_left_out(job, console)
         _say_paths(job, console)
-        _send(job, name, server)
+        try:
+            _send(job, name, server)
+        except DataError:  # an answer that was lost, or the same command elsewhere, a moment ago
+            name, known = _named(job, server)
+            if known is None:
+                raise
+    if known is None:
         size = f"{len(job.package.files)} files, {len(job.package.data) / 1e3:.0f} kB"
         console.done("submit", f"[bold]{escape(name)}[/bold] to {escape(server.address)}: {size}")
     else:
@@ -156,7 +164,10 @@ def jobs(action: str, name: str | None, server: JobServer, console: Console) -> 
         _say_jobs([job], console)
         return {**_result(job), "exit_code": 0}
     was_running = server.stop(name)
-    job = server.wait(name, _STOP_WITHIN_S + 10)
+    job = server.wait(name, _STOP_WITHIN_S + _ENDS_WITHIN_S)
+    if job.status not in ENDED:
+        remedy = f"its node may be lost: dllm doctor --address {server.address} says which are there"
+        raise DataError("job", f"was told to end, and is {job.status} still", name, remedy)
     console.done("stop", f"{escape(name)} " + ("has ended" if was_running else f"had ended: {job.status}"))
     return {**_result(job), "exit_code": 0}
 
@@ -252,7 +263,8 @@ def _named(job: Job, server: JobServer) -> tuple[str, Any | None]:
     for known in same:
         if known.status not in ENDED:
             return known.submission_id, known
-    return f"{job.name}-{job.fingerprint}-{len(same) + 1}", None
+    numbers = [int(number) for known in same if (number := known.submission_id.rpartition("-")[2]).isdecimal()]
+    return f"{job.name}-{job.fingerprint}-{max(numbers, default=0) + 1}", None  # some may have been deleted
 
 
 def _send(job: Job, name: str, server: JobServer) -> None:
@@ -266,13 +278,17 @@ def _say_paths(job: Job, console: Console) -> None:
         console.print(f"  every node must see {escape(', '.join(job.paths))}")
 
 
+def _say_left_out(job: Job, console: Console) -> None:
+    if job.package.left_out:
+        shown = ", ".join(job.package.left_out[:5]) + (", ..." if len(job.package.left_out) > 5 else "")
+        console.print(f"  left out as data, secrets or links: {escape(shown)}")
+
+
 def _say_package(job: Job, console: Console) -> dict[str, Any]:
     """What a dry run shows."""
     console.print(f"would run [bold]{escape(job.entrypoint)}[/bold]")
     console.print(f"  with {len(job.package.files)} files, {len(job.package.data) / 1e3:.0f} kB")
-    if job.package.left_out:
-        shown = ", ".join(job.package.left_out[:5]) + (", ..." if len(job.package.left_out) > 5 else "")
-        console.print(f"  left out as data or secrets: {escape(shown)}")
+    _say_left_out(job, console)
     for need in job.needs:
         console.print(f"  {need.stage:<11} {escape(str(need))}")
     _say_paths(job, console)

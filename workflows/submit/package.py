@@ -12,18 +12,19 @@ from pathlib import Path
 import dllm_core
 import workflows
 from dllm_core.errors import ConfigError, DataError
+from dllm_core.storage.store import local_path
 
 MAX_BYTES = 20 << 20  # Ray's head keeps packages in its memory and refuses those of hundreds of MB
 RECIPE = "recipe.yaml"
 _KINDS = {".py", ".pyi", ".yaml", ".yml", ".json", ".toml", ".html", ".txt", ".md", ".cfg"}
-_LEFT_OUT = {"__pycache__", ".git", ".venv", "venv", "node_modules", ".ssh", ".aws", ".ray", "dllm-runs"}
+_LEFT_OUT = {"__pycache__", ".git", ".venv", "venv", "node_modules", "dllm-runs"}
 _SECRET_PARTS = ("secret", "credential", "password", "passwd", "token", "keys.", "id_rsa", "id_ed25519", ".env")
 _STAMP = (1980, 1, 1, 0, 0, 0)
 
 
 @dataclass(frozen=True)
 class Package:
-    """The zip; `left_out`: files below an included folder that look like data or secrets."""
+    """The zip; `left_out`: files below an included folder that are links, or look like data or secrets."""
 
     data: bytes
     files: tuple[str, ...]
@@ -38,37 +39,52 @@ class Package:
 def pack(recipe: str | None, include: Sequence[Path] = ()) -> Package:
     """Our own sources, a recipe's text, and files and folders of the user's beside them.
 
-    Raises ConfigError for what is not there or has one of our names, DataError for a package that is too large.
+    Raises ConfigError for what is not there or has one of our names or another's, DataError for a package that is too
+    large, which is known before a file of it is read.
     """
-    found: dict[str, bytes] = {}
+    found: dict[str, Path] = {}
     left_out: list[str] = []
     for module in (dllm_core, workflows):
         root = Path(module.__file__ or "").parent
-        for path in (path for path in _sources(root) if path.suffix in _KINDS):
-            found[f"{root.name}/{path.relative_to(root).as_posix()}"] = path.read_bytes()
-    if recipe is not None:
-        found[RECIPE] = recipe.encode()
+        for path in (path for path in _sources(root) if path.suffix in _KINDS and path.is_file()):
+            found[f"{root.name}/{path.relative_to(root).as_posix()}"] = path
     for given in include:
-        top = given.expanduser().resolve()
+        top = local_path("--include", str(given))  # a link keeps its name, by which it is imported
         if not top.exists():
             raise ConfigError("--include", "there is no such file or folder", str(given))
         if top.name in ("dllm_core", "workflows", RECIPE):
             raise ConfigError("--include", "has a name of the package's own", str(given))
         for path in _sources(top) if top.is_dir() else [top]:
             name = path.relative_to(top.parent).as_posix()
-            if path != top and (path.suffix not in _KINDS or _is_secret(path.relative_to(top))):
-                left_out.append(name)
-            else:
-                found[name] = path.read_bytes()
-    _check_size(found)
-    return Package(_zipped(found), tuple(sorted(found)), tuple(sorted(left_out)))
+            if not _is_text(name) or (path != top and _stays(path, path.relative_to(top))):
+                left_out.append(name.encode(errors="backslashreplace").decode())
+            elif found.setdefault(name, path) != path:
+                raise ConfigError("--include", f"gives another {name} than one before", str(given), "rename one")
+    texts = {} if recipe is None else {RECIPE: recipe.encode()}
+    _check_size({name: path.stat().st_size for name, path in found.items()})
+    contents = {**{name: path.read_bytes() for name, path in found.items()}, **texts}
+    return Package(_zipped(contents), tuple(sorted(contents)), tuple(sorted(left_out)))
 
 
 def _sources(root: Path) -> Iterator[Path]:
     for path in sorted(root.rglob("*")):
         parts = path.relative_to(root).parts
-        if path.is_file() and not path.is_symlink() and not _LEFT_OUT.intersection(parts):
+        if (path.is_file() or path.is_symlink()) and not _LEFT_OUT.intersection(parts):
             yield path
+
+
+def _is_text(name: str) -> bool:
+    """Whether a zip can hold the name, which on disk is any bytes."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _stays(path: Path, below: Path) -> bool:
+    """What is no source, may be a secret, or is a link: that may lead to anything, so it is not followed."""
+    return path.is_symlink() or path.suffix not in _KINDS or _is_secret(below)
 
 
 def _is_secret(path: Path) -> bool:
@@ -80,11 +96,11 @@ def _is_secret(path: Path) -> bool:
     return is_hidden or any(part in told for told in telling for part in _SECRET_PARTS)
 
 
-def _check_size(found: dict[str, bytes]) -> None:
-    total = sum(map(len, found.values()))
+def _check_size(sizes: dict[str, int]) -> None:
+    total = sum(sizes.values())
     if total > MAX_BYTES:
-        largest = sorted(found, key=lambda name: -len(found[name]))[:3]
-        told = ", ".join(f"{name} {len(found[name]) / 1e6:.0f} MB" for name in largest)
+        largest = sorted(sizes, key=lambda name: -sizes[name])[:3]
+        told = ", ".join(f"{name} {sizes[name] / 1e6:.0f} MB" for name in largest)
         problem = f"is {total / 1e6:.0f} MB, of which {told}"
         remedy = f"a package has at most {MAX_BYTES >> 20} MB: data belongs into storage.root, on s3://"
         raise DataError("package", problem, remedy=remedy)

@@ -4,6 +4,7 @@ Nothing here joins the cluster: a laptop behind a tunnel is enough.
 """
 
 import asyncio
+import contextlib
 import logging
 import os
 import re
@@ -23,6 +24,7 @@ _ANSWERS_WITHIN_S = 10.0
 _PATIENCE_S = 60.0  # of a follower whose server is gone: a head that is restarted is back in less
 _RETRY_S = 1.0
 _POLL_S = 0.5
+_SILENCE_S = 60.0  # of a job, after which a follower connects anew: a connection may be gone without a word
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 _TOKEN_REMEDY = "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to one that holds"
 _ADDRESS_REMEDY = "that of the head's dashboard, e.g. http://127.0.0.1:8265 behind `ray dashboard cluster.yaml`"
@@ -108,18 +110,21 @@ class JobServer:
     def follow(self, name: str, write: Callable[[str], None]) -> Any:
         """Write what the job prints until it has ended; what the server knows of it then.
 
-        A connection that breaks is made again, for a minute, and nothing is written twice.
+        A connection that breaks, or carries nothing for a minute, is made again, and nothing is written twice. If that
+        cannot be done for a minute, it ends.
         """
         written, lost_at = 0, None
 
         async def tail() -> None:
             nonlocal written, lost_at
-            seen = 0
-            async for piece in self._client.tail_job_logs(name):
-                lost_at, seen = None, seen + len(piece)
-                if seen > written:
-                    write(piece[len(piece) - min(seen - written, len(piece)) :])
-                    written = seen
+            seen, pieces = 0, self._client.tail_job_logs(name)
+            with contextlib.suppress(StopAsyncIteration, TimeoutError):
+                while True:
+                    piece = await asyncio.wait_for(anext(pieces), _SILENCE_S)
+                    lost_at, seen = None, seen + len(piece)
+                    if seen > written:
+                        write(piece[len(piece) - min(seen - written, len(piece)) :])
+                        written = seen
 
         while True:
             try:
@@ -178,7 +183,7 @@ class JobServer:
             remedy = "https:// where TLS is spoken, with --ca-file for a certificate of your own"
             raise DataError("--address", f"no TLS with it ({_first_line(found)})", self.address, remedy) from None
         except RuntimeError as error:
-            if job is not None and ("404" in str(error) or "does not exist" in str(error)):
+            if job is not None and ("status code 404" in str(error) or "does not exist" in str(error)):
                 raise _unknown(job) from None
             raise self._lost(error) from None
 
@@ -209,8 +214,9 @@ def checked_address(address: str) -> str:
 
 
 def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+    """Of a traceback, which the server may answer with, the last: the first says nothing."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[-1 if "Traceback (" in lines[0] else 0]
 
 
 def _client_of(address: str, ca_file: str | None) -> Any:

@@ -7,6 +7,7 @@ A worker that dies is restarted by Ray Train; a driver that dies is run again. B
 
 import contextlib
 import math
+import tempfile
 import threading
 import time
 import warnings
@@ -27,7 +28,6 @@ from workflows.train.job import WorkerJob, check_rows, needed_start
 OnMessage = Callable[[dict[str, Any]], None]
 _POLL_S = 0.25
 _SAVE_WITHIN_S = 24  # clouds take a machine back 30 s after they say so
-_RAY_FOLDER = ".ray-train"
 _STACKS_S = 120  # that a collective may take longer than a rank may stand still: stacks say more than torch's end
 
 
@@ -143,30 +143,27 @@ def _fit(recipe: Recipe, run: RunDir, corpus: str, mailbox: Any) -> None:
 
     placement = recipe.placement.train
     asked = on_nodes(placement.demand)
-    # Our checkpoints are ours; Ray needs a place for its own small state, which a name used once keeps apart.
-    name = f"{run.name}-{time.time_ns()}"
-    trainer = TorchTrainer(
-        _on_worker,
-        train_loop_config={"job": WorkerJob(recipe, run, corpus, mailbox)},
-        torch_config=TorchConfig(timeout_s=max(TorchConfig.timeout_s, math.ceil(placement.stall_seconds) + _STACKS_S)),
-        scaling_config=ScalingConfig(
-            num_workers=placement.workers,
-            use_gpu=placement.gpus_per_worker > 0,
-            resources_per_worker=asked.amounts,
-            label_selector=asked.labels or None,
-        ),
-        run_config=RunConfig(
-            name=name,
-            storage_path=f"{run.store.url}/{_RAY_FOLDER}",
-            failure_config=FailureConfig(max_failures=placement.max_failures),
-        ),
-    )
-    try:
-        trainer.fit()
-    finally:
-        with contextlib.suppress(DataError):  # what is left is small and harmless
-            for item in list(run.store.list(f"{_RAY_FOLDER}/{name}")):
-                run.store.delete(item.key)
+    # Our checkpoints are ours, and what Ray keeps is for its controller alone, which runs beside the driver. On S3 it
+    # would ask by a client that knows neither AWS_CA_BUNDLE nor our patience.
+    with tempfile.TemporaryDirectory(prefix="dllm-ray-train-", ignore_cleanup_errors=True) as folder:
+        TorchTrainer(
+            _on_worker,
+            train_loop_config={"job": WorkerJob(recipe, run, corpus, mailbox)},
+            torch_config=TorchConfig(
+                timeout_s=max(TorchConfig.timeout_s, math.ceil(placement.stall_seconds) + _STACKS_S)
+            ),
+            scaling_config=ScalingConfig(
+                num_workers=placement.workers,
+                use_gpu=placement.gpus_per_worker > 0,
+                resources_per_worker=asked.amounts,
+                label_selector=asked.labels or None,
+            ),
+            run_config=RunConfig(
+                name=f"{run.name}-{time.time_ns()}",
+                storage_path=folder,
+                failure_config=FailureConfig(max_failures=placement.max_failures),
+            ),
+        ).fit()
 
 
 def _on_worker(config: dict[str, Any]) -> None:

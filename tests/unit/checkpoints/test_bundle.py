@@ -184,9 +184,9 @@ def test_a_damaged_copy_in_the_local_cache_is_fetched_again(small_corpus, denois
         write(run, small_corpus, denoiser, tmp_path)
         first = read_bundle(run)
         expected = (first.folder / "model.safetensors").read_bytes()
-        copies = [*tmp_path.rglob("objects/*"), *tmp_path.rglob("bundles/*/model.safetensors")]
-        assert len(copies) == 4
-        for copy in copies:
+        copies = {copy.stat().st_ino: copy for copy in (*tmp_path.rglob("objects/*"), *tmp_path.rglob("bundles/*/*"))}
+        assert len(copies) == 3  # what is gathered are links, which take no room
+        for copy in copies.values():
             data = bytearray(copy.read_bytes())
             data[len(data) // 2] ^= 64
             copy.write_bytes(data)

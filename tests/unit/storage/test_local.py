@@ -77,6 +77,20 @@ def test_a_file_put_in_its_own_place_stays(store):
     assert store.read("a/b") == b"x"
 
 
+def test_a_link_whose_answer_was_lost_has_won(store, monkeypatch):
+    """As NFS may answer: the request was sent twice, and the second finds what the first made."""
+    link = os.link
+
+    def link_twice(source, target):
+        link(source, target)
+        link(source, target)
+
+    monkeypatch.setattr(os, "link", link_twice)
+    assert store.put_if_absent("a/b", b"x")
+    assert not store.put_if_absent("a/b", b"y")
+    assert store.read("a/b") == b"x"
+
+
 def test_the_last_object_takes_its_empty_folders_with_it_and_never_the_root(store):
     store.put("a/b/c/d", b"x")
     store.put("a/e", b"x")
@@ -115,6 +129,22 @@ def test_a_link_to_a_folder_is_followed_and_one_that_leads_back_is_not(store, tm
     assert [item.key for item in store.list()] == ["a/b/x", "a/out/deep/y"]
     assert [item.key for item in store.list("a/out")] == ["a/out/again/b/x", "a/out/deep/y"]
     assert store.read("a/out/deep/y") == b"linked"
+
+
+def test_folders_behind_links_are_listed_as_they_are_read_and_a_circle_is_gone_through_once(store, tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_bytes(name.encode())
+    (tmp_path / "one" / "other").symlink_to(tmp_path / "two")
+    (tmp_path / "two" / "other").symlink_to(tmp_path / "one")
+    store.put("own", b"x")
+    (store.root / "link").symlink_to(tmp_path / "one")
+    (store.root / "up").symlink_to(store.root)
+    assert [item.key for item in store.list()] == ["link/file", "link/other/file", "own"]
+    assert [item.key for item in store.list("link")] == ["link/file", "link/other/file"]
+    assert all(store.stat(item.key) == item for item in store.list())
+    (tmp_path / "root-link").symlink_to(store.root)
+    assert [item.key for item in LocalStore(tmp_path / "root-link").list()] == [item.key for item in store.list()]
 
 
 def test_a_fetched_file_is_the_object_itself(store):

@@ -1,5 +1,7 @@
 """What only a network can get wrong: missing buckets, silence, lost answers, broken bodies, pages, stale copies."""
 
+import errno
+import fcntl
 import itertools
 import os
 import random
@@ -29,12 +31,14 @@ from s3_faults import (
 )
 from s3_server import s3_server
 
-from dllm_core.errors import ConfigError, DataError
-from dllm_core.storage import s3
+from dllm_core.checkpoints.store import FileEntry, verified_file
+from dllm_core.errors import CheckpointError, ConfigError, DataError
+from dllm_core.storage import cache, s3
 from dllm_core.storage.cache import cache_folder, cached_copy, hold
 from dllm_core.storage.s3 import S3Store, _client
-from dllm_core.storage.store import LocalStore, sha256
+from dllm_core.storage.store import LocalStore, file_sha256, sha256
 
+FLOCK = fcntl.flock
 PART = 10_000
 READING = {"list", "read", "range", "fetch"}
 # A conflict is between conditional writers. Silence costs time, so it falls where it differs from a reset.
@@ -354,7 +358,16 @@ def test_of_many_that_want_an_object_at_once_one_asks_for_it(server, store):
     assert server.requests == begun + 8 + 1  # each asks for its ETag, one for its bytes
 
 
-def test_what_is_held_is_not_dropped_whatever_the_cache_may_hold(store, monkeypatch, tmp_path):
+def flock_over_nfs(file, how):
+    """As Linux does it: by a lock of all bytes, which to be alone takes a file that may be written to."""
+    if how & fcntl.LOCK_EX and not file.writable():
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+    FLOCK(file, how)
+
+
+@pytest.mark.parametrize("flock", [FLOCK, flock_over_nfs])
+def test_what_is_held_is_not_dropped_whatever_the_cache_may_hold(store, monkeypatch, tmp_path, flock):
+    monkeypatch.setattr(fcntl, "flock", flock)
     monkeypatch.setenv("DLLM_CACHE", str(tmp_path))
     for name in "abc":
         store.put(name, name.encode() * 100)
@@ -363,11 +376,32 @@ def test_what_is_held_is_not_dropped_whatever_the_cache_may_hold(store, monkeypa
     assert not held.exists()
     held = store.fetch("a")
     assert not loose.exists()
-    hold(held)
+    assert hold(held)
+    assert not hold(loose)
     loose = store.fetch("b")
     store.fetch("c")
     assert held.read_bytes() == b"a" * 100
     assert not loose.exists()
+
+
+def test_a_file_that_is_dropped_between_its_hash_and_its_hold_is_fetched_again(store, monkeypatch, tmp_path):
+    monkeypatch.setenv("DLLM_CACHE", str(tmp_path))
+    for name in "abc":
+        store.put(name, name.encode() * 100)
+    monkeypatch.setenv("DLLM_CACHE_BYTES", "150")
+    others = iter("bc")
+
+    def hash_while_others_fetch(path):
+        digest = file_sha256(path)
+        store.fetch(next(others, "a"))
+        return digest
+
+    monkeypatch.setattr("dllm_core.storage.store.file_sha256", hash_while_others_fetch)
+    path = verified_file(store, "a", FileEntry(bytes=100, sha256=sha256(b"a" * 100)), "a")
+    assert path.read_bytes() == b"a" * 100
+    monkeypatch.setattr("dllm_core.checkpoints.store.hold", lambda path: False)
+    with pytest.raises(CheckpointError, match="dropped from the cache again and again: set a larger DLLM_CACHE_BYTES"):
+        verified_file(store, "a", FileEntry(bytes=100, sha256=sha256(b"a" * 100)), "a")
 
 
 def test_the_cache_holds_what_it_may_and_drops_what_was_used_longest_ago(server, store, monkeypatch):
@@ -398,6 +432,46 @@ def test_a_cache_is_looked_through_once_in_a_part_of_its_limit_and_holds_little_
             held = sum(path.stat().st_size for path in (tmp_path / "objects").iterdir())
             assert min(limit, size * (number + 1)) <= held <= limit + limit // 64
     assert len(looks) == 1 + 199 // 2
+
+
+def gathered(name, data):
+    """Of a file that is fetched, checked and held, as of a bundle's."""
+    path = cached_copy(name, len(data), lambda: [data])
+    assert hold(path)
+    return cache.gather(f"all of {name}", {"file": path}, lambda _, copy: copy.read_bytes() == data)
+
+
+def test_folders_of_links_take_no_room_leave_with_their_files_and_stay_while_these_are_held(monkeypatch, tmp_path):
+    monkeypatch.setenv("DLLM_CACHE", str(tmp_path))
+    monkeypatch.setenv("DLLM_CACHE_BYTES", "1")
+    folders = [gathered(name, name.encode()) for name in "abc"]
+    assert gathered("b", b"b") == folders[1]
+    assert all(
+        (folder / "file").samefile(tmp_path / "objects" / name) for folder, name in zip(folders, "abc", strict=True)
+    )
+    for name in "ac":  # the process that had them has ended
+        cache._HELD.pop(tmp_path / "objects" / name).close()
+    cached_copy("d", 1, lambda: [b"d"])
+    assert [folder.exists() for folder in folders] == [False, True, False]
+    assert [path.name for path in (tmp_path / "bundles").iterdir()] == ["all of b"]
+
+
+def test_where_there_are_no_links_folders_have_copies_which_are_held_and_damaged_ones_are_made_anew(
+    monkeypatch, tmp_path
+):
+    def refused(*_):
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "link", refused)
+    monkeypatch.setenv("DLLM_CACHE", str(tmp_path))
+    monkeypatch.setenv("DLLM_CACHE_BYTES", "1")
+    with ThreadPoolExecutor(4) as pool:  # at once
+        [folder] = set(pool.map(gathered, "a" * 4, [b"a"] * 4))
+    cached_copy("d", 1, lambda: [b"d"])
+    assert (folder / "file").read_bytes() == b"a"
+    (folder / "file").write_bytes(b"damaged")
+    assert (gathered("a", b"a") / "file").read_bytes() == b"a"
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
 
 @pytest.mark.parametrize("told", ["20GB", "-1", "1e9"])

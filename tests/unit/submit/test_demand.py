@@ -33,6 +33,21 @@ def test_tenths_fill_a_core():
     assert NodeGroup({"CPU": 1.0}, {}).room(Demand(cpus=0.1)) == 10
 
 
+@pytest.mark.parametrize(("gpus", "room"), [(0.3, 24), (0.4, 16), (0.5, 16), (0.1, 80), (1, 8), (3, 2)])
+def test_a_part_of_a_gpu_is_one_of_a_single_gpu(gpus, room):
+    """Ray holds no five of 0.4 on two GPUs: each has 0.2 left, which is of no use."""
+    assert NodeGroup({"CPU": 99.0, "GPU": 8.0}, {}).room(Demand(gpus=gpus)) == room
+
+
+@pytest.mark.parametrize("name", ["train.gpus_per_worker", "evaluate.gpus_per_worker", "serve.gpus_per_replica"])
+def test_gpus_above_one_are_whole_as_ray_wants_them(name):
+    stage, field = name.split(".")
+    for gpus in (0, 0.25, 1, 2):
+        PlacementConfig.checked({stage: {field: gpus}}, "placement")
+    with pytest.raises(ConfigError, match=rf"placement\.{stage}\.{field}: must be whole above 1"):
+        PlacementConfig.checked({stage: {field: 1.5}}, "placement")
+
+
 def test_memory_is_counted_where_it_is_asked_for_and_told_in_gibibytes():
     node = NodeGroup({"CPU": 8.0, "memory": 4.0 * 2**30}, {})
     assert node.room(Demand(cpus=1)) == 8
@@ -96,6 +111,14 @@ def test_what_an_autoscaler_may_start_counts_and_is_told():
     assert sum(group.room(need.demand) for group in later) == 32
     with pytest.raises(DataError, match="there is room for 32"):
         check_room([Need("train", 33, need.demand)], [], later)
+
+
+@pytest.mark.parametrize(("said", "room"), [("max_workers: 5\n", 5), ("max_workers: 99\n", 16), ("", 2)])
+def test_a_cluster_s_own_bound_holds_for_each_kind_of_node(tmp_path, said, room):
+    path = tmp_path / "c.yaml"
+    kinds = "available_node_types: {head: {resources: {}}, train: {resources: {GPU: 1}, max_workers: 16}}\n"
+    path.write_text(f"{said}head_node_type: head\n{kinds}")
+    assert sum(group.room(Demand(cpus=0, gpus=1)) for group in startable(path)) == room
 
 
 def test_a_full_cluster_is_told_by_what_is_missing():

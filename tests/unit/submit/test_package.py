@@ -56,8 +56,19 @@ def test_data_and_secrets_stay_and_are_named(lab):
     packed = pack(None, [lab])
     mine = {name for name in packed.files if name.startswith("my_lab/")}
     assert mine == {"my_lab/noise.py", "my_lab/sub/tokenizer.py", "my_lab/settings.yaml"}
-    assert set(packed.left_out) == {f"my_lab/{name}" for name in STAYS}
+    assert set(packed.left_out) == {f"my_lab/{name}" for name in (*STAYS, "link.txt")}
     assert b"secret" not in packed.data
+
+
+def test_a_folder_that_is_a_link_keeps_the_name_that_it_is_imported_by(lab, tmp_path):
+    (tmp_path / "alias").symlink_to(lab)
+    assert "alias/noise.py" in pack(None, [tmp_path / "alias"]).files
+    assert pack(None, [lab, lab]).data == pack(None, [lab]).data
+
+
+def test_names_that_no_zip_holds_stay_and_are_named(lab):
+    Path(os.fsdecode(os.fsencode(lab) + b"/\xff.py")).write_text("x = 1\n")
+    assert r"my_lab/\udcff.py" in pack(None, [lab]).left_out
 
 
 SECRET = ("secrets/prod.yaml", "credentials/db.json", ".docker/config.json", ".kube/config.yaml", "a/.b/c.py")
@@ -95,8 +106,9 @@ def test_what_is_unpacked_runs(tmp_path):
 def test_too_large_a_package_is_refused_by_its_largest_files(tmp_path, monkeypatch):
     monkeypatch.setattr(package, "MAX_BYTES", 3 << 20)
     (tmp_path / "big").mkdir()
-    (tmp_path / "big" / "table.json").write_bytes(b"0" * (4 << 20))
-    with pytest.raises(DataError, match=r"big/table\.json 4 MB.*storage\.root"):
+    with (tmp_path / "big" / "table.json").open("wb") as file:
+        file.truncate(1 << 40)  # that much is never read
+    with pytest.raises(DataError, match=r"big/table\.json 1099512 MB.*storage\.root"):
         pack(None, [tmp_path / "big"])
 
 
@@ -106,3 +118,8 @@ def test_what_is_not_there_or_has_our_name_is_refused(tmp_path):
     (tmp_path / "workflows").mkdir()
     with pytest.raises(ConfigError, match="package's own"):
         pack(None, [tmp_path / "workflows"])
+    for name in ("a", "b"):
+        (tmp_path / name / "lab").mkdir(parents=True)
+        (tmp_path / name / "lab" / "noise.py").write_text(name)
+    with pytest.raises(ConfigError, match=r"--include: gives another lab/noise\.py than one before"):
+        pack(None, [tmp_path / "a" / "lab", tmp_path / "b" / "lab"])

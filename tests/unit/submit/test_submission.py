@@ -1,5 +1,6 @@
 """What is refused before a cluster is asked, and what a job is called by."""
 
+import asyncio
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ from dllm_core.errors import ConfigError, DataError
 from dllm_core.storage.store import open_store
 from workflows.console import Console
 from workflows.recipe import load_recipe
-from workflows.submit.flow import Submission, _result, prepare, root_of, submit
+from workflows.submit.flow import Submission, _result, jobs, prepare, root_of, submit
 from workflows.submit.server import JobServer, checked_address
 
 ROOT = Path(__file__).parents[3]
@@ -202,6 +203,66 @@ def test_a_job_that_has_ended_runs_anew_and_one_that_has_not_is_followed(ended):
     again = sent(server, S3)["job"]
     assert again == f"{first.removesuffix('-1')}-2"
     assert [job.submission_id for job in server.known] == [first, again]
+    del server.known[0]  # `ray job delete`
+    assert sent(server, S3)["job"] == f"{first.removesuffix('-1')}-3"
+
+
+def test_a_job_that_is_there_though_sending_it_failed_is_followed():
+    """An answer was lost, or the same command was given elsewhere at the same time."""
+    server = FakeServer()
+    accept = server.submit
+
+    def submit_and_fail(*asked):
+        accept(*asked)
+        raise DataError("--address", "does not answer as it should (already exists)")
+
+    server.submit = submit_and_fail
+    assert sent(server, S3)["status"] == "SUCCEEDED"
+    assert len(server.known) == 1
+    server.submit = refuse
+    with pytest.raises(DataError, match="cannot be sent"):
+        sent(server, S3)
+
+
+def refuse(*_):
+    raise DataError("--address", "cannot be sent")
+
+
+@pytest.mark.parametrize("status", ["STOPPED", "RUNNING"])
+def test_a_job_that_did_not_end_when_it_was_told_to_is_not_said_to_have_ended(status, capsys):
+    job = SimpleNamespace(submission_id="x-1", status=status, driver_exit_code=None)
+    server = SimpleNamespace(address="http://head", stop=lambda name: True, wait=lambda name, within_s: job)
+    if status == "STOPPED":
+        assert jobs("stop", "x-1", server, Console("text"))["exit_code"] == 0
+        assert "x-1 has ended" in capsys.readouterr().out
+    else:
+        with pytest.raises(DataError, match="job: was told to end, and is RUNNING still, got 'x-1'"):
+            jobs("stop", "x-1", server, Console("text"))
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("Request failed with status code 404: No job", "job: the cluster does not know it, got 'a-4049-1'"),
+        (
+            "Request failed with status code 500: a-4049-1",
+            "as it should .Request failed with status code 500: a-4049-1",
+        ),
+        (
+            "Request failed with status code 400: Traceback (most recent call last):\n  x\nValueError: no",
+            "ValueError: no",
+        ),
+    ],
+)
+def test_what_a_server_refuses_is_told_by_what_it_says(text, line):
+    server = JobServer.__new__(JobServer)
+    server.address = "http://head"
+
+    def ask():
+        raise RuntimeError(text)
+
+    with pytest.raises(DataError, match=line):
+        server._asked(ask, "a-4049-1")
 
 
 def test_a_second_job_at_a_run_is_refused_by_whatever_it_is_named(tmp_path):
@@ -234,10 +295,41 @@ def test_a_dry_run_says_what_would_be_sent(capsys):
     assert told["bytes"] < 1 << 20
 
 
+def test_what_stays_here_is_named_also_where_the_job_is_sent(tmp_path, capsys):
+    (tmp_path / "rows.parquet").write_text("x")
+    for server in (None, FakeServer()):
+        submit(
+            Submission(QUICKSTART, (S3,), include=(tmp_path,)), server, Console("text"), detach=True, refuse_busy=False
+        )
+        assert f"left out as data, secrets or links: {tmp_path.name}/rows.parquet" in capsys.readouterr().out
+
+
 def test_a_dry_run_too_reads_what_nodes_there_are(tmp_path):
     asked = Submission(QUICKSTART, (S3,), nodes=tmp_path / "none.yaml")
     with pytest.raises(ConfigError, match=r"^--nodes: cannot be read"):
         submit(asked, None, Console("json"), detach=False, refuse_busy=False)
+
+
+def test_a_connection_that_is_gone_without_a_word_is_made_anew(monkeypatch):
+    """As of a head that lost its power, or a tunnel whose machine slept: nothing comes, and nothing ends it."""
+    client, connections = SimpleNamespace(status="RUNNING"), []
+
+    async def tail(name):
+        connections.append(name)
+        yield "one\ntwo\n"
+        if len(connections) == 1:
+            await asyncio.sleep(10)
+            pytest.fail("it was waited for")
+        yield "three\n"
+        client.status = "SUCCEEDED"
+
+    client.tail_job_logs, client.get_job_info = tail, lambda name: SimpleNamespace(status=client.status)
+    monkeypatch.setattr("workflows.submit.server._SILENCE_S", 0.05)
+    monkeypatch.setattr("workflows.submit.server._POLL_S", 0.0)
+    server = JobServer.__new__(JobServer)
+    server.address, server._client, written = "http://head", client, []
+    assert server.follow("x-1", written.append).status == "SUCCEEDED"
+    assert ("".join(written), len(connections)) == ("one\ntwo\nthree\n", 2)
 
 
 def test_what_all_nodes_must_see_is_named(tmp_path):

@@ -2,6 +2,7 @@
 
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +14,7 @@ from trainers import Pair
 from dllm_core.checkpoints.run_dir import RunDir
 from dllm_core.checkpoints.store import CheckpointStore
 from dllm_core.storage.progress import progressed
+from dllm_core.storage.s3 import S3Store
 from dllm_core.storage.store import LocalStore
 from dllm_core.training import reading
 from dllm_core.training.backend import LocalBackend
@@ -115,3 +117,20 @@ def test_a_collective_may_take_longer_than_a_rank_may_stand_still(
     run = RunDir(LocalStore(tmp_path), "run")
     flow._fit(recipe.model_copy(update={"placement": placement}), run, small_corpus.manifest.fingerprint, None)
     assert least <= told["torch_config"].timeout_s <= max(1800, stall_seconds + 300)
+
+
+def test_what_ray_keeps_is_on_this_machine_and_gone_at_the_end(small_corpus: SmallCorpus, monkeypatch):
+    """Its own client of S3 would be asked else, which knows no AWS_CA_BUNDLE: all but training worked."""
+    kept = []
+
+    def trainer(*_, run_config, **__):
+        def fit():
+            kept.append(Path(run_config.storage_path))
+            assert kept[0].is_dir()
+            assert run_config.storage_context.storage_filesystem.type_name == "local"
+
+        return SimpleNamespace(fit=fit)
+
+    monkeypatch.setattr(ray.train.torch, "TorchTrainer", trainer)
+    flow._fit(small_corpus.recipe, RunDir(S3Store("bucket", "p"), "run"), small_corpus.manifest.fingerprint, None)
+    assert not kept[0].exists()
