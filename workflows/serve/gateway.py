@@ -123,6 +123,7 @@ class Gateway:
         """The live page: a prompt, and the canvas as it is denoised."""
         return HTMLResponse(PAGE, headers=PAGE_HEADERS)
 
+    @api.head("/health", include_in_schema=False)  # as load balancers ask
     @api.get("/health")
     async def health(self) -> dict[str, Any]:
         """200 if a decode replica runs its decoding loops (or is idle), 503 if none does."""

@@ -323,6 +323,17 @@ def test_health_is_503_when_no_replica_answers(served, steps, error):
     assert answer.json() == {"status": "ok", "replicas": 1}
 
 
+def test_health_is_told_to_who_asks_by_head(served, steps):
+    for loads, status in (([{"running": 0, "waiting": 0}], 200), ([ActorDiedError()], 503)):
+        served(Replicas(steps, loads))
+
+        async def asked():
+            async with httpx.AsyncClient(transport=httpx.ASGITransport(app=api), base_url="http://gateway") as client:
+                return await client.head("/health")
+
+        assert asyncio.run(asked()).status_code == status
+
+
 def test_a_replica_that_hangs_makes_no_other_unwell(served, steps, monkeypatch):
     monkeypatch.setattr("workflows.serve.calls._TOLD_WITHIN_S", 0.1)
     send = served(Replicas(steps, [None, {"running": 2, "waiting": 0}]))

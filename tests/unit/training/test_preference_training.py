@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import in_long
 from preferences import preferences, write_lines
 from safetensors.torch import load_file
 from starts import Prepared, texts, values_of
@@ -171,7 +172,7 @@ def test_restarts_change_nothing_and_micro_batches_only_rounding(root, started):
         torch.testing.assert_close(tensor, whole[name], rtol=0, atol=1e-2 * moved)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["rows", *in_long("blocks")])
 def test_what_was_tuned_is_scored_decoded_and_measured_as_its_start(root, started, kind):
     run = started(kind)
     prepared = Prepared({**tuned_values(root, run, kind, steps=2, checkpoint_every=2), "name": "served"})
