@@ -33,6 +33,11 @@ class DllmError(Exception):
         return type(self), (self.place, self.problem, self.value, self.remedy)
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line; its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 class ConfigError(DllmError):
     """A recipe or a command line that cannot mean anything."""
 

@@ -100,10 +100,21 @@ def small_recipe(root: Path, **sections: object) -> Recipe:
     return Recipe.checked(values)
 
 
-def make_small_corpus(root: Path, **sections: object) -> SmallCorpus:
-    """Write the text, run the real preprocessing in this process."""
+def write_small_text(root: Path) -> None:
+    """The corpus of `small_recipe`."""
     (root / "corpus").mkdir(parents=True, exist_ok=True)
     (root / "corpus" / "names.txt").write_text(small_text(), encoding="utf-8")
+
+
+def write_small(root: Path) -> None:
+    """What a command line is given: `root/small.yaml` and its corpus."""
+    write_small_text(root)
+    (root / "small.yaml").write_text(small_recipe(root).to_yaml(), encoding="utf-8")
+
+
+def make_small_corpus(root: Path, **sections: object) -> SmallCorpus:
+    """Write the text, run the real preprocessing in this process."""
+    write_small_text(root)
     return preprocessed(small_recipe(root, **sections))
 
 

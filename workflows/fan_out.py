@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
-from dllm_core.errors import DataError, DllmError
+from dllm_core.errors import DataError, DllmError, first_line
 from workflows.env import actor_options
 from workflows.malloc import keep_freed_memory
 from workflows.placement import Demand
@@ -67,7 +67,7 @@ def fan_out(
     except ray.exceptions.RayTaskError as error:
         raise (error.cause if isinstance(error.cause, DllmError) else error) from None
     except ray.exceptions.RayError as error:  # a worker or its node died, again and again
-        problem = f"a task was lost {_MAX_RETRIES + 1} times ({str(error).splitlines()[0]})"
+        problem = f"a task was lost {_MAX_RETRIES + 1} times ({first_line(error)})"
         remedy = "what is complete is kept: run again; fewer workers, or smaller units, need less memory"
         raise DataError("placement.preprocess.workers", problem, workers, remedy) from error
     finally:

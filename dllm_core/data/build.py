@@ -110,20 +110,22 @@ def _first_texts(job: CorpusJob, unit: Unit, at_least: int) -> list[str]:
     """The pieces of a unit's first training documents, of so many bytes if it has them."""
     texts: list[str] = []
     size = 0
-    for record, reason in sifted(job, unit):
-        if reason is not None:
+    for document in documents(job, unit):
+        if is_heldout(document.subject, job.corpus.heldout_fraction):
             continue
-        assert isinstance(record, Document)
-        if is_heldout(record.subject, job.corpus.heldout_fraction):
-            continue
-        texts += record.pieces
-        size += sum(len(piece.encode()) for piece in record.pieces)
+        texts += document.pieces
+        size += sum(len(piece.encode()) for piece in document.pieces)
         if size >= at_least:
             break
     return texts
 
 
-def sifted(job: CorpusJob, unit: Unit) -> Iterator[tuple[Document | BadRecord, str | None]]:
+def documents(job: CorpusJob, unit: Unit) -> Iterator[Document]:
+    """A unit's documents that are not bad and that no filter drops, in order."""
+    return (record for record, reason in _sifted(job, unit) if reason is None and isinstance(record, Document))
+
+
+def _sifted(job: CorpusJob, unit: Unit) -> Iterator[tuple[Document | BadRecord, str | None]]:
     """Every record of a unit with the reason for which it is dropped, or None: what both passes agree on."""
     for record in read_unit(job.corpus, job.stores, unit):
         if isinstance(record, BadRecord):
@@ -147,8 +149,7 @@ def decisions_key(unit: int) -> str:
 def sign_unit(job: CorpusJob, unit: Unit) -> FileReceipt:
     """First pass: the signatures of a unit's documents that no filter drops, in order."""
     assert job.corpus.dedup is not None
-    texts = (record.text for record, reason in sifted(job, unit) if reason is None and isinstance(record, Document))
-    found = signatures(texts, job.corpus.dedup)
+    found = signatures((document.text for document in documents(job, unit)), job.corpus.dedup)
     data = to_arrow(found.to_columns(), {"unit": str(unit.index)})
     name = signature_key(unit.index)
     info = put_shard(job.output, job.prefix, name, data, unit=unit.index, rows=len(found), tokens=0)
@@ -257,7 +258,7 @@ def _sort(job: CorpusJob, tokenizer: Tokenizer, unit: Unit) -> _Sorted:
     decisions = None if job.corpus.dedup is None else _Decisions(job, unit)
     source = job.corpus.all_sources[unit.source]
     is_hub = isinstance(source, HubSource)
-    for record, reason in sifted(job, unit):
+    for record, reason in _sifted(job, unit):
         found.documents_in += 1
         if is_hub:  # of files the unit knows
             found.bytes_in += len(record.raw if isinstance(record, BadRecord) else record.text.encode())

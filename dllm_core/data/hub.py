@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from dllm_core.data.corpus import HubSource
-from dllm_core.errors import DataError
+from dllm_core.errors import DataError, first_line
 
 
 def num_shards(source: HubSource) -> int:
@@ -23,7 +23,7 @@ def hub_records(source: HubSource, index: int, shards: int) -> Iterator[Any]:
             yield record
             row += 1
     except Exception as error:
-        problem = f"broke off at record {row} of part {index} of {shards} ({_first_line(error)})"
+        problem = f"broke off at record {row} of part {index} of {shards} ({first_line(error)})"
         raise DataError("corpus.path", problem, source.path, "what is complete is kept: run again") from error
 
 
@@ -35,8 +35,4 @@ def _load(source: HubSource) -> Any:
             source.path, source.subset, split=source.split, data_files=source.data_files, streaming=True
         )
     except Exception as error:
-        raise DataError("corpus.path", f"cannot be loaded ({_first_line(error)})", source.path) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
+        raise DataError("corpus.path", f"cannot be loaded ({first_line(error)})", source.path) from error

@@ -31,7 +31,7 @@ from dllm_core.data.corpus import (
 from dllm_core.data.hub import hub_records
 from dllm_core.data.records import BadRecord, Document, decoded, fields_of, from_fields, from_json
 from dllm_core.data.units import COMPRESSED, Segment, Unit
-from dllm_core.errors import DataError
+from dllm_core.errors import DataError, first_line
 from dllm_core.storage.file import StoredFile
 from dllm_core.storage.store import Store
 
@@ -245,7 +245,7 @@ def _as_raw(values: Any) -> bytes:
 
 
 def _why(error: Exception) -> str:
-    return f"cannot be read ({(str(error) or type(error).__name__).splitlines()[0]})"
+    return f"cannot be read ({first_line(error)})"
 
 
 def _rows_in_parts(table: Any, first_row: int) -> Iterator[tuple[int, Any]]:

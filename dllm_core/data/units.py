@@ -18,7 +18,7 @@ from dllm_core.data.arrow_index import batch_rows
 from dllm_core.data.corpus import ArrowSource, CorpusBase, HubSource, ParquetSource, SourceBase, TextSource
 from dllm_core.data.hub import num_shards
 from dllm_core.data.records import is_unicode
-from dllm_core.errors import DataError
+from dllm_core.errors import DataError, first_line
 from dllm_core.storage.file import StoredFile
 from dllm_core.storage.store import READERS, Store, StoredObject
 
@@ -150,7 +150,7 @@ def _table_parts(source: SourceBase, store: Store, item: StoredObject) -> list[t
             rows = batch_rows(file, item.size)
             return [(item.size // len(rows), number) for number in rows] or [(0, 0)]
     except (pa.ArrowException, OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise DataError("corpus.path", f"is not a {source.type} file ({reason})", item.key) from error  # type: ignore[attr-defined]
 
 

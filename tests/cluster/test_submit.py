@@ -6,7 +6,7 @@ import ssl
 import subprocess
 
 import pytest
-from conftest import free_port, small_recipe, small_text
+from conftest import free_port, small_recipe, write_small_text
 from ray_clusters import LoopbackCluster, NodeKind, new_token
 from submitted import Cli, Relay
 
@@ -21,8 +21,7 @@ def cli(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def recipe(cli):
-    (cli.folder / "corpus").mkdir()
-    (cli.folder / "corpus" / "names.txt").write_text(small_text(), encoding="utf-8")
+    write_small_text(cli.folder)
     return small_recipe(cli.folder, serve={"port": free_port()}, placement={"train": {"workers": 1}})
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import small_recipe, small_text
+from conftest import small_recipe, write_small
 
 from dllm_core.checkpoints.run_dir import JsonLines, RunDir
 from dllm_core.checkpoints.store import CheckpointStore
@@ -25,9 +25,7 @@ DLLM = [sys.executable, "-m", "workflows"]
 def root(tmp_path_factory):
     """A folder with a corpus and `small.yaml`."""
     folder = tmp_path_factory.mktemp("interrupted")
-    (folder / "corpus").mkdir()
-    (folder / "corpus" / "names.txt").write_text(small_text(), encoding="utf-8")
-    (folder / "small.yaml").write_text(small_recipe(folder).to_yaml(), encoding="utf-8")
+    write_small(folder)
     return folder
 
 

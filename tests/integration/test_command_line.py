@@ -9,7 +9,7 @@ import sys
 import pytest
 import ray
 import yaml
-from conftest import make_small_bundle, make_small_corpus, small_recipe, small_text
+from conftest import make_small_bundle, make_small_corpus, write_small
 
 from workflows.cli import run_command_line
 
@@ -38,9 +38,7 @@ def here(capsys):
 def root(tmp_path_factory):
     """A folder with a corpus and `small.yaml`."""
     folder = tmp_path_factory.mktemp("cli")
-    (folder / "corpus").mkdir()
-    (folder / "corpus" / "names.txt").write_text(small_text(), encoding="utf-8")
-    (folder / "small.yaml").write_text(small_recipe(folder).to_yaml(), encoding="utf-8")
+    write_small(folder)
     return folder
 
 

@@ -5,14 +5,13 @@ text a byte of input gives there, all of the source's bytes are taken to give.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
-from dllm_core.data.build import CorpusJob, sifted, spread
+from dllm_core.data.build import CorpusJob, documents, spread
 from dllm_core.data.corpus import HubSource, ParquetSource, SourceBase, TextSource
 from dllm_core.data.packing import PaddedPacking, PairsPacking
-from dllm_core.data.records import Document
 from dllm_core.data.tokenizer import Tokenizer
 from dllm_core.data.units import COMPRESSED, Unit
 from dllm_core.errors import DataError
@@ -56,15 +55,15 @@ def estimate(recipe: Recipe, job: CorpusJob, units: Sequence[Unit]) -> Estimate:
     seconds_a_byte = max(time.perf_counter() - trained, 1e-6) / encoded
     if any(isinstance(source, HubSource) for source in sources):
         return Estimate(tokenizer.engine, None, None, None)
-    tokens = documents = text = 0.0
+    tokens = count = text = 0.0
     for source, sample, of_texts in zip(sources, samples, num_tokens, strict=True):
         heldout = recipe.corpus.heldout_fraction
         times = (heldout + (1 - heldout) * source.weight) * sample.share
-        documents += times * sample.documents
+        count += times * sample.documents
         text += times * sample.text
         tokens += times * (sample.text * of_texts / max(1, sample.encoded) + sample.documents)  # and an end token each
     is_row = isinstance(recipe.packing, PaddedPacking | PairsPacking)
-    rows = round(documents) if is_row else -(-round(tokens) // recipe.packing.seq_len)
+    rows = round(count) if is_row else -(-round(tokens) // recipe.packing.seq_len)
     # Reading, packing, hashing and writing cost about as much as encoding (tests/benchmarks/preprocess.py).
     seconds = 2 * text * seconds_a_byte / recipe.placement.preprocess.workers + trained - begun + _START_S
     return Estimate(tokenizer.engine, round(tokens), rows, round(seconds, 1))
@@ -89,7 +88,7 @@ def _sampled(job: CorpusJob, source: SourceBase, units: Sequence[Unit], at_most:
         counted = _Counted(job.stores[piece.source])
         stores = [cast(Store, counted) if index == piece.source else store for index, store in enumerate(job.stores)]
         enough = found.text + _LONG
-        for document in _documents(replace(job, stores=tuple(stores)), piece):
+        for document in documents(replace(job, stores=tuple(stores)), piece):
             found.documents += 1
             for text in document.pieces:
                 size = len(text.encode())
@@ -104,10 +103,6 @@ def _sampled(job: CorpusJob, source: SourceBase, units: Sequence[Unit], at_most:
             num_bytes += piece.num_bytes
     found.share = sum(unit.num_bytes for unit in units) / max(1, num_bytes)
     return found
-
-
-def _documents(job: CorpusJob, unit: Unit) -> Iterator[Document]:
-    return (record for record, reason in sifted(job, unit) if reason is None and isinstance(record, Document))
 
 
 def _piece(source: SourceBase, unit: Unit) -> Unit:

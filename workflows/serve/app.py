@@ -20,7 +20,7 @@ import httpx
 from pydantic import Field
 
 from dllm_core.config.base import Frozen
-from dllm_core.errors import ConfigError, DataError
+from dllm_core.errors import ConfigError, DataError, first_line
 from workflows.env import actor_options
 from workflows.placement import ServePlacement
 from workflows.serve.config import ServeConfig, ServedRun
@@ -194,7 +194,7 @@ def _outcome(started: Future[None]) -> None:
     try:
         started.result()
     except RayError as error:
-        problem = f"Ray Serve does not start ({str(error).strip().splitlines()[0]})"
+        problem = f"Ray Serve does not start ({first_line(error)})"
         remedy = "run it again: a busy machine may need longer than Ray waits"
         raise DataError("serve", problem, remedy=remedy) from error
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import dllm_core
 import workflows
+from dllm_core.data.records import is_unicode
 from dllm_core.errors import ConfigError, DataError
 from dllm_core.storage.store import local_path
 
@@ -56,7 +57,7 @@ def pack(recipe: str | None, include: Sequence[Path] = ()) -> Package:
             raise ConfigError("--include", "has a name of the package's own", str(given))
         for path in _sources(top) if top.is_dir() else [top]:
             name = path.relative_to(top.parent).as_posix()
-            if not _is_text(name) or (path != top and _stays(path, path.relative_to(top))):
+            if not is_unicode(name) or (path != top and _stays(path, path.relative_to(top))):
                 left_out.append(name.encode(errors="backslashreplace").decode())
             elif found.setdefault(name, path) != path:
                 raise ConfigError("--include", f"gives another {name} than one before", str(given), "rename one")
@@ -71,15 +72,6 @@ def _sources(root: Path) -> Iterator[Path]:
         parts = path.relative_to(root).parts
         if (path.is_file() or path.is_symlink()) and not _LEFT_OUT.intersection(parts):
             yield path
-
-
-def _is_text(name: str) -> bool:
-    """Whether a zip can hold the name, which on disk is any bytes."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _stays(path: Path, below: Path) -> bool:
