@@ -86,11 +86,12 @@ LABEL org.opencontainers.image.title="dllm-serve" \
       org.opencontainers.image.licenses="Apache-2.0"
 
 FROM nvidia/cuda:${CUDA_VERSION}-base-ubuntu24.04 AS cuda
-# Besides what the CPU image has: the libraries of Python's own modules. Ubuntu's Python is another version; Debian's
-# build runs here because this glibc is newer than the one that it was linked with.
+# Besides what the CPU image has: a C compiler, with which torch.compile makes kernels when a model is loaded, and the
+# libraries of Python's own modules. Ubuntu's Python is another version; Debian's build runs here because this glibc is
+# newer than the one that it was linked with.
 # hadolint ignore=DL3008
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends rsync wget \
+    && apt-get install --yes --no-install-recommends gcc libc6-dev rsync wget \
         ca-certificates libbz2-1.0 libffi8 liblzma5 libncursesw6 libreadline8t64 libsqlite3-0 libssl3t64 libuuid1 \
         netbase zlib1g \
     && rm -rf /var/lib/apt/lists/*

@@ -7,73 +7,29 @@ requests: rows that do not fit wait for the next one, which they come first in. 
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from dllm_core.checkpoints.bundle import ModelBundle
+from dllm_core.decoding.answer import Answer, RowUpdate, answer_of
 from dllm_core.decoding.automaton import AutomatonCache
 from dllm_core.decoding.config import MAX_ROWS, NO_SUFFIX, decoding_pattern, is_ancestral, no_decoder
 from dllm_core.decoding.constraint import is_possible
 from dllm_core.decoding.forward import padded_length, passes_of
 from dllm_core.decoding.request import Request
 from dllm_core.decoding.revise import EditingPolicy
-from dllm_core.decoding.state import DecodeState, FinishReason
-from dllm_core.decoding.step import Proposal, propose
+from dllm_core.decoding.state import DecodeState
+from dllm_core.decoding.step import propose
 from dllm_core.decoding.text import Decodes, TextStream
 from dllm_core.errors import RequestError
 from dllm_core.model.cache import KeyValueStore
 from dllm_core.model.denoiser import Denoiser
 from dllm_core.model.pattern import FULL, AttentionPattern
+from dllm_core.model.recorder import Recorder
 from dllm_core.noise.absorbing import AbsorbingProcess
 from dllm_core.noise.process import NoiseProcess
-from dllm_core.seeding import Bools, Floats, Ints, Purpose, uniforms, uniforms64
-
-
-@dataclass(frozen=True)
-class RowUpdate:
-    """What one call did to one row. `state` is live: copy what must outlive the next tick.
-
-    committed int64 [n] and confidence [n]: positions that became final in this call, and how sure it was of them.
-    best_tokens, best_log_probs [n k]: the likeliest there, as `Request.top_logprobs` asks.
-    """
-
-    row: int
-    state: DecodeState
-    committed: Ints
-    confidence: Floats
-    best_tokens: Ints
-    best_log_probs: Floats
-
-    @property
-    def commits(self) -> list[tuple[int, int, float]]:
-        """Position, token and confidence of each, as plain numbers."""
-        tokens = self.state.canvas[self.committed].tolist()
-        return list(zip(self.committed.tolist(), tokens, self.confidence.tolist(), strict=True))
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A finished row. tokens: what stands between prompt and suffix, without the end token.
-
-    finish_reason: `stop` at an end token or stop string, `length`, or `error`: the denoiser's output was no number.
-    num_calls: denoiser calls (NFE); num_positions: what went through the denoiser in them. num_committed: tokens that
-    calls made; it counts the end token, which a call had to commit like any other, and nothing behind it. text: where
-    stop strings were asked for, what stands before the first.
-    """
-
-    tokens: list[int]
-    finish_reason: FinishReason
-    num_calls: int
-    num_committed: int
-    num_positions: int = field(default=0, compare=False)  # a cost like seconds: caches change it, and no token
-    text: str | None = None
-
-    @property
-    def tokens_per_call(self) -> float:
-        """Delivered tokens per denoiser call: 1 is autoregressive speed."""
-        return self.num_committed / self.num_calls
+from dllm_core.seeding import Bools, Ints, Purpose, uniforms, uniforms64
 
 
 class Engine:
@@ -88,10 +44,12 @@ class Engine:
         dtype: str | None = None,
         denoiser: Denoiser | None = None,
         keeps_keys: bool = True,
+        compiles: bool = False,
     ) -> None:
         """Over a bundle's denoiser and noise process. Raises ConfigError where there is no decoder for it.
 
         denoiser: the bundle's own where it is open already, else it is read onto `device`, to compute in `dtype`.
+        compiles: on a GPU, for who decodes for long, steps over kept keys once they are compiled, which takes a minute.
         """
         said = bundle.manifest
         problem = no_decoder(said.objective, said.process, bundle.config.model)
@@ -104,6 +62,7 @@ class Engine:
             pattern=decoding_pattern(said.objective, said.block_length),
             is_ancestral=is_ancestral(said.objective, said.process),
             keeps_keys=keeps_keys,
+            compiles=compiles,
             tokenizer=bundle.tokenizer(),
         )
 
@@ -124,6 +83,7 @@ class Engine:
         pattern: AttentionPattern = FULL,
         is_ancestral: bool = False,
         keeps_keys: bool = True,
+        compiles: bool = False,
         tokenizer: Decodes | None = None,
     ) -> None:
         """max_batch_tokens: positions of a tick; max_rows: rows in the batch, each with room for its keys and values.
@@ -137,6 +97,8 @@ class Engine:
         self._is_ancestral, self._tokenizer = is_ancestral, tokenizer
         self._max_batch_tokens, self._max_rows = max_batch_tokens, max_rows
         self._keeps_keys = keeps_keys and (pattern.kind == "full" or denoiser.config.model.can_keep(pattern))
+        if self._keeps_keys:
+            Recorder.attach(denoiser, compiles=compiles)
         self._store: KeyValueStore | None = None  # made when a row wants it
         self._waiting: deque[tuple[int, DecodeState]] = deque()
         self._active: dict[int, DecodeState] = {}
@@ -265,11 +227,11 @@ class Engine:
             self._served[row] = self._tick
             if proposal is None:
                 state.fail()
-                updates.append(_failed(row, state))
+                updates.append(RowUpdate.failed(row, state))
             else:
                 verdict = (proposal.positions, proposal.tokens, proposal.score)
                 committed = state.commit(*verdict, config.eos_id, self._survival)
-                updates.append(_update(row, state, proposal, committed))
+                updates.append(RowUpdate.of(row, state, proposal, committed))
                 if row in self._streams:
                     self._stop_at_string(row, state)
             if state.finish_reason is not None:
@@ -363,17 +325,6 @@ class Engine:
             raise RequestError("block_length", f"must be {trained}, in which the model was trained", asked)
 
 
-def _update(row: int, state: DecodeState, proposal: Proposal, committed: Ints) -> RowUpdate:
-    told = np.searchsorted(proposal.positions, committed)  # both rise
-    best = (proposal.best_tokens[told], proposal.best_log_probs[told])
-    return RowUpdate(row, state, committed, proposal.confidence[told], *best)
-
-
-def _failed(row: int, state: DecodeState) -> RowUpdate:
-    none = (np.zeros(0, np.int64), np.zeros(0, np.float32))
-    return RowUpdate(row, state, *none, none[0][:, None], none[1][:, None])
-
-
 def _check_constraint(request: Request, is_ancestral: bool) -> None:
     """Refuse what takes tokens back that others were chosen to fit, and what cuts an answer off."""
     problem = ""
@@ -385,16 +336,3 @@ def _check_constraint(request: Request, is_ancestral: bool) -> None:
         problem = "cannot be kept by an answer that a stop string cuts off"
     if problem:
         raise RequestError("constraint", problem, request.constraint)
-
-
-def answer_of(state: DecodeState, eos_id: int) -> Answer:
-    """The answer in a finished row."""
-    assert state.finish_reason is not None
-    return Answer(
-        tokens=state.answer(eos_id),
-        finish_reason=state.finish_reason,
-        num_calls=state.num_calls,
-        num_committed=state.num_committed,
-        num_positions=state.num_positions,
-        text=state.text,
-    )

@@ -20,8 +20,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from dllm_core.decoding.answer import Answer, answer_of
 from dllm_core.decoding.config import DecodeConfig
-from dllm_core.decoding.engine import Answer, Engine, answer_of
+from dllm_core.decoding.engine import Engine
 from dllm_core.decoding.request import OpenHole, Piece, Request, with_holes
 from dllm_core.decoding.unmask import LowConfidencePolicy
 from dllm_core.errors import RequestError

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from dllm_core.model.cache import LayerKeyValues, NewPositions
 from dllm_core.model.config import ModelConfig
-from dllm_core.model.layers import Linear, RMSNorm, pad_rows
+from dllm_core.model.layers import Linear, RMSNorm
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -101,28 +101,42 @@ class Attention(nn.Module):
         attention: "Tensor | BlockMask | None",
         is_causal: bool,
         cache: LayerKeyValues | JoinedRows | None = None,
-        read: Tensor | None = None,
     ) -> Tensor:
-        """[B L D] -> [B L D]. attention: bool [B|1 1 L|1 L], True where a query may see a key, or as much by tiles;
-        None: all see all.
+        """[B L D] -> [B L D]. cos, sin: as `projected` takes them; the others as `mixed` does."""
+        rows = cache.num_rows if isinstance(cache, LayerKeyValues) else None
+        out: Tensor = self.out(self.mixed(*self.projected(x, cos, sin, rows), attention, is_causal, cache, len(x)))
+        return out
 
-        cos, sin: [L d] or, where rows have positions of their own, [B 1 L d]. is_causal, without `attention`: a query
-        sees itself and what stands before it. With a cache, whose keys stand before the new ones, attention is its
-        sum to scores [B 1 L K], and rows of x behind the cache's are padding, which gets anything. Joined rows are one
-        row of x and say themselves what is seen. read: int64 [n], those of the B L positions that are wanted; the
-        result is [n D], padded to MIN_ROWS.
+    def projected(self, x: Tensor, cos: Tensor, sin: Tensor, rows: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """[B L D] -> queries [B H L d], keys and values [B G L d], the first two turned to their positions; of the
+        first `rows` rows, where those behind are padding. cos, sin: [L d] or, where rows have their own, [B 1 L d].
         """
-        rows, length, _ = x.shape
-        qkv = self.qkv(x).view(rows, length, -1, self.head_dim)
-        if isinstance(cache, LayerKeyValues):
-            qkv = qkv[: cache.num_rows]
+        qkv = self.qkv(x).view(*x.shape[:2], -1, self.head_dim)[:rows]
         q, k, v = (part.transpose(1, 2) for part in qkv.split(self.heads, dim=2))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        v = v.to(q.dtype)
+        return q, k, v.to(q.dtype)
+
+    def mixed(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        attention: "Tensor | BlockMask | None",
+        is_causal: bool,
+        cache: LayerKeyValues | JoinedRows | None,
+        rows: int,
+    ) -> Tensor:
+        """Values mixed by what each query sees [B L H*d], zeros behind them to so many rows.
+
+        attention: bool [B|1 1 L|1 L], True where a query may see a key, or as much by tiles; None: all see all.
+        is_causal, without `attention`: a query sees itself and what stands before it. With a cache, whose keys stand
+        before the new ones, attention is its sum to scores [B 1 L K]. Joined rows are one row and say themselves what
+        is seen.
+        """
         if isinstance(cache, JoinedRows):
-            return self._out(cache.attend(q, k, v).flatten(2), read)
+            return cache.attend(q, k, v).flatten(2)
         if cache is not None:
             k, v = cache.extend(k, v)
         if attention is None or isinstance(attention, Tensor):
@@ -132,13 +146,8 @@ class Attention(nn.Module):
 
             seen = attend_by_tiles(q, k, v, attention)
         seen = seen.transpose(1, 2).flatten(2)
-        if len(seen) < rows:
-            seen = functional.pad(seen, (0, 0, 0, 0, 0, rows - len(seen)))
-        return self._out(seen, read)
-
-    def _out(self, seen: Tensor, read: Tensor | None) -> Tensor:
-        mixed: Tensor = self.out(seen if read is None else pad_rows(seen.flatten(0, 1)[read]))
-        return mixed
+        missing = rows - len(seen)
+        return functional.pad(seen, (0, 0, 0, 0, 0, missing)) if missing else seen
 
 
 def _attend(

@@ -20,6 +20,7 @@ from dllm_core.model.pattern import AttentionPattern
 from dllm_core.seeding import Ints
 
 _PAD_TO = 16  # keys are read in multiples of it: few shapes, and a softmax that sums in one order however many follow
+_PAD_TO_ON_GPU = 128  # fewer shapes still, for each is recorded: `model/recorder.py`
 _MIN_QUERIES = 4  # a CPU's product of one or two rows takes other kernels, which sum in another order
 
 
@@ -37,7 +38,8 @@ class KeyValueStore:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        shape = (model.layers, 2, rows, model.num_kv_heads, padded(capacity), model.head_dim)
+        self._pad_to = _PAD_TO if torch.device(device).type == "cpu" else _PAD_TO_ON_GPU
+        shape = (model.layers, 2, rows, model.num_kv_heads, self.padded(capacity), model.head_dim)
         # Zeros: what no query sees has weight 0, but 0 times a stray NaN is NaN.
         self.slots = torch.zeros(shape, device=device, dtype=dtype)
         self.lengths: Ints = np.zeros(rows, np.int64)
@@ -58,7 +60,7 @@ class KeyValueStore:
         """A free slot with room for so many positions, empty. What is too small is copied into twice the room."""
         rows, held = len(self.lengths), self.capacity
         grown = max(2 * rows, 1) if not self._free else rows
-        deeper = max(2 * held, padded(capacity)) if capacity > held else held
+        deeper = max(2 * held, self.padded(capacity)) if capacity > held else held
         if (grown, deeper) != (rows, held):
             old = self.slots
             self.slots = old.new_zeros((*old.shape[:2], grown, old.shape[3], deeper, old.shape[5]))
@@ -66,6 +68,10 @@ class KeyValueStore:
             self.lengths, self.written = (np.pad(part, (0, grown - rows)) for part in (self.lengths, self.written))
             self._free = [*range(rows, grown)][::-1] + self._free
         return self._free.pop()
+
+    def padded(self, length: int) -> int:
+        """How many positions' keys are read, where so many are wanted."""
+        return -(-length // self._pad_to) * self._pad_to
 
     def release(self, slot: int, *, is_spoilt: bool = False) -> None:
         """Forget a row. is_spoilt: what was kept may be no number, and must not meet the weight 0 of an unseen key."""
@@ -129,7 +135,7 @@ class KeyValues:
                 raise ValueError("cache: padding of new positions must stand at the end")
         begins = self.lengths if self._begins is None else self._begins
         totals = np.maximum(self.lengths, begins + counts)
-        longest = padded(int(totals.max(initial=1)))
+        longest = store.padded(int(totals.max(initial=1)))
         if longest > store.capacity:
             raise ValueError(f"cache: {int(totals.max())} positions exceed the capacity of {store.capacity}")
         if self._begins is None:
@@ -150,7 +156,7 @@ class KeyValues:
             slots=store.slots[..., :longest, :],
             rows=slice(first, first + len(self._slots)) if is_run else sent(self._slots, device),
             offsets=offsets[:, :width].clamp(max=longest - 1),  # padding may stand behind the last slot
-            attention=torch.zeros(sees.shape, device=device).masked_fill_(~sees, -torch.inf)[:, None],
+            attention=store.slots.new_zeros(sees.shape).masked_fill_(~sees, -torch.inf)[:, None],
             at=(sent(self._slots[row], device), sent(begins[row] + column, device)),
             of=(sent(row, device), sent(column, device)),
         )
@@ -160,8 +166,8 @@ class KeyValues:
 class NewPositions:
     """Where a forward's new keys and values go, and what its queries see.
 
-    slots [layers 2 rows H K d]; offsets int64 [B n]: positions counted from a row's first; attention fp32
-    [B 1 n|4 K]: 0 where a query sees a key, else -inf; at: (slot, offset) and of: (row, column) of each real new
+    slots [layers 2 rows H K d]; offsets int64 [B n]: positions counted from a row's first; attention, as exact as slots
+    are, [B 1 n|4 K]: 0 where a query sees a key, else -inf; at: (slot, offset) and of: (row, column) of each real new
     position [m].
     """
 
@@ -206,8 +212,3 @@ class LayerKeyValues:
 def sent(array: NDArray[Any], device: torch.device) -> Tensor:
     """An array on the device. A GPU is not waited for: it has its own copy of the bytes before this is over."""
     return torch.from_numpy(array).to(device, non_blocking=device.type == "cuda")
-
-
-def padded(length: int) -> int:
-    """The next multiple of 16."""
-    return -(-length // _PAD_TO) * _PAD_TO

@@ -17,7 +17,8 @@ from dllm_core.model.config import DenoiserConfig, ModelConfig
 from dllm_core.model.experts import MixtureOfExperts
 from dllm_core.model.layers import MIN_ROWS, Embedding, Linear, RMSNorm, SwiGLU, pad_rows
 from dllm_core.model.pattern import FULL, AttentionPattern
-from dllm_core.model.visibility import predecessors, visible_keys
+from dllm_core.model.recorder import Recorder
+from dllm_core.model.visibility import predecessors, told_by_previous, visible_keys
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -56,14 +57,25 @@ class Block(nn.Module):
         keys and values, and the result is [1 n D], padded to MIN_ROWS.
         """
         if modulation is None:
-            mixed = self.attention(self.norm1(x), cos, sin, attention, is_causal, cache, read)
-            x = x + mixed if read is None else (pad_rows(x.flatten(0, 1)[read]) + mixed)[None]
-            out: Tensor = x + self.ffn(self.norm2(x))
-            return out
+            rows = cache.num_rows if isinstance(cache, LayerKeyValues) else None
+            mixed = self.attention.mixed(*self.before(x, cos, sin, rows), attention, is_causal, cache, len(x))
+            if read is not None:
+                x, mixed = (pad_rows(part.flatten(0, 1)[read])[None] for part in (x, mixed))
+            return self.behind(x, mixed)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
         mixed = self.attention(modulated(self.norm1(x), shift1, scale1), cos, sin, attention, is_causal, cache)
         x = x + (1 + gate1) * mixed
-        out = x + (1 + gate2) * self.ffn(modulated(self.norm2(x), shift2, scale2))
+        out: Tensor = x + (1 + gate2) * self.ffn(modulated(self.norm2(x), shift2, scale2))
+        return out
+
+    def before(self, x: Tensor, cos: Tensor, sin: Tensor, rows: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """What attention mixes of x [B L D], as `Attention.projected`."""
+        return self.attention.projected(self.norm1(x), cos, sin, rows)
+
+    def behind(self, x: Tensor, mixed: Tensor) -> Tensor:
+        """The block's result [B L D] of x and what its attention has mixed."""
+        x = x + self.attention.out(mixed)
+        out: Tensor = x + self.ffn(self.norm2(x))
         return out
 
 
@@ -82,11 +94,13 @@ class Denoiser(nn.Module):
 
     For absorbing noise the masks themselves tell t (MDLM, section 3.3); where noise is made of tokens, t helps.
     checkpoints_blocks: keep each block's input for the backward alone, and compute the rest again: memory for time.
+    recorder: what runs forwards over kept keys, where it can; who decodes sets it.
     made: is shown each part (the embedding, a block, the head, ...) as soon as it has its weights and before the next
     one is made, so that who holds but a share of them can let go of the rest: a whole model need never exist.
     """
 
     checkpoints_blocks = False
+    recorder: Recorder | None = None
 
     def __init__(self, config: DenoiserConfig, made: Callable[[nn.Module], None] = lambda part: None) -> None:
         super().__init__()
@@ -150,7 +164,7 @@ class Denoiser(nn.Module):
         is_causal = pattern.kind == "causal" and is_real is None and segment_ids is None
         attention = None if is_causal else self._visible(pattern, length, is_real, segment_ids)
         cos, sin = self._rope(length, input_ids.device, positions, 2 if pattern.has_clean_half else 1)
-        x = self._embedded(input_ids)
+        x = self.embedded(input_ids)
         *of_blocks, of_norm = self._modulations(t, length, pattern, x.dtype)
         last = self._read_by_last(read, pattern)
         x = self._through_blocks(x, (cos, sin, attention, is_causal), of_blocks, None, last)
@@ -159,7 +173,7 @@ class Denoiser(nn.Module):
         if self.config.model.shifted and pattern.kind != "causal":
             teller = predecessors(pattern, length, x.device, is_real, segment_ids)
             x = x.take_along_dim(teller[..., None], dim=1)
-        return self._logits(x[:, :length], read, of_norm)
+        return self.logits_at(x[:, :length], read, of_norm)
 
     def _continued(
         self,
@@ -179,25 +193,31 @@ class Denoiser(nn.Module):
             raise ValueError("cache: a block's first token is told by the position before it, which no cache keeps")
         rows, width = input_ids.shape
         new = cache.open(pattern, width, is_real)
+        is_shifted = self.config.model.shifted and pattern.kind == "full"
         if positions is None:
-            cos, sin = (table[new.offsets][:, None] for table in self._rope(new.reach, input_ids.device, None, 1))
+            tables = self._rope(new.reach, input_ids.device, None, 1)
+            if self.recorder is not None:
+                logits = self.recorder(input_ids, new, read, tables, is_shifted=is_shifted)
+                if logits is not None:
+                    return logits
+            cos, sin = (table[new.offsets][:, None] for table in tables)
         else:
             cos, sin = self._rope(width, input_ids.device, positions, 1)
         missing = max(0, -(-MIN_ROWS // width) - rows)  # rows of padding, so that no matrix product has too few
         if missing:
             input_ids = functional.pad(input_ids, (0, 0, 0, missing))
             t = None if t is None else functional.pad(t, (*(0, 0) * (t.ndim - 1), 0, missing))
-        x = self._embedded(input_ids)
+        x = self.embedded(input_ids)
         *of_blocks, of_norm = self._modulations(t, width, pattern, x.dtype)
         last = self._read_by_last(read, pattern)
         x = self._through_blocks(x, (cos, sin, new.attention, False), of_blocks, new, last)
         if last is not None:
             return self._logits_of(x, last)
-        if self.config.model.shifted and pattern.kind == "full":
-            x = torch.cat([x[:, :1], x[:, :-1]], dim=1)
+        if is_shifted:
+            x = told_by_previous(x)
         if read is None:
-            return self._logits(x, None, of_norm)[:rows]
-        return self._logits(x[:rows], read, None if of_norm is None else of_norm[:rows])
+            return self.logits_at(x, None, of_norm)[:rows]
+        return self.logits_at(x[:rows], read, None if of_norm is None else of_norm[:rows])
 
     def _visible(
         self, pattern: AttentionPattern, length: int, is_real: Tensor | None, segment_ids: Tensor | None
@@ -238,7 +258,7 @@ class Denoiser(nn.Module):
         ids = torch.cat([part.input_ids.flatten() for part in parts])
         missing = max(0, MIN_ROWS - len(ids))
         cos, sin = (functional.pad(torch.cat(both), (0, 0, 0, missing)) for both in zip(*tables, strict=True))
-        x = self._embedded(functional.pad(ids, (0, missing)))[None]
+        x = self.embedded(functional.pad(ids, (0, missing)))[None]
         ends = accumulate((part.input_ids.numel() for part in parts), initial=0)
         read = torch.cat([part.read + begin for part, begin in zip(parts, ends, strict=False)])
         untold = [None] * len(self.blocks)
@@ -266,7 +286,7 @@ class Denoiser(nn.Module):
                 x = block(*given)
         return x
 
-    def _embedded(self, input_ids: Tensor) -> Tensor:
+    def embedded(self, input_ids: Tensor) -> Tensor:
         """[B L] -> [B L D], of about unit size."""
         model = self.config.model
         is_scaled = model.tie_embeddings and model.scale_embeddings
@@ -303,9 +323,9 @@ class Denoiser(nn.Module):
 
     def _logits_of(self, x: Tensor, read: Tensor) -> Tensor:
         """The head at what the last block has computed, [1 n D] padded -> [n V]."""
-        return self._logits(x, None, None)[0, : len(read)]
+        return self.logits_at(x, None, None)[0, : len(read)]
 
-    def _logits(self, x: Tensor, read: Tensor | None, modulation: Tensor | None) -> Tensor:
+    def logits_at(self, x: Tensor, read: Tensor | None, modulation: Tensor | None = None) -> Tensor:
         """The head at x [B L D], or where `read` says. modulation: [B L|1 2D], shift and scale."""
         if modulation is not None:
             modulation = modulation[:, : x.shape[1]].expand(-1, x.shape[1], -1)

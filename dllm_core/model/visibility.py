@@ -62,6 +62,11 @@ def predecessors(
     return teller
 
 
+def told_by_previous(x: Tensor) -> Tensor:
+    """[B L D] of one document's positions, each one's at that which it tells: the next. The first tells itself too."""
+    return torch.cat([x[:, :1], x[:, :-1]], dim=1)
+
+
 def document_starts(*labels: Tensor) -> Tensor:
     """Where a document begins, bool [B L]: at a row's first token, and wherever one of the labels [B L] changes."""
     begins = torch.zeros_like(labels[0], dtype=torch.bool)

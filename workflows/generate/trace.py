@@ -18,8 +18,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from dllm_core.checkpoints.bundle import ModelBundle
 from dllm_core.config.fingerprint import fingerprint
+from dllm_core.decoding.answer import Answer, answer_of
 from dllm_core.decoding.config import DecodeConfig
-from dllm_core.decoding.engine import Answer, Engine, answer_of
+from dllm_core.decoding.engine import Engine
 from dllm_core.decoding.request import Request
 from dllm_core.errors import ConfigError, DataError, RequestError
 

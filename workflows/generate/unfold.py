@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from dllm_core.data.tokenizer import Tokenizer
-from dllm_core.decoding.engine import Answer, Engine, answer_of
+from dllm_core.decoding.answer import Answer, answer_of
+from dllm_core.decoding.engine import Engine
 from dllm_core.decoding.request import Request
 from dllm_core.decoding.state import DecodeState
 

@@ -11,6 +11,7 @@ from dllm_core.decoding.automaton import TokenAutomaton
 from dllm_core.decoding.config import DecodeConfig
 from dllm_core.decoding.engine import Engine
 from dllm_core.decoding.request import Request
+from dllm_core.decoding.unmask import LowConfidencePolicy
 from dllm_core.errors import ConfigError, RequestError
 from dllm_core.evaluation.answers import AnswerScorer
 from dllm_core.evaluation.estimators import estimator_of_bundle
@@ -45,19 +46,27 @@ class HostedModel:
     def __init__(self, bundle: ModelBundle, settings: dict[str, Any]) -> None:
         self.bundle, self._settings = bundle, settings
         device = "cuda" if settings["use_gpu"] else "cpu"
-        self.engine = Engine(bundle, device, settings["max_batch_tokens"], dtype=settings["dtype"])
+        options = {"dtype": settings["dtype"], "compiles": settings["use_gpu"]}
+        self.engine = Engine(bundle, device, settings["max_batch_tokens"], **options)
         self._device = device
         self._loop: DecodingLoop | None = None
         self._compiler: Compiler | None = None
         self._turn, self._num_preparing = asyncio.Lock(), 0
 
     def warm_up(self, decode: DecodeConfig) -> None:
-        """One small request to its end: what a first call sets up is set up, and a model that fails fails now."""
+        """One small request to its end: what a first call sets up is set up, and a model that fails fails now.
+
+        Where steps are recorded, some of two rows and of one: what they compile would make a client wait for a minute.
+        """
         most = min(decode.max_tokens, decode.block_length, self.engine.context_length - 1)  # a block shows it all
         config = decode.model_copy(update={"max_tokens": most})
         [answer] = self.engine.generate([Request((self.engine.eos_id,), config)])
         if answer.finish_reason == "error":
             raise ConfigError("model", "its output is no number", self.bundle.folder.name)
+        if self.engine.denoiser.recorder is not None and not self.engine.is_ancestral:
+            steps = {"policy": LowConfidencePolicy(), "steps_per_block": min(8, config.block_length), "cache": "dual"}
+            for number in (2, 1):  # what one takes is less, and has room
+                self.engine.generate([Request((self.engine.eos_id,), config.model_copy(update=steps))] * number)
 
     @property
     def loop(self) -> DecodingLoop:

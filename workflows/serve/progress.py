@@ -18,7 +18,7 @@ from dllm_core.decoding.state import DecodeState, FinishReason
 from dllm_core.errors import DllmError
 
 if TYPE_CHECKING:  # a gateway, which reads what is told, needs no torch
-    from dllm_core.decoding.engine import RowUpdate
+    from dllm_core.decoding.answer import RowUpdate
 
 _TELL_EVERY_S = 0.04  # new tokens alone are not told more often than people see
 OPEN = -1

@@ -135,7 +135,7 @@ def exact_dual(denoiser: Denoiser, request: Request) -> list[int]:
         model = denoiser.config.model
         positions = torch.arange(len(canvas)) if at is None else at
         cos, sin = rope_tables(positions, model.rope_dim, model.rope_theta)
-        x = denoiser._embedded(canvas[positions][None])
+        x = denoiser.embedded(canvas[positions][None])
         for number, block in enumerate(denoiser.blocks):
             own = block.attention
             qkv = own.qkv(block.norm1(x)).view(1, len(positions), -1, own.head_dim)

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from dllm_core.decoding.answer import Answer
 from dllm_core.decoding.config import DecodeConfig
-from dllm_core.decoding.engine import Answer, Engine
+from dllm_core.decoding.engine import Engine
 from dllm_core.decoding.request import Request
 from dllm_core.model.denoiser import Denoiser
 from dllm_core.model.foreign import read_foreign

@@ -6,8 +6,9 @@ from dataclasses import replace
 import pytest
 from rows import EOS, PROCESS, VOCABULARY, new_denoiser
 
+from dllm_core.decoding.answer import Answer, answer_of
 from dllm_core.decoding.config import DecodeConfig
-from dllm_core.decoding.engine import Answer, Engine, answer_of
+from dllm_core.decoding.engine import Engine
 from dllm_core.decoding.request import Request
 from dllm_core.decoding.revise import AncestralPolicy, EditingPolicy, RemaskingPolicy
 from dllm_core.decoding.unmask import (

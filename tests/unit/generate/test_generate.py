@@ -14,8 +14,9 @@ from conftest import make_small_bundle
 
 from dllm_core.checkpoints.bundle import read_bundle
 from dllm_core.checkpoints.run_dir import RunDir
+from dllm_core.decoding.answer import RowUpdate
 from dllm_core.decoding.config import DecodeConfig
-from dllm_core.decoding.engine import Engine, RowUpdate
+from dllm_core.decoding.engine import Engine
 from dllm_core.decoding.request import Request
 from dllm_core.model.denoiser import Denoiser
 from dllm_core.storage.store import open_store
@@ -322,7 +323,7 @@ def test_a_row_of_a_file_that_fails_costs_the_others_nothing(told, tmp_path, mon
     path.write_text('{"prompt_ids": [5, 6]}\n{"prompt_ids": [5, 8]}', encoding="utf-8")
     _, [*expected, _], _ = told("--prompts", str(path))
     poison = min({*range(10, 200)}.difference(*(answer["token_ids"] for answer in expected)))
-    embedded = Denoiser._embedded
+    embedded = Denoiser.embedded
 
     def spoilt(self: Denoiser, ids: torch.Tensor) -> torch.Tensor:
         return embedded(self, ids).masked_fill((ids == poison)[..., None], torch.nan)

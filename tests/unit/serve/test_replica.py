@@ -13,7 +13,8 @@ from dllm_core.decoding.automaton import compile_regex
 from dllm_core.decoding.config import DecodeConfig
 from dllm_core.decoding.request import Request
 from dllm_core.evaluation.question import Question
-from workflows.serve.hosted import GivenUpError
+from dllm_core.model.recorder import Recorder
+from workflows.serve.hosted import GivenUpError, HostedModel
 from workflows.serve.progress import LoopEndedError, NotLoadedError
 from workflows.serve.replica import DecodeReplica
 
@@ -187,3 +188,11 @@ def test_a_score_that_nobody_waits_for_ends_at_its_next_call_and_keeps_no_place(
         await replica.reconfigure({})
 
     asyncio.run(asyncio.wait_for(scenario(), 60))
+
+
+def test_what_would_be_compiled_under_a_clients_request_is_compiled_before_there_is_one(runs):
+    hosted = HostedModel(read_bundle(runs("first")), REPLICA)
+    recorder = hosted.engine.denoiser.recorder = Recorder(hosted.engine.denoiser, record=lambda run: run)
+    hosted.warm_up(DecodeConfig(max_tokens=24, block_length=16, steps_per_block=2))
+    shapes = [key[0] for key in recorder.held]
+    assert sorted({rows for rows, _ in shapes}) == [1, 2]

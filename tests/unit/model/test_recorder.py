@@ -1,0 +1,175 @@
+"""The law of recorded forwards: from a shape's third time on they say what plain ones say, whatever moves meanwhile.
+
+What a GPU does again from a graph is here done again by a call: all else is the same.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from conftest import draws
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import VOCABULARY, closely, ids_of, mixed_denoiser, new_denoiser
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from dllm_core.model.cache import KeyValueStore
+from dllm_core.model.denoiser import Denoiser
+from dllm_core.model.pattern import FULL, AttentionPattern
+from dllm_core.model.recorder import Recorder
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+LONGEST = 32
+KINDS = {"plain": {}, "shifted": {"shifted": True}, "grouped": {"heads": 4, "kv_heads": 2, "qk_norm": True}}
+
+
+def again(run: Callable[[], None]) -> Callable[[], None]:
+    run()  # as a graph's recording does
+    return run
+
+
+class Both:
+    """One denoiser's forwards, plain and by a recorder, over two stores that are kept alike."""
+
+    def __init__(self, denoiser: Denoiser, rows: int = 0, **options: object) -> None:
+        self.denoiser, self.recorder = denoiser, Recorder(denoiser, **{"record": again, **options})
+        self.stores = [KeyValueStore(denoiser.config.model) for _ in range(2)]
+        self.slots: list[int] = []
+        self.take(rows)
+
+    def take(self, rows: int) -> None:
+        for _ in range(rows):
+            first, second = (store.take(LONGEST) for store in self.stores)
+            assert first == second
+            self.slots.append(first)
+
+    def forward(self, rows: list[int], begin: int, width: int, seed: int, pattern: AttentionPattern = FULL) -> None:
+        """Of some rows' positions; under `full` their keys are written over, else kept where whole blocks are."""
+        ids = torch.randint(3, VOCABULARY, (len(rows), width), generator=torch.Generator().manual_seed(seed))
+        read = torch.arange(0, ids.numel(), 1 + seed % 3)
+        found = []
+        with torch.inference_mode():
+            for store, recorder in zip(self.stores, (None, self.recorder), strict=True):
+                self.denoiser.recorder = recorder
+                begins = [begin] * len(rows) if pattern.kind == "full" else None
+                cache = store.rows([self.slots[row] for row in rows], begins)
+                real = torch.ones_like(ids, dtype=torch.bool)
+                found.append(self.denoiser(ids, real, read, pattern=pattern, cache=cache).clone())
+                if pattern.kind != "full":
+                    cache.commit([width] * len(rows))
+        self.denoiser.recorder = None
+        closely(*found)
+        closely(self.stores[0].slots, self.stores[1].slots)
+
+
+@st.composite
+def calls(draw: st.DrawFn) -> list[tuple[list[int], int, int]]:
+    """Rows, in order or not, where their new positions begin and how many they are: few kinds, which so come again."""
+    kinds = st.tuples(st.permutations(range(3)), st.integers(1, 3), st.integers(0, 2), st.sampled_from([8, 16]))
+    some = draw(st.lists(kinds, min_size=1, max_size=3))
+    return [
+        (rows[:number], 8 * begin, width)
+        for rows, number, begin, width in draw(st.lists(st.sampled_from(some), min_size=4, max_size=14))
+    ]
+
+
+@settings(max_examples=draws(30), deadline=None)
+@given(calls(), st.sampled_from(sorted(KINDS)))
+def test_a_recorded_forward_says_what_a_plain_one_says(some, kind):
+    both = Both(new_denoiser(**KINDS[kind]), rows=3)
+    both.forward([0, 1, 2], 0, LONGEST, seed=0)
+    for seed, (rows, begin, width) in enumerate(some):
+        both.forward(rows, begin, width, seed)
+    shapes = [(tuple(rows), width) for rows, _, width in some]
+    assert len(both.recorder.held) >= (max(map(shapes.count, shapes)) >= 3)
+
+
+def test_blocks_behind_kept_ones_are_recorded_too():
+    pattern = AttentionPattern("block_causal", 4)
+    both = Both(new_denoiser(), rows=2)
+    for seed in range(LONGEST // 4):
+        both.forward([0, 1], 0, 4, seed, pattern)
+    assert len(both.recorder.held) == 2  # 16 keys and 32
+
+
+def test_what_has_moved_is_recorded_anew():
+    both = Both(new_denoiser(), rows=1)
+    for seed in range(3):
+        both.forward([0], 0, 16, seed)
+    assert len(both.recorder.held) == 1
+    both.take(4)  # the slots' tensor grows
+    both.forward([0], 0, 16, seed=3)
+    assert len(both.recorder.held) == 0
+    for seed in range(3):
+        both.forward([0], 0, 16, seed)
+    assert len(both.recorder.held) == 1
+    both.denoiser.load_state_dict(
+        {name: part.clone() for name, part in new_denoiser(1).state_dict().items()}, assign=True
+    )
+    both.forward([0], 0, 16, seed=4)
+    assert len(both.recorder.held) == 0
+
+
+def raises(run: Callable[[], None]) -> Callable[[], None]:
+    raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+
+@pytest.mark.parametrize(
+    ("record", "why"),
+    [(raises, "RuntimeError: operation not permitted when stream is capturing)"), (lambda run: lambda: None, "differ")],
+)
+def test_a_machine_that_cannot_record_decodes_as_before(record, why, caplog):
+    both = Both(new_denoiser(), rows=1, record=record)
+    for seed in range(8):
+        both.forward([0], 0, 16, seed)
+    assert len(both.recorder.held) == 0
+    [warning] = caplog.messages
+    assert why in warning
+
+
+def test_a_row_that_is_no_number_is_not_held_against_the_machine(caplog):
+    both = Both(new_denoiser(), rows=1)
+    head = both.denoiser.head.weight
+    with torch.no_grad():
+        kept = head[3].clone()
+        head[3] = torch.nan
+        ids, read = ids_of(1, 16), torch.arange(16)
+        both.denoiser.recorder = both.recorder
+        with torch.inference_mode():
+            for _ in range(4):
+                cache = both.stores[1].rows([0], [0])
+                assert both.denoiser(ids, torch.ones_like(ids).bool(), read, cache=cache)[:, 3].isnan().all()
+        head[3] = kept
+    both.stores[1].slots.zero_()
+    both.forward([0], 0, 16, seed=0)
+    assert len(both.recorder.held) == 1
+    assert not caplog.messages
+
+
+def test_experts_and_a_cpu_have_none():
+    for denoiser in (new_denoiser(), mixed_denoiser()):
+        Recorder.attach(denoiser, compiles=True)
+        assert denoiser.recorder is None
+
+
+@pytest.mark.long
+def test_a_block_is_compiled_whole_and_once_for_all_blocks_and_lengths(monkeypatch):
+    counter = CompileCounterWithBackend("eager")
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+    both = Both(new_denoiser(dim=36, heads=3, layers=5, qk_norm=True), rows=2, compiles=True)
+    for width in (8, 16, 24):
+        for seed in range(4):
+            both.forward([0, 1], 0, width, seed)
+            both.forward([1], 0, width, seed)
+    assert len(both.recorder.held) == 6
+    assert counter.frame_count == 4  # before and behind attention, of one row and of several
+
+
+@pytest.mark.long
+def test_compiled_forwards_say_what_plain_ones_say():
+    both = Both(new_denoiser(dim=36, heads=3, qk_norm=True), rows=2, compiles=True)
+    for seed in range(5):
+        both.forward([0, 1], 0, 16, seed)
+    assert len(both.recorder.held) == 1
+    assert both.recorder.ways == ["compiled", "plain"]
