@@ -61,7 +61,10 @@ def forwards(
     for i, row in enumerate(rows):
         for one in passes_of(row, store):
             groups[one.width, one.slot is not None].append((i, one))
-    in_order = [(width, group) for (width, _), group in sorted(groups.items(), key=lambda item: item[0])]
+    in_order = [
+        (width, sorted(group, key=lambda item: (item[1].state.slots, item[0], item[1].is_blind)))  # as they are kept
+        for (width, _), group in sorted(groups.items(), key=lambda item: item[0])
+    ]
     joins = len(in_order) > 1 and getattr(denoiser, "can_join", False)
     for some in [in_order] if joins else [[one] for one in in_order]:
         passes = [[one for _, one in group] for _, group in some]

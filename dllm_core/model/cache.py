@@ -6,6 +6,7 @@ every token: there a forward over a part of a row writes over that part's keys a
 is exact where no token has changed since they were computed, and an approximation else.
 """
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -44,7 +45,7 @@ class KeyValueStore:
         self.slots = torch.zeros(shape, device=device, dtype=dtype)
         self.lengths: Ints = np.zeros(rows, np.int64)
         self.written: Ints = np.zeros(rows, np.int64)
-        self._free = list(range(rows))[::-1]
+        self._free = list(range(rows))  # a heap: rows that come together lie together, and need not be gathered
 
     @property
     def capacity(self) -> int:
@@ -66,8 +67,8 @@ class KeyValueStore:
             self.slots = old.new_zeros((*old.shape[:2], grown, old.shape[3], deeper, old.shape[5]))
             self.slots[:, :, :rows, :, :held] = old
             self.lengths, self.written = (np.pad(part, (0, grown - rows)) for part in (self.lengths, self.written))
-            self._free = [*range(rows, grown)][::-1] + self._free
-        return self._free.pop()
+            self._free += range(rows, grown)  # still a heap
+        return heapq.heappop(self._free)
 
     def padded(self, length: int) -> int:
         """How many positions' keys are read, where so many are wanted."""
@@ -78,7 +79,7 @@ class KeyValueStore:
         if is_spoilt:
             self.slots[:, :, slot] = 0
         self.lengths[slot] = self.written[slot] = 0
-        self._free.append(slot)
+        heapq.heappush(self._free, slot)
 
     def rows(self, slots: Sequence[int], begins: Sequence[int] | None = None) -> "KeyValues":
         """The rows of one forward, in this order. begins: under `full`, where its positions stand in each row."""

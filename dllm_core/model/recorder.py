@@ -27,7 +27,7 @@ Key = tuple[object, ...]
 _MOST_POSITIONS = 256  # of a recorded forward
 _MOST_HELD = 128
 _SIGHTINGS = 3  # of a shape until it is recorded, which takes as long as several forwards
-_log = logging.getLogger(__name__)
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ class Recorder:
                 problem = f"logits differ by {float(error):.3g}"
             except Exception as caught:  # noqa: BLE001 (whatever a compiler or a driver may raise)
                 problem = f"{type(caught).__name__}: {caught}".splitlines()[0]
-            _log.warning("%s forwards cannot be recorded on %s (%s)", parts.name, self._denoiser.device, problem)
+            _LOG.warning("%s forwards cannot be recorded on %s (%s)", parts.name, self._denoiser.device, problem)
             del self._ways[0]
         return None
 

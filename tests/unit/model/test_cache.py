@@ -243,3 +243,12 @@ def test_parts_of_any_widths_joined_have_the_bits_and_leave_the_keys_of_each_one
     assert torch.equal(found, torch.cat(each))
     assert torch.equal(stores[0].slots, stores[1].slots)
     assert stores[0].lengths.tolist() == stores[1].lengths.tolist()
+
+
+def test_rows_that_come_together_lie_together_whatever_left_before():
+    store = store_for(new_denoiser())
+    first = [store.take(8) for _ in range(6)]
+    for slot in (first[4], first[0], first[2], first[1]):
+        store.release(slot)
+    slots = [store.take(8) for _ in range(3)]
+    assert isinstance(store.rows(slots).open(CAUSAL, 1).rows, slice)
