@@ -6,7 +6,7 @@ One JSON line. The weights are random, of LLaDA-8B's shape on a GPU and 110 M on
 schedule, blocks of 32 in --steps calls each. Limits are measured in the same run: bytes a second of a sum over a large
 array, FLOP a second of a large product. A block step is a call of the dual cache that computes its block alone, and its
 time a tick's, host and all; shares are of the median. FLOPs are 2 a weight and position, attention's left out.
---batches, in 8 steps a block: latency and tokens a second as rows are added; --steps, with one row: as tokens a call are.
+--batches, in 8 steps a block: latency and tokens a second as rows are added; --steps, one row: as tokens a call are.
 """
 
 import argparse
