@@ -345,6 +345,8 @@ def family_of(fields: Fields) -> Family:
 
 def model_of(family: Family, fields: Fields) -> ModelConfig:
     """The sizes of a checkpoint's denoiser. Raises CheckpointError for what this one cannot compute."""
+    if family.is_causal:
+        fields.only(is_causal=True)  # false: an encoder, whose positions see all others
     said = {"qk_norm": False, "scale_embeddings": False, **family.model(fields)}
     if said["kv_heads"] == said["heads"]:
         said["kv_heads"] = None

@@ -50,6 +50,7 @@ def test_a_config_of_another_model_is_refused(tmp_path, sizes):
         *((QWEN2, name, value) for name, value in {"use_sliding_window": True, "hidden_act": "gelu"}.items()),
         (QWEN2, "layer_types", ["full_attention", "sliding_attention"]),
         (QWEN2, "quantization_config", {"bits": 4}),
+        *(({**QWEN2, "model_type": name}, "is_causal", False) for name in ("qwen2", "qwen3", "llama")),
         ({**QWEN2, "model_type": "llama"}, "attention_bias", True),
         ({**QWEN2, "model_type": "llama"}, "mlp_bias", True),
         ({**QWEN2, "model_type": "llama"}, "rope_parameters", {"rope_type": "llama3", "rope_theta": 1}),
