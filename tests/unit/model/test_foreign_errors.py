@@ -66,6 +66,19 @@ def test_a_field_that_we_do_not_compute_is_refused_by_name_and_value(tmp_path, c
     assert str(told.value).count("\n") == 0
 
 
+@pytest.mark.parametrize("name", ["rope_scaling", "rope_parameters"])
+def test_two_values_of_rope_theta_are_refused_and_the_same_twice_is_one(tmp_path, name):
+    def said(**more):
+        return open_foreign(write_folder(tmp_path, {**DREAM, **more})).config.model.rope_theta
+
+    with pytest.raises(
+        CheckpointError, match=r"rope_theta: is there more than once, got \[1000\.0, 1000000\.0\]: keep"
+    ):
+        said(**{name: {"rope_type": "default", "rope_theta": 1e3}})
+    assert said(**{name: {"rope_type": "default", "rope_theta": 1e6}}) == 1e6
+    assert said(**{name: {"rope_type": "default", "rope_theta": 1e3}}, rope_theta=None) == 1e3
+
+
 def test_an_unknown_family_is_told_the_known_ones(tmp_path):
     folder = write_folder(tmp_path, {**QWEN2, "model_type": "mamba"}, {})
     with pytest.raises(
