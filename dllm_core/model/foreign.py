@@ -346,6 +346,8 @@ def trained_layout(
         if family.name != "qwen2" or is_causal or in_blocks or not config.model.shifted:
             return None
         said = {"model_type": "Dream", "architectures": ["DreamModel"], "mask_token_id": config.mask_id}
+        # Dream's code looks for these at the top alone, where it has values of its own for what it does not find.
+        said |= {"rope_theta": config.model.rope_theta, "pad_token_id": config.pad_id}
         layout = layout.model_copy(update={"family": "dream"})
     return _with_rows(layout, config, said)
 
