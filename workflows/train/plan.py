@@ -83,13 +83,14 @@ def objective_of(recipe: Recipe, model: DenoiserConfig, device: "torch.device", 
 
 
 def forward_of(recipe: Recipe, rows: int, precision: "torch.dtype") -> "Forward":
-    """One forward over so many rows."""
+    """What is held for the backward of so many rows."""
     import torch
 
-    from dllm_core.training.plan import Forward, read_share
+    from dllm_core.training.plan import Forward, held_at_once, read_share
 
     asked = read_share(recipe.objective, recipe.noise.process)
-    return Forward(rows, recipe.packing.seq_len, precision is torch.bfloat16, asked)
+    held = rows * held_at_once(recipe.objective)
+    return Forward(held, recipe.packing.seq_len, precision is torch.bfloat16, asked)
 
 
 def plan(recipe: Recipe, machine: Machine, console: Console) -> dict[str, Any]:

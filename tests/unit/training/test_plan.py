@@ -244,6 +244,19 @@ def test_logits_are_counted_where_the_objective_asks_for_them(capsys):
     assert noisy["precision"] == "bfloat16"  # another machine is meant
 
 
+@pytest.mark.parametrize("rows", [8, None])
+def test_a_mask_and_its_complement_are_held_together(capsys, rows):
+    words = ["--device-tflops", "1", "train.precision=fp32", f"train.micro_rows={'null' if rows is None else rows}"]
+    plain, both = (
+        planned(capsys, *words, f"objective.complementary={asked}")[1]["memory"]["2"] for asked in ("false", "true")
+    )
+    assert {name: both[name] / plain[name] for name in ("activations", "logits", "weights")} == {
+        "activations": 2,
+        "logits": 2,
+        "weights": 1,
+    }
+
+
 def test_a_warm_up_in_blocks_takes_their_memory_and_no_time(capsys):
     """[xt ; x0] is twice as long as the rows that come after."""
     rows, warm, blocks = (
