@@ -58,8 +58,9 @@ class Linear(nn.Linear):
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """X W^T + b: [... K], [N K], [N] -> [... N]. For decoding and scoring in fp32 on a CPU, in sums of LONGEST_SUM."""
     length = weight.shape[1]
-    promises_bits = x.dtype == torch.float32 and x.device.type == "cpu" and torch.is_inference_mode_enabled()
-    if length <= LONGEST_SUM or not promises_bits:
+    # Of the two only the first can be asked within a graph: the other alone would cut a compiled block at each matrix.
+    is_inference = not torch.is_grad_enabled() and torch.is_inference_mode_enabled()
+    if length <= LONGEST_SUM or not (is_inference and x.dtype == torch.float32 and x.device.type == "cpu"):
         return functional.linear(x, weight, bias)
     rows = x.flatten(0, -2)
     out = rows[:, :LONGEST_SUM] @ weight[:, :LONGEST_SUM].T
