@@ -51,9 +51,10 @@ class Machine:
 
 def denoiser_of(recipe: Recipe) -> DenoiserConfig:
     """The recipe's model; which ids are special decides no size."""
-    size = recipe.tokenizer.vocab_size
     length = recipe.packing.seq_len
-    return DenoiserConfig(model=recipe.model, vocab_size=size, context_length=length, mask_id=0, eos_id=1, pad_id=2)
+    return DenoiserConfig(
+        model=recipe.model, vocab_size=recipe.num_ids, context_length=length, mask_id=0, eos_id=1, pad_id=2
+    )
 
 
 def check_planned(recipe: Recipe) -> None:
