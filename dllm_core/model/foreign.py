@@ -32,6 +32,7 @@ from dllm_core.model.tensor_file import Header, read_header, read_into, write_fi
 INDEX_NAME = "model.safetensors.index.json"
 _TEXTS = ("*.json", "*.txt", "*.jinja", "*.py")
 _IGNORED = ("rotary_emb.inv_freq", "rotary_emb.original_inv_freq")  # follow from rope_theta; older files store them
+_ADAPTERS = "adapter_config.json"
 _SHOWN = 8
 
 
@@ -120,6 +121,9 @@ def open_foreign(folder: Path, *, mask_id: int | str | None = None, eos_id: int 
 
     mask_id, eos_id: for checkpoints that name none; mask_id="new" adds a row. Raises CheckpointError and ConfigError.
     """
+    if (folder / _ADAPTERS).exists():  # other software adds them to the weights beside them
+        remedy = "merge them into the weights, or take them out of the folder"
+        raise CheckpointError(str(folder), f"holds adapters ({_ADAPTERS}), which are not read", remedy=remedy)
     values = read_json(folder / CONFIG_NAME)
     if not values:
         raise CheckpointError(str(folder), f"holds no {CONFIG_NAME}", remedy="name a checkpoint's folder")

@@ -229,6 +229,13 @@ def test_an_index_names_files_of_its_folder_alone(tmp_path, file):
         open_foreign(folder)
 
 
+@pytest.mark.parametrize("has_weights", [True, False])
+def test_adapters_that_other_software_adds_to_the_weights_are_refused(tmp_path, has_weights):
+    (write_folder(tmp_path, DREAM) if has_weights else tmp_path).joinpath("adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"holds adapters \(adapter_config\.json\), which are not read: merge"):
+        open_foreign(tmp_path)
+
+
 def test_weights_of_which_other_software_would_read_others_are_refused(tmp_path):
     folder = write_folder(tmp_path, DREAM, shards=3)
     (folder / "model.safetensors").write_bytes((folder / "model-00001-of-00003.safetensors").read_bytes())
