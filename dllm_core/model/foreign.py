@@ -10,7 +10,7 @@ bit. At the peak of reading there is the model and, where types are converted, o
 
 import base64
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,13 @@ from dllm_core.model.config import CONFIG_NAME, WEIGHTS_NAME, DenoiserConfig
 from dllm_core.model.denoiser import Denoiser
 from dllm_core.model.families import FAMILIES, LLADA, Family, Fields, Place, family_of, model_of, places
 from dllm_core.model.pretrained import BY_TOKEN, assign_weights, weights_of
-from dllm_core.model.special_ids import TOKENIZER_NAME, find_special_ids, read_json
+from dllm_core.model.special_ids import (
+    TOKENIZER_CONFIG_NAME,
+    TOKENIZER_NAME,
+    find_special_ids,
+    read_json,
+    with_listed,
+)
 from dllm_core.model.tensor_file import Header, read_header, read_into, write_file
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -53,6 +59,13 @@ class ForeignLayout(Frozen):
     def parsed(self) -> dict[str, Header]:
         """The headers by file."""
         return {name: Header.parsed(text, name) for name, text in self.headers.items()}
+
+    def listing(self, tokenizer_json: str, tokens: Collection[str]) -> "ForeignLayout":
+        """The same, whose tokenizer_config.json knows of these tokens, by which the tokenizer has grown."""
+        if TOKENIZER_CONFIG_NAME not in self.texts:
+            return self
+        told = with_listed(self.texts[TOKENIZER_CONFIG_NAME], tokenizer_json, tokens)
+        return self.model_copy(update={"texts": {**self.texts, TOKENIZER_CONFIG_NAME: told}})
 
 
 @dataclass(frozen=True)

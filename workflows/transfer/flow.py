@@ -26,7 +26,7 @@ from dllm_core.config.overrides import apply_overrides
 from dllm_core.data.tokenizer import Tokenizer, TokenizerConfig
 from dllm_core.errors import CheckpointError, ConfigError, DataError
 from dllm_core.model.config import WEIGHTS_NAME
-from dllm_core.model.foreign import Foreign, layout_for, open_foreign, write_foreign
+from dllm_core.model.foreign import Foreign, ForeignLayout, layout_for, open_foreign, write_foreign
 from dllm_core.model.special_ids import TOKENIZER_NAME, tokens_of, with_token
 from dllm_core.model.tensor_file import Header, write_file
 from dllm_core.storage.store import LocalStore, Store, file_sha256, local_path, open_store, sha256
@@ -85,7 +85,7 @@ def import_checkpoint(folder: str, name: str, words: Sequence[str], console: Con
                 checkpoint_sha256=sha256("".join(digests.values()).encode()),
                 step=0,
             ),
-            layout=opened.layout,
+            layout=_layout(opened, tokenizer),
         )
     parameters = recipe.model.num_parameters(opened.config.vocab_size)
     console.done("import", f"{opened.family.name}, {parameters:,} parameters, {escape(run.url)}")
@@ -205,6 +205,12 @@ def _tokenizer(opened: Foreign) -> Tokenizer:
         problem = f"has ids up to {tokenizer.vocab_size - 1}, the checkpoint's last is {config.vocab_size - 1}"
         raise CheckpointError(str(path), problem)
     return tokenizer
+
+
+def _layout(opened: Foreign, tokenizer: Tokenizer) -> ForeignLayout:
+    """The folder's, untouched; only a mask that was added to its tokenizer is told to what stands beside that."""
+    is_new = opened.config.mask_id not in tokens_of(opened.folder)
+    return opened.layout.listing(tokenizer.json_text, [tokenizer.config.mask_token]) if is_new else opened.layout
 
 
 def _recipe(opened: Foreign, name: str, tokenizer: TokenizerConfig, overrides: Sequence[str]) -> Recipe:
