@@ -148,7 +148,7 @@ def read_json(path: Path) -> dict[str, Any]:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # the last: brackets in brackets, thousands deep
         raise CheckpointError(str(path), f"cannot be read ({error})") from error
     if not isinstance(values, dict):
         raise CheckpointError(str(path), "is no JSON object", type(values).__name__)

@@ -48,7 +48,7 @@ class Header:
             values: dict[str, Any] = json.loads(text)
             values.pop("__metadata__", None)
             entries = {name: _entry(name, value) for name, value in values.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(place, f"is no safetensors file ({error!r})") from error
         end = 0
         for entry in sorted(entries.values(), key=lambda entry: (entry.start, entry.stop)):

@@ -112,6 +112,15 @@ def test_a_folder_that_is_not_whole_is_refused_by_the_file(tmp_path):
         open_foreign(tmp_path / "pickled")
 
 
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors", "model.safetensors.index.json"])
+def test_a_file_that_is_nested_too_deep_is_refused_in_a_line(tmp_path, name):
+    text = b"[" * 100_000
+    header = len(text).to_bytes(8, "little") if name == "model.safetensors" else b""
+    (write_folder(tmp_path, DREAM) / name).write_bytes(header + text)
+    with pytest.raises(CheckpointError, match=f"{name}: .*recursion"):
+        open_foreign(tmp_path)
+
+
 @settings(max_examples=draws(60), deadline=None)
 @given(at=st.integers(0, 3000), value=st.integers(0, 255))
 def test_a_damaged_header_is_refused_or_says_the_same_sizes(tmp_path_factory, at, value):
