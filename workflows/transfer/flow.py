@@ -88,8 +88,12 @@ def import_checkpoint(folder: str, name: str, words: Sequence[str], console: Con
             layout=_layout(opened, tokenizer),
         )
     parameters = recipe.model.num_parameters(opened.config.vocab_size)
+    left = _left_behind(opened)
+    if left:
+        console.print(f"Left behind, and so in no export: {escape(', '.join(left))}")
     console.done("import", f"{opened.family.name}, {parameters:,} parameters, {escape(run.url)}")
-    return {"run": run.url, "family": opened.family.name, "parameters": parameters, "mask_id": opened.config.mask_id}
+    told = {"family": opened.family.name, "parameters": parameters, "mask_id": opened.config.mask_id}
+    return {"run": run.url, **told, "left_behind": left}
 
 
 def export_checkpoint(target: str, out: str, console: Console) -> dict[str, Any]:
@@ -205,6 +209,12 @@ def _tokenizer(opened: Foreign) -> Tokenizer:
         problem = f"has ids up to {tokenizer.vocab_size - 1}, the checkpoint's last is {config.vocab_size - 1}"
         raise CheckpointError(str(path), problem)
     return tokenizer
+
+
+def _left_behind(opened: Foreign) -> list[str]:
+    """What the folder holds besides weights, texts and tokenizer, which are carried along; hidden files are none."""
+    carried = {*opened.headers, *opened.layout.texts, TOKENIZER_NAME}
+    return sorted(path.name for path in opened.folder.iterdir() if path.name not in carried and path.name[0] != ".")
 
 
 def _layout(opened: Foreign, tokenizer: Tokenizer) -> ForeignLayout:

@@ -237,6 +237,21 @@ def test_an_export_that_cannot_be_written_whole_leaves_nothing_and_is_tried_agai
     assert (root / "file").read_text() == "kept"
 
 
+def test_what_is_not_carried_along_is_named(root, capsys):
+    shutil.copytree(GOLDEN / "tiny-llada", root / "in")
+    for name in ("LICENSE", "chat_template.jinja", "tokenizer.model", ".gitattributes"):
+        (root / "in" / name).write_text("x")
+    (root / "in" / "additional_chat_templates").mkdir()
+    told = import_checkpoint(str(root / "in"), "copy", [], Console("text"))
+    assert told["left_behind"] == ["LICENSE", "additional_chat_templates", "tokenizer.model"]
+    assert "Left behind, and so in no export: LICENSE, additional_chat_templates, tokenizer.model" in " ".join(
+        "".join(capsys.readouterr()).split()
+    )
+    assert {path.name for path in written(RunDir.at(told["run"])).iterdir()} == {
+        path.name for path in (root / "in").iterdir() if path.name not in (*told["left_behind"], ".gitattributes")
+    }
+
+
 def test_a_number_that_a_type_has_no_room_for_does_not_become_infinite(root):
     shutil.copytree(GOLDEN / "tiny-llada", root / "in")
     weights = load_file(root / "in" / "model.safetensors")
