@@ -8,6 +8,8 @@ Weights pass one tensor at a time. The run's recipe says what the model is; a co
 """
 
 import contextlib
+import fcntl
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -119,19 +121,36 @@ def export_checkpoint(target: str, out: str, console: Console) -> dict[str, Any]
 @contextlib.contextmanager
 def _whole_or_empty(folder: Path) -> Iterator[None]:
     """Take back what was written into an empty folder where the rest cannot be: it is no checkpoint, takes room, and
-    would be in the way of the next try.
+    would be in the way of the next try. One export at a time is in a folder: two would find it empty, and mix.
     """
     was_there = folder.exists()
-    is_empty = not was_there or not any(folder.iterdir())
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(parents=True)
+    opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        yield
-    except BaseException:
-        if is_empty and folder.is_dir():
-            for path in folder.iterdir():
-                path.unlink()
-            if not was_there:
-                folder.rmdir()
-        raise
+        _lock(opened, folder)
+        is_empty = not any(folder.iterdir())
+        try:
+            yield
+        except BaseException:
+            if is_empty:
+                for path in folder.iterdir():
+                    path.unlink()
+                if not was_there:
+                    folder.rmdir()
+            raise
+    finally:
+        os.close(opened)
+
+
+def _lock(opened: int, folder: Path) -> None:
+    """Raises DataError where another process has the folder. Over NFS no folder can be locked."""
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise DataError(str(folder), "another export is writing there", remedy="name another folder") from None
+    except OSError:
+        pass
 
 
 def _check_room(store: Store, size: int) -> None:

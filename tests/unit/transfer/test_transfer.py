@@ -270,6 +270,24 @@ def test_a_number_that_a_type_has_no_room_for_does_not_become_infinite(root):
         write_foreign(found, bundle.config, layout, root / "out")
 
 
+@pytest.mark.parametrize("made", [True, False])
+def test_of_two_exports_into_one_folder_at_once_one_is_refused_and_spoils_nothing(root, monkeypatch, made):
+    first, second = imported(GOLDEN / "tiny-llada"), imported(GOLDEN / "tiny-llada2-moe")
+    if made:
+        (root / "out").mkdir()
+
+    def late(*given):
+        monkeypatch.setattr("workflows.transfer.flow.write_foreign", write_foreign)
+        with pytest.raises(DataError, match="out: another export is writing there"):
+            written(second)
+        write_foreign(*given)
+
+    monkeypatch.setattr("workflows.transfer.flow.write_foreign", late)
+    out, files = written(first), sorted(path.name for path in (GOLDEN / "tiny-llada").iterdir())
+    assert sorted(path.name for path in out.iterdir()) == files
+    assert filecmp.cmpfiles(GOLDEN / "tiny-llada", out, files, shallow=False)[0] == files
+
+
 def test_an_import_that_has_no_room_is_refused_before_a_byte_is_copied(root):
     folder = root / "in"
     shutil.copytree(GOLDEN / "tiny-llada", folder)
