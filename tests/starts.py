@@ -55,6 +55,8 @@ def qwen2_folder(folder: Path, *, padded: int = 7, dtype: torch.dtype = torch.bf
     config |= {"intermediate_size": FFN, "rope_theta": 1e4, "rms_norm_eps": 1e-6, "hidden_act": "silu"}
     config |= {"max_position_embeddings": 64, "tie_word_embeddings": False, "eos_token_id": tokenizer.eos_id}
     (folder / "config.json").write_text(json.dumps(config))
+    added = {str(token["id"]): token for token in json.loads(tokenizer.json_text)["added_tokens"]}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added}))
     return folder
 
 

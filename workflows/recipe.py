@@ -15,9 +15,9 @@ from dllm_core.config.fingerprint import fingerprint
 from dllm_core.config.overrides import apply_overrides, read_recipe
 from dllm_core.data.corpus import AnyCorpus, ChatRecord, HubSource, MixtureCorpus, PreferenceRecord, SourceBase
 from dllm_core.data.packing import AnyPacking, PairsPacking, WrapPacking
-from dllm_core.data.tokenizer import TokenizerConfig
+from dllm_core.data.tokenizer import Tokenizer, TokenizerConfig
 from dllm_core.decoding.config import DecodeConfig, decoding_pattern, is_ancestral, no_decoder
-from dllm_core.errors import ConfigError
+from dllm_core.errors import ConfigError, DataError
 from dllm_core.evaluation.config import AutoregressiveScorerConfig, EvaluateConfig
 from dllm_core.model.config import ModelConfig
 from dllm_core.model.pattern import AttentionPattern
@@ -172,6 +172,22 @@ class Recipe(Frozen):
             problem = f"noise.process.type={self.noise.process.type} shows no masks"
             raise FieldProblem("start.mask_noise", problem, self.start.mask_noise, "leave it out")
         return self
+
+    @property
+    def num_ids(self) -> int:
+        """Rows of the embedding: a started model's, a given tokenizer's, which is read, or as many as a trained one is
+        to have. Raises DataError for a given one that cannot be read.
+        """
+        is_given = self.tokenizer.path is not None and self.start is None
+        return Tokenizer.given(self.tokenizer).vocab_size if is_given else self.tokenizer.vocab_size
+
+    @property
+    def likely_ids(self) -> int:
+        """The same for an estimate: a given tokenizer may be gone, of which the corpus has a copy."""
+        try:
+            return self.num_ids
+        except DataError:
+            return self.tokenizer.vocab_size
 
     @property
     def model_kind(self) -> AnyObjective:

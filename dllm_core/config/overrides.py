@@ -12,6 +12,7 @@ from dllm_core.errors import ConfigError
 _INDICATORS = "*&!|>%@`#"
 _QUOTES_AND_BRACKETS = "'\"[{"
 _COMMENT = re.compile(r"\s#")
+_PADDED = re.compile(r"[-+]?0[0-9_]+")
 
 
 class _TwiceError(yaml.MarkedYAMLError):
@@ -32,6 +33,14 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[str, Any]:
     return seen
 
 
+def _whole_number(loader: _Loader, node: yaml.ScalarNode) -> int:
+    """`012` is twelve. YAML 1.1, which the library reads, has it octal: seeds from 008 to 010 would be 8, 9 and 8."""
+    is_padded = _PADDED.fullmatch(node.value) is not None
+    found: int = int(node.value.replace("_", "")) if is_padded else loader.construct_yaml_int(node)
+    return found
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _whole_number)
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
 
 

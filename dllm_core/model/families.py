@@ -56,13 +56,21 @@ class Fields:
                 )
 
     def rope(self) -> float:
-        """rope_theta, which newer files keep in `rope_parameters`. Scaled positions are refused."""
-        kept = self.values.get("rope_parameters") or {}
+        """rope_theta, which newer files keep in `rope_parameters`, some in `rope_scaling`.
+
+        Scaled positions are refused, and so are two values: which one counts depends on who reads the file.
+        """
+        said = [self.values.get("rope_theta")]
         for name in ("rope_scaling", "rope_parameters"):
             scaling = self.values.get(name) or {}
             if scaling and scaling.get("rope_type", scaling.get("type")) != "default":
                 raise CheckpointError(f"{self.place}: {name}", "is not supported", scaling, "only null is")
-        return float(kept["rope_theta"] if "rope_theta" in kept else self.need("rope_theta"))
+            said.append(scaling.get("rope_theta"))
+        found = sorted({float(theta) for theta in said if theta is not None})
+        if len(found) > 1:
+            remedy = "keep the one that the weights were trained with"
+            raise CheckpointError(f"{self.place}: rope_theta", "is there more than once", found, remedy)
+        return found[0] if found else float(self.need("rope_theta"))
 
     def rope_fraction(self) -> Any:
         """partial_rotary_factor, which newer files keep in `rope_parameters`; 1 where neither says."""
@@ -345,6 +353,8 @@ def family_of(fields: Fields) -> Family:
 
 def model_of(family: Family, fields: Fields) -> ModelConfig:
     """The sizes of a checkpoint's denoiser. Raises CheckpointError for what this one cannot compute."""
+    if family.is_causal:
+        fields.only(is_causal=True)  # false: an encoder, whose positions see all others
     said = {"qk_norm": False, "scale_embeddings": False, **family.model(fields)}
     if said["kv_heads"] == said["heads"]:
         said["kv_heads"] = None

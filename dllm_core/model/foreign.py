@@ -10,7 +10,7 @@ bit. At the peak of reading there is the model and, where types are converted, o
 
 import base64
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,12 +26,19 @@ from dllm_core.model.config import CONFIG_NAME, WEIGHTS_NAME, DenoiserConfig
 from dllm_core.model.denoiser import Denoiser
 from dllm_core.model.families import FAMILIES, LLADA, Family, Fields, Place, family_of, model_of, places
 from dllm_core.model.pretrained import BY_TOKEN, assign_weights, weights_of
-from dllm_core.model.special_ids import TOKENIZER_NAME, find_special_ids, read_json
+from dllm_core.model.special_ids import (
+    TOKENIZER_CONFIG_NAME,
+    TOKENIZER_NAME,
+    find_special_ids,
+    read_json,
+    with_listed,
+)
 from dllm_core.model.tensor_file import Header, read_header, read_into, write_file
 
 INDEX_NAME = "model.safetensors.index.json"
 _TEXTS = ("*.json", "*.txt", "*.jinja", "*.py")
 _IGNORED = ("rotary_emb.inv_freq", "rotary_emb.original_inv_freq")  # follow from rope_theta; older files store them
+_ADAPTERS = "adapter_config.json"
 _SHOWN = 8
 
 
@@ -52,6 +59,13 @@ class ForeignLayout(Frozen):
     def parsed(self) -> dict[str, Header]:
         """The headers by file."""
         return {name: Header.parsed(text, name) for name, text in self.headers.items()}
+
+    def listing(self, tokenizer_json: str, tokens: Collection[str]) -> "ForeignLayout":
+        """The same, whose tokenizer_config.json knows of these tokens, by which the tokenizer has grown."""
+        if TOKENIZER_CONFIG_NAME not in self.texts:
+            return self
+        told = with_listed(self.texts[TOKENIZER_CONFIG_NAME], tokenizer_json, tokens)
+        return self.model_copy(update={"texts": {**self.texts, TOKENIZER_CONFIG_NAME: told}})
 
 
 @dataclass(frozen=True)
@@ -120,6 +134,9 @@ def open_foreign(folder: Path, *, mask_id: int | str | None = None, eos_id: int 
 
     mask_id, eos_id: for checkpoints that name none; mask_id="new" adds a row. Raises CheckpointError and ConfigError.
     """
+    if (folder / _ADAPTERS).exists():  # other software adds them to the weights beside them
+        remedy = "merge them into the weights, or take them out of the folder"
+        raise CheckpointError(str(folder), f"holds adapters ({_ADAPTERS}), which are not read", remedy=remedy)
     values = read_json(folder / CONFIG_NAME)
     if not values:
         raise CheckpointError(str(folder), f"holds no {CONFIG_NAME}", remedy="name a checkpoint's folder")
@@ -346,6 +363,8 @@ def trained_layout(
         if family.name != "qwen2" or is_causal or in_blocks or not config.model.shifted:
             return None
         said = {"model_type": "Dream", "architectures": ["DreamModel"], "mask_token_id": config.mask_id}
+        # Dream's code looks for these at the top alone, where it has values of its own for what it does not find.
+        said |= {"rope_theta": config.model.rope_theta, "pad_token_id": config.pad_id}
         layout = layout.model_copy(update={"family": "dream"})
     return _with_rows(layout, config, said)
 

@@ -59,7 +59,8 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """X W^T + b: [... K], [N K], [N] -> [... N]. For decoding and scoring in fp32 on a CPU, in sums of LONGEST_SUM."""
     length = weight.shape[1]
     is_short = length <= LONGEST_SUM or x.dtype != torch.float32 or x.device.type != "cpu"
-    if is_short or torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():  # a compiler cannot ask that
+    # A graph cannot ask the last: a compiled block would be cut at each of its matrices.
+    if is_short or torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
         return functional.linear(x, weight, bias)
     rows = x.flatten(0, -2)
     out = rows[:, :LONGEST_SUM] @ weight[:, :LONGEST_SUM].T

@@ -4,13 +4,14 @@ Never this code: equal architectures come with other vocabularies, and a wrong m
 """
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dllm_core.errors import CheckpointError, ConfigError
 
-TOKENIZER_NAME = "tokenizer.json"
+TOKENIZER_NAME, TOKENIZER_CONFIG_NAME = "tokenizer.json", "tokenizer_config.json"
 # Spellings of masks among a tokenizer's added tokens, where none of its files names one as `mask_token`.
 _MASKS = ("<|mask|>", "<|mdm_mask|>", "[MASK]", "<mask>", "<|MASK|>")
 
@@ -82,6 +83,23 @@ def with_token(tokenizer_json: str, token: str, number: int, place: str) -> str:
     return json.dumps(values, ensure_ascii=False)
 
 
+def with_listed(config_json: str, tokenizer_json: str, tokens: Collection[str]) -> str:
+    """A tokenizer_config.json that lists these tokens of a tokenizer.json beside the added ones that it lists, if any.
+
+    Newer libraries go by that list where there is one, and would take other tokens apart as text.
+    """
+    values = json.loads(config_json)
+    listed = values.get("added_tokens_decoder")
+    if not listed:
+        return config_json
+    added = {str(token["id"]): token for token in json.loads(tokenizer_json).get("added_tokens") or []}
+    new = {number: token for number, token in added.items() if token["content"] in tokens and number not in listed}
+    if not new:
+        return config_json
+    flags = {number: {name: flag for name, flag in token.items() if name != "id"} for number, token in new.items()}
+    return json.dumps({**values, "added_tokens_decoder": {**listed, **flags}}, indent=2, ensure_ascii=False) + "\n"
+
+
 def _first(*found: Any) -> int | None:
     """The first that says something; of several end tokens the first counts, and -1 is Llama's word for none."""
     for value in found:
@@ -96,7 +114,7 @@ class _Declared:
 
     def __init__(self, folder: Path) -> None:
         tokenizer = read_json(folder / TOKENIZER_NAME)
-        self._says = [read_json(folder / name) for name in ("tokenizer_config.json", "special_tokens_map.json")]
+        self._says = [read_json(folder / name) for name in (TOKENIZER_CONFIG_NAME, "special_tokens_map.json")]
         self.added: dict[str, int] = dict(read_json(folder / "added_tokens.json"))
         try:
             for number, token in (self._says[0].get("added_tokens_decoder") or {}).items():
@@ -130,7 +148,7 @@ def read_json(path: Path) -> dict[str, Any]:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # the last: brackets in brackets, thousands deep
         raise CheckpointError(str(path), f"cannot be read ({error})") from error
     if not isinstance(values, dict):
         raise CheckpointError(str(path), "is no JSON object", type(values).__name__)

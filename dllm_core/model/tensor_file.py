@@ -48,7 +48,7 @@ class Header:
             values: dict[str, Any] = json.loads(text)
             values.pop("__metadata__", None)
             entries = {name: _entry(name, value) for name, value in values.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(place, f"is no safetensors file ({error!r})") from error
         end = 0
         for entry in sorted(entries.values(), key=lambda entry: (entry.start, entry.stop)):
@@ -120,7 +120,7 @@ def read_into(file: BinaryIO, header: Header, name: str, target: Tensor) -> None
     if file.readinto(_bytes_of(direct)) != entry.stop - entry.start:  # type: ignore[attr-defined]
         raise CheckpointError(file.name, f"ends within {name}", remedy="fetch the file again")
     if direct is not target:
-        target.copy_(direct)
+        target.copy_(_converted(direct, target.dtype, f"{file.name}: {name}"))
 
 
 class LazyTensors(Mapping[str, Tensor]):
@@ -175,7 +175,17 @@ def write_file(path: Path, header: Header, tensors: Iterable[Tensor]) -> None:
         for (name, entry), tensor in zip(header.entries.items(), tensors, strict=True):
             if tuple(tensor.shape) != entry.shape:
                 raise CheckpointError(str(path), f"{name} is {list(tensor.shape)}, must be {list(entry.shape)}")
-            file.write(_bytes_of(tensor.detach().to("cpu", entry.dtype).contiguous()))
+            file.write(_bytes_of(_converted(tensor.detach().cpu(), entry.dtype, f"{path}: {name}").contiguous()))
+
+
+def _converted(tensor: Tensor, dtype: torch.dtype, place: str) -> Tensor:
+    """Of another type. Raises CheckpointError for a number that the type has no room for: it would be infinite."""
+    found = tensor.to(dtype)
+    largest = torch.finfo(dtype).max
+    if largest < torch.finfo(tensor.dtype).max and found.isinf().sum() > tensor.isinf().sum():
+        kind, kept = str(dtype).removeprefix("torch."), tensor[tensor.isfinite()]
+        raise CheckpointError(place, f"holds {float(kept.abs().max()):.6g}, and {kind} ends at {largest:.6g}")
+    return found
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

@@ -61,6 +61,7 @@ def chosen_micro_rows(
     loader: Batches,
     *,
     widest: AttentionPattern | None = None,
+    held: int = 1,
     device_bytes: int | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> int | None:
@@ -69,7 +70,8 @@ def chosen_micro_rows(
     model: what is trained; alone: a denoiser that a rank runs without the others, so that none waits for one that has
     run out of memory. It may have fewer layers, where the rest of the model is on other ranks; then what fits into
     `device_bytes`, by default all of a GPU's, is told by `device_memory`. widest: the pattern in which the objective's
-    forwards hold the most, by default its own. Ranks may find different numbers.
+    forwards hold the most, by default its own; held: rows that they hold for each of a batch (`held_at_once`). Ranks
+    may find different numbers.
     """
     if config.micro_rows != "auto":
         return config.micro_rows
@@ -84,7 +86,7 @@ def chosen_micro_rows(
     is_bf16 = resolve_precision(config.precision, module.device) is torch.bfloat16
 
     def fits(rows: int) -> bool:
-        forward = Forward(rows, model.context_length, is_bf16, read_share=1.0)
+        forward = Forward(held * rows, model.context_length, is_bf16, read_share=1.0)
         stage = config.zero_stage
         pattern = widest or objective.pattern
         needed = device_memory(config, model, pattern, forward, stage=stage, workers=world_size)

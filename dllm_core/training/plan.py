@@ -27,7 +27,13 @@ from dllm_core.model.denoiser import Block
 from dllm_core.model.experts import MixtureOfExperts
 from dllm_core.model.pattern import AttentionPattern
 from dllm_core.noise.process import AnyNoise
-from dllm_core.objective.config import AnyObjective, AutoregressiveConfig, MaskedLMConfig
+from dllm_core.objective.config import (
+    AnyObjective,
+    AutoregressiveConfig,
+    DiffusionOptions,
+    MaskedLMConfig,
+    PreferenceConfig,
+)
 from dllm_core.training.backend import BUCKET_ELEMENTS
 from dllm_core.training.config import CHECKPOINT_BYTES, OFFLOAD_NEEDS, TrainConfig
 
@@ -59,8 +65,8 @@ class DeviceMemory:
 
 @dataclass(frozen=True)
 class Forward:
-    """What one forward holds. rows of seq_len positions; bf16: under autocast; read_share: of positions that the head
-    is asked for.
+    """What is held for one backward. rows of seq_len positions; bf16: under autocast; read_share: of positions that the
+    head is asked for.
     """
 
     rows: int
@@ -177,6 +183,13 @@ def read_share(objective: AnyObjective, process: AnyNoise) -> float:
     if isinstance(objective, AutoregressiveConfig) or (process.replaces and not isinstance(objective, MaskedLMConfig)):
         return 1.0
     return objective.rate if isinstance(objective, MaskedLMConfig) else 0.5
+
+
+def held_at_once(objective: AnyObjective) -> int:
+    """Rows whose activations wait for a backward, for each row of a batch: a mask and its complement are two."""
+    if isinstance(objective, PreferenceConfig):
+        return objective.draws
+    return 2 if isinstance(objective, DiffusionOptions) and objective.complementary else 1
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from dllm_core.checkpoints.run_dir import RunDir
 from dllm_core.checkpoints.store import Checkpoint, CheckpointStore
 from dllm_core.config.fingerprint import fingerprint
 from dllm_core.data.manifest import corpus_prefix, read_manifest, read_tokenizer
+from dllm_core.data.tokenizer import Tokenizer
 from dllm_core.errors import CheckpointError
 from dllm_core.model.config import LAYOUT_NAME, WEIGHTS_NAME, DenoiserConfig
 from dllm_core.model.foreign import ForeignLayout, trained_layout
@@ -62,18 +63,19 @@ def make_bundle(recipe: Recipe, run: RunDir, corpus: str) -> Lineage:
             steps=manifest.steps,
             decode=recipe.decode.model_dump(mode="json"),
             lineage=lineage,
-            layout=_layout_of(recipe, run, config),
+            layout=_layout_of(recipe, run, config, tokenizer),
         )
     return lineage
 
 
-def _layout_of(recipe: Recipe, run: RunDir, config: DenoiserConfig) -> ForeignLayout | None:
+def _layout_of(recipe: Recipe, run: RunDir, config: DenoiserConfig, tokenizer: Tokenizer) -> ForeignLayout | None:
     """How weights that were imported once go out again, where the public format holds what they have become."""
     key = run.key(LAYOUT_NAME)
     if recipe.start is None or not run.store.exists(key):
         return None
     layout, kind = ForeignLayout.model_validate_json(run.store.read(key)), recipe.model_kind.type
-    return trained_layout(layout, config, is_causal=kind == "autoregressive", in_blocks=kind == "block_diffusion")
+    found = trained_layout(layout, config, is_causal=kind == "autoregressive", in_blocks=kind == "block_diffusion")
+    return None if found is None else found.listing(tokenizer.json_text, tokenizer.config.special_tokens)
 
 
 def _chosen(run: RunDir, config: TrainConfig) -> list[Checkpoint]:

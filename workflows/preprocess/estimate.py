@@ -4,6 +4,7 @@ Of a source some units are read, evenly spread: a piece of a unit of lines, else
 text a byte of input gives there, all of the source's bytes are taken to give.
 """
 
+import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -12,7 +13,7 @@ from typing import Any, cast
 from dllm_core.data.build import CorpusJob, documents, spread
 from dllm_core.data.corpus import HubSource, ParquetSource, SourceBase, TextSource
 from dllm_core.data.packing import PaddedPacking, PairsPacking
-from dllm_core.data.tokenizer import Tokenizer
+from dllm_core.data.tokenizer import Tokenizer, TokenizerConfig
 from dllm_core.data.units import COMPRESSED, Unit
 from dllm_core.errors import DataError
 from dllm_core.storage.store import Store
@@ -36,19 +37,17 @@ class Estimate:
 
 
 def estimate(recipe: Recipe, job: CorpusJob, units: Sequence[Unit]) -> Estimate:
-    """Of a corpus whose tokenizer is yet to be trained: one of at most 4,096 ids stands for it."""
+    """A given tokenizer encodes the sample; for one that is yet to be trained, one of at most 4,096 ids stands."""
     sources = recipe.corpus.all_sources
     samples = [
         _sampled(job, source, [unit for unit in units if unit.source == index], _ENCODED_BYTES // len(sources))
         for index, source in enumerate(sources)
     ]
     begun = time.perf_counter()
-    vocab_size = min(recipe.tokenizer.vocab_size, 4096)
-    config = recipe.tokenizer.model_copy(update={"vocab_size": vocab_size, "path": None})
     texts = [text for sample in samples for text in sample.texts]
     if not texts:
         raise DataError("corpus.path", "no text in its first units", recipe.corpus.type)
-    tokenizer = Tokenizer.train(texts, config)
+    tokenizer = _tokenizer(recipe.tokenizer, texts)
     trained = time.perf_counter()
     num_tokens = [len(tokenizer.encode_flat(sample.texts)[0]) for sample in samples]
     encoded = sum(sample.encoded for sample in samples)
@@ -67,6 +66,15 @@ def estimate(recipe: Recipe, job: CorpusJob, units: Sequence[Unit]) -> Estimate:
     # Reading, packing, hashing and writing cost about as much as encoding (tests/benchmarks/preprocess.py).
     seconds = 2 * text * seconds_a_byte / recipe.placement.preprocess.workers + trained - begun + _START_S
     return Estimate(tokenizer.engine, round(tokens), rows, round(seconds, 1))
+
+
+def _tokenizer(config: TokenizerConfig, texts: Sequence[str]) -> Tokenizer:
+    """The given one, or one trained on the sample: also where it is gone, and the corpus alone has a copy."""
+    if config.path is not None:
+        with contextlib.suppress(DataError):
+            return Tokenizer.given(config)
+    smaller = {"vocab_size": min(config.vocab_size, 4096), "path": None}
+    return Tokenizer.train(texts, config.model_copy(update=smaller))
 
 
 @dataclass

@@ -73,7 +73,7 @@ class CorpusPlan:
         """What so many rows take with their written noise."""
         packing, noise = self.recipe.packing, self.recipe.noise
         seq_len = packing.seq_len
-        ids = np.dtype(id_type(self.recipe.tokenizer.vocab_size)).itemsize * seq_len
+        ids = np.dtype(id_type(self.recipe.likely_ids)).itemsize * seq_len
         times = 1
         if noise.block_length is not None:
             times = seq_len if packing.isolates else -(-seq_len // noise.block_length)

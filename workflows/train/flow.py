@@ -41,7 +41,7 @@ def checkpoint_bytes(recipe: Recipe, there: int = 0) -> int:
     """What is still to be written of the checkpoints that stay, and the one in the making: trained weights, EMA and two
     moments, fp32. there: bytes of those that the run has, which make room as they go.
     """
-    parameters, train = recipe.model.num_parameters(recipe.tokenizer.vocab_size), recipe.train
+    parameters, train = recipe.model.num_parameters(recipe.likely_ids), recipe.train
     if recipe.start is not None and recipe.start.lora is not None:
         parameters = recipe.start.lora.num_parameters(recipe.model)
     kept = train.keep_checkpoints + (train.average_checkpoints if train.average_from == "best" else 0)

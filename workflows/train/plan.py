@@ -51,9 +51,10 @@ class Machine:
 
 def denoiser_of(recipe: Recipe) -> DenoiserConfig:
     """The recipe's model; which ids are special decides no size."""
-    size = recipe.tokenizer.vocab_size
     length = recipe.packing.seq_len
-    return DenoiserConfig(model=recipe.model, vocab_size=size, context_length=length, mask_id=0, eos_id=1, pad_id=2)
+    return DenoiserConfig(
+        model=recipe.model, vocab_size=recipe.num_ids, context_length=length, mask_id=0, eos_id=1, pad_id=2
+    )
 
 
 def check_planned(recipe: Recipe) -> None:
@@ -83,13 +84,14 @@ def objective_of(recipe: Recipe, model: DenoiserConfig, device: "torch.device", 
 
 
 def forward_of(recipe: Recipe, rows: int, precision: "torch.dtype") -> "Forward":
-    """One forward over so many rows."""
+    """What is held for the backward of so many rows."""
     import torch
 
-    from dllm_core.training.plan import Forward, read_share
+    from dllm_core.training.plan import Forward, held_at_once, read_share
 
     asked = read_share(recipe.objective, recipe.noise.process)
-    return Forward(rows, recipe.packing.seq_len, precision is torch.bfloat16, asked)
+    held = rows * held_at_once(recipe.objective)
+    return Forward(held, recipe.packing.seq_len, precision is torch.bfloat16, asked)
 
 
 def plan(recipe: Recipe, machine: Machine, console: Console) -> dict[str, Any]:

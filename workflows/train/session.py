@@ -33,6 +33,7 @@ from dllm_core.training.loop import Trainer, measure_peak_flops
 from dllm_core.training.lora import adapt, assign_adapters
 from dllm_core.training.mask_noise import MaskNoise
 from dllm_core.training.micro_batch import chosen_micro_rows
+from dllm_core.training.plan import held_at_once
 from dllm_core.training.reading import read_together
 from dllm_core.training.started import StartedWeights, open_start
 from workflows.malloc import keep_freed_memory
@@ -104,7 +105,8 @@ def open_session(
     estimator = estimator_of(recipe.model_kind, process, device, time_conditioning=has_time, **noise)
     loader = _batches(recipe, run, manifest, mask_id)
     alone = partial(backend.alone, module, device)
-    micro_rows = chosen_micro_rows(recipe.train, config, alone, objective, loader, widest=widest)
+    held = held_at_once(recipe.objective)
+    micro_rows = chosen_micro_rows(recipe.train, config, alone, objective, loader, widest=widest, held=held)
     trained = backend(module, recipe.train)
     if trained.rank == 0 and bundle is not None and newest is None and LAYOUT_NAME in bundle.manifest.files:
         run.store.put_file(run.key(LAYOUT_NAME), bundle.folder / LAYOUT_NAME)

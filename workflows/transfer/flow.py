@@ -8,6 +8,8 @@ Weights pass one tensor at a time. The run's recipe says what the model is; a co
 """
 
 import contextlib
+import fcntl
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -26,7 +28,7 @@ from dllm_core.config.overrides import apply_overrides
 from dllm_core.data.tokenizer import Tokenizer, TokenizerConfig
 from dllm_core.errors import CheckpointError, ConfigError, DataError
 from dllm_core.model.config import WEIGHTS_NAME
-from dllm_core.model.foreign import Foreign, layout_for, open_foreign, write_foreign
+from dllm_core.model.foreign import Foreign, ForeignLayout, layout_for, open_foreign, write_foreign
 from dllm_core.model.special_ids import TOKENIZER_NAME, tokens_of, with_token
 from dllm_core.model.tensor_file import Header, write_file
 from dllm_core.storage.store import LocalStore, Store, file_sha256, local_path, open_store, sha256
@@ -85,11 +87,15 @@ def import_checkpoint(folder: str, name: str, words: Sequence[str], console: Con
                 checkpoint_sha256=sha256("".join(digests.values()).encode()),
                 step=0,
             ),
-            layout=opened.layout,
+            layout=_layout(opened, tokenizer),
         )
     parameters = recipe.model.num_parameters(opened.config.vocab_size)
+    left = _left_behind(opened)
+    if left:
+        console.print(f"Left behind, and so in no export: {escape(', '.join(left))}")
     console.done("import", f"{opened.family.name}, {parameters:,} parameters, {escape(run.url)}")
-    return {"run": run.url, "family": opened.family.name, "parameters": parameters, "mask_id": opened.config.mask_id}
+    told = {"family": opened.family.name, "parameters": parameters, "mask_id": opened.config.mask_id}
+    return {"run": run.url, **told, "left_behind": left}
 
 
 def export_checkpoint(target: str, out: str, console: Console) -> dict[str, Any]:
@@ -115,19 +121,36 @@ def export_checkpoint(target: str, out: str, console: Console) -> dict[str, Any]
 @contextlib.contextmanager
 def _whole_or_empty(folder: Path) -> Iterator[None]:
     """Take back what was written into an empty folder where the rest cannot be: it is no checkpoint, takes room, and
-    would be in the way of the next try.
+    would be in the way of the next try. One export at a time is in a folder: two would find it empty, and mix.
     """
     was_there = folder.exists()
-    is_empty = not was_there or not any(folder.iterdir())
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(parents=True)
+    opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        yield
-    except BaseException:
-        if is_empty and folder.is_dir():
-            for path in folder.iterdir():
-                path.unlink()
-            if not was_there:
-                folder.rmdir()
-        raise
+        _lock(opened, folder)
+        is_empty = not any(folder.iterdir())
+        try:
+            yield
+        except BaseException:
+            if is_empty:
+                for path in folder.iterdir():
+                    path.unlink()
+                if not was_there:
+                    folder.rmdir()
+            raise
+    finally:
+        os.close(opened)
+
+
+def _lock(opened: int, folder: Path) -> None:
+    """Raises DataError where another process has the folder. Over NFS no folder can be locked."""
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise DataError(str(folder), "another export is writing there", remedy="name another folder") from None
+    except OSError:
+        pass
 
 
 def _check_room(store: Store, size: int) -> None:
@@ -205,6 +228,18 @@ def _tokenizer(opened: Foreign) -> Tokenizer:
         problem = f"has ids up to {tokenizer.vocab_size - 1}, the checkpoint's last is {config.vocab_size - 1}"
         raise CheckpointError(str(path), problem)
     return tokenizer
+
+
+def _left_behind(opened: Foreign) -> list[str]:
+    """What the folder holds besides weights, texts and tokenizer, which are carried along; hidden files are none."""
+    carried = {*opened.headers, *opened.layout.texts, TOKENIZER_NAME}
+    return sorted(path.name for path in opened.folder.iterdir() if path.name not in carried and path.name[0] != ".")
+
+
+def _layout(opened: Foreign, tokenizer: Tokenizer) -> ForeignLayout:
+    """The folder's, untouched; only a mask that was added to its tokenizer is told to what stands beside that."""
+    is_new = opened.config.mask_id not in tokens_of(opened.folder)
+    return opened.layout.listing(tokenizer.json_text, [tokenizer.config.mask_token]) if is_new else opened.layout
 
 
 def _recipe(opened: Foreign, name: str, tokenizer: TokenizerConfig, overrides: Sequence[str]) -> Recipe:

@@ -31,6 +31,13 @@ def test_what_is_not_yaml_is_one_line_that_names_the_file(text):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("text", ["008", "010", "0123", "-012", "+07_7", "00"])
+def test_a_number_that_begins_with_zeros_is_no_octal_one(text):
+    assert int(parse_yaml(f"seed: {text}", "recipe.yaml")["seed"]) == int(text)
+    assert int(apply_overrides({}, [f"seed={text}"])["seed"]) == int(text)
+    assert parse_yaml("[0x10, 0, 7, 1_000, 0b11]", "recipe.yaml") == [16, 0, 7, 1000, 3]
+
+
 @pytest.mark.parametrize("content", [b"", b"- 1\n", b"just text", b"\xff\xfe"])
 def test_a_file_that_is_no_mapping_is_refused(tmp_path, content):
     path = tmp_path / "odd.yaml"

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import small_recipe, small_text
 
+from dllm_core.data.tokenizer import Tokenizer, TokenizerConfig
 from dllm_core.storage.store import LocalStore
 from workflows.console import Console
 from workflows.fan_out import serially
@@ -40,7 +41,7 @@ def recipe_over(root: Path, *sources: dict, **sections: dict) -> Recipe:
     values = small_recipe(root).model_dump(mode="json")
     packing = {**values["packing"], **sections.get("packing", {})}
     corpus = {"type": "mixture", "sources": sources, "unit_bytes": 1 << 13, "heldout_fraction": 0.1}
-    return Recipe.checked({**values, "corpus": corpus, "packing": packing})
+    return Recipe.checked({**values, **sections, "corpus": corpus, "packing": packing})
 
 
 @pytest.mark.parametrize(
@@ -51,9 +52,15 @@ def recipe_over(root: Path, *sources: dict, **sections: dict) -> Recipe:
         ([".gz"], [1], {"type": "padded", "seq_len": 128}),
     ],
 )
-def test_the_tokens_and_rows_of_a_plan_are_those_of_the_run(tmp_path, kinds, weights, packing):
+@pytest.mark.parametrize("ids", [None, 1500])
+def test_the_tokens_and_rows_of_a_plan_are_those_of_the_run(tmp_path, kinds, weights, packing, ids):
     sources = [{**written(tmp_path / f"in{i}", kind), "weight": weights[i]} for i, kind in enumerate(kinds)]
-    corpus = plan_corpus(recipe_over(tmp_path, *sources, packing=packing), LocalStore(tmp_path / "storage"))
+    sections = {"packing": packing}
+    if ids is not None:
+        given = Tokenizer.train(TEXTS, TokenizerConfig(vocab_size=ids))
+        (tmp_path / "given.json").write_text(given.json_text, encoding="utf-8")
+        sections["tokenizer"] = {"path": str(tmp_path / "given.json")}
+    corpus = plan_corpus(recipe_over(tmp_path, *sources, **sections), LocalStore(tmp_path / "storage"))
     told, manifest = plan(corpus), Preprocessing(corpus, serially).run()
     assert told["tokens"] == pytest.approx(manifest.train.tokens + manifest.heldout.tokens, rel=0.1)
     assert told["rows"] == pytest.approx(manifest.train.rows + manifest.heldout.rows, rel=0.1)

@@ -13,7 +13,7 @@ from tiny import closely, ids_of, mixed_denoiser, new_denoiser
 
 from dllm_core.errors import CheckpointError, ConfigError, DataError
 from dllm_core.model.denoiser import Denoiser
-from dllm_core.model.foreign import layout_for, open_foreign, read_foreign, write_foreign
+from dllm_core.model.foreign import layout_for, open_foreign, read_foreign, trained_layout, write_foreign
 from dllm_core.model.pattern import CAUSAL, FULL, AttentionPattern
 from dllm_core.model.pretrained import weights_of
 
@@ -225,6 +225,14 @@ def test_nothing_is_written_outside_of_the_folder(tmp_path, part, name):
     with pytest.raises(CheckpointError, match="would be written elsewhere"):
         write_foreign(weights_of(denoiser), denoiser.config, crafted, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_a_qwen2_that_goes_out_as_dream_says_where_dreams_code_looks_for_it_what_other_defaults_would_change(tmp_path):
+    kept = {"rope_theta": None, "rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}}
+    opened = open_foreign(write_folder(tmp_path, {**QWEN2, **kept}, random_tensors(QWEN2)), mask_id=36)
+    layout = trained_layout(opened.layout, opened.config, is_causal=False, in_blocks=False)
+    told = json.loads(layout.texts["config.json"])
+    assert (told["model_type"], told["rope_theta"], told["pad_token_id"]) == ("Dream", 1e6, 35)
 
 
 def test_a_library_reads_what_was_written(tmp_path):

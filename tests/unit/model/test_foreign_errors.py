@@ -50,6 +50,7 @@ def test_a_config_of_another_model_is_refused(tmp_path, sizes):
         *((QWEN2, name, value) for name, value in {"use_sliding_window": True, "hidden_act": "gelu"}.items()),
         (QWEN2, "layer_types", ["full_attention", "sliding_attention"]),
         (QWEN2, "quantization_config", {"bits": 4}),
+        *(({**QWEN2, "model_type": name}, "is_causal", False) for name in ("qwen2", "qwen3", "llama")),
         ({**QWEN2, "model_type": "llama"}, "attention_bias", True),
         ({**QWEN2, "model_type": "llama"}, "mlp_bias", True),
         ({**QWEN2, "model_type": "llama"}, "rope_parameters", {"rope_type": "llama3", "rope_theta": 1}),
@@ -63,6 +64,19 @@ def test_a_field_that_we_do_not_compute_is_refused_by_name_and_value(tmp_path, c
     with pytest.raises(CheckpointError, match=rf"config\.json: {field}: is not supported, got") as told:
         open_foreign(folder, mask_id=None if "mask_token_id" in config else 36)
     assert str(told.value).count("\n") == 0
+
+
+@pytest.mark.parametrize("name", ["rope_scaling", "rope_parameters"])
+def test_two_values_of_rope_theta_are_refused_and_the_same_twice_is_one(tmp_path, name):
+    def said(**more):
+        return open_foreign(write_folder(tmp_path, {**DREAM, **more})).config.model.rope_theta
+
+    with pytest.raises(
+        CheckpointError, match=r"rope_theta: is there more than once, got \[1000\.0, 1000000\.0\]: keep"
+    ):
+        said(**{name: {"rope_type": "default", "rope_theta": 1e3}})
+    assert said(**{name: {"rope_type": "default", "rope_theta": 1e6}}) == 1e6
+    assert said(**{name: {"rope_type": "default", "rope_theta": 1e3}}, rope_theta=None) == 1e3
 
 
 def test_an_unknown_family_is_told_the_known_ones(tmp_path):
@@ -96,6 +110,15 @@ def test_a_folder_that_is_not_whole_is_refused_by_the_file(tmp_path):
     (tmp_path / "pickled" / "pytorch_model.bin").write_bytes(b"x")
     with pytest.raises(CheckpointError, match="holds pickled weights"):
         open_foreign(tmp_path / "pickled")
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors", "model.safetensors.index.json"])
+def test_a_file_that_is_nested_too_deep_is_refused_in_a_line(tmp_path, name):
+    text = b"[" * 100_000
+    header = len(text).to_bytes(8, "little") if name == "model.safetensors" else b""
+    (write_folder(tmp_path, DREAM) / name).write_bytes(header + text)
+    with pytest.raises(CheckpointError, match=f"{name}: .*recursion"):
+        open_foreign(tmp_path)
 
 
 @settings(max_examples=draws(60), deadline=None)
@@ -213,6 +236,13 @@ def test_an_index_names_files_of_its_folder_alone(tmp_path, file):
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match=r"index\.json: has no weight_map of tensors to files"):
         open_foreign(folder)
+
+
+@pytest.mark.parametrize("has_weights", [True, False])
+def test_adapters_that_other_software_adds_to_the_weights_are_refused(tmp_path, has_weights):
+    (write_folder(tmp_path, DREAM) if has_weights else tmp_path).joinpath("adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"holds adapters \(adapter_config\.json\), which are not read: merge"):
+        open_foreign(tmp_path)
 
 
 def test_weights_of_which_other_software_would_read_others_are_refused(tmp_path):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tiny import new_denoiser
 
 from dllm_core.model.layers import LONGEST_SUM, MIN_ROWS, Linear
 
@@ -37,3 +38,11 @@ def test_long_sums_are_what_they_are_in_one_go():
         cut = layer(x)
     for found in (whole, cut):
         torch.testing.assert_close(found.double(), exact, atol=2e-5, rtol=0)
+
+
+def test_a_block_in_training_asks_nothing_that_would_cut_its_compiled_graph(monkeypatch):
+    """That it is one graph takes a compiler and minutes: `test_micro_batch.py`, in `make test-long`."""
+    block, tables = new_denoiser().blocks[0], torch.randn(2, 5, new_denoiser().config.model.rope_dim)
+    monkeypatch.setattr(torch, "is_inference_mode_enabled", lambda: pytest.fail("no graph can hold the answer"))
+    block(torch.randn(2, 5, new_denoiser().config.model.dim), *tables, None, False, None).sum().backward()
+    assert block.attention.qkv.weight.grad is not None

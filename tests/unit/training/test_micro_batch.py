@@ -141,9 +141,9 @@ def test_a_number_is_taken_and_only_auto_is_measured():
     assert chosen_micro_rows(auto, new_denoiser().config, new_denoiser, diffusion(LINEAR), batches) in {1, 2, 4}
 
 
-@pytest.mark.parametrize("widest", [None, AttentionPattern("block_diffusion", 4)])
+@pytest.mark.parametrize(("widest", "held"), [(None, 1), (AttentionPattern("block_diffusion", 4), 1), (None, 4)])
 @pytest.mark.parametrize(("room", "fitting"), [(None, 8), (0.999, 4), (0.0, 0)])
-def test_of_a_model_that_no_rank_holds_a_part_is_timed_and_what_fits_is_reckoned(room, fitting, widest):
+def test_of_a_model_that_no_rank_holds_a_part_is_timed_and_what_fits_is_reckoned(room, fitting, widest, held):
     part = new_denoiser()
     model = part.config.model_copy(update={"model": part.config.model.model_copy(update={"layers": 40})})
     config = TrainConfig(micro_rows="auto", batch_rows=8, precision="fp32", zero_stage=3)
@@ -151,11 +151,11 @@ def test_of_a_model_that_no_rank_holds_a_part_is_timed_and_what_fits_is_reckoned
     batches = SimpleNamespace(batch=lambda *_: some_batch(1, 8))
 
     def needed(rows: int) -> int:
-        forward = Forward(rows, model.context_length, bf16=False, read_share=1.0)
+        forward = Forward(held * rows, model.context_length, bf16=False, read_share=1.0)
         return device_memory(config, model, widest or costly.pattern, forward, stage=3, workers=1).total
 
     device_bytes = None if room is None else int(room * needed(8))
-    given = {"device_bytes": device_bytes, "clock": costly.clock, "widest": widest}
+    given = {"device_bytes": device_bytes, "clock": costly.clock, "widest": widest, "held": held}
     asked = partial(chosen_micro_rows, config, model, lambda: part, costly, batches, **given)
     assert needed(4) < 0.999 * needed(8)
     if not fitting:

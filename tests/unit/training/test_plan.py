@@ -6,9 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import small_text
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dllm_core.data.tokenizer import Tokenizer, TokenizerConfig
 from dllm_core.model.config import DenoiserConfig, ModelConfig
 from dllm_core.model.denoiser import Denoiser
 from dllm_core.model.pattern import FULL, AttentionPattern
@@ -30,6 +32,7 @@ from dllm_core.training.plan import (
 from workflows.cli import run_command_line
 from workflows.recipe import load_recipe
 from workflows.train.dry_run import FakeRows, _rehearsed
+from workflows.train.flow import checkpoint_bytes
 from workflows.train.plan import denoiser_of, objective_of
 
 QUICKSTART = "workflows/recipes/quickstart.yaml"
@@ -242,6 +245,37 @@ def test_logits_are_counted_where_the_objective_asks_for_them(capsys):
     assert logits["autoregressive"] - weights == pytest.approx(2 * (logits["diffusion"] - weights), rel=0.01)
     assert logits["masked_lm"] < logits["diffusion"]
     assert noisy["precision"] == "bfloat16"  # another machine is meant
+
+
+def test_a_given_tokenizer_has_as_many_rows_as_it_has_ids(capsys, tmp_path):
+    trained = Tokenizer.train([small_text()], TokenizerConfig(vocab_size=700))
+    given = tmp_path / "tokenizer.json"
+    given.write_text(trained.json_text, encoding="utf-8")
+    words = ["--device-tflops", "1", "model.tie_embeddings=false"]
+    said, found = (
+        planned(capsys, *words, *section)[1]
+        for section in ([f"tokenizer.vocab_size={trained.vocab_size}"], [f"tokenizer={{path: {given}}}"])
+    )
+    assert found == said
+    recipe = load_recipe(Path(QUICKSTART), [f"tokenizer={{path: {given}}}"])
+    assert checkpoint_bytes(recipe) == 3 * CHECKPOINT_BYTES * recipe.model.num_parameters(trained.vocab_size)
+    given.unlink()  # what was made with it holds a copy, and goes on; a plan has none
+    assert checkpoint_bytes(recipe) > 0
+    code, _, err = planned(capsys, *words, f"tokenizer={{path: {given}}}")
+    assert (code, err.count("\n"), "tokenizer.path: cannot be read" in err) == (3, 1, True)
+
+
+@pytest.mark.parametrize("rows", [8, None])
+def test_a_mask_and_its_complement_are_held_together(capsys, rows):
+    words = ["--device-tflops", "1", "train.precision=fp32", f"train.micro_rows={'null' if rows is None else rows}"]
+    plain, both = (
+        planned(capsys, *words, f"objective.complementary={asked}")[1]["memory"]["2"] for asked in ("false", "true")
+    )
+    assert {name: both[name] / plain[name] for name in ("activations", "logits", "weights")} == {
+        "activations": 2,
+        "logits": 2,
+        "weights": 1,
+    }
 
 
 def test_a_warm_up_in_blocks_takes_their_memory_and_no_time(capsys):

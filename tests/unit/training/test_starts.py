@@ -255,6 +255,12 @@ def test_rows_that_were_added_go_out_too(root, qwen):
     export_checkpoint(run.url, str(root / "grown"), QUIET)
     rows = json.loads((root / "grown" / "config.json").read_text())["vocab_size"]
     assert rows == read_bundle(run).config.vocab_size == read_bundle(qwen).config.vocab_size + 4
+    # Libraries that go by the list beside the tokenizer find in it what was added: the mask at import, four markers.
+    listed = json.loads((root / "grown" / "tokenizer_config.json").read_text())["added_tokens_decoder"]
+    added = json.loads((root / "grown" / "tokenizer.json").read_text())["added_tokens"]
+    assert {number: token["content"] for number, token in listed.items()} == {str(t["id"]): t["content"] for t in added}
+    assert listed[str(rows - 1)]["special"] is True
+    assert len(added) == 3 + 1 + 4
     words = [f"storage.root={root / 'storage'}"]
     back = RunDir.at(import_checkpoint(str(root / "grown"), "back", words, QUIET)["run"])
     assert read_bundle(back).config == read_bundle(run).config.model_copy(update={"context_length": 64})

@@ -18,7 +18,7 @@ from dllm_core.decoding.engine import Engine
 from dllm_core.decoding.request import Request
 from dllm_core.errors import CheckpointError, ConfigError, DataError
 from dllm_core.model.families import LLADA, places
-from dllm_core.model.foreign import open_foreign, read_foreign
+from dllm_core.model.foreign import open_foreign, read_foreign, write_foreign
 from dllm_core.model.pattern import CAUSAL
 from dllm_core.model.tensor_file import Header
 from workflows.console import Console
@@ -235,6 +235,57 @@ def test_an_export_that_cannot_be_written_whole_leaves_nothing_and_is_tried_agai
     with pytest.raises(DataError, match=r"file: cannot be written \(Not a directory\)"):
         written(run, "file")
     assert (root / "file").read_text() == "kept"
+
+
+def test_what_is_not_carried_along_is_named(root, capsys):
+    shutil.copytree(GOLDEN / "tiny-llada", root / "in")
+    for name in ("LICENSE", "chat_template.jinja", "tokenizer.model", ".gitattributes"):
+        (root / "in" / name).write_text("x")
+    (root / "in" / "additional_chat_templates").mkdir()
+    told = import_checkpoint(str(root / "in"), "copy", [], Console("text"))
+    assert told["left_behind"] == ["LICENSE", "additional_chat_templates", "tokenizer.model"]
+    assert "Left behind, and so in no export: LICENSE, additional_chat_templates, tokenizer.model" in " ".join(
+        "".join(capsys.readouterr()).split()
+    )
+    assert {path.name for path in written(RunDir.at(told["run"])).iterdir()} == {
+        path.name for path in (root / "in").iterdir() if path.name not in (*told["left_behind"], ".gitattributes")
+    }
+
+
+def test_a_number_that_a_type_has_no_room_for_does_not_become_infinite(root):
+    shutil.copytree(GOLDEN / "tiny-llada", root / "in")
+    weights = load_file(root / "in" / "model.safetensors")
+    weights["model.transformer.ln_f.weight"] = torch.full_like(weights["model.transformer.ln_f.weight"], -73728)
+    save_file(weights, root / "in" / "model.safetensors", {"format": "pt"})
+    problem = r"model\.safetensors: model\.transformer\.ln_f\.weight: holds 73728, and float16 ends at 65504"
+    with pytest.raises(CheckpointError, match=problem):
+        imported(root / "in", "dtype=float16")
+    bundle = read_bundle(imported(root / "in", "dtype=bfloat16"))
+    found, layout = load_file(bundle.folder / "model.safetensors"), bundle.layout()
+    assert found["norm.weight"].eq(-73728).all()
+    [header] = layout.parsed().values()
+    halves = Header.of({name: (torch.float16, entry.shape) for name, entry in header.entries.items()}, {})
+    layout = layout.model_copy(update={"headers": {"model.safetensors": halves.text}})
+    with pytest.raises(CheckpointError, match=problem):
+        write_foreign(found, bundle.config, layout, root / "out")
+
+
+@pytest.mark.parametrize("made", [True, False])
+def test_of_two_exports_into_one_folder_at_once_one_is_refused_and_spoils_nothing(root, monkeypatch, made):
+    first, second = imported(GOLDEN / "tiny-llada"), imported(GOLDEN / "tiny-llada2-moe")
+    if made:
+        (root / "out").mkdir()
+
+    def late(*given):
+        monkeypatch.setattr("workflows.transfer.flow.write_foreign", write_foreign)
+        with pytest.raises(DataError, match="out: another export is writing there"):
+            written(second)
+        write_foreign(*given)
+
+    monkeypatch.setattr("workflows.transfer.flow.write_foreign", late)
+    out, files = written(first), sorted(path.name for path in (GOLDEN / "tiny-llada").iterdir())
+    assert sorted(path.name for path in out.iterdir()) == files
+    assert filecmp.cmpfiles(GOLDEN / "tiny-llada", out, files, shallow=False)[0] == files
 
 
 def test_an_import_that_has_no_room_is_refused_before_a_byte_is_copied(root):
