@@ -6,6 +6,7 @@ A private cluster is gone when the block ends, whatever ended it. A cluster that
 import contextlib
 import logging
 import os
+import secrets
 import socket
 import threading
 from collections.abc import Iterator
@@ -41,6 +42,7 @@ _SETTINGS = {
 # several nodes a driver with this setting would not find its own.
 _PRIVATE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 
+_TOKEN, _TOKEN_PATH, _TOKEN_FILE = "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token"
 _ANSWERS_WITHIN_S = 4
 _NO_GPU = "set gpus_per_worker and gpus_per_replica to 0, or RAY_ADDRESS to a cluster that has them"
 
@@ -102,6 +104,7 @@ def _connect(cpus: float) -> None:
             _check_answers(address)
             ray.init(**quiet)
         else:
+            _have_a_token()
             ray.init(
                 address="local",
                 num_cpus=max(os.cpu_count() or 1, round(cpus + 0.5)),
@@ -117,6 +120,16 @@ def _connect(cpus: float) -> None:
             raise DataError("RAY_ADDRESS", problem, address, remedy) from error
         remedy = "run it again: a busy machine may need longer than Ray waits"
         raise DataError("ray", f"no cluster could be started here ({said})", remedy=remedy) from error
+
+
+def _have_a_token() -> None:
+    """A private cluster's processes share a token of this process where none is known.
+
+    Ray would write one to the home folder: that may be read-only, and two first commands would each write theirs.
+    """
+    known = (os.environ.get(_TOKEN), os.environ.get(_TOKEN_PATH), os.path.exists(os.path.expanduser(_TOKEN_FILE)))
+    if not any(known):
+        os.environ[_TOKEN] = secrets.token_hex(32)
 
 
 def _check_answers(address: str) -> None:

@@ -4,6 +4,7 @@ Text is encoded with special tokens disallowed: a literal `<|mask|>` in a docume
 Bulk encoding runs on `fastokens` where it proves identical on start, else on `tokenizers`; `engine` says which.
 """
 
+import codecs
 import hashlib
 import importlib.metadata
 import itertools
@@ -266,6 +267,23 @@ class Tokenizer:
         if token in self.special_ids:
             return str(self._core.id_to_token(token))
         return str(self._core.decode([token], skip_special_tokens=False))
+
+    def token_texts(self, tokens: Sequence[int | None]) -> list[str]:
+        """How tokens look beside each other, "" where there is none; a character of several stands at the last of them.
+
+        So they add up to the text, where each by itself would show as U+FFFD.
+        """
+        texts: list[str] = []
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        for token in [*tokens, None]:
+            spelled = None if token is None or self._spelled is None else self._spelled[token]
+            if texts and not (spelled and 0x80 <= spelled[0] < 0xC0):
+                texts[-1] += decoder.decode(b"", True)  # of a character that is not finished
+            if spelled is None:
+                texts.append("" if token is None else self.token_text(token))
+            else:
+                texts.append(decoder.decode(spelled))
+        return texts[:-1]
 
 
 def given_json(config: TokenizerConfig) -> str:

@@ -3,6 +3,7 @@
 The Python block runs against a live endpoint in tests/endpoint/test_endpoint.py.
 """
 
+import doctest
 import json
 import re
 import shlex
@@ -115,6 +116,15 @@ def test_the_readme_has_a_command_for_every_verb():
         *("run", "show", "plan", "preprocess", "train", "evaluate", "generate", "serve", "task", "compare"),
         *("import", "export", "bench", "submit", "jobs", "doctor"),
     }
+
+
+def test_the_engine_is_asked_in_python_as_the_readme_says(small_bundle):
+    [block] = re.findall(r"```pycon\n(.*?)```", README, re.DOTALL)
+    there: dict[str, object] = {}
+    for example in doctest.DocTestParser().get_examples(block):
+        source = re.sub(r'"dllm-runs/[^"]*"', repr(small_bundle.url), example.source)
+        exec(compile(source, "README", "single"), there)
+    assert there["answer"].tokens
 
 
 def test_the_typo_of_the_readme_gets_the_answer_of_the_readme():

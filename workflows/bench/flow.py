@@ -6,6 +6,7 @@ dllm bench http://127.0.0.1:8000 --concurrency 1,8,32 --rate 5,20
 import asyncio
 import json
 import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,8 @@ def _make_room(out: Path) -> None:
     """The folder of the results: what cannot be written is said before the load, which may take an hour."""
     try:
         out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):  # a folder that was there may not be ours to write
+            pass
     except OSError as error:
         raise DataError("--out", f"is no folder to write to ({error.strerror})", str(out)) from None
 

@@ -17,6 +17,7 @@ from pydantic import Field, model_validator
 
 from dllm_core.config.base import FieldProblem, Frozen
 from dllm_core.config.overrides import parse_json_object
+from dllm_core.data.records import is_unicode
 from dllm_core.data.tokenizer import Tokenizer
 from dllm_core.decoding.config import DecodeConfig
 from dllm_core.decoding.request import OpenHole, Piece, Request, with_holes
@@ -46,6 +47,9 @@ class Asked(Frozen):
 
     @model_validator(mode="after")
     def _one_form(self) -> Self:
+        for name in ("prompt", "suffix", "infill", "regex", "json_schema"):
+            if not is_unicode(getattr(self, name) or ""):  # bytes of a command line, a lone surrogate of JSON
+                raise FieldProblem(name, "is not Unicode", getattr(self, name), "write it as UTF-8")
         if self.prompt_ids is not None and self.prompt:
             raise FieldProblem("prompt_ids", "is another form of prompt", list(self.prompt_ids), "give one of them")
         if self.infill is not None:

@@ -8,6 +8,7 @@ from dllm_core.decoding.answer import Answer, answer_of
 from dllm_core.decoding.engine import Engine
 from dllm_core.decoding.request import Request
 from dllm_core.decoding.state import DecodeState
+from dllm_core.seeding import Bools
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ def unfold(engine: Engine, tokenizer: Tokenizer, request: Request) -> Iterator[F
         shown = state.is_final & ~state.is_closed
         yield Frame(
             num_calls=state.num_calls,
-            texts=[tokenizer.token_text(int(t)) if s else "" for t, s in zip(state.canvas, shown, strict=True)],
+            texts=_texts(tokenizer, state, shown),
             is_open=is_open.tolist(),
             committed_at=state.committed_at.tolist(),
             first=len(request.prompt),
@@ -53,16 +54,17 @@ def unfold(engine: Engine, tokenizer: Tokenizer, request: Request) -> Iterator[F
 
 def _blank(tokenizer: Tokenizer, request: Request, state: DecodeState) -> Frame:
     head, stop, length = len(request.prompt), state.canvas_stop, len(state.canvas)
-    given = state.is_given.tolist()
     return Frame(
         num_calls=0,
-        texts=[
-            tokenizer.token_text(int(t)) if is_given else "" for is_given, t in zip(given, state.canvas, strict=True)
-        ],
-        is_open=[not is_given for is_given in given],
+        texts=_texts(tokenizer, state, state.is_given),
+        is_open=(~state.is_given).tolist(),
         committed_at=[0] * length,
         first=head,
         stop=stop,
         answer=None,
         commits=[],
     )
+
+
+def _texts(tokenizer: Tokenizer, state: DecodeState, shown: Bools) -> list[str]:
+    return tokenizer.token_texts([int(token) if s else None for token, s in zip(state.canvas, shown, strict=True)])

@@ -58,7 +58,7 @@ class Choice:
         self._tokens: list[int] = []
         self._entries_told, self._places = 0, _Places(tokenizer, len(row.head))
         self._is_head_told = False
-        self._shown: dict[int, tuple[int, bool]] = {}  # what frames showed: token and whether it was final
+        self._shown: dict[int, tuple[int, str | None, bool]] = {}  # what frames showed; at the end whether it was final
 
     def begin(self) -> None:
         """A try begins."""
@@ -156,16 +156,18 @@ class Choice:
         """[position, text, confidence] of what changed on the canvas since it was last told.
 
         text null: open again; confidence null: given, or not final yet. Positions count from the first behind the head.
+        A character that several tokens spell is the text of the last of them, once all are there.
         """
         canvas = (self.progress.canvas if self.progress is not None else None) or []
+        texts = self._tokenizer.token_texts([None if token == OPEN else token for token in canvas])
         changed: list[list[Any]] = []
-        for position, token in enumerate(canvas):
+        for position, (token, spelled) in enumerate(zip(canvas, texts, strict=True)):
             commit = self._commits.get(position)
-            now = (token, commit is not None)
+            text = None if token == OPEN else "" if token in self._tokenizer.special_ids else spelled
+            now = (token, text, commit is not None)
             if self._shown.get(position) == now:
                 continue
             self._shown[position] = now
-            text = None if token == OPEN else self._tokenizer.decode([token])
             sure = None if commit is None else round(math.exp(commit.log_prob), 4)
             changed.append([position, text, sure])
         for position in [at for at in self._shown if at >= len(canvas)]:  # closed behind an end

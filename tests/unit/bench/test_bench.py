@@ -5,6 +5,7 @@ import json
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 
@@ -115,8 +116,9 @@ def test_a_client_that_falls_behind_hides_no_wait_of_an_open_loop(endpoint):
 
 def test_results_that_could_not_be_kept_are_refused_before_the_load(endpoint, tmp_path):
     (tmp_path / "file").write_text("x")
-    with pytest.raises(DataError, match="--out: is no folder to write to"):
-        loaded(endpoint[0], tmp_path / "file")
+    for out in (tmp_path / "file", Path("/proc/self")):  # the second is there, and takes no files from anyone
+        with pytest.raises(DataError, match="--out: is no folder to write to"):
+            loaded(endpoint[0], out)
 
 
 def test_an_address_without_http_is_no_endpoint_that_is_down(tmp_path):

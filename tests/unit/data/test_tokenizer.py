@@ -52,6 +52,22 @@ def test_a_cut_character_shows_as_a_replacement_and_never_fails(tokenizer):
     assert set(tokenizer.decode(ids[:1])) == {"\ufffd"}
 
 
+@settings(max_examples=draws(100), deadline=None)
+@given(text=texts, cut=st.integers(0, 9), data=st.data())
+@example(text="a\u20ac\U0001f600e\u0301", cut=0, data=None)
+def test_what_tokens_look_like_beside_each_other_adds_up_to_the_text(tokenizer, text, cut, data):
+    """Whole, cut anywhere, and with places where nothing stands yet, which end what stands before them."""
+    ids = tokenizer.encode(text)[cut:]
+    looks = tokenizer.token_texts(ids)
+    assert len(looks) == len(ids)
+    assert "".join(looks) == tokenizer.decode(ids)
+    if data is not None and ids:
+        at = data.draw(st.integers(0, len(ids)))
+        looks = tokenizer.token_texts([*ids[:at], None, *ids[at:]])
+        assert looks[at] == ""
+        assert "".join(looks) == tokenizer.decode(ids[:at]) + tokenizer.decode(ids[at:])
+
+
 def test_every_token_has_a_look_and_the_looks_of_a_text_make_the_text(tokenizer):
     assert [tokenizer.token_text(i) for i in (tokenizer.mask_id, tokenizer.eos_id, tokenizer.pad_id)] == list(SPECIALS)
     text = "BLACK ARROW 17\n"

@@ -12,7 +12,7 @@ from dllm_core.decoding.config import DecodeConfig
 from dllm_core.decoding.request import OpenHole, Request, with_holes
 from workflows.serve.choice import Choice
 from workflows.serve.dialect.rows import Row
-from workflows.serve.progress import Commit, Progress
+from workflows.serve.progress import OPEN, Commit, Progress
 
 TOKENIZER = Tokenizer.train(["hello world " * 5], TokenizerConfig(vocab_size=275))  # some tokens of several letters
 
@@ -83,3 +83,18 @@ def test_as_many_holes_are_told_as_were_asked_for_neighbours_too(end):
     ids = [token for letter in "abxyz-12" for token in TOKENIZER.encode(letter)]
     choice.take(Progress(ids[: len(ids) - end], 1, 7 - end, "stop"))
     assert choice.holes == ["ab", "xyz", "1" if end < 2 else "", "2" if end < 1 else ""]
+
+
+@settings(max_examples=draws(100), deadline=None)
+@given(text=texts, order=st.randoms(use_true_random=False))
+def test_frames_of_changes_end_in_the_text_though_tokens_are_parts_of_characters(text, order):
+    ids = TOKENIZER.encode(text)
+    choice = Choice(0, Row(Request((), DecodeConfig())), TOKENIZER, 0.0, None)
+    canvas, shown = [OPEN] * len(ids), {}
+    for at in order.sample(range(len(ids)), len(ids)):
+        canvas[at] = ids[at]
+        choice.take(Progress([], 1, 1, None, (Commit(at, ids[at], -0.1),), canvas=list(canvas)))
+        changed = choice.changes()
+        shown |= {position: spelled for position, spelled, _ in changed}
+        assert all(sure is not None for _, spelled, sure in changed if spelled is not None)
+    assert "".join(shown[at] for at in range(len(ids))) == text

@@ -148,7 +148,7 @@ def test_an_edit_changes_its_spans_and_nothing_else(served):
     ("path", "body", "param"),
     [
         ("/v1/infill", {"segments": ["no hole"]}, "segments"),
-        ("/v1/infill", {"segments": [{"hole": 0}]}, "segments"),
+        ("/v1/infill", {"segments": [{"hole": 0}]}, "segments.hole"),
         ("/v1/infill", {"segments": [{"hole": 1 << 40}]}, "segments"),
         ("/v1/infill", {"segments": ["a", {"hole": 3}], "stop": "x"}, "stop"),
         ("/v1/edit", {"text": "abc", "span": [2, 1]}, "span"),

@@ -78,6 +78,26 @@ def test_every_parameter_that_is_missing_or_of_another_kind_is_named(kind, said)
 
 
 @pytest.mark.parametrize(
+    ("kind", "said", "line"),
+    [
+        (InfillRequest, {"segments": ["a", {"hole": 0}]}, "segments.hole: input should be greater than or equal to 1"),
+        (InfillRequest, {"segments": ["a", {"hole": 1, "most": 2}]}, "segments.most: unknown parameter"),
+        (InfillRequest, {"segments": ["a", 3]}, "segments: input should be a valid string"),
+        (CompletionRequest, {"prompt": [[1, "a"]]}, "prompt: input should be a valid integer"),
+        (
+            ChatRequest,
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "text": "u"}]}]},
+            "messages.content.type: input should be 'text'",
+        ),
+    ],
+)
+def test_of_what_may_have_several_forms_the_one_that_was_meant_is_told_of(kind, said, line):
+    with pytest.raises(RequestError) as caught:
+        parse_body(kind, json.dumps({"model": "m", **said}).encode())
+    assert str(caught.value) == line
+
+
+@pytest.mark.parametrize(
     "body",
     [
         b"",

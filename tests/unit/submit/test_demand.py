@@ -1,5 +1,6 @@
 """Whether a cluster has room for a verb's stages: against brute force, and what is said where it has not."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dllm_core.errors import ConfigError, DataError
-from workflows.env import actor_options
+from workflows.env import actor_options, ray_cluster
 from workflows.placement import Demand, PlacementConfig
 from workflows.submit.demand import Need, NodeGroup, busy, check_room, matches, needs, startable
 
@@ -149,6 +150,30 @@ def test_a_private_cluster_is_asked_for_neither_labels_nor_resources(monkeypatch
         "resources": {"dllm-train": 1},
         "label_selector": {"dllm-stage": "train"},
     }
+
+
+@pytest.mark.parametrize("known", ["nowhere", "in the home folder", "in the environment"])
+def test_a_private_cluster_asks_the_home_folder_for_no_token(monkeypatch, tmp_path, known):
+    """Ray writes one where it finds none, and a home folder may be read-only."""
+    told = {}
+
+    def init(**options):
+        told.update(os.environ)
+        raise RuntimeError("enough")
+
+    for name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.setenv(name, "")  # put back afterwards, whatever is set below
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr("ray.init", init)
+    if known == "in the home folder":
+        (tmp_path / ".ray").mkdir()
+        (tmp_path / ".ray" / "auth_token").write_text("theirs")
+    elif known == "in the environment":
+        monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
+    with pytest.raises(DataError, match="enough"), ray_cluster(1):
+        pass
+    assert (len(told.get("RAY_AUTH_TOKEN", "")) >= 32) == (known == "nowhere")
 
 
 @pytest.mark.parametrize("resources", [{"GPU": 1}, {"x": 0}, {"memory": 5}])

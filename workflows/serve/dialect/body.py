@@ -22,7 +22,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "metadata": (None, {}),
     "service_tier": (None, "auto", "default"),
 }
-_TYPES = frozenset({"str", "list", "int", "constrained", "tagged", "function", "model"})  # pydantic's names of forms
+_TYPES = frozenset({"str", "list", "int", "constrained", "tagged", "function", "model", "Hole"})  # names of forms
 
 _STRUCTURE = re.compile(r'"(?:[^"\\]+|\\.)*+"?|[][{}]', re.DOTALL)  # a bracket, or a string, in which it is text
 
@@ -46,7 +46,9 @@ def parse_body(kind: type[Asked], body: bytes, limits: Limits = Limits()) -> Ask
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
+        errors = error.errors(include_url=False)
+        of_first = [one for one in errors if one["loc"][:1] == errors[0]["loc"][:1]]
+        first = max(of_first, key=lambda one: len(one["loc"]))  # of several forms, the one that fitted furthest
         location = [str(part) for part in first["loc"] if str(part).isidentifier()]
         known = location[:1] + [part for part in location[1:] if part not in _TYPES]  # `model` is a parameter too
         message = "unknown parameter" if first["type"] == "extra_forbidden" else first["msg"]
