@@ -28,7 +28,8 @@ _SPAN = re.compile(r"(\d+):(\d+)")
 
 
 class Asked(Frozen):
-    """One thing to decode. prompt_ids: the prompt as token ids; stop: strings of which the first ends the answer.
+    """One thing to decode. prompt_ids: the prompt as token ids; stop: strings of which the first ends the answer to a
+    prompt: text with holes stands whole.
 
     regex, json_schema: what all of the answer matches.
     """
@@ -64,6 +65,9 @@ class Asked(Frozen):
             raise FieldProblem("json_schema", "is another form of regex", self.json_schema, "give one of them")
         if any(not stop for stop in self.stop):
             raise FieldProblem("stop", "must not be empty", list(self.stop))
+        if self.stop and (self.infill is not None or self.edit is not None):
+            problem = "is for text that goes on from a prompt, not for infill and edit"
+            raise FieldProblem("stop", problem, list(self.stop), "leave it out")
         return self
 
     @property

@@ -261,6 +261,8 @@ def test_weights_that_are_no_numbers_end_with_one_line(small_bundle, told, monke
         (["--prompt", "RED", "--strength", "0.9"], 2, "--strength: says how --edit makes a span anew"),
         (["--prompt", "RED", "--prompt-ids", "1"], 2, "prompt_ids: is another form of prompt"),
         (["--prompt", "RED", "--stop", ""], 2, "stop: must not be empty"),
+        (["--infill", "[[2]] A [[1]]", "--stop", "A"], 2, "stop: is for text that goes on from a prompt"),
+        (["--prompt", "RED", "--edit", "0:2", "--stop", "D"], 2, "stop: is for text that goes on from a prompt"),
         (["--regex", "(a"], 2, "constraint: is no regular expression"),
         (["--regex", "a", "--json-schema", "{}"], 2, "json_schema: is another form of regex"),
         (["--regex", "a{99}b"], 2, "constraint: no answer of at most 8 tokens matches it"),
