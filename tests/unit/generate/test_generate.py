@@ -292,6 +292,7 @@ def test_a_mistake_is_one_line(told, words, code, line):
         ('{"prompt": 1}', 2, ":1.prompt: must be a valid string"),
         ("[1]", 2, ":1: must be a JSON object, got [1]"),
         ("{", 2, ":1: is not JSON"),
+        ('{"prompt": "a", "prompt": "b"}', 2, ":1: the key is there twice, got 'prompt': keep one"),
     ],
 )
 def test_a_mistake_in_a_file_of_prompts_names_its_line(told, tmp_path, text, code, line):
