@@ -20,7 +20,7 @@ from pydantic import Field, model_validator
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from dllm_core.config.base import FieldProblem, Frozen
-from dllm_core.errors import ConfigError, DataError
+from dllm_core.errors import ConfigError, DataError, RequestError
 from dllm_core.model.special_ids import with_token
 from dllm_core.storage.store import open_store
 
@@ -181,6 +181,14 @@ class Tokenizer:
             return list(self._core.encode(text, add_special_tokens=False).ids)
         except TypeError:  # a lone surrogate
             raise DataError("text", "is not Unicode", text) from None
+
+    def encode_kept(self, text: str, place: str) -> list[int]:
+        """Ids of a text between what is made, which an answer spells from them; RequestError where that is another."""
+        ids = self.encode(text)
+        if self._is_byte_level and self.decode(ids) != text:
+            problem = "the text between what is made is one that the model's tokenizer would change"
+            raise RequestError(place, problem, text, "compose its characters (NFC)")
+        return ids
 
     def encode_batch(self, texts: Sequence[str]) -> Iterator[list[int]]:
         """`encode` for many texts."""

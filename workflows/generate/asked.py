@@ -121,7 +121,8 @@ class Asked(Frozen):
         at = 0
         assert self.infill is not None
         for found in _HOLE.finditer(self.infill):
-            parts.append(tuple(tokenizer.encode(self.infill[at : found.start()])))
+            text = self.infill[at : found.start()]
+            parts.append(tuple(tokenizer.encode_kept(text, "infill") if parts else tokenizer.encode(text)))
             least = int(found[1] or 1)
             most = int(found[2] or found[1] or min(config.max_tokens, context))
             if not 1 <= least <= most:

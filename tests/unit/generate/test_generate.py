@@ -9,17 +9,21 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 from conftest import make_small_bundle
 
 from dllm_core.checkpoints.bundle import read_bundle
 from dllm_core.checkpoints.run_dir import RunDir
+from dllm_core.data.tokenizer import Tokenizer, TokenizerConfig
 from dllm_core.decoding.config import DecodeConfig
 from dllm_core.decoding.engine import Engine, RowUpdate
 from dllm_core.decoding.request import Request
+from dllm_core.errors import RequestError
 from dllm_core.model.denoiser import Denoiser
 from dllm_core.storage.store import open_store
 from workflows.cli import run_command_line
+from workflows.generate.asked import Asked
 from workflows.generate.flow import canvas_text
 from workflows.generate.unfold import unfold
 from workflows.recipe import Recipe
@@ -60,6 +64,17 @@ def test_holes_that_stand_side_by_side_are_told_apart(told, small_bundle, templa
     stop = len(tokens) - 2  # of the second hole; behind it stand B and the third
     assert tokens[stop:-1] == tokenizer.encode("B")
     assert answer["holes"] == [tokenizer.decode(part) for part in (tokens[:2], tokens[2:stop], tokens[-1:])]
+
+
+def test_what_stands_between_holes_is_kept_as_it_is_or_refused():
+    """Some tokenizers compose characters first, as Qwen's does."""
+    core = tokenizers.Tokenizer.from_str(Tokenizer.train(["cafe"], TokenizerConfig(vocab_size=260)).json_text)
+    core.normalizer = tokenizers.normalizers.NFC()
+    tokenizer = Tokenizer(core.to_str(), TokenizerConfig(vocab_size=260))
+    request, _ = Asked(infill="cafe\u0301[[1]] caf\u00e9 [[1]]").given(tokenizer, DecodeConfig(), 64)
+    assert tokenizer.decode([token for token in request.middle if token is not None]) == " caf\u00e9 "
+    with pytest.raises(RequestError, match=r"^infill: the text between what is made .* would change"):
+        Asked(infill="[[1]]cafe\u0301[[1]]").given(tokenizer, DecodeConfig(), 64)
 
 
 def test_the_length_of_a_hole_is_searched_where_it_is_not_said(told):
