@@ -176,6 +176,19 @@ def test_text_is_mended_by_the_law_of_a_token_given_all_that_is_shown(finished, 
     assert not np.array_equal(given, text[prior.argmax(-1)])  # what is shown counts
 
 
+def test_an_isolated_document_is_mended_as_it_would_be_alone(finished):
+    recipe, _ = finished
+    speaker = Speaker(read_bundle(entrant_of(recipe, "uniform").run), torch.device("cpu"), 0)
+    shown, real = np.random.default_rng(1).integers(20, 200, (4, 32)), np.ones((4, 32), bool)
+    half = slice(None, 16)
+    with torch.inference_mode():
+        alone = restored(speaker, shown[:, half], real[:, half], 0.999)
+        joined = restored(speaker, shown, real, 0.999)[:, half]
+        apart = restored(speaker, shown, real, 0.999, np.repeat([[1, 2]], 16, axis=1).repeat(4, 0).astype(np.int32))
+    assert np.array_equal(apart[:, half], alone)
+    assert not np.array_equal(joined, alone), "what stands beside a document would change it"
+
+
 def test_a_model_that_is_told_t_mends_at_the_time_at_which_so_much_is_noise(finished):
     recipe, _ = finished
     run = entrant_of(recipe, "uniform").run
