@@ -233,7 +233,8 @@ def _constraint(question: Question, entrant: Entrant, speaker: Speaker, served: 
 
 
 def two_holes(entrant: Entrant, filler: Filler, rows: int, length: int) -> dict[str, Any] | None:
-    """One hole in each half of a row: the first is filled while the second is masked, the second given the first.
+    """One hole in each half of a row, both in one document: the first is filled while the second is masked, the second
+    given the first.
 
     By the chain rule that is one way to fill both; what stands between them is a constraint on both.
     """
@@ -242,7 +243,8 @@ def two_holes(entrant: Entrant, filler: Filler, rows: int, length: int) -> dict[
         {hole.row_id: hole for hole in _holes(entrant, config, rows, length, part)}
         for part in (slice(None, half), slice(half, None))
     ]
-    shared = sorted(halves[0].keys() & halves[1].keys())
+    in_both = halves[0].keys() & halves[1].keys()
+    shared = sorted(row for row in in_both if halves[0][row].document == halves[1][row].document)
     if not shared:
         return None
     side = _widest(filler)
