@@ -59,9 +59,17 @@ def parse_yaml(text: str, place: str) -> Any:
 
 
 def parse_json_object(text: str, place: str) -> dict[str, Any]:
-    """A JSON object; what is none is named by its place."""
+    """A JSON object; what is none is named by its place, and so is a key that stands twice: the second would win."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            twice = next(name for name in found if sum(name == other for other, _ in pairs) > 1)
+            raise ConfigError(place, "the key is there twice", twice, "keep one")
+        return found
+
     try:
-        values = json.loads(text)
+        values = json.loads(text, object_pairs_hook=once)
     except RecursionError:
         raise ConfigError(place, "is nested too deep") from None
     except ValueError as error:

@@ -9,6 +9,7 @@ import hashlib
 import importlib.metadata
 import itertools
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -21,7 +22,7 @@ from pydantic import Field, model_validator
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from dllm_core.config.base import FieldProblem, Frozen
-from dllm_core.errors import ConfigError, DataError
+from dllm_core.errors import ConfigError, DataError, RequestError
 from dllm_core.model.special_ids import with_token
 from dllm_core.storage.store import open_store
 
@@ -39,6 +40,7 @@ _SEEN = [*range(33, 127), *range(161, 173), *range(174, 256)]
 _BYTE_OF = {chr(byte): byte for byte in _SEEN} | {
     chr(256 + i): byte for i, byte in enumerate(sorted({*range(256)} - {*_SEEN}))
 }
+_BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
 
 
 class ChatTemplate(Frozen):
@@ -183,6 +185,14 @@ class Tokenizer:
         except TypeError:  # a lone surrogate
             raise DataError("text", "is not Unicode", text) from None
 
+    def encode_kept(self, text: str, place: str) -> list[int]:
+        """Ids of a text between what is made, which an answer spells from them; RequestError where that is another."""
+        ids = self.encode(text)
+        if self._is_byte_level and self.decode(ids) != text:
+            problem = "the text between what is made is one that the model's tokenizer would change"
+            raise RequestError(place, problem, text, "compose its characters (NFC)")
+        return ids
+
     def encode_batch(self, texts: Sequence[str]) -> Iterator[list[int]]:
         """`encode` for many texts."""
         ids, offsets = self.encode_flat(texts)
@@ -232,7 +242,7 @@ class Tokenizer:
 
     def byte_lengths(self) -> NDArray[np.int64]:
         """UTF-8 bytes of each id's text [V], 0 of specials. Of a byte-level tokenizer a text's ids add up to its bytes;
-        of another kind it is the length of a token decoded by itself.
+        of another kind to one more, where it writes a space before a text's first word.
         """
         lengths = np.zeros(self.vocab_size, np.int64)
         alphabet = set(_BYTE_OF) if self._is_byte_level else set()
@@ -240,12 +250,30 @@ class Tokenizer:
         for piece, token in self._core.get_vocab(with_added_tokens=True).items():
             if token not in self.special_ids:
                 is_in_bytes = alphabet.issuperset(piece) and token not in added  # one character stands for one byte
-                lengths[token] = len(piece) if is_in_bytes else len(self.token_text(token).encode())
+                lengths[token] = len(piece) if is_in_bytes else self._bytes_within_a_text(piece, token)
         return lengths
 
+    def _bytes_within_a_text(self, piece: str, token: int) -> int:
+        """Of a token that no bytes spell: alone it would lose the space before its word."""
+        if self._has_bytes and _BYTE_TOKEN.fullmatch(piece):
+            return 1
+        before = self.encode("a")[-1:]
+        texts = (self._core.decode(ids, skip_special_tokens=False) for ids in ([*before, token], before))
+        whole, part = (len(str(text).encode()) for text in texts)
+        return whole - part
+
     @cached_property
+    def _decoder(self) -> str:
+        return json.dumps(json.loads(self.json_text).get("decoder"))
+
+    @property
     def _is_byte_level(self) -> bool:
-        return '"ByteLevel"' in json.dumps(json.loads(self.json_text).get("decoder"))
+        return '"ByteLevel"' in self._decoder
+
+    @property
+    def _has_bytes(self) -> bool:
+        """Whether there are tokens of a byte each beside those of text."""
+        return '"ByteFallback"' in self._decoder
 
     def token_bytes(self) -> list[bytes | None] | None:
         """UTF-8 bytes of each id's text [V], None of specials and added tokens; None for what is not byte-level."""

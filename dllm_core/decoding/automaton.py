@@ -78,25 +78,31 @@ def compile_regex(regex: str, spelled: Sequence[bytes | None]) -> TokenAutomaton
     spelled: each token's bytes, None where it is no text. Raises RequestError where it is no regular expression or no
     tokens spell a text that matches.
     """
-    if len(regex) > MAX_REGEX:
-        raise RequestError("constraint", f"is longer than {MAX_REGEX} characters", len(regex), "shorten it")
+    body = checked_regex(regex)
     table: dict[bytes, list[int]] = {}
     for token, text in enumerate(spelled):
         if text and _STOP.encode() not in text:
             table.setdefault(text, []).append(token)
     table[_STOP.encode()] = [len(spelled)]
-    body = _unanchored(regex)
-    try:
-        Index(body, Vocabulary(1, {_STOP.encode(): [0]}))  # alone: what stands around it below could mend it
-    except ValueError as error:
-        if not str(error).startswith(_NO_WAY):
-            remedy = "write it without look-around, back-references and word boundaries"
-            raise RequestError("constraint", f"is no regular expression ({error})", regex, remedy) from None
     try:
         index = Index(f"(?:{body}){_STOP}", Vocabulary(len(spelled) + 1, table))
     except ValueError:
         raise RequestError("constraint", "no tokens spell a text that matches it", regex) from None
     return _of_index(index, len(spelled))
+
+
+def checked_regex(regex: str) -> str:
+    """What stands between its anchors. Raises RequestError where that is no regular expression, or too long a one."""
+    if len(regex) > MAX_REGEX:
+        raise RequestError("constraint", f"is longer than {MAX_REGEX} characters", len(regex), "shorten it")
+    body = _unanchored(regex)
+    try:
+        Index(body, Vocabulary(1, {_STOP.encode(): [0]}))  # alone: what will stand around it could mend it
+    except ValueError as error:
+        if not str(error).startswith(_NO_WAY):
+            remedy = "write it without look-around, back-references and word boundaries"
+            raise RequestError("constraint", f"is no regular expression ({error})", regex, remedy) from None
+    return body
 
 
 def _unanchored(regex: str) -> str:

@@ -17,7 +17,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from dllm_core.decoding.automaton import TokenAutomaton
+from dllm_core.decoding.request import Request
+from dllm_core.decoding.revise import EditingPolicy
 from dllm_core.decoding.state import DecodeState
+from dllm_core.errors import RequestError
 from dllm_core.seeding import Bools, Doubles, Floats, Ints
 
 _OPEN = -1
@@ -33,6 +36,19 @@ class _Step:
     by_class: Doubles
     end: float
     stay: float
+
+
+def check_keepable(request: Request, *, is_ancestral: bool) -> None:
+    """Refuse what takes tokens back that others were chosen to fit, and what cuts an answer off."""
+    problem = ""
+    if is_ancestral:
+        problem = "needs masks, and the model has tokens for noise"
+    elif isinstance(request.config.policy, EditingPolicy):
+        problem = "cannot be kept by a policy that replaces tokens"
+    elif request.stop:
+        problem = "cannot be kept by an answer that a stop string cuts off"
+    if problem:
+        raise RequestError("constraint", problem, request.constraint)
 
 
 def is_possible(automaton: TokenAutomaton, state: DecodeState, eos_id: int) -> bool:

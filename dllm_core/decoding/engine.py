@@ -5,8 +5,9 @@ Rows enter and leave between ticks only. A tick is bounded by the positions that
 requests: rows that do not fit wait for the next one, which they come first in. No row's tokens depend on that.
 """
 
+import contextlib
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,9 @@ from dllm_core.checkpoints.bundle import ModelBundle
 from dllm_core.decoding.answer import Answer, RowUpdate, answer_of
 from dllm_core.decoding.automaton import AutomatonCache
 from dllm_core.decoding.config import MAX_ROWS, NO_SUFFIX, decoding_pattern, is_ancestral, no_decoder
-from dllm_core.decoding.constraint import is_possible
+from dllm_core.decoding.constraint import check_keepable, is_possible
 from dllm_core.decoding.forward import padded_length, passes_of
 from dllm_core.decoding.request import Request
-from dllm_core.decoding.revise import EditingPolicy
 from dllm_core.decoding.state import DecodeState
 from dllm_core.decoding.step import propose
 from dllm_core.decoding.text import Decodes, TextStream
@@ -264,16 +264,26 @@ class Engine:
         state.text = stream.text
 
     def generate(self, requests: Sequence[Request]) -> list[Answer]:
-        """Decode requests to their end, in the order given."""
+        """Decode requests to their end, in the order given; where one is refused, none."""
         if self._active or self._waiting:
             raise RequestError("generate", "the engine is busy", remedy="use add and step")
-        rows = {self.add(request): i for i, request in enumerate(requests)}
         answers: dict[int, Answer] = {}
-        while updates := self.step():
-            for update in updates:
-                if update.state.finish_reason is not None:
-                    answers[rows[update.row]] = answer_of(update.state, self.eos_id)
+        with self.left_empty():
+            rows = {self.add(request): i for i, request in enumerate(requests)}
+            while updates := self.step():
+                for update in updates:
+                    if update.state.finish_reason is not None:
+                        answers[rows[update.row]] = answer_of(update.state, self.eos_id)
         return [answers[i] for i in range(len(requests))]
+
+    @contextlib.contextmanager
+    def left_empty(self) -> Iterator[None]:
+        """No row is left when the block ends, with a refusal or Ctrl-C neither: the next caller's would meet it."""
+        try:
+            yield
+        finally:
+            for row in [*self._active, *dict(self._waiting)]:
+                self.cancel(row)
 
     def _survival(self, t: float) -> float:
         """alpha(t) of masks; of other noise nobody asks."""
@@ -314,7 +324,7 @@ class Engine:
             what = "reads from left to right" if kind == "causal" else "has tokens for noise"
             raise RequestError("guidance", f"needs masks, and the model {what}", request.config.guidance, "leave it 0")
         if request.constraint is not None:
-            _check_constraint(request, self._is_ancestral)
+            check_keepable(request, is_ancestral=self._is_ancestral)
         if kind == "full":
             return
         if request.reads_behind_holes or request.strength is not None:
@@ -323,16 +333,3 @@ class Engine:
         trained, asked = self._pattern.block_length, request.config.block_length
         if trained is not None and asked != trained:
             raise RequestError("block_length", f"must be {trained}, in which the model was trained", asked)
-
-
-def _check_constraint(request: Request, is_ancestral: bool) -> None:
-    """Refuse what takes tokens back that others were chosen to fit, and what cuts an answer off."""
-    problem = ""
-    if is_ancestral:
-        problem = "needs masks, and the model has tokens for noise"
-    elif isinstance(request.config.policy, EditingPolicy):
-        problem = "cannot be kept by a policy that replaces tokens"
-    elif request.stop:
-        problem = "cannot be kept by an answer that a stop string cuts off"
-    if problem:
-        raise RequestError("constraint", problem, request.constraint)

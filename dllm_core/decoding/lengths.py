@@ -144,23 +144,24 @@ class _Search:
             raise RequestError("infill", "the engine is busy", remedy="give the search one of its own")
         request, done = (self._in_one_call(), self._glanced) if at_once else (self._request, self._done)
         rows: dict[int, tuple[int, ...]] = {}
-        for lengths in wanted:
-            if lengths not in done:
-                try:
-                    rows[self._engine.add(with_holes(request, self._pieces, lengths))] = lengths
-                except RequestError as error:
-                    if error.place != "constraint":
-                        raise
-                    done[lengths], self._refusal = (-np.inf, _NOTHING), error
-        sure: dict[int, list[float]] = {row: [] for row in rows}
-        while rows and (updates := self._engine.step()):
-            for update in updates:
-                sure[update.row].extend(update.confidence.tolist())
-                if update.state.finish_reason is not None:
-                    answer = answer_of(update.state, self._engine.eos_id)
-                    logs = np.log(np.maximum(sure[update.row], _LEAST_CONFIDENCE))
-                    score = -np.inf if answer.finish_reason == "error" else float(logs.mean())
-                    done[rows[update.row]] = (score, answer)
+        with self._engine.left_empty():
+            for lengths in wanted:
+                if lengths not in done:
+                    try:
+                        rows[self._engine.add(with_holes(request, self._pieces, lengths))] = lengths
+                    except RequestError as error:
+                        if error.place != "constraint":
+                            raise
+                        done[lengths], self._refusal = (-np.inf, _NOTHING), error
+            sure: dict[int, list[float]] = {row: [] for row in rows}
+            while rows and (updates := self._engine.step()):
+                for update in updates:
+                    sure[update.row].extend(update.confidence.tolist())
+                    if update.state.finish_reason is not None:
+                        answer = answer_of(update.state, self._engine.eos_id)
+                        logs = np.log(np.maximum(sure[update.row], _LEAST_CONFIDENCE))
+                        score = -np.inf if answer.finish_reason == "error" else float(logs.mean())
+                        done[rows[update.row]] = (score, answer)
 
     def _in_one_call(self) -> Request:
         """The request in one block and one step, which must commit all of it; the likeliest tokens, nothing drawn."""

@@ -112,7 +112,7 @@ class Request:
         is_open = [token is None for token in ((None,) if self.middle is None else self.middle)]
         if self.strength is None and not any(is_open):
             raise RequestError("middle", "has no open position: there is nothing to fill")
-        if self.strength is not None and (self.middle is None or any(is_open)):
+        if self.strength is not None and (not self.middle or any(is_open)):
             raise RequestError("middle", "must be whole where strength says how much of it is made anew")
         if any(not 0 <= begin < stop <= self.region_length for begin, stop in self.spans):
             problem = f"must be (begin, stop) within the {self.region_length} tokens of middle"

@@ -78,7 +78,8 @@ class RemaskingPolicy(Frozen):
         """Each position by its own u."""
         highest = min(1.0, (1 - now.alpha_s) / now.alpha_t) if now.alpha_t > 0 else 1.0
         sigma = min(self.eta, highest) if self.strategy == "cap" else self.eta * highest
-        reveal = (now.alpha_s - (1 - sigma) * now.alpha_t) / (1 - now.alpha_t)
+        share = 1 - now.alpha_t  # of masks; of a steep schedule's last steps none that float64 tells from 0
+        reveal = (now.alpha_s - (1 - sigma) * now.alpha_t) / share if share else 1.0
         is_last = now.step + 1 >= now.steps
         return Verdict(
             now.is_mask & ((now.u < reveal) | is_last), ~now.is_mask & (now.u < sigma) & (not is_last), is_last

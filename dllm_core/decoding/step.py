@@ -206,7 +206,7 @@ def _ranked(log_probs: Tensor, rows: Sequence[DecodeState], of_row: Tensor) -> t
     temperature = sent(np.array([_heat(row) or 1.0 for row in rows], np.float32), device)[of_row]
     top_p = sent(np.array([row.request.config.top_p for row in rows], np.float64), device)[of_row]
     size = log_probs.shape[-1]
-    top_k = sent(np.array([row.request.config.top_k or size for row in rows], np.int64), device)[of_row]
+    top_k = sent(np.array([min(row.request.config.top_k or size, size) for row in rows], np.int64), device)[of_row]
     probs = (log_probs.double() / temperature[:, None]).softmax(-1)
     ranked, order = probs.sort(dim=-1, descending=True, stable=True)
     ranked = ranked.masked_fill(torch.arange(size, device=device) >= top_k[:, None], 0.0)

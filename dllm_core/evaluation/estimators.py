@@ -34,7 +34,7 @@ from dllm_core.objective.config import AnyObjective, AutoregressiveConfig, Maske
 from dllm_core.objective.diffusion import chain_rate
 from dllm_core.objective.loss import DenoiserLike
 from dllm_core.objective.vocabulary import LogitsLaw, nll
-from dllm_core.seeding import Bools, Doubles, Floats, Ints, Purpose, uniforms, uniforms64
+from dllm_core.seeding import Bools, Doubles, Ints, Purpose, uniforms, uniforms64
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,9 @@ class ExactCount:
 class StratifiedTime:
     """The bound's rate at a time drawn from (0, 1], one a row or block, with the process's own noise; exact weights.
 
-    Times are crowded at 0 (`crowded_times`), where few tokens are noised and each costs the more.
+    Times are crowded where few tokens are noised and each costs the more: by the share of noise (`crowded`), so that a
+    figure and its spread are those of every schedule. One that is steep at 0 has half of its noise where even times, or
+    ones that are crowded by t, hardly ever fall.
 
     steps: T of a chain in discrete time, whose bound is that of decoding in T calls. Where a schedule stops at
     alpha(1) > 0, the step from pure noise is paid too. Source: MDLM, arXiv:2406.07524; UDLM, arXiv:2412.10193.
@@ -142,40 +144,44 @@ class StratifiedTime:
     ) -> None:
         self._process, self._device, self._block_length = process, device, block_length
         self._steps, self._time_conditioning = steps, time_conditioning
-        self._is_short = float(process.schedule.alpha(np.float64(1))) > 1e-9
+        self._end = float(process.schedule.alpha(np.float64(1)))
 
     def nats(self, denoiser: DenoiserLike, rows: HeldoutRows, draw: Draw) -> Doubles:
         """One time a row or block."""
         units = rows.units(self._block_length)
         shares = draw.shares(rows.ids, int(units.max(initial=0)) + 1)
-        t, weights = (
-            crowded_times(shares) if self._steps is None else (snapped(shares, self._steps), np.ones_like(shares))
-        )
-        times, weight = (np.take_along_axis(part, units, axis=1) for part in (t.astype(np.float32), weights))
+        times, weight = (np.take_along_axis(part, units, axis=1) for part in self._times(shares))
         length = rows.x0.shape[1]
         u = uniforms(draw.seed, Purpose.EVALUATE, draw.number, rows.ids, length)
         v = None
         if self._process.replaces:
             v = uniforms64(draw.seed, Purpose.EVALUATE_REPLACE, draw.number, rows.ids, length)
         found = self._cost(denoiser, rows, self._process.corrupt(rows.x0, times, u, v), times, weight)
-        if self._is_short:
+        if self._end > 1e-9:
             found += self._cost(denoiser, rows, self._process.prior(rows.x0, v), np.ones_like(times), None)
         return found
 
+    def _times(self, shares: Doubles) -> tuple[Doubles, Doubles]:
+        """Times of uniforms, in float64 since float32 has none below 1e-45, and dt over their density."""
+        if self._steps is not None:
+            return snapped(shares, self._steps), np.ones_like(shares)
+        noise, weights = crowded(shares)
+        t: Doubles = self._process.schedule.at_noise((1 - self._end) * noise)
+        fall = self._process.fall(t)  # 0 where alpha ends flat, and so is the rate
+        return t, np.divide((1 - self._end) * weights, fall, out=np.zeros_like(weights), where=fall > 0)
+
     def _cost(
-        self, denoiser: DenoiserLike, rows: HeldoutRows, noised: Ints, times: Floats, weight: Doubles | None
+        self, denoiser: DenoiserLike, rows: HeldoutRows, noised: Ints, times: Doubles, weight: Doubles | None
     ) -> Doubles:
         """Weighted nats of what noise has made of rows; weight None: of the canvas that decoding begins with."""
         xt = np.where(rows.counted, noised, rows.x0)
         read = rows.counted
         if not self._process.replaces:  # else a clean look is evidence too, and costs nats
             read = read & (xt == self._process.mask_id)
-        when = {"t": torch.from_numpy(times).to(self._device)} if self._time_conditioning else {}
+        when = {"t": torch.from_numpy(times).float().to(self._device)} if self._time_conditioning else {}
         logits = ask(denoiser, rows, xt, read, training_pattern(self._block_length), self._device, **when)
         law = LogitsLaw(logits, self._process.mask_id)
-        x0, seen, t = (
-            torch.from_numpy(part[read]).to(self._device) for part in (rows.x0, xt, times.astype(np.float64))
-        )
+        x0, seen, t = (torch.from_numpy(part[read]).to(self._device) for part in (rows.x0, xt, times))
         if weight is None:
             return _by_row(rows, read, _doubles(terminal_nats(self._process, law, x0)))
         if self._steps is None:
@@ -185,12 +191,12 @@ class StratifiedTime:
         return _by_row(rows, read, weight[read] * _doubles(nats))
 
 
-def crowded_times(shares: Doubles) -> tuple[Doubles, Doubles]:
-    """(t, weight) of uniforms in [0, 1): times in (0, 1] of density 3/4 + 1/12 t^(-2/3), and one over it.
+def crowded(shares: Doubles) -> tuple[Doubles, Doubles]:
+    """(t, weight) of uniforms in [0, 1): shares of noise in (0, 1] of density 3/4 + 1/12 t^(-2/3), and one over it.
 
-    Evenly drawn times would give no finite variance: a mask's cost is 1/t, and is met with a chance of t; random text
+    Evenly drawn ones would give no finite variance: a mask's cost is 1/t, and is met with a chance of t; random text
     of the hybrid process has 1/(2t) and a root of t. Away from 0 the weight is near 1, so a row's nats vary little
-    over t. The time is the root s^3 of s^3 + s/3 = 4/3 (1 - share).
+    over t. It is the root s^3 of s^3 + s/3 = 4/3 (1 - share).
     """
     s = 2 / 3 * np.sinh(np.arcsinh(18 * (1 - shares)) / 3)
     return np.minimum(s**3, 1.0), 1 / (0.75 + s**-2 / 12)

@@ -30,12 +30,16 @@ SIDES: tuple[Side, ...] = ("both", "left", "right")
 
 @dataclass(frozen=True)
 class Hole:
-    """A hole in a document: `before` and `after` are all else of it, each at least one token. int64 arrays."""
+    """A hole in a document: `before` and `after` are all else of it, each at least one token. int64 arrays.
+
+    document: the label of an isolated one in its row.
+    """
 
     row_id: int
     before: Ints
     truth: Ints
     after: Ints
+    document: int = 0
 
     def shown(self, side: Side, mask_id: int) -> tuple[Ints, Ints]:
         """The context of one side, the other side's tokens masked."""
@@ -74,7 +78,8 @@ def cut_holes(rows: HeldoutRows, length: int, *, seed: int, never: Collection[in
         own = np.flatnonzero(document[row] == document[row, start])
         first, last, stop = int(own[0]), int(own[-1]) + 1, start + length
         ids = x0[row]
-        holes.append(Hole(int(rows.ids[row]), ids[first:start], ids[start:stop], ids[stop:last]))
+        own_ids = (ids[first:start], ids[start:stop], ids[stop:last])
+        holes.append(Hole(int(rows.ids[row]), *own_ids, document=int(document[row, start])))
     return holes
 
 

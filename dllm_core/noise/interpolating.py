@@ -118,11 +118,14 @@ class InterpolatingProcess(Frozen):
         excess = xp.expm1(xp.clip(-ratio, None, _LARGEST_LOG)) + ratio
         return cast(weight, t) * (divergence(mixture, law.num_text, found, t) + excess)
 
+    def fall(self, t: Array) -> Array:
+        """-alpha'(t), kept off t = 0, float64: what every rate is a multiple of."""
+        return -self.schedule.dalpha_dt(array_namespace(t).clip(widened(t), _EDGE, 1))
+
     def _inside(self, t: Array) -> tuple[Array, Array]:
         """alpha(t), kept off 0 and 1, and -alpha'(t)."""
-        clip, time = array_namespace(t).clip, widened(t)
-        fall = -self.schedule.dalpha_dt(clip(time, _EDGE, 1))
-        return clip(self.schedule.alpha(time), _EDGE, 1 - _EDGE), fall
+        alpha = self.schedule.alpha(widened(t))
+        return array_namespace(t).clip(alpha, _EDGE, 1 - _EDGE), self.fall(t)
 
 
 def log_odds(mixture: Mixture, num_text: int) -> Array:

@@ -23,8 +23,11 @@ class NoiseSchedule(Protocol):
     def dalpha_dt(self, t: Array) -> Array:
         """Derivative of alpha, never positive."""
 
+    def at_noise(self, noise: Array) -> Array:
+        """The time in [0, 1] at which a share `noise` has not survived; 1 for more than the schedule takes."""
+
     def inverse(self, alpha: Array) -> Array:
-        """The time in [0, 1] at which a share `alpha` has survived; 1 for less than the schedule leaves."""
+        """`at_noise` of 1 - alpha, which keeps no digit of a small share of noise."""
 
 
 class LinearSchedule(Frozen):
@@ -40,9 +43,13 @@ class LinearSchedule(Frozen):
         """-1."""
         return -array_namespace(t).ones_like(t)
 
+    def at_noise(self, noise: Array) -> Array:
+        """The share itself."""
+        return noise
+
     def inverse(self, alpha: Array) -> Array:
         """1 - alpha."""
-        return 1 - alpha
+        return self.at_noise(1 - alpha)
 
 
 class CosineSchedule(Frozen):
@@ -61,9 +68,13 @@ class CosineSchedule(Frozen):
         """-pi/2 sin(pi/2 (1 - t))."""
         return -math.pi / 2 * array_namespace(t).sin(math.pi / 2 * (1 - t))
 
+    def at_noise(self, noise: Array) -> Array:
+        """2/pi of its arcsine."""
+        return 2 / math.pi * array_namespace(noise).arcsin(noise)
+
     def inverse(self, alpha: Array) -> Array:
         """2/pi arcsin(1 - alpha)."""
-        return 2 / math.pi * array_namespace(alpha).arcsin(1 - alpha)
+        return self.at_noise(1 - alpha)
 
 
 class LogLinearSchedule(Frozen):
@@ -84,9 +95,13 @@ class LogLinearSchedule(Frozen):
         """-(1 - eps)."""
         return (self.eps - 1) * array_namespace(t).ones_like(t)
 
+    def at_noise(self, noise: Array) -> Array:
+        """Its share of 1 - eps."""
+        return array_namespace(noise).clip(noise / (1 - self.eps), 0, 1)
+
     def inverse(self, alpha: Array) -> Array:
         """(1 - alpha) / (1 - eps)."""
-        return array_namespace(alpha).clip((1 - alpha) / (1 - self.eps), 0, 1)
+        return self.at_noise(1 - alpha)
 
 
 class PolynomialSchedule(Frozen):
@@ -103,9 +118,13 @@ class PolynomialSchedule(Frozen):
         """-w t^(w - 1); minus infinity at t = 0 where w < 1."""
         return -self.exponent * t ** (self.exponent - 1)
 
+    def at_noise(self, noise: Array) -> Array:
+        """Its w-th root."""
+        return noise ** (1 / self.exponent)
+
     def inverse(self, alpha: Array) -> Array:
         """(1 - alpha)^(1/w)."""
-        return (1 - alpha) ** (1 / self.exponent)
+        return self.at_noise(1 - alpha)
 
 
 AnySchedule = Annotated[

@@ -233,7 +233,8 @@ def _constraint(question: Question, entrant: Entrant, speaker: Speaker, served: 
 
 
 def two_holes(entrant: Entrant, filler: Filler, rows: int, length: int) -> dict[str, Any] | None:
-    """One hole in each half of a row: the first is filled while the second is masked, the second given the first.
+    """One hole in each half of a row, both in one document: the first is filled while the second is masked, the second
+    given the first.
 
     By the chain rule that is one way to fill both; what stands between them is a constraint on both.
     """
@@ -242,7 +243,8 @@ def two_holes(entrant: Entrant, filler: Filler, rows: int, length: int) -> dict[
         {hole.row_id: hole for hole in _holes(entrant, config, rows, length, part)}
         for part in (slice(None, half), slice(half, None))
     ]
-    shared = sorted(halves[0].keys() & halves[1].keys())
+    in_both = halves[0].keys() & halves[1].keys()
+    shared = sorted(row for row in in_both if halves[0][row].document == halves[1][row].document)
     if not shared:
         return None
     side = _widest(filler)
@@ -299,7 +301,7 @@ def _editing(question: Question, entrant: Entrant, speaker: Speaker) -> dict[str
     shown = np.where(is_broken, (x0 + shift) % vocabulary, x0)
     shown = np.where(is_broken & (shown == speaker.mask_id), (shown + 1) % vocabulary, shown)
     is_broken &= shown != x0
-    given = restored(speaker, shown, tokens.is_real, section.broken)
+    given = restored(speaker, shown, tokens.is_real, section.broken, tokens.segment_ids)
     kept, documents = tokens.is_learned & ~is_broken, _documents(entrant, speaker.bundle.config, ids)
 
     def share(right: Bools, of: Bools) -> dict[str, Any]:
@@ -314,8 +316,9 @@ def _editing(question: Question, entrant: Entrant, speaker: Speaker) -> dict[str
     }
 
 
-def restored(speaker: Speaker, shown: Ints, is_real: Any, broken: float) -> Ints:
+def restored(speaker: Speaker, shown: Ints, is_real: Bools, broken: float, segment_ids: Any = None) -> Ints:
     """The likeliest clean token at every position [N L], by one call a row, where a share `broken` is replaced.
+    segment_ids: isolated documents, which see themselves alone, as in training.
 
     A denoiser of replaced tokens tells each token's law given all *others* (`noise/interpolating.py`): what stands in
     its place is evidence of its own, q(shown | x0), 1 - broken for the token itself. t is where so much is noise.
@@ -327,8 +330,10 @@ def restored(speaker: Speaker, shown: Ints, is_real: Any, broken: float) -> Ints
     for start in range(0, len(shown), _BATCH_ROWS):
         at = slice(start, start + _BATCH_ROWS)
         ids, real = (torch.from_numpy(part[at]).to(speaker.device) for part in (shown, is_real))
-        when = {"t": torch.full((len(ids),), time, device=speaker.device)} if has_time else {}
-        logits = speaker.denoiser(ids, real, **when).float()
+        told = {"t": torch.full((len(ids),), time, device=speaker.device)} if has_time else {}
+        if segment_ids is not None:
+            told["segment_ids"] = torch.from_numpy(segment_ids[at]).to(speaker.device)
+        logits = speaker.denoiser(ids, real, **told).float()
         if process.replaces:
             others = logits.shape[-1] - 2  # neither the mask nor the token itself
             evidence = math.log((1 - broken) * others / broken)

@@ -8,16 +8,18 @@
 A model's list are overrides of the shared recipe, as on the command line.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from dllm_core.config.base import FieldProblem, Frozen
 from dllm_core.config.fingerprint import fingerprint
 from dllm_core.config.overrides import apply_overrides, read_recipe
-from dllm_core.errors import ConfigError
+from dllm_core.decoding.automaton import checked_regex
+from dllm_core.errors import ConfigError, RequestError
 from dllm_core.evaluation.tasks.section import AnyTask
 from dllm_core.storage.store import check_name
 from workflows.placement import EvaluatePlacement
@@ -37,7 +39,7 @@ class LearningConfig(Frozen):
 
     points: int = Field(4, ge=1, le=64, description="evenly spaced steps at which the held-out rows are scored")
     rows: int = Field(128, ge=2)
-    draws: int = Field(8, ge=1)
+    draws: int = Field(8, ge=1, le=1 << 20)
 
 
 class RepetitionConfig(Frozen):
@@ -66,8 +68,10 @@ class GenerationConfig(Frozen):
     prompts: int = Field(32, ge=2)
     prompt_tokens: int = Field(16, ge=1)
     tokens: int = Field(48, ge=1)
-    thresholds: tuple[float, ...] = (0.3, 0.5, 0.7, 0.9, 1.0)
-    steps: tuple[int, ...] = Field((8, 16, 32, 64), description="of models whose noise is run backwards")
+    thresholds: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field((0.3, 0.5, 0.7, 0.9, 1.0), min_length=1)
+    steps: tuple[Annotated[int, Field(ge=1, le=1 << 16)], ...] = Field(
+        (8, 16, 32, 64), min_length=1, description="of models whose noise is run backwards"
+    )
     temperature: float = Field(1.0, gt=0, le=10, description="likeliest tokens alone repeat themselves")
 
 
@@ -78,9 +82,21 @@ class FlexibilityConfig(Frozen):
     """
 
     rows: int = Field(128, ge=2)
-    lengths: tuple[int, ...] = (1, 4, 12)
+    lengths: tuple[Annotated[int, Field(ge=1)], ...] = Field((1, 4, 12), min_length=1)
     broken: float = Field(0.1, gt=0, lt=1, description="share of tokens that editing has to find and mend")
     regex: str = Field("[a-z_]+", min_length=1)
+
+    @field_validator("regex")
+    @classmethod
+    def _finds_holes_and_can_be_kept(cls, regex: str) -> str:
+        try:
+            re.compile(regex)  # finds them
+            checked_regex(regex)
+        except re.error as error:
+            raise ValueError(f"is no regular expression ({error})") from None
+        except RequestError as error:
+            raise ValueError(error.problem) from None
+        return regex
 
 
 class TaskConfig(Frozen):
@@ -163,6 +179,20 @@ def load_comparison(path: Path, overrides: Sequence[str] = ()) -> CompareRecipe:
     for model in loaded.models:
         recipe = loaded.recipe_of(model)
         loaded = loaded.model_copy(update={"storage": recipe.storage})
+        _check_decoding(loaded, model, recipe)
         if loaded.task is not None:
             loaded.recipe_of(model, loaded.task.overrides)
     return loaded
+
+
+def _check_decoding(loaded: CompareRecipe, model: str, recipe: Recipe) -> None:
+    """Refuse what a model could not be asked once it is trained."""
+    asked, context = loaded.generation.prompt_tokens, recipe.packing.seq_len
+    if asked >= context:
+        problem = f"must be < packing.seq_len={context}, which models write on within"
+        raise ConfigError("generation.prompt_tokens", problem, asked)
+    try:
+        if recipe.can_be_decoded:
+            recipe.check_decodable()
+    except ConfigError as error:
+        raise ConfigError(f"models.{model}: {error.place}", error.problem, error.value, error.remedy) from None

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from workflows.drawing import INK, axes, figures, grid, page, svg, table
-from workflows.evaluate.show import shown, shown_nats
+from workflows.evaluate.show import interval, percent, shown, shown_nats
 
 _COLOURS = ("#2a6fdb", "#c2410c", "#15803d", "#7c3aed", "#eab308", "#0e7490", "#be185d", "#4d7c0f")
 _NONE = "–"
@@ -19,9 +19,13 @@ def table_lines(result: dict[str, Any]) -> list[str]:
     """The tables in Markdown; a dash where a model cannot be asked."""
     lines: list[str] = []
     for title, head, rows in _tables(result):
-        lines += ["", f"**{title}**", "", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-        lines += ["| " + " | ".join(row) + " |" for row in rows]
+        lines += ["", f"**{title}**", "", _line_of(head), "|---" * len(head) + "|", *map(_line_of, rows)]
     return lines[1:]
+
+
+def _line_of(cells: list[str]) -> str:
+    """Of a Markdown table: a bar within a cell, as a regular expression may have, would begin another one."""
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 def report_page(result: dict[str, Any], place: str) -> bytes:
@@ -80,9 +84,9 @@ def _context_table(result: dict[str, Any]) -> tuple[str, list[str], Rows]:
     rows = []
     for model, sides in result["context"].items():
         sides = sides or {}
-        row = [model, *(_share(sides[s]["token"]) if s in sides else _NONE for s in ("left", "right", "both"))]
+        row = [model, *(percent(sides[s]["token"]) if s in sides else _NONE for s in ("left", "right", "both"))]
         near = sides["both"]["by_distance"] if "both" in sides else []
-        rows.append([*row, *(_share(near[at]["accuracy"]) if near else _NONE for at in (0, -1))])
+        rows.append([*row, *(percent(near[at]["accuracy"]) if near else _NONE for at in (0, -1))])
     length = result["recipe"]["context"]["length"]
     return f"Context: tokens of a hole of {length} that are restored, by the side that is seen, ± SE", head, rows
 
@@ -129,13 +133,13 @@ def _flexibility_table(result: dict[str, Any]) -> tuple[str, list[str], Rows]:
     rows = []
     for model, found in result["flexibility"].items():
         by_length = {hole["length"]: hole for hole in found["holes"]}
-        row = [model, *(_share(by_length[n]["exact"]) if n in by_length else _NONE for n in lengths)]
-        row.append(_share(found["two_holes"]["exact"]) if found["two_holes"] else _NONE)
+        row = [model, *(percent(by_length[n]["exact"]) if n in by_length else _NONE for n in lengths)]
+        row.append(percent(found["two_holes"]["exact"]) if found["two_holes"] else _NONE)
         editing = found["editing"]
-        row += [_share(editing[name]) if editing else _NONE for name in ("mended", "kept")]
+        row += [percent(editing[name]) if editing else _NONE for name in ("mended", "kept")]
         kept = found["constraint"]
         asked = (("untold", "matches"), ("untold", "exact"), ("told", "exact"))
-        row += [_share(kept[how][what]) if kept else _NONE for how, what in asked]
+        row += [percent(kept[how][what]) if kept else _NONE for how, what in asked]
         rows.append(row)
     title = "Flexibility: holes restored exactly, from all the context that a model sees; text mended; what must match"
     return f"{title}, ± SE", head, rows
@@ -149,19 +153,15 @@ def _task_table(result: dict[str, Any]) -> tuple[str, list[str], Rows]:
             rows.append([model, *[_NONE] * 4])
             continue
         exact = found["exact"]
-        interval = f"{100 * exact['low']:.1f} to {100 * exact['high']:.1f} %"
+        bounds = f"{100 * exact['low']:.1f} to {100 * exact['high']:.1f} %"
         calls = f"{found['tokens_per_call']['value']:.2f}"
-        rows.append([model, f"{100 * exact['value']:.1f} %", interval, _share(found["pieces"]), calls])
+        rows.append([model, f"{100 * exact['value']:.1f} %", bounds, percent(found["pieces"]), calls])
     task = result["recipe"]["task"]
     return f"Task: {task['problem']['type']}, {task['problems']} problems that training never saw", head, rows
 
 
 def _nats(point: dict[str, Any]) -> str:
     return shown_nats(point["likelihood"])
-
-
-def _share(part: dict[str, Any]) -> str:
-    return f"{shown(part, 1, 0.01)} %"
 
 
 def _cards(result: dict[str, Any]) -> list[tuple[str, str]]:
@@ -222,8 +222,8 @@ def _context_plot(result: dict[str, Any]) -> str:
             if sides and side in sides:
                 near = sides[side]["by_distance"]
                 x, y = ([part["distance"] for part in near], [100 * part["accuracy"]["value"] for part in near])
-                error = [200 * (part["accuracy"]["standard_error"] or 0) for part in near]
-                axis.errorbar(x, y, yerr=error, marker="o", ms=4, lw=1.4, capsize=3, label=model, color=colours[model])
+                reach = 100 * np.array(interval([part["accuracy"] for part in near]))
+                axis.errorbar(x, y, yerr=reach, marker="o", ms=4, lw=1.4, capsize=3, label=model, color=colours[model])
         axis.set(xlabel="distance to what is seen", title=f"{side}{' sides' if side == 'both' else ''}", ylim=(0, None))
     found[0].set_ylabel("% of tokens right")
     found[2].legend(frameon=False, fontsize=8)

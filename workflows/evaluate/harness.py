@@ -268,15 +268,16 @@ class DllmModel(LM):  # type: ignore[misc]
     def _decoded(self, wanted: Sequence[tuple[Request, Stops]]) -> Iterator[tuple[tuple[Request, Stops], str]]:
         """Texts as they end: a row leaves the batch once a stop string in it is settled."""
         engine = self._engine
-        rows = {engine.add(one[0]): (one, TextStream(self._tokenizer, one[1])) for one in wanted}
-        while updates := engine.step():
-            for update in updates:
-                one, stream = rows[update.row]
-                is_last = update.state.finish_reason is not None
-                stream.push(update.state.answer(engine.eos_id), last=is_last)
-                if is_last or stream.stopped:
-                    engine.cancel(update.row)
-                    yield one, stream.text
+        with engine.left_empty():
+            rows = {engine.add(one[0]): (one, TextStream(self._tokenizer, one[1])) for one in wanted}
+            while updates := engine.step():
+                for update in updates:
+                    one, stream = rows[update.row]
+                    is_last = update.state.finish_reason is not None
+                    stream.push(update.state.answer(engine.eos_id), last=is_last)
+                    if is_last or stream.stopped:
+                        engine.cancel(update.row)
+                        yield one, stream.text
 
 
 def _run_of(path: str) -> str:

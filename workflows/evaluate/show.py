@@ -52,7 +52,7 @@ def shown_nats(likelihood: Figures) -> str:
     return shown({"value": likelihood["nelbo"], "standard_error": likelihood["standard_error"]}, 3)
 
 
-def _percent(estimate: Figures) -> str:
+def percent(estimate: Figures) -> str:
     """A share with its error, or with its 95 % interval where all rows agree and show no spread."""
     if "low" in estimate and not estimate["standard_error"]:
         low, high = 100 * estimate["low"], 100 * estimate["high"]
@@ -77,7 +77,7 @@ def _about_calibration(figures: Figures) -> str:
 def _about_infill(figures: Figures) -> str:
     told = {one["length"]: "" for one in figures["holes"]}
     for one in figures["holes"]:
-        told[one["length"]] += f" {_percent(one['token'])} from {one['side']},"
+        told[one["length"]] += f" {percent(one['token'])} from {one['side']},"
     return f"tokens restored in holes{';'.join(f' of {n}:{of_n[:-1]}' for n, of_n in told.items())}"
 
 
@@ -95,12 +95,12 @@ def _about_text(quality: Figures) -> str:
 
 def _about_task(figures: Figures) -> str:
     return (
-        f"{_percent(figures['exact'])} of {figures['problems']} test problems solved, {_percent(figures['pieces'])} of "
+        f"{percent(figures['exact'])} of {figures['problems']} test problems solved, {percent(figures['pieces'])} of "
         f"their pieces; {figures['tokens_per_call']['value']:.2f} tokens per call"
     )
 
 
-def _interval(estimates: list[Figures]) -> list[list[float]]:
+def interval(estimates: list[Figures]) -> list[list[float]]:
     """How far the 95 % intervals reach below and above, as matplotlib wants them."""
     return [[e["value"] - e["low"] for e in estimates], [e["high"] - e["value"] for e in estimates]]
 
@@ -118,7 +118,7 @@ def _calibration(figures: Figures) -> str:
             color=SOFT,
             alpha=0.5,
         )
-        axis.errorbar(sure, [r["value"] for r in right], yerr=_interval(right), fmt="o-", color=ACCENT, ms=4, capsize=2)
+        axis.errorbar(sure, [r["value"] for r in right], yerr=interval(right), fmt="o-", color=ACCENT, ms=4, capsize=2)
         axis.set(title=f"{one['rate']:.0%} hidden", xlabel="confidence", xlim=(0, 1), ylim=(0, 1))
     panels[0].set_ylabel("accuracy; bars: share of tokens")
     rows = [
@@ -127,8 +127,8 @@ def _calibration(figures: Figures) -> str:
             f"{one['tokens']:,}",
             shown(one["expected_error"], 4),
             f"{one['expected_error_by_chance']:.4f}",
-            _percent(one["accuracy"]),
-            _percent(one["confidence"]),
+            percent(one["accuracy"]),
+            percent(one["confidence"]),
             shown(one["brier"], 3),
         ]
         for one in figures["by_rate"]
@@ -149,7 +149,7 @@ def _infill(figures: Figures) -> str:
             left.errorbar(
                 [one["length"] for one in holes],
                 [one["value"] for one in found],
-                yerr=_interval(found),
+                yerr=interval(found),
                 fmt=style,
                 color=colour,
                 ms=4,
@@ -161,7 +161,7 @@ def _infill(figures: Figures) -> str:
                 at = one["by_distance"]
                 found = [d["accuracy"] for d in at]
                 places, values = [d["distance"] for d in at], [one["value"] for one in found]
-                right.errorbar(places, values, yerr=_interval(found), fmt="o-", color=colour, ms=4, capsize=2)
+                right.errorbar(places, values, yerr=interval(found), fmt="o-", color=colour, ms=4, capsize=2)
     left.set(xlabel="tokens a hole", ylabel="share restored", ylim=(0, 1))
     left.legend(frameon=False, fontsize=8)
     right.set(xlabel=f"distance from the nearest visible token, holes of {longest}", ylabel="accuracy", ylim=(0, 1))
@@ -171,10 +171,10 @@ def _infill(figures: Figures) -> str:
             str(one["length"]),
             _SIDES[one["side"]][1],
             str(one["exact"]["rows"]),
-            _percent(one["token"]),
-            _percent(one["exact"]),
+            percent(one["token"]),
+            percent(one["exact"]),
             shown(one["tokens_per_call"]),
-            _percent(gains[at]) if (at := (one["length"], one["side"])) in gains else "",
+            percent(gains[at]) if (at := (one["length"], one["side"])) in gains else "",
         ]
         for one in figures["holes"]
     ]
@@ -232,9 +232,9 @@ def _tasks(tasks: list[Figures]) -> str:
             [
                 name,
                 str(one["problems"]),
-                _percent(one["exact"]),
+                percent(one["exact"]),
                 f"{100 * one['exact']['low']:.1f} to {100 * one['exact']['high']:.1f} %",
-                _percent(one["pieces"]),
+                percent(one["pieces"]),
                 shown(one["tokens_per_call"]),
             ]
         )

@@ -29,7 +29,8 @@ _SPAN = re.compile(r"(\d+):(\d+)")
 
 
 class Asked(Frozen):
-    """One thing to decode. prompt_ids: the prompt as token ids; stop: strings of which the first ends the answer.
+    """One thing to decode. prompt_ids: the prompt as token ids; stop: strings of which the first ends the answer to a
+    prompt: text with holes stands whole.
 
     regex, json_schema: what all of the answer matches.
     """
@@ -68,6 +69,9 @@ class Asked(Frozen):
             raise FieldProblem("json_schema", "is another form of regex", self.json_schema, "give one of them")
         if any(not stop for stop in self.stop):
             raise FieldProblem("stop", "must not be empty", list(self.stop))
+        if self.stop and (self.infill is not None or self.edit is not None):
+            problem = "is for text that goes on from a prompt, not for infill and edit"
+            raise FieldProblem("stop", problem, list(self.stop), "leave it out")
         return self
 
     @property
@@ -121,7 +125,8 @@ class Asked(Frozen):
         at = 0
         assert self.infill is not None
         for found in _HOLE.finditer(self.infill):
-            parts.append(tuple(tokenizer.encode(self.infill[at : found.start()])))
+            text = self.infill[at : found.start()]
+            parts.append(tuple(tokenizer.encode_kept(text, "infill") if parts else tokenizer.encode(text)))
             least = int(found[1] or 1)
             most = int(found[2] or found[1] or min(config.max_tokens, context))
             if not 1 <= least <= most:

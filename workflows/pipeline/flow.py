@@ -34,7 +34,7 @@ from workflows.fan_out import fan_out
 from workflows.pipeline.bundle import bundle_inputs, make_bundle
 from workflows.pipeline.demo import demonstrate
 from workflows.pipeline.receipts import Events, Receipts
-from workflows.pipeline.report import about_policy, write_report
+from workflows.pipeline.report import EVALUATION, about_policy, write_report
 from workflows.preprocess.flow import Preprocessing, summary
 from workflows.recipe import Recipe
 from workflows.serve.app import check_port
@@ -172,6 +172,8 @@ class Pipeline:
         inputs = fingerprint([self._bundle_identity(), recipe.evaluate, recipe.decode])
         result = self._receipts.read(name, inputs)
         if result is not None:
+            if run.read_json(EVALUATION) != result:  # it is gone, or of another evaluation, killed before its receipt
+                run.write_json(EVALUATION, result)
             self._console.skipped(name, _about_evaluation(result))
         else:
             if recipe.can_be_decoded and recipe.evaluate.prompts:
@@ -180,7 +182,7 @@ class Pipeline:
             with self._stage(name) as bar:
                 self._cluster()
                 result = evaluate(recipe, run, fan_out, bar.update)
-            run.write_json("evaluation.json", result)
+            run.write_json(EVALUATION, result)
             self._receipts.write(name, inputs, result)
             self._console.done(name, _about_evaluation(result), self._took)
             self._events.add(name, "done", nelbo=result["nelbo"], standard_error=result["standard_error"])

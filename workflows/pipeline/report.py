@@ -16,11 +16,13 @@ from workflows.generate.asked import Asked
 from workflows.generate.unfold import Frame, unfold
 from workflows.recipe import Recipe
 
+EVALUATION = "evaluation.json"
+
 
 def write_report(recipe: Recipe, run: RunDir) -> None:
     """Draw the run's report from its own files."""
     bundle = read_bundle(run)
-    evaluation = run.read_json("evaluation.json")
+    evaluation = run.read_json(EVALUATION)
     answers = (run.read_json("stages/serve.json") or {"result": {"answers": []}})["result"]["answers"]
     records = JsonLines(run, "metrics.jsonl").read()
     parts = [

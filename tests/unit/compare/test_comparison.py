@@ -16,6 +16,7 @@ from dllm_core.evaluation.infill import SIDES, Filled
 from dllm_core.noise.schedule import CosineSchedule
 from dllm_core.noise.uniform import UniformProcess
 from dllm_core.storage.store import LocalStore
+from workflows.compare import measures
 from workflows.compare.flow import Comparison
 from workflows.compare.measures import restored, two_holes
 from workflows.compare.recipe import CompareRecipe
@@ -176,6 +177,19 @@ def test_text_is_mended_by_the_law_of_a_token_given_all_that_is_shown(finished, 
     assert not np.array_equal(given, text[prior.argmax(-1)])  # what is shown counts
 
 
+def test_an_isolated_document_is_mended_as_it_would_be_alone(finished):
+    recipe, _ = finished
+    speaker = Speaker(read_bundle(entrant_of(recipe, "uniform").run), torch.device("cpu"), 0)
+    shown, real = np.random.default_rng(1).integers(20, 200, (4, 32)), np.ones((4, 32), bool)
+    half = slice(None, 16)
+    with torch.inference_mode():
+        alone = restored(speaker, shown[:, half], real[:, half], 0.999)
+        joined = restored(speaker, shown, real, 0.999)[:, half]
+        apart = restored(speaker, shown, real, 0.999, np.repeat([[1, 2]], 16, axis=1).repeat(4, 0).astype(np.int32))
+    assert np.array_equal(apart[:, half], alone)
+    assert not np.array_equal(joined, alone), "what stands beside a document would change it"
+
+
 def test_a_model_that_is_told_t_mends_at_the_time_at_which_so_much_is_noise(finished):
     recipe, _ = finished
     run = entrant_of(recipe, "uniform").run
@@ -266,3 +280,19 @@ def test_the_second_of_two_holes_is_filled_given_the_first(finished):
         start = len(second.before)
         assert (given[start : start + 3] == 0).sum() == 3  # while it was asked, the second was masked: id 0
         assert np.array_equal(np.delete(given, np.s_[start : start + 3]), np.concatenate([second.before, second.after]))
+
+
+def test_two_holes_of_a_row_are_of_one_document(finished, monkeypatch):
+    """A row of 10 tokens of a document and 22 of another: of the first half's holes some are in either."""
+    ids, real = np.arange(24), np.ones((24, 32), bool)
+    x0 = np.random.default_rng(2).integers(20, 200, real.shape)
+    segments = np.repeat([[1] * 10 + [2] * 22], len(ids), axis=0)
+    rows = SimpleNamespace(x0=x0, is_learned=real, is_real=real, segment_ids=segments)
+    monkeypatch.setattr(measures, "heldout_rows", lambda *_: (ids, rows))
+    monkeypatch.setattr(measures, "_documents_of", lambda *_: None)
+    oracle = Oracle()
+    assert two_holes(entrant_of(finished[0], "absorbing"), oracle, rows=24, length=3)["exact"]["value"] == 1
+    _, (_, seconds) = oracle.seen
+    assert 0 < len(seconds) < len(ids)
+    for hole in seconds:
+        assert np.array_equal(np.concatenate([hole.before, hole.truth, hole.after]), x0[hole.row_id, 10:])

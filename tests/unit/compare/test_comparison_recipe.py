@@ -56,6 +56,17 @@ def test_where_it_runs_is_no_part_of_what_it_is(tmp_path, field):
         ({"models": {}}, "models", "at least 1 item"),
         ({"repetition": {"epochs": [4, 1]}}, "repetition.epochs", "that rise"),
         ({"repetition": {"epochs": []}}, "repetition.epochs", "that rise"),
+        ({"generation": {"thresholds": [0.5, 0]}}, "generation.thresholds.1", "greater than 0"),
+        ({"generation": {"steps": []}}, "generation.steps", "at least 1 item"),
+        ({"generation": {"prompt_tokens": 64}}, "generation.prompt_tokens", "< packing.seq_len=64"),
+        ({"flexibility": {"lengths": [0]}}, "flexibility.lengths.0", "to 1"),
+        ({"flexibility": {"regex": "[a"}}, "flexibility.regex", "is no regular expression"),
+        ({"flexibility": {"regex": "(?=a)b"}}, "flexibility.regex", "is no regular expression"),
+        (
+            {"models": {"blocks": ["objective.type=block_diffusion", "noise.block_length=8"]}},
+            "models.blocks: decode.block_length",
+            "must be noise.block_length=8",
+        ),
         ({"context": {"lenght": 3}}, "context.lenght", "did you mean 'length'"),
         ({"task": {"problem": {"type": "chess"}}}, "task.problem.type", "unknown kind"),
         (

@@ -59,3 +59,16 @@ def test_models_that_saw_other_numbers_of_tokens_stand_under_their_own():
         ["–", "–", "–"],
     ]
     assert {line.count(" | ") for line in (head, *lines)} == {7}
+
+
+def test_a_share_without_spread_has_its_interval_and_an_expression_s_bar_begins_no_column():
+    result = result_of({"only": [(1_000_000, likelihood(4.0))]})
+    result["recipe"]["flexibility"]["regex"] = "[a-z]+|[0-9]"
+    all_right = {"value": 1.0, "standard_error": 0.0, "rows": 61, "low": 0.9407, "high": 1.0}
+    half = {"value": 0.5, "standard_error": 0.0625, "rows": 61, "low": 0.38, "high": 0.62}
+    told = {"untold": {"matches": half, "exact": half}, "told": {"matches": all_right, "exact": all_right}}
+    result["flexibility"]["only"] = {**result["flexibility"]["only"], "constraint": told}
+    head, rule, line = table_lines(result)[-3:]
+    assert head.replace(r"\|", "").count("|") == rule.count("|") == line.count("|")
+    assert line.endswith("| 50.0 ± 6.2 % | 50.0 ± 6.2 % | 100.0 % (95 %: 94.1 to 100.0) |")
+    assert "[a-z]+|[0-9]" in report_page(result, "here").decode()

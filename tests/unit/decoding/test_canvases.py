@@ -90,6 +90,7 @@ def test_a_mask_that_was_given_takes_no_other_position_s_turn(denoiser):
         ({"middle": (None, 99)}, "middle: token ids must be in"),
         ({"middle": (5, None), "strength": 0.5}, "middle: must be whole where strength"),
         ({"strength": 0.5}, "middle: must be whole where strength"),
+        ({"middle": (), "strength": 0.5}, "middle: must be whole where strength"),
         ({"middle": (5, 6), "strength": 1.5}, r"strength: must be in \(0, 1\], got 1.5"),
         ({"middle": (None,) * 50}, "exceed the context of 48 tokens"),
         ({"stop": ("x",)}, "stop: needs a tokenizer"),

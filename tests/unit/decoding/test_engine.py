@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from rows import EOS, MASK, PAD, PROCESS, VOCABULARY, new_denoiser, new_engine, requests
 
 from dllm_core.decoding.config import DecodeConfig
-from dllm_core.decoding.request import Request
+from dllm_core.decoding.engine import Engine
+from dllm_core.decoding.lengths import infill
+from dllm_core.decoding.request import OpenHole, Request
 from dllm_core.decoding.state import DecodeState
 from dllm_core.decoding.step import propose
 from dllm_core.decoding.unmask import LowConfidencePolicy, ThresholdPolicy
@@ -174,6 +176,29 @@ def test_what_cannot_be_decoded_is_refused_before_it_takes_a_place(denoiser):
     with pytest.raises(RequestError, match="token ids"):
         one.add(Request(prompt=(VOCABULARY,), config=DecodeConfig(max_tokens=4)))
     assert one.num_waiting == 0
+
+
+def interrupted_at_once(engine: Engine) -> None:
+    """Ctrl-C in the next call of its denoiser."""
+
+    def interrupt(*_: object) -> None:
+        handle.remove()
+        raise KeyboardInterrupt
+
+    handle = engine.denoiser.register_forward_pre_hook(interrupt)
+
+
+def test_what_is_refused_or_interrupted_leaves_no_row_for_the_next_to_meet():
+    engine, good = new_engine(new_denoiser()), Request((5, 6), DecodeConfig(max_tokens=4))
+    expected = engine.generate([good])
+    with pytest.raises(RequestError, match="token ids"):
+        engine.generate([good, replace(good, prompt=(VOCABULARY,))])
+    assert engine.generate([good]) == expected
+    for decode in (lambda: engine.generate([good]), lambda: infill(engine, good, [OpenHole(1, 2)])):
+        interrupted_at_once(engine)
+        with pytest.raises(KeyboardInterrupt):
+            decode()
+        assert engine.generate([good]) == expected
 
 
 @pytest.mark.parametrize("temperature", [1e-30, 1e-46, 5e-324])

@@ -18,7 +18,7 @@ from dllm_core.decoding.request import Request
 from dllm_core.decoding.revise import AncestralPolicy, EditingPolicy, Moment, RemaskingPolicy
 from dllm_core.model.denoiser import Denoiser
 from dllm_core.noise.absorbing import AbsorbingProcess
-from dllm_core.noise.schedule import CosineSchedule
+from dllm_core.noise.schedule import CosineSchedule, PolynomialSchedule
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 GRID = (np.arange(20_000, dtype=np.float32) + 0.5) / 20_000
@@ -60,6 +60,15 @@ def test_ancestral_sampling_masks_none_again(alphas):
     reveal, sigma = chances(AncestralPolicy(), alpha_t, alpha_s)
     assert sigma == 0
     assert reveal == pytest.approx((alpha_s - alpha_t) / (1 - alpha_t), abs=2 / len(GRID))
+
+
+@pytest.mark.parametrize("policy", [AncestralPolicy(), RemaskingPolicy(eta=1), RemaskingPolicy(strategy="rescale")])
+def test_a_schedule_that_leaves_no_mask_that_can_be_told_reveals_all(denoiser, policy):
+    assert chances(policy, 1.0, 1.0) == (1, 0)
+    steep = AbsorbingProcess(mask_id=MASK, schedule=PolynomialSchedule(exponent=20))
+    config = DecodeConfig(policy=policy, max_tokens=4, block_length=4, steps_per_block=16)
+    [answer] = Engine.over(denoiser, steep).generate([Request((5,), config, suffix=(6,))])
+    assert (len(answer.tokens), answer.num_calls) == (4, 16)
 
 
 LAWS = np.array([[0.5, 0.3, 0.2], [0.1, 0.1, 0.8], [0.6, 0.25, 0.15]])  # of tokens 3, 4, 5 at three positions

@@ -52,6 +52,13 @@ def test_no_budget_ends_with_masks_left_nor_costs_more_calls_than_it_has(length,
     assert answer.num_calls <= -(-length // block) * steps
 
 
+@pytest.mark.parametrize("top_k", [VOCABULARY, 10**30])
+def test_a_top_k_beyond_the_vocabulary_leaves_all_of_it(top_k):
+    whole, wide, one = (config_of(8, 4, 4, temperature=1.0, top_k=k) for k in (None, top_k, 1))
+    answers = [new_engine(new_denoiser()).generate([Request((3,), config, seed=5)])[0] for config in (whole, wide, one)]
+    assert answers[0] == answers[1] != answers[2]
+
+
 def test_a_block_that_is_full_costs_no_call():
     request = Request((3,), config_of(12, 4, 4), middle=(None, None, None, None, 5, 6, 7, 8, None, None, None, None))
     [answer] = new_engine(bumped([EOS], -80.0)).generate([request])

@@ -264,6 +264,20 @@ def test_a_text_is_what_the_engine_gives_alone_and_in_any_company(runs, kind):
     assert unsaid == model.generate_until([asking("RED", {"until": [], "max_gen_toks": model._decode.max_tokens})])[0]
 
 
+def test_texts_that_were_interrupted_are_written_again_by_the_same_model(runs):
+    model, requests = model_of(runs["masks"]), [asking(text, {"until": [], "max_gen_toks": 8}) for text in ("RED", "A")]
+    expected = model.generate_until(requests)
+
+    def interrupt(*_: object) -> None:
+        handle.remove()
+        raise KeyboardInterrupt
+
+    handle = model._denoiser.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model.generate_until(requests)
+    assert model.generate_until(requests) == expected
+
+
 def test_repeats_that_sample_differ_and_those_that_do_not_are_equal(runs):
     requests = [asking("RED", SAMPLED)] * 5 + [asking("BLUE", SAMPLED)]
     texts = model_of(runs["masks"]).generate_until(requests)

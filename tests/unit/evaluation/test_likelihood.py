@@ -10,7 +10,7 @@ from conftest import in_long
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dllm_core.evaluation.estimators import ExactCount, HeldoutRows, StratifiedTime, crowded_times
+from dllm_core.evaluation.estimators import ExactCount, HeldoutRows, StratifiedTime, crowded
 from dllm_core.evaluation.likelihood import (
     Likelihood,
     RowScores,
@@ -190,15 +190,15 @@ def test_a_row_or_block_has_one_time_in_each_stratum(draws, block_length):
 def test_crowded_times_are_weighed_by_their_own_density():
     """The weight is dt/dshare, so that a mean over shares is an integral over t."""
     share = np.linspace(0, 1, 4001)[:-1]
-    t, weight = crowded_times(share)
+    t, weight = crowded(share)
     assert (np.diff(t) < 0).all()
     assert t[0] == 1
     assert t[-1] > 0
     middle = share[:-1] + 1 / 8000
-    np.testing.assert_allclose(np.diff(t) * -4000, crowded_times(middle)[1], rtol=0.05)
+    np.testing.assert_allclose(np.diff(t) * -4000, crowded(middle)[1], rtol=0.05)
     for power in (0.0, 0.5, 1.0, 3.0):
         assert (weight * t**power).mean() == pytest.approx(1 / (power + 1), rel=1e-3)
-    assert (crowded_times(np.array([1 - 2.0**-32]))[0] > 0).all()
+    assert (crowded(np.array([1 - 2.0**-32]))[0] > 0).all()
 
 
 @pytest.mark.parametrize("draws", [1, 3, 8, 20])

@@ -9,18 +9,22 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 from conftest import make_small_bundle
 
 from dllm_core.checkpoints.bundle import read_bundle
 from dllm_core.checkpoints.run_dir import RunDir
+from dllm_core.data.tokenizer import Tokenizer, TokenizerConfig
 from dllm_core.decoding.answer import RowUpdate
 from dllm_core.decoding.config import DecodeConfig
 from dllm_core.decoding.engine import Engine
 from dllm_core.decoding.request import Request
+from dllm_core.errors import RequestError
 from dllm_core.model.denoiser import Denoiser
 from dllm_core.storage.store import open_store
 from workflows.cli import run_command_line
+from workflows.generate.asked import Asked
 from workflows.generate.flow import canvas_text
 from workflows.generate.unfold import unfold
 from workflows.recipe import Recipe
@@ -61,6 +65,17 @@ def test_holes_that_stand_side_by_side_are_told_apart(told, small_bundle, templa
     stop = len(tokens) - 2  # of the second hole; behind it stand B and the third
     assert tokens[stop:-1] == tokenizer.encode("B")
     assert answer["holes"] == [tokenizer.decode(part) for part in (tokens[:2], tokens[2:stop], tokens[-1:])]
+
+
+def test_what_stands_between_holes_is_kept_as_it_is_or_refused():
+    """Some tokenizers compose characters first, as Qwen's does."""
+    core = tokenizers.Tokenizer.from_str(Tokenizer.train(["cafe"], TokenizerConfig(vocab_size=260)).json_text)
+    core.normalizer = tokenizers.normalizers.NFC()
+    tokenizer = Tokenizer(core.to_str(), TokenizerConfig(vocab_size=260))
+    request, _ = Asked(infill="cafe\u0301[[1]] caf\u00e9 [[1]]").given(tokenizer, DecodeConfig(), 64)
+    assert tokenizer.decode([token for token in request.middle if token is not None]) == " caf\u00e9 "
+    with pytest.raises(RequestError, match=r"^infill: the text between what is made .* would change"):
+        Asked(infill="[[1]]cafe\u0301[[1]]").given(tokenizer, DecodeConfig(), 64)
 
 
 def test_the_length_of_a_hole_is_searched_where_it_is_not_said(told):
@@ -263,6 +278,8 @@ def test_weights_that_are_no_numbers_end_with_one_line(small_bundle, told, monke
         (["--prompt", "RED", "--prompt-ids", "1"], 2, "prompt_ids: is another form of prompt"),
         (["--prompt", "RED", "--stop", ""], 2, "stop: must not be empty"),
         (["--suffix", "\udcff"], 2, "suffix: is not Unicode, got '\\udcff': write it as UTF-8"),
+        (["--infill", "[[2]] A [[1]]", "--stop", "A"], 2, "stop: is for text that goes on from a prompt"),
+        (["--prompt", "RED", "--edit", "0:2", "--stop", "D"], 2, "stop: is for text that goes on from a prompt"),
         (["--regex", "(a"], 2, "constraint: is no regular expression"),
         (["--regex", "a", "--json-schema", "{}"], 2, "json_schema: is another form of regex"),
         (["--regex", "a{99}b"], 2, "constraint: no answer of at most 8 tokens matches it"),
@@ -293,6 +310,7 @@ def test_a_mistake_is_one_line(told, words, code, line):
         ('{"prompt": "\\ud800"}', 2, ":1.prompt: is not Unicode, got "),
         ("[1]", 2, ":1: must be a JSON object, got [1]"),
         ("{", 2, ":1: is not JSON"),
+        ('{"prompt": "a", "prompt": "b"}', 2, ":1: the key is there twice, got 'prompt': keep one"),
     ],
 )
 def test_a_mistake_in_a_file_of_prompts_names_its_line(told, tmp_path, text, code, line):
@@ -330,7 +348,7 @@ def test_a_row_of_a_file_that_fails_costs_the_others_nothing(told, tmp_path, mon
     def spoilt(self: Denoiser, ids: torch.Tensor) -> torch.Tensor:
         return embedded(self, ids).masked_fill((ids == poison)[..., None], torch.nan)
 
-    monkeypatch.setattr(Denoiser, "_embedded", spoilt)
+    monkeypatch.setattr(Denoiser, "embedded", spoilt)
     path.write_text(
         f'{{"prompt_ids": [5, 6]}}\n{{"prompt_ids": [{poison}]}}\n{{"prompt_ids": [5, 8]}}', encoding="utf-8"
     )

@@ -46,15 +46,6 @@ class _WholeText(DecodingFields):
         raise NotImplementedError
 
 
-def _spelled(model: ServedModel, text: str, place: str) -> list[int]:
-    """Ids of a text between what is made, which an answer spells from them: refused where it would not be the same."""
-    ids = model.tokenizer.encode(text)
-    if model.tokenizer.token_bytes() is not None and model.tokenizer.decode(ids) != text:
-        problem = "hold between what is made a text that the model's tokenizer would change"
-        raise RequestError(place, problem, text, "compose its characters (NFC)")
-    return ids
-
-
 class InfillRequest(_WholeText):
     """Body of POST /v1/infill: text and holes in turn, any number, filled together."""
 
@@ -80,7 +71,7 @@ class InfillRequest(_WholeText):
             if isinstance(part, Hole):
                 pieces.append(OpenHole(part.hole, part.hole))
             elif part:
-                pieces.append(tuple(_spelled(model, part, "segments")))
+                pieces.append(tuple(model.tokenizer.encode_kept(part, "segments")))
         config = self.decode_config(model.decode, model.context)
         request = Request(
             prompt=tuple(model.tokenizer.encode(head)),
@@ -112,7 +103,7 @@ class EditRequest(_WholeText):
         edited: list[tuple[int, int]] = []
         at = spans[0][0]
         for begin, stop in spans:
-            middle += _spelled(model, self.text[at:begin], "spans")
+            middle += model.tokenizer.encode_kept(self.text[at:begin], "spans")
             made = model.tokenizer.encode(self.text[begin:stop])
             edited.append((len(middle), len(middle) + len(made)))
             middle += made
