@@ -6,7 +6,7 @@ With `train.average_checkpoints`, the mean of the averaged weights of the newest
 import contextlib
 import itertools
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from safetensors.torch import load_file
@@ -31,9 +31,12 @@ from workflows.recipe import Recipe
 from workflows.train.job import check_rows, denoiser_config
 
 
-def make_bundle(recipe: Recipe, run: RunDir, corpus: str) -> Lineage:
-    """Write the run's bundle from its newest or best intact checkpoints, as many as are asked for and are there."""
-    found = _chosen(run, recipe.train)
+def make_bundle(recipe: Recipe, run: RunDir, corpus: str, on_damage: Callable[[CheckpointError], None]) -> Lineage:
+    """Write the run's bundle from its newest or best intact checkpoints, as many as are asked for and are there.
+
+    on_damage: told of each that is passed over.
+    """
+    found = _chosen(run, recipe.train, on_damage)
     digests = [checkpoint.manifest.files[EMA_NAME].sha256 for checkpoint in found]
     store = run.store
     manifest = read_manifest(store, corpus)
@@ -76,13 +79,15 @@ def _layout_of(recipe: Recipe, run: RunDir, config: DenoiserConfig) -> ForeignLa
     return trained_layout(layout, config, is_causal=kind == "autoregressive", in_blocks=kind == "block_diffusion")
 
 
-def _chosen(run: RunDir, config: TrainConfig) -> list[Checkpoint]:
+def _chosen(run: RunDir, config: TrainConfig, on_damage: Callable[[CheckpointError], None]) -> list[Checkpoint]:
     """Up to `average_checkpoints` intact ones, the newest or best first; there is one, or it is an error."""
     refused, checkpoints = list[CheckpointError](), CheckpointStore(run)
     candidates = checkpoints.best if config.average_from == "best" else checkpoints.intact
     found = list(itertools.islice(candidates(refused.append), config.average_checkpoints))
     if not found:
         raise (refused[0] if refused else CheckpointError(run.url, "has no checkpoint", remedy="`dllm train` first"))
+    for error in refused:
+        on_damage(error)
     return found
 
 
