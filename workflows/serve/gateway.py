@@ -12,7 +12,7 @@ from ray import serve
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from dllm_core.checkpoints.bundle import read_bundle
+from dllm_core.checkpoints.bundle_manifest import read_outline
 from dllm_core.checkpoints.run_dir import RunDir
 from dllm_core.decoding.config import MAX_ROWS
 from dllm_core.errors import ConfigError, DllmError
@@ -114,7 +114,7 @@ class Gateway:
             if self._said.get(name) == said:
                 kept[name] = self._models[name]
                 continue
-            bundle = read_bundle(RunDir.at(said.run))
+            bundle = read_outline(RunDir.at(said.run))  # weights of gigabytes would be fetched and hashed for nothing
             kept[name] = ServedModel.of(name, bundle, said.decode, self._settings.limits, int(time.time()))
         self._models, self._said = kept, runs
 
