@@ -66,7 +66,7 @@ class ModelBundle:
 
     @cached_property
     def digest(self) -> str:
-        """Of its manifest, and so of all of its files: 12 hex digits."""
+        """Of its manifest: 12 hex digits."""
         return self.manifest.digest
 
     @property

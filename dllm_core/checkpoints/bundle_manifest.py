@@ -47,8 +47,10 @@ class BundleManifest(Frozen):
 
     @property
     def digest(self) -> str:
-        """Of all that it says, and so of the bundle's files: 12 hex digits."""
-        return fingerprint(self.model_dump(mode="json"))
+        """Of all that decides an answer, and so of all files: 12 hex digits. Decoding defaults and lineage do not: with
+        other ones it is what gateways and replicas know still.
+        """
+        return fingerprint(self.model_dump(mode="json", exclude={"decode", "lineage"}))
 
     @property
     def weights_sha256(self) -> str:
