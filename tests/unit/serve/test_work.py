@@ -82,6 +82,14 @@ def test_a_moment_of_work_is_waited_out():
     assert scaler.decide(5.0, 1, 900, 1) == 4
 
 
+@pytest.mark.parametrize(("work", "before", "after"), [(900, 1, 4), (0, 4, 3)])
+def test_a_clock_that_is_set_back_costs_no_more_than_the_wait_begun_anew(work, before, after):
+    scaler = Scaler(RULE)
+    assert scaler.decide(3600.0, before, work, 0) == before
+    waits = RULE.up_after_s if work else RULE.down_after_s
+    assert [scaler.decide(now, before, work, 0) for now in (5.0, 5.0 + waits)] == [before, after]
+
+
 KINDS = pytest.mark.parametrize(
     ("call_s", "row_s", "target"),
     [(2.46e-3, 2.03e-3, 512), (4.8e-3, 2e-3, 512), (20e-3, 0.1e-3, 4000)],
