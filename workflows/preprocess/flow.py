@@ -30,6 +30,7 @@ from dllm_core.data.manifest import (
     write_manifest,
 )
 from dllm_core.data.noising import CorpusNoise
+from dllm_core.data.quarantine import SUMMARY
 from dllm_core.data.receipts import DECISIONS, SIGNATURES, TOKENS, FileReceipt, UnitReceipt, noise_step, shards_of
 from dllm_core.data.shard import ShardInfo, id_type
 from dllm_core.data.sources import find_files
@@ -175,7 +176,7 @@ class Preprocessing:
         train = Split(shards=tuple(receipt.train for receipt in receipts if receipt.train.rows))
         heldout = Split(shards=tuple(receipt.heldout for receipt in receipts if receipt.heldout.rows))
         self._refuse_empty(train, heldout)
-        plan.store.put(job.key("quarantine/summary.json"), accounting.model_dump_json(indent=1).encode())
+        plan.store.put(job.key(SUMMARY), accounting.model_dump_json(indent=1).encode())
         manifest = CorpusManifest(
             fingerprint=plan.fingerprint,
             source=recipe.corpus.model_dump(mode="json"),
