@@ -21,7 +21,7 @@ from dllm_core.errors import CheckpointError
 from dllm_core.model.config import LAYOUT_NAME, WEIGHTS_NAME, DenoiserConfig
 from dllm_core.model.foreign import ForeignLayout, trained_layout
 from dllm_core.model.pretrained import write_weights
-from dllm_core.storage.store import sha256
+from dllm_core.storage.store import check_scratch, sha256
 from dllm_core.training.average import average_weights
 from dllm_core.training.config import TrainConfig
 from dllm_core.training.loop import EMA_NAME
@@ -98,6 +98,7 @@ def _weights_of(checkpoints: list[Checkpoint]) -> Iterator[Path]:
     if len(files) == 1:
         yield files[0]
         return
+    check_scratch(files[0].stat().st_size)
     with tempfile.TemporaryDirectory(prefix="dllm-average-") as scratch:
         target = Path(scratch, EMA_NAME)
         average_weights(files, target)
@@ -111,6 +112,7 @@ def _merged(recipe: Recipe, config: DenoiserConfig, trained: Path) -> Iterator[P
         yield trained
         return
     base = StartedWeights(open_start(recipe.start), config)
+    check_scratch(4 * sum(shape.numel() for shape in base.shapes.values()))  # in fp32
     with tempfile.TemporaryDirectory(prefix="dllm-merge-") as scratch:
         target = Path(scratch, WEIGHTS_NAME)
         write_weights(target, merged(base, load_file(trained), recipe.start.lora))
