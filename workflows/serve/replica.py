@@ -22,6 +22,7 @@ from dllm_core.decoding.request import Request
 from dllm_core.evaluation.question import AnswerScore, Question
 from workflows.serve.config import ServedModels, ServedRun
 from workflows.serve.progress import Detail, LoopEndedError, NotLoadedError, Told
+from workflows.serve.routing import STANDS_STILL
 
 if TYPE_CHECKING:
     from workflows.serve.hosted import HostedModel  # torch, which whoever deploys need not wait for
@@ -146,6 +147,10 @@ class DecodeReplica:
         loops = self._loops
         busy = min(1.0, sum(loop.busy_share() for loop in loops))
         return {"work": float(sum(loop.work for loop in loops)), "busy": busy}
+
+    async def record_routing_stats(self) -> dict[str, Any]:
+        """Called by Ray Serve, which tells every router when it changes: `routing.LeastWorkRouter` reads it."""
+        return {STANDS_STILL: any(loop.stands_still for loop in self._loops)}
 
     async def check_health(self) -> None:
         """Called by Ray Serve. A replica of which a loop decodes no more ends: it answers at once, so that gateways,

@@ -14,8 +14,10 @@ from dllm_core.decoding.config import DecodeConfig
 from dllm_core.decoding.request import Request
 from dllm_core.evaluation.question import Question
 from workflows.serve.hosted import GivenUpError
+from workflows.serve.loop import DecodingLoop
 from workflows.serve.progress import LoopEndedError, NotLoadedError
 from workflows.serve.replica import DecodeReplica
+from workflows.serve.routing import STANDS_STILL
 
 DECODE = DecodeConfig(max_tokens=24, block_length=1, steps_per_block=1, temperature=1.0)
 
@@ -51,6 +53,9 @@ def test_a_replica_that_decodes_no_more_ends_soon_after_whoever_waits_is_told(ru
         engine = replica._models["m"].engine
         await anext(replica.decode("m", digest, [request], "end"))
         await replica.check_health()
+        assert await replica.record_routing_stats() == {STANDS_STILL: False}
+        monkeypatch.setattr(DecodingLoop, "stands_still", True)
+        assert await replica.record_routing_stats() == {STANDS_STILL: True}
         monkeypatch.setattr(engine, "step", lambda: 1 // 0)
         with pytest.raises(RuntimeError, match="ZeroDivisionError"):
             await anext(replica.decode("m", digest, [request], "end"))
