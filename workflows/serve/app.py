@@ -246,6 +246,17 @@ def deploy(args: AppArgs) -> None:
         raise DataError("serve", problem, remedy="the logs of Ray Serve have the whole story") from error
 
 
+def check_loaded(url: str) -> None:
+    """Raise DataError if a replica could not load a model that was deployed beside others, which it serves still."""
+    try:
+        missing = httpx.get(f"{url}/health", timeout=10).json().get("not_loaded", [])
+    except (httpx.HTTPError, ValueError) as error:
+        raise DataError("serve", f"does not say whether all is loaded ({first_line(error)})", url) from error
+    if missing:
+        problem = f"no replica can load {', '.join(missing)}"
+        raise DataError("serve", problem, remedy="the logs of Ray Serve have the whole story")
+
+
 def _reason(status: Any) -> str:
     """What the first failed deployment said last: the exception at the end of its traceback."""
     deployments = status.applications[APP_NAME].deployments.values() if APP_NAME in status.applications else ()

@@ -126,13 +126,16 @@ class Gateway:
     @api.head("/health", include_in_schema=False)  # as load balancers ask
     @api.get("/health")
     async def health(self) -> dict[str, Any]:
-        """200 if a decode replica runs its decoding loops (or is idle), 503 if none does."""
+        """200 if a decode replica runs its decoding loops (or is idle), 503 if none does. not_loaded: models, where a
+        replica could not load some.
+        """
         loads = await self._loads()
         well = [load for load in loads if not isinstance(load, BaseException)]
         if not well and (loads or not self._may_rest):
             reasons = ", ".join(sorted({type(load).__name__ for load in loads}))
             raise unavailable(f"no decode replica answers ({reasons or 'there is none'})")
-        return {"status": "ok", "replicas": len(well)}
+        missing = sorted({name for load in well for name in load.get("not_loaded", ())})
+        return {"status": "ok", "replicas": len(well), **({"not_loaded": missing} if missing else {})}
 
     @api.get("/metrics")
     async def metrics(self) -> Response:

@@ -344,6 +344,12 @@ def test_a_replica_that_hangs_makes_no_other_unwell(served, steps, monkeypatch):
     assert served(Replicas(steps, [None]))("/health").status_code == 503
 
 
+def test_a_model_that_a_replica_could_not_load_is_named_and_all_is_well_without_it(served, steps):
+    load = {"running": 0, "waiting": 0, "work": 0}
+    send = served(Replicas(steps, [{**load, "not_loaded": ("b", "a")}, {**load, "not_loaded": ("b",)}, load]))
+    assert send("/health").json() == {"status": "ok", "replicas": 3, "not_loaded": ["a", "b"]}
+
+
 def test_no_replica_is_well_where_they_may_rest(served, steps):
     assert served(Replicas(steps, []), may_rest=True)("/health").json() == {"status": "ok", "replicas": 0}
     assert served(Replicas(steps, [ActorDiedError()]), may_rest=True)("/health").status_code == 503
