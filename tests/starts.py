@@ -132,7 +132,7 @@ class Prepared:
     def trained(self, **train: Any) -> RunDir:
         """The run, trained to the end, with its bundle."""
         self.session(**train).run()
-        make_bundle(self.recipe, self.run, self.corpus)
+        make_bundle(self.recipe, self.run, self.corpus, pytest.fail)
         return self.run
 
 

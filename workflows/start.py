@@ -70,7 +70,7 @@ class Started:
         if self.section.lora is not None and importlib.util.find_spec("peft") is None:
             problem = "needs peft, which is not installed"
             raise ConfigError("start.lora", problem, remedy="pip install 'dllm[lora]'")
-        known = Tokenizer(self.outline.tokenizer_json, self.outline.manifest.tokenizer).vocab_size
+        known = self.outline.tokenizer().vocab_size
         if replaces and known < vocab_size:
             problem = f"draws among all ids, and the started model has {vocab_size - known} that are no token"
             raise ConfigError("noise.process.type", problem, remedy="noise.process.type=absorbing")

@@ -21,7 +21,7 @@ from dllm_core.checkpoints.bundle_manifest import (
 )
 from dllm_core.checkpoints.run_dir import RunDir
 from dllm_core.checkpoints.store import FileEntry, verified_file
-from dllm_core.config.fingerprint import fingerprint, seal
+from dllm_core.config.fingerprint import seal
 from dllm_core.data.tokenizer import Tokenizer
 from dllm_core.model.config import CONFIG_NAME, LAYOUT_NAME, WEIGHTS_NAME, DenoiserConfig
 from dllm_core.model.special_ids import TOKENIZER_NAME
@@ -66,8 +66,8 @@ class ModelBundle:
 
     @cached_property
     def digest(self) -> str:
-        """Of its manifest, and so of all of its files: 12 hex digits."""
-        return fingerprint(self.manifest.model_dump(mode="json"))
+        """Of its manifest: 12 hex digits."""
+        return self.manifest.digest
 
     @property
     def config(self) -> DenoiserConfig:

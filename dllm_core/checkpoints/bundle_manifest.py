@@ -6,8 +6,8 @@ from typing import Any, Literal
 from dllm_core.checkpoints.run_dir import RunDir
 from dllm_core.checkpoints.store import FileEntry
 from dllm_core.config.base import Frozen
-from dllm_core.config.fingerprint import unseal
-from dllm_core.data.tokenizer import TokenizerConfig
+from dllm_core.config.fingerprint import fingerprint, unseal
+from dllm_core.data.tokenizer import Tokenizer, TokenizerConfig
 from dllm_core.errors import CheckpointError, ConfigError, DataError
 from dllm_core.model.config import DenoiserConfig
 from dllm_core.model.special_ids import TOKENIZER_NAME
@@ -46,6 +46,13 @@ class BundleManifest(Frozen):
     files: dict[str, FileEntry]
 
     @property
+    def digest(self) -> str:
+        """Of all that decides an answer, and so of all files: 12 hex digits. Decoding defaults and lineage do not: with
+        other ones it is what gateways and replicas know still.
+        """
+        return fingerprint(self.model_dump(mode="json", exclude={"decode", "lineage"}))
+
+    @property
     def weights_sha256(self) -> str:
         """Digest of the weights' file."""
         return self.files[_WEIGHTS].sha256
@@ -63,6 +70,10 @@ class BundleOutline:
     manifest: BundleManifest
     config: DenoiserConfig
     tokenizer_json: str
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that the weights were trained with."""
+        return Tokenizer(self.tokenizer_json, self.manifest.tokenizer)
 
 
 def read_manifest(run: RunDir) -> tuple[BundleManifest, bytes]:

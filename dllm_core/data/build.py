@@ -39,7 +39,7 @@ from dllm_core.data.tokenizer import Tokenizer
 from dllm_core.data.units import Unit
 from dllm_core.errors import DataError
 from dllm_core.noise.times import GOLDEN
-from dllm_core.storage.store import Store
+from dllm_core.storage.store import Store, sha256
 
 SPLITS = ("train", "heldout")
 _MAPPED_SIGNATURES = 1 << 15  # half of what a process may map; one more is mapped again for each band, in 0.2 ms
@@ -244,11 +244,13 @@ def tokenize_unit(job: CorpusJob, tokenizer: Tokenizer, unit: Unit) -> UnitRecei
         **{split: encoders[split].kept for split in SPLITS},
         **{kind: _counted(removed, kind) for kind in ("filtered", "duplicates", "quarantined")},
     )
-    quarantine = None
+    quarantine = digest = None
     if removed:
-        quarantine = f"quarantine/unit-{unit.index:06d}.jsonl"
-        job.output.put(job.key(quarantine), removed_lines(removed))
-    receipt = UnitReceipt(unit=unit.index, accounting=accounting, **shards, quarantine=quarantine)
+        quarantine, lines = f"quarantine/unit-{unit.index:06d}.jsonl", removed_lines(removed)
+        job.output.put(job.key(quarantine), lines)
+        digest = sha256(lines)
+    kept = {"quarantine": quarantine, "quarantine_sha256": digest}
+    receipt = UnitReceipt(unit=unit.index, accounting=accounting, **shards, **kept)
     job.receipts.write(TOKENS, unit.index, receipt)
     return receipt
 

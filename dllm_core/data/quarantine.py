@@ -12,6 +12,7 @@ from typing import Any, Literal, Self
 
 from dllm_core.data.records import BadRecord, Document
 
+SUMMARY = "quarantine/summary.json"
 Kind = Literal["quarantined", "filtered", "duplicates"]
 
 

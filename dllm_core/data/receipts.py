@@ -18,13 +18,14 @@ _UNIT = re.compile(r".*/unit-(\d+)\.json")
 
 
 class UnitReceipt(Frozen):
-    """What became of one unit."""
+    """What became of one unit. quarantine_sha256: None of older ones, and where nothing was removed."""
 
     unit: int
     accounting: Accounting
     train: ShardInfo
     heldout: ShardInfo
     quarantine: str | None
+    quarantine_sha256: str | None = None
 
 
 class FileReceipt(Frozen):

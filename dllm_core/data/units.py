@@ -4,11 +4,13 @@ Unit ids come from sorted names, sizes and `unit_bytes` alone, never from worker
 a record belongs to the unit in which it starts.
 """
 
+import contextlib
 import re
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,7 +19,7 @@ from dllm_core.config.base import Frozen
 from dllm_core.data.arrow_index import batch_rows
 from dllm_core.data.corpus import ArrowSource, CorpusBase, HubSource, ParquetSource, SourceBase, TextSource
 from dllm_core.data.hub import num_shards
-from dllm_core.data.records import is_unicode
+from dllm_core.data.records import fields_of, is_unicode
 from dllm_core.errors import DataError, first_line
 from dllm_core.storage.file import StoredFile
 from dllm_core.storage.store import READERS, Store, StoredObject
@@ -136,22 +138,34 @@ def _segments(source: SourceBase, listed: SourceFiles, unit_bytes: int) -> Itera
             start = stop
 
 
-def _table_parts(source: SourceBase, store: Store, item: StoredObject) -> list[tuple[int, int]]:
+def _table_parts(source: ParquetSource | ArrowSource, store: Store, item: StoredObject) -> list[tuple[int, int]]:
     """(bytes, rows) of each row group or record batch; only the table's own index is read, and the batches' heads."""
     try:
         with StoredFile(store, item) as file:
             if isinstance(source, ParquetSource):
-                footer = pq.ParquetFile(file).metadata
+                parquet = pq.ParquetFile(file)
+                _check_columns(source, item, parquet.schema_arrow)
+                footer = parquet.metadata
                 groups = [footer.row_group(i) for i in range(footer.num_row_groups)]
                 return [(group.total_byte_size, group.num_rows) for group in groups] or [(0, 0)]
             if file.read(6) != b"ARROW1":
+                file.seek(0)
+                with contextlib.suppress(pa.ArrowException):  # what is wrong with it is a bad record's reason
+                    _check_columns(source, item, pa.ipc.open_stream(file).schema)
                 return [(item.size, 0)]  # the stream format has no index: one part
-            pa.ipc.open_file(file)
+            _check_columns(source, item, pa.ipc.open_file(file).schema)
             rows = batch_rows(file, item.size)
             return [(item.size // len(rows), number) for number in rows] or [(0, 0)]
     except (pa.ArrowException, OSError, ValueError) as error:
         reason = first_line(error)
-        raise DataError("corpus.path", f"is not a {source.type} file ({reason})", item.key) from error  # type: ignore[attr-defined]
+        raise DataError("corpus.path", f"is not a {source.type} file ({reason})", item.key) from error
+
+
+def _check_columns(source: ParquetSource | ArrowSource, item: StoredObject, schema: Any) -> None:
+    """Refuse two columns of a record field's name: the last one's text would be taken, and nobody would be told."""
+    for name in fields_of(source.record):
+        if schema.names.count(name) > 1:
+            raise DataError("corpus.path", f"has {schema.names.count(name)} columns named {name!r}", item.key)
 
 
 def _below(key: str, prefix: str) -> str:

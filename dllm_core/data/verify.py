@@ -3,6 +3,7 @@
 Arrow's own validation passes a flipped bit: what counts is the sha256, then what the numbers mean.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,12 +11,14 @@ import pyarrow as pa
 
 from dllm_core.data.build import CorpusJob
 from dllm_core.data.loader import corpus_noise, evenly
-from dllm_core.data.manifest import CorpusManifest, first_rows
+from dllm_core.data.manifest import Accounting, CorpusManifest, first_rows
 from dllm_core.data.noising import CorpusNoise, token_flags
 from dllm_core.data.packing import AnyPacking
-from dllm_core.data.receipts import DECISIONS, SIGNATURES, TOKENS, noise_step
+from dllm_core.data.quarantine import SUMMARY
+from dllm_core.data.receipts import DECISIONS, SIGNATURES, TOKENS, UnitReceipt, noise_step
 from dllm_core.data.shard import ShardInfo, id_type, map_shard, map_with_metadata
 from dllm_core.errors import DataError
+from dllm_core.storage.store import sha256
 
 _SAMPLE_ROWS = 64
 
@@ -52,6 +55,16 @@ class ShardCheck:
 
 
 @dataclass(frozen=True)
+class QuarantineCheck:
+    """What a unit removed: so many records. sha256: of the file, None where an older receipt does not say it."""
+
+    key: str
+    records: int
+    sha256: str | None
+    receipt: str
+
+
+@dataclass(frozen=True)
 class Problem:
     """What is wrong with one file. receipt: what to take back so that it is made again, None if it is no task's."""
 
@@ -60,14 +73,18 @@ class Problem:
     receipt: str | None = None
 
 
-def checks_of(job: CorpusJob, manifest: CorpusManifest) -> list[ShardCheck]:
-    """Every shard of a corpus: tokens, held-out tokens, noise; then what the search for duplicates left."""
+def checks_of(job: CorpusJob, manifest: CorpusManifest) -> list[ShardCheck | QuarantineCheck]:
+    """Every shard: tokens, held-out tokens, noise; what was removed; what the search for duplicates left."""
     shards_of_tokens = (*manifest.train.shards, *manifest.heldout.shards)
-    checks = [ShardCheck(shard, TOKENS.key(shard.unit)) for shard in shards_of_tokens]
+    checks: list[ShardCheck | QuarantineCheck] = [
+        ShardCheck(shard, TOKENS.key(shard.unit)) for shard in shards_of_tokens
+    ]
     starts = first_rows(manifest.train.shards)
     for epoch, shards in enumerate(manifest.noise_epochs):
         for shard, tokens, first_row in zip(shards, manifest.train.shards, starts, strict=True):
             checks.append(ShardCheck(shard, noise_step(epoch).key(shard.unit), epoch, tokens, first_row))
+    made = sorted(job.receipts.of_all(TOKENS).items())
+    checks += quarantine_checks(receipt for unit, receipt in made if unit < manifest.units)
     if job.corpus.dedup is not None:
         for step in (SIGNATURES, DECISIONS):
             for unit, receipt in sorted(job.receipts.of_all(step).items()):
@@ -76,8 +93,29 @@ def checks_of(job: CorpusJob, manifest: CorpusManifest) -> list[ShardCheck]:
     return checks
 
 
-def verify_shard(job: CorpusJob, promise: Promise, check: ShardCheck) -> Problem | None:
-    """The first thing that is wrong with a shard, or None."""
+def quarantine_checks(receipts: Iterable[UnitReceipt]) -> list[QuarantineCheck]:
+    """Of each unit that removed anything."""
+    checks = []
+    for made in receipts:
+        if made.quarantine is not None:
+            removed = made.accounting.documents_in - made.accounting.documents_out
+            checks.append(QuarantineCheck(made.quarantine, removed, made.quarantine_sha256, TOKENS.key(made.unit)))
+    return checks
+
+
+def summary_problem(job: CorpusJob, manifest: CorpusManifest) -> Problem | None:
+    """What is wrong with the accounting that people read: it is the manifest's, written down once more."""
+    try:
+        is_same = Accounting.model_validate_json(job.output.read(job.key(SUMMARY))) == manifest.accounting
+    except (DataError, ValueError):
+        is_same = False
+    return None if is_same else Problem(SUMMARY, "is not the accounting of the manifest")
+
+
+def verify_shard(job: CorpusJob, promise: Promise, check: ShardCheck | QuarantineCheck) -> Problem | None:
+    """The first thing that is wrong with a file, or None."""
+    if isinstance(check, QuarantineCheck):
+        return quarantine_problem(job, check)
     try:
         if check.is_intermediate:
             map_shard(job.output, job.prefix, check.shard)
@@ -89,6 +127,19 @@ def verify_shard(job: CorpusJob, promise: Promise, check: ShardCheck) -> Problem
     except (pa.ArrowException, KeyError, ValueError) as error:
         what = f"cannot be read ({error})"
     return None if what is None else Problem(check.shard.key, what, check.receipt)
+
+
+def quarantine_problem(job: CorpusJob, check: QuarantineCheck) -> Problem | None:
+    """What is wrong with what a unit removed. What an older receipt vouches for is counted alone."""
+    key, what = job.key(check.key), None
+    data = job.output.read(key) if job.output.exists(key) else None
+    if data is None:
+        what = f"is missing, with the {check.records} records that were removed"
+    elif check.sha256 not in (None, sha256(data)):
+        what = "does not match its sha256"
+    elif (lines := data.count(b"\n")) != check.records:
+        what = f"holds {lines} records, {check.records} were removed"
+    return None if what is None else Problem(check.key, what, check.receipt)
 
 
 def _tokens(job: CorpusJob, promise: Promise, shard: ShardInfo) -> str | None:

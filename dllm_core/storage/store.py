@@ -259,6 +259,11 @@ def open_store(place: str, url: str) -> Store:
     return LocalStore(local_path(place, url))
 
 
+def check_scratch(need_bytes: int) -> None:
+    """Fail now, in one line, if so many bytes have no room where files are put together before they are stored."""
+    LocalStore(Path(tempfile.gettempdir())).check_writable("TMPDIR", need_bytes)
+
+
 def fetch_intact(store: Store, key: str, sha256_hex: str) -> Path | None:
     """A local file with this sha256, or None. A cached copy that is damaged is fetched once more."""
     path = store.fetch(key)

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable
 
 import torch
-from safetensors import SafetensorError
 
 from dllm_core.checkpoints.store import Checkpoint, CheckpointStore, TrainPosition
 from dllm_core.data.loader import Batches
@@ -243,7 +242,7 @@ class Trainer:
         step = self._writer.step
         try:
             has_ended = self._writer.ended(within)
-        except (DataError, OSError, SafetensorError) as error:  # a full disk may have room again at the next one
+        except (DataError, OSError) as error:  # a full disk may have room again at the next one
             self._failure = error
             self._events.not_saved(step, str(error))
             return False

@@ -10,12 +10,14 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from dllm_core.checkpoints.store import CheckpointStore, TrainPosition
-from dllm_core.errors import DataError
+from dllm_core.errors import DataError, first_line
 from dllm_core.storage.progress import progress_to, progressed
+from dllm_core.storage.store import check_scratch
 
 Parts = Mapping[str, Mapping[str, Tensor]]
 SLICE_S = 0.5  # at most, between two signs of life of who waits; a limit on them has more
@@ -91,10 +93,17 @@ class CheckpointWriter:
             self._write_moving(position, parts, heldout)
 
     def _write_moving(self, position: TrainPosition, parts: Parts, heldout: float | None) -> None:
+        check_scratch(sum(tensor.nbytes for tensors in parts.values() for tensor in tensors.values()))
         with tempfile.TemporaryDirectory(prefix=self._prefix) as scratch:
             files = {name: Path(scratch, name) for name in parts}
             for name, tensors in parts.items():
-                save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, files[name])
+                try:
+                    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, files[name])
+                except (OSError, SafetensorError) as error:  # which say not where
+                    remedy = "free some space there, or set TMPDIR"
+                    raise DataError(
+                        str(files[name]), f"cannot be written ({first_line(error)})", remedy=remedy
+                    ) from error
                 progressed()
             self._before(position.step)
             self._checkpoints.save(position, files, heldout)

@@ -80,7 +80,7 @@ def train_entrant(gpus: float, entrant: Entrant) -> dict[str, Any]:
             on_damage=damaged.append,
         )
         position = train_to_end(trainer, run, manifest)
-        make_bundle(recipe, run, entrant.corpus)
+        make_bundle(recipe, run, entrant.corpus, damaged.append)
         records = JsonLines(run, METRICS).read()
         result = {**(records[-1] if records else {}), "step": position.step, "tokens": position.tokens_seen}
         result |= {"seconds": round(position.seconds, 2), "damaged_checkpoints": len(damaged)}

@@ -51,8 +51,12 @@ def nodes(root: str) -> Iterator[Finding]:
         try:
             told[name] = ray.get(ref, timeout=_ANSWER_WITHIN_S)
         except ray.exceptions.RayError as error:
-            why = str(error).strip().splitlines()[-1]
-            yield Finding("node", "bad", f"{name} runs no task ({why})", "its image lacks what ours has, or it is gone")
+            yield Finding(
+                "node",
+                "bad",
+                f"{name} runs no task ({_last_line(error)})",
+                "its image lacks what ours has, or it is gone",
+            )
     if not told:
         yield Finding("nodes", "bad", "none of them answers", "see what each says")
         return
@@ -60,6 +64,11 @@ def nodes(root: str) -> Iterator[Finding]:
     yield from _alike(told)
     yield from _together(root, key, told)
     yield from _clocks({name: how for name, how in options.items() if name in told})
+
+
+def _last_line(error: BaseException) -> str:
+    """Of what Ray tells with a traceback; its kind where it tells nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[-1]
 
 
 def _name(node: dict[str, Any]) -> str:
@@ -103,11 +112,18 @@ def _clocks(options: dict[str, dict[str, Any]]) -> Iterator[Finding]:
     spans = {}
     for name, how in options.items():
         task = ray.remote(**how)(now)
-        ray.get(task.remote())  # the first waits for a worker
-        before = time.time()
-        theirs = ray.get(task.remote())
-        after = time.time()
+        try:
+            ray.get(task.remote(), timeout=_ANSWER_WITHIN_S)  # the first waits for a worker
+            before = time.time()
+            theirs = ray.get(task.remote(), timeout=_ANSWER_WITHIN_S)
+            after = time.time()
+        except ray.exceptions.RayError as error:  # it answered a moment ago
+            remedy = "it is gone since, or another's work leaves it no worker"
+            yield Finding("clocks", "bad", f"{name} does not tell its time ({_last_line(error)})", remedy)
+            continue
         spans[name] = (theirs - after, theirs - before)
+    if not spans:
+        return
     first, last = max(spans, key=lambda name: spans[name][0]), min(spans, key=lambda name: spans[name][1])
     apart = max(0.0, spans[first][0] - spans[last][1])
     verdict: Verdict = "good" if apart <= _MAX_SKEW_S else "bad"

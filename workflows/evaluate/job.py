@@ -11,7 +11,8 @@ import torch
 from dllm_core.checkpoints.bundle import ModelBundle, read_bundle
 from dllm_core.checkpoints.run_dir import RunDir
 from dllm_core.data.loader import documents_of, evenly, split_rows
-from dllm_core.data.manifest import CorpusManifest, read_manifest
+from dllm_core.data.manifest import CorpusManifest, corpus_prefix, read_manifest
+from dllm_core.errors import DataError
 from dllm_core.evaluation.estimators import HeldoutRows
 from dllm_core.seeding import Ints
 from workflows.fan_out import FanOut
@@ -21,6 +22,18 @@ OnProgress = Callable[[str, int, int], None]
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Items = TypeVar("Items", Ints, list[Any])
+
+
+def corpus_of(run: RunDir, bundle: ModelBundle) -> CorpusManifest:
+    """The corpus that a bundle learned from. DataError where it was made anew with another tokenizer: its ids would
+    still be ids of the model, and mean other text.
+    """
+    manifest = read_manifest(run.store, bundle.manifest.lineage.corpus)
+    if manifest.tokenizer_sha256 != bundle.manifest.tokenizer_sha256:
+        place = f"{run.store.url}/{corpus_prefix(manifest.fingerprint)}"
+        problem = f"was made anew, with another tokenizer than that of {run.url}/bundle"
+        raise DataError(place, problem, remedy="bring the corpus back that the run was trained on")
+    return manifest
 
 
 @dataclass(frozen=True)
@@ -39,7 +52,7 @@ class EvaluateJob:
         """The bundle that is measured and the corpus that it learned from."""
         torch.set_num_threads(1)
         bundle = read_bundle(self.run)
-        return bundle, read_manifest(self.run.store, bundle.manifest.lineage.corpus)
+        return bundle, corpus_of(self.run, bundle)
 
     def heldout(self, manifest: CorpusManifest, rows: Ints) -> HeldoutRows:
         """Held-out rows by their numbers."""
@@ -61,7 +74,7 @@ class Evaluation:
     def of(cls, recipe: Recipe, run: RunDir, fan_out: FanOut, on_progress: OnProgress) -> "Evaluation":
         """Opens the bundle. Raises CheckpointError where there is none."""
         bundle = read_bundle(run)
-        manifest = read_manifest(run.store, bundle.manifest.lineage.corpus)
+        manifest = corpus_of(run, bundle)
         rows = evenly(np.arange(manifest.heldout.rows), recipe.evaluate.rows)
         return cls(EvaluateJob(recipe, run), bundle, manifest, rows, fan_out, on_progress)
 

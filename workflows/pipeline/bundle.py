@@ -6,7 +6,7 @@ With `train.average_checkpoints`, the mean of the averaged weights of the newest
 import contextlib
 import itertools
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from safetensors.torch import load_file
@@ -22,7 +22,7 @@ from dllm_core.errors import CheckpointError
 from dllm_core.model.config import LAYOUT_NAME, WEIGHTS_NAME, DenoiserConfig
 from dllm_core.model.foreign import ForeignLayout, trained_layout
 from dllm_core.model.pretrained import write_weights
-from dllm_core.storage.store import sha256
+from dllm_core.storage.store import check_scratch, sha256
 from dllm_core.training.average import average_weights
 from dllm_core.training.config import TrainConfig
 from dllm_core.training.loop import EMA_NAME
@@ -32,9 +32,12 @@ from workflows.recipe import Recipe
 from workflows.train.job import check_rows, denoiser_config
 
 
-def make_bundle(recipe: Recipe, run: RunDir, corpus: str) -> Lineage:
-    """Write the run's bundle from its newest or best intact checkpoints, as many as are asked for and are there."""
-    found = _chosen(run, recipe.train)
+def make_bundle(recipe: Recipe, run: RunDir, corpus: str, on_damage: Callable[[CheckpointError], None]) -> Lineage:
+    """Write the run's bundle from its newest or best intact checkpoints, as many as are asked for and are there.
+
+    on_damage: told of each that is passed over.
+    """
+    found = _chosen(run, recipe.train, on_damage)
     digests = [checkpoint.manifest.files[EMA_NAME].sha256 for checkpoint in found]
     store = run.store
     manifest = read_manifest(store, corpus)
@@ -78,13 +81,15 @@ def _layout_of(recipe: Recipe, run: RunDir, config: DenoiserConfig, tokenizer: T
     return None if found is None else found.listing(tokenizer.json_text, tokenizer.config.special_tokens)
 
 
-def _chosen(run: RunDir, config: TrainConfig) -> list[Checkpoint]:
+def _chosen(run: RunDir, config: TrainConfig, on_damage: Callable[[CheckpointError], None]) -> list[Checkpoint]:
     """Up to `average_checkpoints` intact ones, the newest or best first; there is one, or it is an error."""
     refused, checkpoints = list[CheckpointError](), CheckpointStore(run)
     candidates = checkpoints.best if config.average_from == "best" else checkpoints.intact
     found = list(itertools.islice(candidates(refused.append), config.average_checkpoints))
     if not found:
         raise (refused[0] if refused else CheckpointError(run.url, "has no checkpoint", remedy="`dllm train` first"))
+    for error in refused:
+        on_damage(error)
     return found
 
 
@@ -95,6 +100,7 @@ def _weights_of(checkpoints: list[Checkpoint]) -> Iterator[Path]:
     if len(files) == 1:
         yield files[0]
         return
+    check_scratch(files[0].stat().st_size)
     with tempfile.TemporaryDirectory(prefix="dllm-average-") as scratch:
         target = Path(scratch, EMA_NAME)
         average_weights(files, target)
@@ -108,6 +114,7 @@ def _merged(recipe: Recipe, config: DenoiserConfig, trained: Path) -> Iterator[P
         yield trained
         return
     base = StartedWeights(open_start(recipe.start), config)
+    check_scratch(4 * sum(shape.numel() for shape in base.shapes.values()))  # in fp32
     with tempfile.TemporaryDirectory(prefix="dllm-merge-") as scratch:
         target = Path(scratch, WEIGHTS_NAME)
         write_weights(target, merged(base, load_file(trained), recipe.start.lora))

@@ -20,7 +20,7 @@ from dllm_core.checkpoints.store import CHECKPOINTS
 from dllm_core.config.fingerprint import fingerprint
 from dllm_core.data.manifest import CorpusManifest, read_manifest, read_tokenizer
 from dllm_core.decoding.config import NO_SUFFIX
-from dllm_core.errors import ConfigError
+from dllm_core.errors import CheckpointError, ConfigError
 from dllm_core.evaluation.config import AutoregressiveScorerConfig
 from dllm_core.evaluation.scorers import check_scorer
 from dllm_core.model.config import LAYOUT_NAME
@@ -152,7 +152,7 @@ class Pipeline:
         return result
 
     def bundle(self) -> dict[str, Any]:
-        """Newest checkpoint -> bundle."""
+        """Newest checkpoint that is whole -> bundle."""
         recipe, run, name = self.target.recipe, self.target.run, "bundle"
         inputs = bundle_inputs(recipe, run, final_step(run) or 0)
         result = self._receipts.read(name, inputs)
@@ -160,8 +160,16 @@ class Pipeline:
             self._console.skipped(name, escape(f"{run.url}/bundle"))
             return result
         self._keep_recipe()
-        result = make_bundle(recipe, run, self.target.corpus).model_dump(mode="json")
-        self._receipts.write(name, inputs, result)
+        refused = list[CheckpointError]()
+        self._receipts.take_back(name)
+        result = make_bundle(recipe, run, self.target.corpus, refused.append).model_dump(mode="json")
+        if not refused:  # else it is made again, and this told again, until there is no doubt whose weights they are
+            self._receipts.write(name, inputs, result)
+        for error in refused:
+            self._console.print(
+                f"[yellow]passed over, the bundle is of {result['checkpoint']}:[/yellow] {escape(str(error))}"
+            )
+            self._events.add(name, "checkpoint_refused", reason=str(error))
         self._console.done(name, escape(f"{run.url}/bundle"))
         self._events.add(name, "done", step=result["step"])
         return result

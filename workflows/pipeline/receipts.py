@@ -20,6 +20,10 @@ class Receipts:
         result: dict[str, Any] = receipt["result"]
         return result
 
+    def take_back(self, stage: str) -> None:
+        """Before what a stage has made is written over: a kill in the middle must not pass for the old result."""
+        self._run.store.delete(self._run.key(f"stages/{stage}.json"))
+
     def write(self, stage: str, inputs: str, result: dict[str, Any]) -> None:
         """Written when the stage is done, never before."""
         self._run.write_json(f"stages/{stage}.json", {"inputs": inputs, "result": result})

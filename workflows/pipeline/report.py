@@ -8,9 +8,9 @@ import numpy as np
 from dllm_core.checkpoints.bundle import ModelBundle, read_bundle
 from dllm_core.checkpoints.run_dir import JsonLines, RunDir
 from dllm_core.data.loader import Loader
-from dllm_core.data.manifest import read_manifest
 from dllm_core.decoding.engine import Engine
 from workflows.drawing import ACCENT, INK, SOFT, axes, cell, figures, noise_figure, noised_cell, page, svg, table
+from workflows.evaluate.job import corpus_of
 from workflows.evaluate.show import sections, shown_nats
 from workflows.generate.asked import Asked
 from workflows.generate.unfold import Frame, unfold
@@ -105,7 +105,7 @@ def _loss_curve(records: list[dict[str, Any]], evaluation: dict[str, Any]) -> st
 
 def _noise(run: RunDir, bundle: ModelBundle) -> str:
     """The noise of an epoch's beginning, and one row at four times."""
-    manifest = read_manifest(run.store, bundle.manifest.lineage.corpus)
+    manifest = corpus_of(run, bundle)
     tokenizer, process = bundle.tokenizer(), bundle.process
     batch = Loader.open(run.store, manifest, tokenizer.mask_id).batch(0, min(512, manifest.train.rows))
     x0, rng = batch.x0[:1], np.random.default_rng(0)

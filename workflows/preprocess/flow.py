@@ -30,6 +30,7 @@ from dllm_core.data.manifest import (
     write_manifest,
 )
 from dllm_core.data.noising import CorpusNoise
+from dllm_core.data.quarantine import SUMMARY
 from dllm_core.data.receipts import DECISIONS, SIGNATURES, TOKENS, FileReceipt, UnitReceipt, noise_step, shards_of
 from dllm_core.data.shard import ShardInfo, id_type
 from dllm_core.data.sources import find_files
@@ -171,11 +172,13 @@ class Preprocessing:
         if recipe.corpus.dedup is not None:
             self._duplicates(job, units)
         receipts = self._tokens(job, tokenizer, units, tokenized)
+        if self.ran:
+            self._check_sources(job, units)
         accounting = self._accounted(receipts)
         train = Split(shards=tuple(receipt.train for receipt in receipts if receipt.train.rows))
         heldout = Split(shards=tuple(receipt.heldout for receipt in receipts if receipt.heldout.rows))
         self._refuse_empty(train, heldout)
-        plan.store.put(job.key("quarantine/summary.json"), accounting.model_dump_json(indent=1).encode())
+        plan.store.put(job.key(SUMMARY), accounting.model_dump_json(indent=1).encode())
         manifest = CorpusManifest(
             fingerprint=plan.fingerprint,
             source=recipe.corpus.model_dump(mode="json"),
@@ -237,6 +240,23 @@ class Preprocessing:
             self.on_progress("finding duplicates", 0, 0)
             receipts = [done[unit.index] for unit in units]
             self.fan_out(partial(decide, job), [receipts], workers=1, demand=self._placement.demand)
+
+    def _check_sources(self, job: CorpusJob, units: list[Unit]) -> None:
+        """Refuse files that were written to since they were listed: the corpus has its name from what they were then.
+        What was made of them is taken back.
+        """
+        now = find_files(self.plan.recipe.corpus, self.plan.store)
+        listed = zip(self.plan.listed, now, strict=True)
+        changed = [{item.key for item in set(before.files) - set(after.files)} for before, after in listed]
+        if not any(changed):
+            return
+        for unit in units:
+            if any(segment.key in changed[unit.source] for segment in unit.segments):
+                for step in (TOKENS, SIGNATURES):
+                    job.output.delete(job.key(step.key(unit.index)))
+        first, *others = sorted(key for keys in changed for key in keys)
+        problem = "was changed while it was read" + (f", as were {len(others):,} others" if others else "")
+        raise DataError("corpus.path", problem, first, "run it again when nobody writes there")
 
     def _tokens(
         self, job: CorpusJob, tokenizer: Tokenizer, units: list[Unit], tokenized: dict[int, UnitReceipt]

@@ -11,7 +11,15 @@ from dllm_core.data.build import tokenizer_of
 from dllm_core.data.manifest import NAME, CorpusManifest, read_manifest, read_tokenizer
 from dllm_core.data.receipts import DECISIONS, SIGNATURES, TOKENS, Step, noise_step, shards_of
 from dllm_core.data.tokenizer import Tokenizer
-from dllm_core.data.verify import Problem, Promise, checks_of, verify_shard
+from dllm_core.data.verify import (
+    Problem,
+    Promise,
+    checks_of,
+    quarantine_checks,
+    quarantine_problem,
+    summary_problem,
+    verify_shard,
+)
 from dllm_core.errors import DataError
 from dllm_core.model.special_ids import TOKENIZER_NAME
 from dllm_core.storage.store import sha256
@@ -78,7 +86,7 @@ def _bad_shards(
         demand=placement.demand,
         on_done=lambda done, result: on_progress("shards", done, len(checks)),
     )
-    return [problem for problem in found if problem is not None]
+    return [problem for problem in (*found, summary_problem(job, manifest)) if problem is not None]
 
 
 def repair(corpus: CorpusPlan, fan_out: FanOut, on_progress: OnProgress) -> dict[str, Any]:
@@ -118,4 +126,5 @@ def _without_manifest(corpus: CorpusPlan, error: DataError) -> list[Problem]:
             for shard in shards_of(receipt):
                 if sha256(job.output.read(job.key(shard.key))) != shard.sha256:
                     problems.append(Problem(shard.key, "does not match its sha256", step.key(unit)))
-    return problems
+    removed = (quarantine_problem(job, check) for check in quarantine_checks(tokenized.values()))
+    return [*problems, *(problem for problem in removed if problem is not None)]

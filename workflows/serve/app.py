@@ -30,6 +30,7 @@ _READY_WITHIN_S = 120.0
 _NO_LIMIT = 1 << 14  # Ray Serve lets every call in: a replica refuses rows itself, and tells its load meanwhile
 _PROXY_WAITS_S = 10.0  # longer than the gateway, whose own deadline answers in OpenAI's shape
 _POLL_S = 0.05
+_LOOKED_AFTER_S = 2  # by the controller: whether a replica is well, and whether it stands still
 _STARTS = 2
 _SURGE_PERCENT = 25  # an upgrade starts new ones before it stops old ones, one at least
 _DRAINS_S = 30.0  # what a replica that is to go has for the requests that it holds; others are tried again elsewhere
@@ -92,10 +93,12 @@ def build(args: AppArgs) -> Any:
         .options(
             **shared,
             autoscaling_config=scaling,
-            request_router_config=RequestRouterConfig(request_router_class=_ROUTER),
+            request_router_config=RequestRouterConfig(
+                request_router_class=_ROUTER, request_routing_stats_period_s=_LOOKED_AFTER_S
+            ),
             ray_actor_options=actor_options(placement.demand),
             max_constructor_retry_count=_STARTS,
-            health_check_period_s=2,
+            health_check_period_s=_LOOKED_AFTER_S,
             health_check_timeout_s=10,
         )
         .bind(
@@ -241,6 +244,17 @@ def deploy(args: AppArgs) -> None:
     except RuntimeError as error:
         problem = f"a replica does not start ({_reason(serve.status()) or error})"
         raise DataError("serve", problem, remedy="the logs of Ray Serve have the whole story") from error
+
+
+def check_loaded(url: str) -> None:
+    """Raise DataError if a replica could not load a model that was deployed beside others, which it serves still."""
+    try:
+        missing = httpx.get(f"{url}/health", timeout=10).json().get("not_loaded", [])
+    except (httpx.HTTPError, ValueError) as error:
+        raise DataError("serve", f"does not say whether all is loaded ({first_line(error)})", url) from error
+    if missing:
+        problem = f"no replica can load {', '.join(missing)}"
+        raise DataError("serve", problem, remedy="the logs of Ray Serve have the whole story")
 
 
 def _reason(status: Any) -> str:

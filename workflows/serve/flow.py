@@ -24,7 +24,7 @@ from workflows.console import Console
 from workflows.env import ray_cluster
 from workflows.placement import CPUS_OF_GATEWAY
 from workflows.recipe import Recipe
-from workflows.serve.app import AppArgs, check_port, deploy, start, stop
+from workflows.serve.app import AppArgs, check_loaded, check_port, deploy, start, stop
 from workflows.serve.config import ServedRun
 from workflows.serve.keys import file_stamp, read_keys
 
@@ -87,16 +87,21 @@ def serve_forever(recipe: Recipe, run: RunDir, console: Console, find: FindRun) 
             while True:
                 time.sleep(_LOOK_EVERY_S)
                 if followed is not None and (now := file_stamp(Path(followed))) != seen:
-                    seen, args = now, _deployed_again(recipe, run, console, find, args)
+                    seen, args = now, _deployed_again(recipe, run, console, find, args, url)
         finally:
             stop()
 
 
-def _deployed_again(recipe: Recipe, run: RunDir, console: Console, find: FindRun, before: AppArgs) -> AppArgs:
-    """What is served from now on; a file that cannot be followed changes nothing."""
+def _deployed_again(recipe: Recipe, run: RunDir, console: Console, find: FindRun, before: AppArgs, url: str) -> AppArgs:
+    """What is served from now on; a file that cannot be followed, or models that cannot be loaded, change nothing."""
     try:
         args = args_of(recipe, run, find)
-        deploy(args)
+        try:
+            deploy(args)
+            check_loaded(url)
+        except DllmError:
+            deploy(before)  # or a replica that starts later would be asked for them too, and end
+            raise
     except DllmError as error:
         console.print(f"[yellow]models stay as they were:[/yellow] {escape(str(error))}")
         return before

@@ -12,7 +12,7 @@ from ray import serve
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from dllm_core.checkpoints.bundle import read_bundle
+from dllm_core.checkpoints.bundle_manifest import read_outline
 from dllm_core.checkpoints.run_dir import RunDir
 from dllm_core.decoding.config import MAX_ROWS
 from dllm_core.errors import ConfigError, DllmError
@@ -114,7 +114,7 @@ class Gateway:
             if self._said.get(name) == said:
                 kept[name] = self._models[name]
                 continue
-            bundle = read_bundle(RunDir.at(said.run))
+            bundle = read_outline(RunDir.at(said.run))  # weights of gigabytes would be fetched and hashed for nothing
             kept[name] = ServedModel.of(name, bundle, said.decode, self._settings.limits, int(time.time()))
         self._models, self._said = kept, runs
 
@@ -126,13 +126,16 @@ class Gateway:
     @api.head("/health", include_in_schema=False)  # as load balancers ask
     @api.get("/health")
     async def health(self) -> dict[str, Any]:
-        """200 if a decode replica runs its decoding loops (or is idle), 503 if none does."""
+        """200 if a decode replica runs its decoding loops (or is idle), 503 if none does. not_loaded: models, where a
+        replica could not load some.
+        """
         loads = await self._loads()
         well = [load for load in loads if not isinstance(load, BaseException)]
         if not well and (loads or not self._may_rest):
             reasons = ", ".join(sorted({type(load).__name__ for load in loads}))
             raise unavailable(f"no decode replica answers ({reasons or 'there is none'})")
-        return {"status": "ok", "replicas": len(well)}
+        missing = sorted({name for load in well for name in load.get("not_loaded", ())})
+        return {"status": "ok", "replicas": len(well), **({"not_loaded": missing} if missing else {})}
 
     @api.get("/metrics")
     async def metrics(self) -> Response:

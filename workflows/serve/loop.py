@@ -19,6 +19,7 @@ from workflows.serve.progress import Call, Detail, LoopEndedError, Progress, Rea
 from workflows.serve.work import Fullness, predicted_work
 
 _HUNG_AFTER_S = 60.0
+_STANDS_STILL_AFTER_S = 5.0  # others are asked first then; a call may well take longer, and nothing is ended yet
 
 
 class DecodingLoop:
@@ -73,8 +74,19 @@ class DecodingLoop:
         if self._task.done():
             error = None if self._task.cancelled() else self._task.exception()
             raise LoopEndedError(f"the decoding loop has ended: {error!r}")
-        if self._tick_began is not None and time.monotonic() - self._tick_began > _HUNG_AFTER_S:
+        if self._in_call_s > _HUNG_AFTER_S:
             raise LoopEndedError("the decoding loop hangs in a denoiser call")
+
+    @property
+    def stands_still(self) -> bool:
+        """Whether a denoiser call takes so long that whoever can be sent elsewhere should be."""
+        return self._in_call_s > _STANDS_STILL_AFTER_S
+
+    @property
+    def _in_call_s(self) -> float:
+        """Since when the thread is in the tick that it is in; 0 between two."""
+        began = self._tick_began
+        return 0.0 if began is None else time.monotonic() - began
 
     async def close(self) -> None:
         """End the loop; whoever waits is told, leaves, and so ends the ticks."""

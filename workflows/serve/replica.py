@@ -6,6 +6,7 @@ work. A model's first call is made before the replica says that it is ready.
 
 import asyncio
 import contextlib
+import logging
 import os
 import sys
 import threading
@@ -22,11 +23,13 @@ from dllm_core.decoding.request import Request
 from dllm_core.evaluation.question import AnswerScore, Question
 from workflows.serve.config import ServedModels, ServedRun
 from workflows.serve.progress import Detail, LoopEndedError, NotLoadedError, Told
+from workflows.serve.routing import STANDS_STILL
 
 if TYPE_CHECKING:
     from workflows.serve.hosted import HostedModel  # torch, which whoever deploys need not wait for
     from workflows.serve.loop import DecodingLoop
 
+_LOG = logging.getLogger("ray.serve")
 _SWITCH_S = 5e-4  # the event loop waits so long for a decoding thread that computes in Python, 5 ms by default
 _LAST_WORDS_S = 0.5  # in which whoever waits is told
 _DRAIN_S = 120.0  # as long as a request takes by default
@@ -49,17 +52,28 @@ class DecodeReplica:
         self._settings = settings
         self._models: dict[str, HostedModel] = {}
         self._runs: dict[str, ServedRun] = {}
+        self._not_loaded: tuple[str, ...] = ()
         self._retiring: list[tuple[str, HostedModel]] = []
         self._closing: set[asyncio.Task[None]] = set()
         self._scoring: set[Future[Any]] = set()
         self._loads, self._scores = (ThreadPoolExecutor(1, thread_name_prefix=name) for name in ("load", "score"))
 
     async def reconfigure(self, models: dict[str, dict[str, Any]]) -> None:
-        """Serve these models, and no other."""
+        """Serve these models, and no other. Where some are served, what cannot be loaded is left out: Ray Serve would
+        end this replica for it, and start others that cannot load it either.
+        """
         here, runs = asyncio.get_running_loop(), ServedModels.of(models)
+        self._not_loaded = ()
         for name, said in runs.items():
             if self._runs.get(name) != said:
-                loaded = await here.run_in_executor(self._loads, self._loaded, said)
+                try:
+                    loaded = await here.run_in_executor(self._loads, self._loaded, said)
+                except Exception:
+                    if not self._models:
+                        raise
+                    _LOG.exception("the model %r cannot be loaded", name)
+                    self._not_loaded += (name,)
+                    continue
                 old, self._models[name], self._runs[name] = self._models.get(name), loaded, said
                 self._retire(name, old)
         for name in self._models.keys() - runs.keys():
@@ -132,13 +146,16 @@ class DecodeReplica:
             given_up.set()
 
     async def load(self) -> dict[str, Any]:
-        """Rows running and waiting, and the denoiser calls they are expected to take; raises if a loop is dead."""
+        """Rows running and waiting, the denoiser calls they are expected to take, and what could not be loaded; raises
+        if a loop is dead.
+        """
         await self.check_health()
         loops = self._loops
         return {
             "running": sum(loop.load["running"] for loop in loops),
             "waiting": sum(loop.load["waiting"] for loop in loops),
             "work": sum(loop.work for loop in loops),
+            "not_loaded": self._not_loaded,
         }
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
@@ -146,6 +163,10 @@ class DecodeReplica:
         loops = self._loops
         busy = min(1.0, sum(loop.busy_share() for loop in loops))
         return {"work": float(sum(loop.work for loop in loops)), "busy": busy}
+
+    async def record_routing_stats(self) -> dict[str, Any]:
+        """Called by Ray Serve, which tells every router when it changes: `routing.LeastWorkRouter` reads it."""
+        return {STANDS_STILL: any(loop.stands_still for loop in self._loops)}
 
     async def check_health(self) -> None:
         """Called by Ray Serve. A replica of which a loop decodes no more ends: it answers at once, so that gateways,

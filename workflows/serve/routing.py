@@ -2,7 +2,8 @@
 
 Ray Serve's own choice counts requests, and one of 4,096 tokens is a hundred of 40. A gateway knows what it has sent and
 what has come back; of other gateways' requests it knows nothing, and all of them spread their own evenly. There is no
-cache that requests share, so no replica knows a prompt better than another.
+cache that requests share, so no replica knows a prompt better than another. One that stands still in a denoiser call is
+asked last: until what it has in hand comes back, if ever, it would be sent as much as others have.
 """
 
 import threading
@@ -13,6 +14,7 @@ from ray.serve.request_router import FIFOMixin, PendingRequest, ReplicaID, Reque
 from dllm_core.decoding.request import Request
 from workflows.serve.work import Ledger, predicted_work
 
+STANDS_STILL = "stands_still"  # what a replica tells routers
 _num_replicas = 0  # of this process's one router
 
 
@@ -31,11 +33,12 @@ class LeastWorkRouter(FIFOMixin, RequestRouter):  # type: ignore[misc]
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
-        """All of them, the one with the least in hand first."""
+        """All of them, the one with the least in hand first, and those that stand still behind all others."""
         with self._lock:
             order = self._ledger.ranked([str(replica.replica_id) for replica in candidate_replicas])
         by_id = {str(replica.replica_id): replica for replica in candidate_replicas}
-        return [[by_id[name]] for name in order]
+        ranked = [by_id[name] for name in order]
+        return [[one] for one in sorted(ranked, key=lambda replica: bool(replica.routing_stats.get(STANDS_STILL)))]
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         """Called by Ray Serve whenever there are others."""

@@ -58,11 +58,13 @@ class Scaler:
     below: float | None = None
 
     def decide(self, now: float, current: int, work: float, busy: float) -> int:
-        """How many there are to be from now on. now: seconds, never back; busy: shares of time, over all replicas."""
+        """How many there are to be from now on. now: seconds, by a clock that may be set back. busy: shares of
+        time, over all replicas.
+        """
         rule, wanted = self.rule, self.rule.wanted(work)
         if wanted > current:
             self.below = None
-            self.above = now if self.above is None else self.above
+            self.above = now if self.above is None else min(self.above, now)
             if now - self.above >= rule.up_after_s or current < rule.minimum or not current:
                 self.above = None
                 return wanted
@@ -74,7 +76,7 @@ class Scaler:
         if not fits:
             self.below = None
             return min(current, rule.maximum)
-        self.below = now if self.below is None else self.below
+        self.below = now if self.below is None else min(self.below, now)
         if now - self.below < rule.down_after_s:
             return current
         self.below = now  # the next one has its own time to wait

@@ -31,7 +31,15 @@ from dllm_core.model.config import WEIGHTS_NAME
 from dllm_core.model.foreign import Foreign, ForeignLayout, layout_for, open_foreign, write_foreign
 from dllm_core.model.special_ids import TOKENIZER_NAME, tokens_of, with_token
 from dllm_core.model.tensor_file import Header, write_file
-from dllm_core.storage.store import LocalStore, Store, file_sha256, local_path, open_store, sha256
+from dllm_core.storage.store import (
+    LocalStore,
+    Store,
+    check_scratch,
+    file_sha256,
+    local_path,
+    open_store,
+    sha256,
+)
 from workflows.console import Console
 from workflows.preprocess.flow import plan_corpus
 from workflows.recipe import Recipe, anchored
@@ -155,10 +163,9 @@ def _lock(opened: int, folder: Path) -> None:
 
 def _check_room(store: Store, size: int) -> None:
     """Fail now if so many bytes have no room in the storage, or where they are put together before."""
-    scratch = LocalStore(Path(tempfile.gettempdir()))
-    is_shared = isinstance(store, LocalStore) and _device(store.root) == _device(scratch.root)
+    is_shared = isinstance(store, LocalStore) and _device(store.root) == _device(Path(tempfile.gettempdir()))
     store.check_writable("storage.root", 2 * size if is_shared else size)
-    scratch.check_writable("TMPDIR", size)
+    check_scratch(size)
 
 
 def _device(path: Path) -> int:

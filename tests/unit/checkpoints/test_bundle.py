@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from s3_server import s3_server
 
 from dllm_core.checkpoints.bundle import Lineage, ModelBundle, read_bundle, write_bundle
+from dllm_core.checkpoints.bundle_manifest import read_manifest
 from dllm_core.checkpoints.run_dir import RunDir
+from dllm_core.config.fingerprint import seal
 from dllm_core.errors import CheckpointError
 from dllm_core.model.config import DenoiserConfig, ModelConfig
 from dllm_core.model.denoiser import Denoiser
@@ -142,6 +144,21 @@ def test_files_of_two_bundles_are_never_mixed(copies, small_corpus, denoiser, tm
     (folder / "model.safetensors").write_bytes(old)
     with pytest.raises(CheckpointError, match=r"bundle/model\.safetensors"):
         read_bundle(run)
+
+
+def test_a_bundle_that_is_written_anew_is_another_where_it_answers_otherwise_alone(copies):
+    """`dllm run RUN decode...` beside an endpoint of that run: a replica that starts later has what gateways know."""
+    run, folder = copies()
+    before = read_bundle(run)
+    values = before.manifest.model_dump(mode="json")
+    for field, value, is_same in (
+        ("decode", {"block_length": 8}, True),
+        ("lineage", {**values["lineage"], "recipe_sha256": "e"}, True),
+        ("block_length", 4, False),
+        ("files", {**values["files"], "model.safetensors": {"bytes": 1, "sha256": "f"}}, False),
+    ):
+        (folder / "bundle.json").write_bytes(seal({**values, field: value}))
+        assert (read_manifest(run)[0].digest == before.digest) == is_same, field
 
 
 def test_a_bundle_without_a_manifest_does_not_exist(copies):

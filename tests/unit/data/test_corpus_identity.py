@@ -1,11 +1,12 @@
 """A corpus is one text, cut into tokens by one tokenizer, and what says otherwise is refused or another corpus."""
 
+import os
 import shutil
 from functools import partial
 
 import numpy as np
 import pytest
-from conftest import COLOURS, make_small_corpus, small_recipe, small_text
+from conftest import COLOURS, make_small_corpus, small_recipe, small_text, write_small_text
 
 from dllm_core.config.fingerprint import fingerprint
 from dllm_core.data.build import to_arrow
@@ -53,6 +54,33 @@ def test_a_given_tokenizer_that_was_replaced_is_refused_and_its_copy_is_not_made
     repair(planned(), serially, quiet)
     assert copy_of(plan).read_bytes() == whole
     assert verify(planned(), serially, quiet) == []
+
+
+@pytest.mark.parametrize(("dedup", "others"), [(None, 2), ({}, 0)])
+def test_what_is_written_to_while_it_is_read_makes_no_corpus_of_what_was_listed(tmp_path, dedup, others):
+    recipe = small_recipe(tmp_path, corpus={"dedup": dedup, "unit_bytes": 4096})
+    folder, store = tmp_path / "corpus", LocalStore(tmp_path / "storage")
+    write_small_text(tmp_path)
+    for number in range(others):
+        (folder / f"other-{number}.txt").write_text(small_text())
+    plan = plan_corpus(recipe, store)
+    paths = sorted(folder.iterdir())
+    times, whole = [path.stat().st_mtime_ns for path in paths], small_text()
+    for path in paths:
+        path.write_text(whole[: len(whole) // 3])
+    told = f"^corpus.path: was changed while it was read{', as were 2 others' if others else ''}, got '{paths[0].name}'"
+    with pytest.raises(DataError, match=told):
+        Preprocessing(plan, serially).run()
+    assert not plan.is_made
+    for path, time in zip(paths, times, strict=True):  # brought back: nothing of what was read in between is left
+        path.write_text(whole)
+        os.utime(path, ns=(time, time))
+    again = plan_corpus(recipe, store)
+    assert again.fingerprint == plan.fingerprint
+    manifest = Preprocessing(again, serially).run()
+    assert manifest.accounting.documents_in == len(paths) * len(whole.split("\n\n"))
+    (folder / "new.txt").write_text("what comes to it later is of the next one")
+    assert Preprocessing(again, serially).run() == manifest
 
 
 def test_a_lost_copy_is_not_made_of_another_tokenizer_than_the_shards_were(planned, tmp_path):

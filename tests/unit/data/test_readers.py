@@ -184,6 +184,22 @@ def test_what_is_no_table_is_refused_by_its_name_before_anything_runs(tmp_path):
         read(ParquetCorpus(path=str(tmp_path / "in")), tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["parquet", "arrow file", "arrow stream"])
+def test_two_columns_of_the_name_that_is_read_are_refused_before_anything_runs(tmp_path, kind):
+    corpus = write(tmp_path, kind)
+    [path] = tmp_path.glob("a.*")
+    table = pa.table([["first"], ["last"], ["other"], ["other"]], ["text", "text", "b", "b"])
+    if kind == "parquet":
+        pq.write_table(table, path)
+    else:
+        with (pa.ipc.new_file if kind == "arrow file" else pa.ipc.new_stream)(path, table.schema) as sink:
+            sink.write_table(table)
+    with pytest.raises(DataError, match=rf"^corpus.path: has 2 columns named 'text', got '{path.name}'"):
+        read(corpus, tmp_path)
+    one = type(corpus)(path=str(tmp_path), record={"type": "text", "field": "missing"})  # what is not read may be twice
+    assert all(isinstance(record, BadRecord) for record in read(one, tmp_path)[1])
+
+
 @pytest.mark.parametrize("kind", ["parquet", "arrow"])
 @pytest.mark.parametrize("beside", [True, False], ids=["beside the text", "in its place"])
 def test_a_date_that_python_has_not_costs_its_own_row_alone(tmp_path, kind, beside):

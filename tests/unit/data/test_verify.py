@@ -22,7 +22,7 @@ from workflows.preprocess.verbs import plan, repair, verify
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> SmallCorpus:
-    return make_small_corpus(tmp_path_factory.mktemp("whole"), corpus={"dedup": {}})
+    return make_small_corpus(tmp_path_factory.mktemp("whole"), corpus={"dedup": {}, "weight": 0.8})
 
 
 @pytest.fixture
@@ -50,7 +50,10 @@ def test_a_whole_corpus_is_never_accused(copy):
 def test_every_flipped_bit_cut_end_swap_and_loss_is_found_by_its_file(copy):
     corpus, folder, files = copy
     rng = random.Random(0)
-    paths = [folder / check.shard.key for check in checks_of(corpus.job(), corpus.existing())]
+    checks = checks_of(corpus.job(), corpus.existing())
+    keys = [check.shard.key if isinstance(check, ShardCheck) else check.key for check in checks]
+    assert {key.split("/")[0] for key in keys} == {"tokens", "noise", "quarantine", "dedup"}
+    paths = [folder / key for key in keys]
     for trial in range(60):
         path = rng.choice(paths)
         kind = ("flip", "cut", "swap", "delete", "double")[trial % 5]
@@ -105,10 +108,30 @@ def test_numbers_that_mean_nothing_are_found_though_every_sha256_is_right(copy):
     assert verify_shard(job, promise, right) is None
 
 
-@pytest.mark.parametrize("victims", ["tokens", "noise", "manifest.json", "manifest", "tokenizer.json", "dedup"])
+@pytest.mark.parametrize("is_there", [True, False])
+def test_what_an_older_receipt_says_was_removed_is_counted(copy, is_there):
+    corpus, folder, files = copy
+    path = min(folder.glob("quarantine/unit-*"))
+    receipt = folder / "receipts" / "tokens" / path.with_suffix(".json").name
+    receipt.write_bytes(seal({**unseal(files[receipt]), "quarantine_sha256": None}))
+    assert problems(corpus) == []
+    path.write_bytes(files[path].split(b"\n", 1)[1]) if is_there else path.unlink()
+    [problem] = verify(corpus, serially, lambda *told: None)
+    removed = len(files[path].splitlines())
+    told = f"holds {removed - 1} records, {removed} were" if is_there else f"is missing, with the {removed} records"
+    assert problem.what.startswith(told)
+    repair(corpus, serially, lambda *told: None)
+    assert {path: path.read_bytes() for path in files} == files
+
+
+@pytest.mark.parametrize(
+    "victims",
+    ["tokens", "noise", "manifest.json", "manifest", "tokenizer.json", "dedup", "quarantine/u", "quarantine/s"],
+)
 def test_repair_gives_the_very_bytes_back_and_runs_only_what_was_bad(copy, victims):
     corpus, folder, files = copy
     paths = [path for path in files if path.relative_to(folder).as_posix().startswith(victims)]
+    assert paths
     for path in sorted(paths)[:2]:
         path.write_bytes(files[path][:-3])
     result = repair(corpus, serially, lambda *told: None)

@@ -95,11 +95,33 @@ def test_clocks_are_held_against_each_other_and_not_against_ours_alone(monkeypat
         return lambda function: SimpleNamespace(remote=lambda: function() + offset)
 
     monkeypatch.setattr(ray, "remote", remote)
-    monkeypatch.setattr(ray, "get", lambda answer: answer)
+    monkeypatch.setattr(ray, "get", lambda answer, timeout: answer)
     finding = one(nodes._clocks({f"node {number}": {"offset": offset} for number, offset in enumerate(offsets)}))
     assert finding.verdict == verdict
     assert told - 0.5 < float(finding.told.split()[0]) <= told  # the time that asking took is taken off
     assert ("node" in finding.told) is (verdict == "bad")
+
+
+@pytest.mark.parametrize("others", [1, 0])
+def test_a_node_that_tells_its_time_no_more_is_named_and_hides_no_other(monkeypatch, others):
+    import ray
+
+    def get(answer, timeout):
+        assert timeout < 600
+        if answer is None:
+            raise ray.exceptions.GetTimeoutError("Get timed out: some object(s) not ready.")
+        return answer
+
+    monkeypatch.setattr(
+        ray, "remote", lambda time: lambda function: SimpleNamespace(remote=lambda: time and function())
+    )
+    monkeypatch.setattr(ray, "get", get)
+    nodes_asked = {"lost": {"time": None}, **{f"node {number}": {"time": True} for number in range(others)}}
+    found = list(nodes._clocks(nodes_asked))
+    assert [(finding.what, finding.verdict) for finding in found] == [("clocks", "bad"), ("clocks", "good")][
+        : 1 + others
+    ]
+    assert found[0].told == "lost does not tell its time (Get timed out: some object(s) not ready.)"
 
 
 def test_nodes_of_which_none_answers_are_not_said_to_be_well(monkeypatch):

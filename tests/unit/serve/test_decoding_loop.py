@@ -176,17 +176,20 @@ def test_a_loop_that_hangs_is_unhealthy_and_an_idle_one_is_not(monkeypatch):
         for _ in range(3):
             await asyncio.sleep(0.05)
             loop.check()  # idle, for longer than a tick may take
+            assert not loop.stands_still
         row = asyncio.create_task(anext(loop.stream([REQUEST])))
-        await asyncio.sleep(0.01)
+        while not loop.stands_still:
+            await asyncio.sleep(0.005)
         loop.check()
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(0.3)
         with pytest.raises(LoopEndedError, match="hangs"):
             loop.check()
         row.cancel()
         engine.released.set()
         await asyncio.wait([row])
 
-    monkeypatch.setattr("workflows.serve.loop._HUNG_AFTER_S", 0.05)
+    monkeypatch.setattr("workflows.serve.loop._HUNG_AFTER_S", 0.25)
+    monkeypatch.setattr("workflows.serve.loop._STANDS_STILL_AFTER_S", 0.02)
     asyncio.run(asyncio.wait_for(scenario(), 10))
 
 

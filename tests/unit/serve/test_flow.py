@@ -10,7 +10,9 @@ from rich.console import Console as RichConsole
 
 from dllm_core.errors import DataError
 from workflows.console import Console
-from workflows.serve.config import Example, ServeConfig
+from workflows.serve import flow
+from workflows.serve.app import AppArgs
+from workflows.serve.config import Example, ServeConfig, ServedRun
 from workflows.serve.flow import ask, say_how_to_use
 
 
@@ -37,3 +39,25 @@ def test_an_answer_that_is_none_is_told_in_a_line(answer, line, monkeypatch):
     with pytest.raises(DataError) as caught:
         ask("http://127.0.0.1:8000", "small", {"prompt": "RED"})
     assert line in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("health", "told"),
+    [
+        ({"status": "ok", "replicas": 1}, None),
+        (
+            {"status": "ok", "replicas": 1, "not_loaded": ["bad"]},
+            "models stay as they were: serve: no replica can load bad",
+        ),
+    ],
+)
+def test_models_of_which_one_cannot_be_loaded_are_taken_back(monkeypatch, capsys, health, told):
+    before, new = AppArgs(models={"m": ServedRun(run="m")}), AppArgs(models={"bad": ServedRun(run="b")})
+    deployed = []
+    monkeypatch.setattr(flow, "args_of", lambda *_: new)
+    monkeypatch.setattr(flow, "deploy", deployed.append)
+    monkeypatch.setattr(httpx, "get", lambda *_, **__: httpx.Response(200, json=health))
+    served = flow._deployed_again(None, None, Console("json"), None, before, "http://127.0.0.1:8000")
+    assert served is (new if told is None else before)
+    assert deployed == [new, before][: 1 if told is None else 2]
+    assert (told or "models") in capsys.readouterr().err

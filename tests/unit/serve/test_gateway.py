@@ -4,6 +4,7 @@ import asyncio
 import functools
 import itertools
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from ray.exceptions import ActorDiedError, RayError, RayTaskError
 from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
+from dllm_core.checkpoints.bundle import read_bundle
 from dllm_core.errors import ConfigError
 from workflows.serve.config import ServeConfig
 from workflows.serve.dialect.completions import CompletionRequest
@@ -342,6 +344,12 @@ def test_a_replica_that_hangs_makes_no_other_unwell(served, steps, monkeypatch):
     assert served(Replicas(steps, [None]))("/health").status_code == 503
 
 
+def test_a_model_that_a_replica_could_not_load_is_named_and_all_is_well_without_it(served, steps):
+    load = {"running": 0, "waiting": 0, "work": 0}
+    send = served(Replicas(steps, [{**load, "not_loaded": ("b", "a")}, {**load, "not_loaded": ("b",)}, load]))
+    assert send("/health").json() == {"status": "ok", "replicas": 3, "not_loaded": ["a", "b"]}
+
+
 def test_no_replica_is_well_where_they_may_rest(served, steps):
     assert served(Replicas(steps, []), may_rest=True)("/health").json() == {"status": "ok", "replicas": 0}
     assert served(Replicas(steps, [ActorDiedError()]), may_rest=True)("/health").status_code == 503
@@ -360,6 +368,15 @@ def test_models_that_cannot_be_meant_are_a_line_with_their_place(models, line):
     with pytest.raises(ConfigError) as error:
         gateway.reconfigure(models)
     assert str(error.value).startswith(line)
+
+
+def test_a_gateway_reads_no_weights(small_bundle, tmp_path):
+    """Of many gigabytes they would be fetched from S3 and hashed by each gateway, for nothing."""
+    shutil.copytree(small_bundle.store.path(small_bundle.prefix), tmp_path / small_bundle.prefix)
+    (tmp_path / small_bundle.key("bundle/model.safetensors")).unlink()
+    gateway = Gateway.func_or_class.__mro__[1](Replicas(None), ServeConfig().model_dump(mode="json"))
+    gateway.reconfigure({"m": {"run": str(tmp_path / small_bundle.prefix)}})
+    assert gateway._model("m").digest == read_bundle(small_bundle).digest
 
 
 def test_a_prompt_without_room_for_an_answer_is_blamed_itself(served, steps):

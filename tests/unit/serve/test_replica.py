@@ -12,11 +12,14 @@ from dllm_core.checkpoints.bundle import read_bundle
 from dllm_core.decoding.automaton import compile_regex
 from dllm_core.decoding.config import DecodeConfig
 from dllm_core.decoding.request import Request
+from dllm_core.errors import CheckpointError
 from dllm_core.evaluation.question import Question
 from dllm_core.model.recorder import Recorder
 from workflows.serve.hosted import GivenUpError, HostedModel
+from workflows.serve.loop import DecodingLoop
 from workflows.serve.progress import LoopEndedError, NotLoadedError
 from workflows.serve.replica import DecodeReplica
+from workflows.serve.routing import STANDS_STILL
 
 DECODE = DecodeConfig(max_tokens=24, block_length=1, steps_per_block=1, temperature=1.0)
 
@@ -52,6 +55,9 @@ def test_a_replica_that_decodes_no_more_ends_soon_after_whoever_waits_is_told(ru
         engine = replica._models["m"].engine
         await anext(replica.decode("m", digest, [request], "end"))
         await replica.check_health()
+        assert await replica.record_routing_stats() == {STANDS_STILL: False}
+        monkeypatch.setattr(DecodingLoop, "stands_still", True)
+        assert await replica.record_routing_stats() == {STANDS_STILL: True}
         monkeypatch.setattr(engine, "step", lambda: 1 // 0)
         with pytest.raises(RuntimeError, match="ZeroDivisionError"):
             await anext(replica.decode("m", digest, [request], "end"))
@@ -93,6 +99,27 @@ def test_a_model_that_another_takes_the_place_of_answers_what_was_asked_of_it_an
 
     monkeypatch.setattr("workflows.serve.replica._IDLE_S", 0.2)
     asyncio.run(asyncio.wait_for(scenario(), 60))
+
+
+def test_a_model_that_cannot_be_loaded_beside_others_costs_them_nothing(runs, monkeypatch):
+    async def scenario():
+        replica, digest = DecodeReplica(REPLICA), read_bundle(runs("first")).digest
+        first, bad = said_of(runs("first")), {"run": "/nowhere/runs/bad-0123456789ab"}
+        with pytest.raises(CheckpointError, match="there is no bundle"):
+            await replica.reconfigure({"bad": bad})  # a replica with nothing to serve must not begin
+        await replica.reconfigure({"m": first})
+        expected, served = await text_of(replica, digest), replica._models["m"]
+        for models in ({"m": first, "bad": bad}, {"m": bad}):
+            await replica.reconfigure(models)
+            assert replica._models == {"m": served}
+            assert (await replica.load())["not_loaded"] == (list(models)[-1],)
+            assert await text_of(replica, digest) == expected
+        await replica.reconfigure({"m": first})
+        assert (await replica.load())["not_loaded"] == ()
+        assert replica._models == {"m": served}
+        await replica.reconfigure({})
+
+    asyncio.run(asyncio.wait_for(scenario(), 30))
 
 
 def test_a_model_that_is_kept_busy_for_ever_is_closed_when_its_time_is_over(runs, monkeypatch):

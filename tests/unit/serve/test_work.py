@@ -1,5 +1,6 @@
 """Replicas follow the work in hand: a simulation of the policy over bursty loads, and what work is."""
 
+import asyncio
 import itertools
 import random
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ from dllm_core.decoding.config import DecodeConfig
 from dllm_core.decoding.engine import Engine
 from dllm_core.decoding.request import Request
 from workflows.placement import ServePlacement
+from workflows.serve.routing import STANDS_STILL, LeastWorkRouter
 from workflows.serve.scaling import ByWork
 from workflows.serve.work import Fullness, Ledger, Scaler, ScalingRule, predicted_work
 
@@ -80,6 +82,14 @@ def test_a_moment_of_work_is_waited_out():
     assert scaler.decide(1.5, 1, 10, 1) == 1
     assert scaler.decide(3.0, 1, 900, 1) == 1  # the clock began anew
     assert scaler.decide(5.0, 1, 900, 1) == 4
+
+
+@pytest.mark.parametrize(("work", "before", "after"), [(900, 1, 4), (0, 4, 3)])
+def test_a_clock_that_is_set_back_costs_no_more_than_the_wait_begun_anew(work, before, after):
+    scaler = Scaler(RULE)
+    assert scaler.decide(3600.0, before, work, 0) == before
+    waits = RULE.up_after_s if work else RULE.down_after_s
+    assert [scaler.decide(now, before, work, 0) for now in (5.0, 5.0 + waits)] == [before, after]
 
 
 KINDS = pytest.mark.parametrize(
@@ -221,3 +231,21 @@ def test_what_was_sent_is_spread_by_work_and_forgotten_when_it_comes_back():
     assert ledger.ranked(["c"]) == ["c"]
     assert ledger.ranked([]) == []
     ledger.end("never sent")
+
+
+def test_who_stands_still_is_asked_last_however_little_it_has_in_hand():
+    router = LeastWorkRouter.__new__(LeastWorkRouter)  # what Ray's own class needs is not asked for here
+    router.initialize_state()
+    stats = {"still": {STANDS_STILL: True}, "busy": {STANDS_STILL: False}, "new": {}}
+    replicas = [SimpleNamespace(replica_id=name, routing_stats=told) for name, told in stats.items()]
+    router._ledger.begin("busy", "long", 4096)
+
+    def asked() -> list[str]:
+        return [one.replica_id for [one] in asyncio.run(router.choose_replicas(replicas))]
+
+    assert asked() == ["new", "busy", "still"]
+    stats["still"][STANDS_STILL] = False
+    assert asked()[-1] == "busy"
+    for told in stats.values():
+        told[STANDS_STILL] = True
+    assert asked()[-1] == "busy"

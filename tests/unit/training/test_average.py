@@ -6,7 +6,7 @@ from conftest import SmallCorpus
 from safetensors.torch import load_file, save_file
 
 from dllm_core.checkpoints.bundle import read_bundle
-from dllm_core.checkpoints.run_dir import RunDir
+from dllm_core.checkpoints.run_dir import JsonLines, RunDir
 from dllm_core.checkpoints.store import CheckpointStore, TrainPosition
 from dllm_core.errors import CheckpointError, ConfigError
 from dllm_core.model.denoiser import Denoiser
@@ -14,7 +14,11 @@ from dllm_core.model.pretrained import weights_of
 from dllm_core.storage.store import LocalStore
 from dllm_core.training.average import average_weights
 from dllm_core.training.config import TrainConfig
+from workflows.console import Console
 from workflows.pipeline.bundle import bundle_inputs, make_bundle
+from workflows.pipeline.flow import Pipeline
+from workflows.preprocess.flow import CorpusPlan
+from workflows.target import Target
 from workflows.train.job import denoiser_config
 
 SHAPES = {"b.weight": (3, 5), "a": (7,), "scale": (), "none": (0, 4), "c": (2, 3, 1)}
@@ -81,7 +85,7 @@ def holds_the_mean(small_corpus, trained, steps, **fields):
     run, weights = trained
     train = small_corpus.recipe.train.model_copy(update=fields)
     recipe = small_corpus.recipe.model_copy(update={"train": train})
-    lineage = make_bundle(recipe, run, small_corpus.manifest.fingerprint)
+    lineage = make_bundle(recipe, run, small_corpus.manifest.fingerprint, pytest.fail)
     assert lineage.checkpoint == "+".join(f"step-{step:08d}" for step in steps)
     assert lineage.step == max(steps)
     held = weights_of(read_bundle(run).denoiser())
@@ -95,8 +99,10 @@ def test_a_damaged_checkpoint_is_passed_over(small_corpus, trained):
     run.store.path(run.key("checkpoints/step-00000030/ema.safetensors")).write_bytes(b"damaged")
     train = small_corpus.recipe.train.model_copy(update={"average_checkpoints": 2})
     recipe = small_corpus.recipe.model_copy(update={"train": train})
-    lineage = make_bundle(recipe, run, small_corpus.manifest.fingerprint)
+    refused = []
+    lineage = make_bundle(recipe, run, small_corpus.manifest.fingerprint, refused.append)
     assert (lineage.checkpoint, lineage.step) == ("step-00000020+step-00000010", 20)
+    assert [error.place.split("/")[-2] for error in refused] == ["step-00000030"]
 
 
 def test_a_bundle_is_made_anew_for_another_number_and_receipts_of_one_stay(small_corpus, trained):
@@ -118,3 +124,51 @@ def test_no_more_are_averaged_than_are_kept():
     assert TrainConfig(average_checkpoints=3, average_from="best")  # the best are kept besides
     with pytest.raises(ConfigError, match=r"^train\.average_from: needs held-out scores: train\.heldout_every is null"):
         TrainConfig.checked({"average_from": "best", "heldout_every": None}, "train")
+
+
+@pytest.fixture
+def stage(small_corpus, trained):
+    """The bundle stage with another number of checkpoints: what it reports."""
+    run, _ = trained
+
+    def bundled(number: int) -> dict:
+        train = small_corpus.recipe.train.model_copy(update={"average_checkpoints": number, "keep_checkpoints": 3})
+        recipe = small_corpus.recipe.model_copy(update={"train": train})
+        plan = CorpusPlan(recipe, small_corpus.store, (), small_corpus.manifest.fingerprint)
+        with Pipeline(Target(recipe, run, plan), Console("json")) as pipeline:
+            return pipeline.bundle()
+
+    return bundled
+
+
+def test_an_older_checkpoint_in_the_place_of_a_damaged_one_is_told_until_that_is_whole(trained, stage, capsys):
+    run, _ = trained
+    damaged = run.store.path(run.key("checkpoints/step-00000030/ema.safetensors"))
+    whole = damaged.read_bytes()
+    damaged.write_bytes(b"damaged")
+    for _ in range(2):
+        assert stage(1)["step"] == 20
+        assert "passed over, the bundle is of step-00000020: " in capsys.readouterr().err
+    events = [event["event"] for event in JsonLines(run, "events.jsonl").read()]
+    assert events == ["checkpoint_refused", "done"] * 2
+    damaged.write_bytes(whole)
+    assert stage(1)["step"] == 30
+
+
+def test_a_bundle_that_a_kill_left_half_written_is_made_again(trained, stage, monkeypatch):
+    run, _ = trained
+    stage(1)
+    put = LocalStore.put
+
+    def killed(store, key, data):
+        if key == run.key("bundle/bundle.json"):
+            raise KeyboardInterrupt
+        put(store, key, data)
+
+    monkeypatch.setattr(LocalStore, "put", killed)
+    with pytest.raises(KeyboardInterrupt):
+        stage(2)
+    monkeypatch.undo()
+    with pytest.raises(CheckpointError, match="does not match its sha256"):
+        read_bundle(run)
+    assert stage(1)["checkpoint"] == read_bundle(run).manifest.lineage.checkpoint == "step-00000030"

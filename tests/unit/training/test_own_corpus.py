@@ -9,7 +9,9 @@ from starts import Prepared, texts, values_of
 
 from dllm_core.checkpoints.bundle import read_bundle
 from dllm_core.data.manifest import corpus_prefix
+from dllm_core.data.tokenizer import Tokenizer
 from dllm_core.errors import ConfigError, DataError
+from workflows.evaluate.flow import evaluate
 from workflows.fan_out import serially
 from workflows.pipeline.bundle import make_bundle
 from workflows.preprocess.flow import Preprocessing, plan_corpus
@@ -48,7 +50,7 @@ def test_a_run_keeps_its_corpus_whatever_becomes_of_the_files(prepared, tmp_path
     assert target.corpus == prepared.corpus
     assert target.plan.existing() == prepared.manifest
     assert verify(target.plan, serially, lambda *told: None) == []
-    make_bundle(target.recipe, target.run, target.corpus)
+    make_bundle(target.recipe, target.run, target.corpus, pytest.fail)
     assert read_bundle(run).manifest.tokenizer_sha256 == tokenizer
     with pytest.raises(DataError, match="nothing of it can be made"):
         Preprocessing(target.plan, serially).run()
@@ -78,7 +80,19 @@ def test_a_bundle_is_never_made_with_other_rows_than_its_weights_saw(prepared, t
     add_text(tmp_path / "text")
     other = Preprocessing(plan_corpus(prepared.recipe, prepared.run.store), serially).run()
     with pytest.raises(DataError, match=f"its rows are {other.rows_digest} and the checkpoint of step 2"):
-        make_bundle(prepared.recipe, prepared.run, other.fingerprint)
+        make_bundle(prepared.recipe, prepared.run, other.fingerprint, pytest.fail)
     train = prepared.recipe.train.model_copy(update={"accept_corpus": other.rows_digest})
     accepted = prepared.recipe.model_copy(update={"train": train})
-    assert make_bundle(accepted, prepared.run, other.fingerprint).corpus == other.fingerprint
+    assert make_bundle(accepted, prepared.run, other.fingerprint, pytest.fail).corpus == other.fingerprint
+
+
+def test_a_bundle_is_not_measured_on_rows_of_another_tokenizer(prepared, monkeypatch):
+    """As another release of the library trains one: the corpus has its old name, and its ids mean other text."""
+    train, folder = Tokenizer.train, prepared.run.store.path(corpus_prefix(prepared.corpus))
+    shutil.rmtree(folder)
+    monkeypatch.setattr(Tokenizer, "train", lambda texts, config: train([text[::-1] for text in texts], config))
+    assert (
+        Preprocessing(plan_corpus(prepared.recipe, prepared.run.store), serially).run().fingerprint == prepared.corpus
+    )
+    with pytest.raises(DataError, match=f"^{folder}: was made anew, with another tokenizer than that of .*/bundle"):
+        evaluate(prepared.recipe, prepared.run, serially, lambda *told: None)

@@ -7,6 +7,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 from conftest import SmallCorpus, draws
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 from trainers import BadAt, Pair, Told, Work, make_trainer, newest_of, run_dir
 
 from dllm_core.checkpoints.run_dir import RunDir
@@ -84,6 +86,33 @@ def test_a_save_that_fails_is_told_and_training_goes_on(make, tmp_path):
     assert "No space left" in told.failed_saves[0][1]
     assert told.saves == [1, 3, 4, 5, 6]
     assert CheckpointStore(run_dir(tmp_path, "run")).committed() == [1, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("is_seen_before", [True, False])
+def test_no_room_to_put_a_checkpoint_together_is_told_by_its_place(make, monkeypatch, is_seen_before):
+    """The storage has room: who reads of a full device must not look for it there."""
+    scratch, save_file = Path(saving.tempfile.gettempdir()), saving.save_file
+    room = shutil.disk_usage(scratch)
+    saves = iter(range(99))
+
+    def measured(folder):
+        full = is_seen_before and Path(folder) == scratch and next(saves) == 1
+        return SimpleNamespace(free=0 if full else room.free)
+
+    def written(tensors, path):
+        if not is_seen_before and next(saves) == 4:  # of three files a save, the second of the second
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        save_file(tensors, path)
+
+    monkeypatch.setattr("dllm_core.storage.store.shutil.disk_usage", measured)
+    monkeypatch.setattr("dllm_core.training.saving.save_file", written)
+    trainer, _, told = make(checkpoint_every=1, keep_checkpoints=9)
+    trainer.run()
+    [(step, reason)] = told.failed_saves
+    assert step == 2
+    place = "TMPDIR: 0 MiB free, " if is_seen_before else f"{scratch}/dllm-checkpoint-"
+    assert reason.startswith(place)
+    assert ("set TMPDIR" in reason) is not is_seen_before
 
 
 def test_who_listens_makes_durable_what_it_was_told_before_a_commit_or_there_is_none(make, tmp_path, monkeypatch):

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from dllm_core.checkpoints.bundle import ModelBundle
+from dllm_core.checkpoints.bundle_manifest import BundleOutline
 from dllm_core.data.tokenizer import Tokenizer
 from dllm_core.decoding.config import DecodeConfig
 from dllm_core.decoding.request import Request
@@ -29,12 +29,11 @@ class ServedModel:
     objective: str
 
     @classmethod
-    def of(cls, name: str, bundle: ModelBundle, decode: DecodeConfig, limits: Limits, created: int) -> "ServedModel":
-        """Of a verified bundle."""
-        objective = bundle.manifest.objective.type
-        return cls(
-            name, bundle.digest, bundle.tokenizer(), bundle.config.context_length, decode, limits, created, objective
-        )
+    def of(cls, name: str, bundle: BundleOutline, decode: DecodeConfig, limits: Limits, created: int) -> "ServedModel":
+        """Of a bundle, whose weights replicas look at."""
+        said = bundle.manifest
+        context, objective = bundle.config.context_length, said.objective.type
+        return cls(name, said.digest, bundle.tokenizer(), context, decode, limits, created, objective)
 
     @property
     def card(self) -> dict[str, object]:
