@@ -7,6 +7,7 @@ run as they are: there the kernels take longer than their launch.
 """
 
 import logging
+import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -28,6 +29,7 @@ _MOST_POSITIONS = 256  # of a recorded forward
 _MOST_HELD = 128
 _SIGHTINGS = 3  # of a shape until it is recorded, which takes as long as several forwards
 _LOG = logging.getLogger(__name__)
+_RECORDING = threading.Lock()  # a process may record one graph at a time
 
 
 @dataclass(frozen=True)
@@ -218,15 +220,16 @@ class _Graphs:
         self._pool: Any = None
 
     def __call__(self, run: Callable[[], None]) -> Callable[[], None]:
-        with torch.cuda.device(self._device):
-            self._pool = self._pool or torch.cuda.graph_pool_handle()
-            beside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-            beside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(beside):
+        with _RECORDING, torch.cuda.device(self._device):
+            if self._pool is None:
+                self._pool, self._beside = torch.cuda.graph_pool_handle(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            self._beside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._beside):
                 for _ in range(2):  # kernels are compiled, and libraries take their room, which no graph may
                     run()
-            torch.cuda.current_stream().wait_stream(beside)
+            torch.cuda.current_stream().wait_stream(self._beside)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            # Other threads, which decode other models, are not hindered.
+            with torch.cuda.graph(graph, self._pool, self._beside, capture_error_mode="thread_local"):
                 run()
         return graph.replay
