@@ -125,7 +125,8 @@ class Recorder:
     ) -> _Recording | None:
         """A forward of this shape in the first way that gives what the plain one does; None: in no way, or not now."""
         count = given[0].numel()
-        sizes = [count if i in (3, 4, 5, 6, 7) else len(part) for i, part in enumerate(given)]
+        # What says of real and of read positions where they are has room for all.
+        sizes = [count if 3 <= i < 8 else len(part) for i, part in enumerate(given)]
         inputs = [part.new_empty(size, *part.shape[1:]) for size, part in zip(sizes, given, strict=True)]
         _fill(inputs, given)
         ids, offsets, attention, slot, offset, row, column, read, *rows = inputs
