@@ -3,6 +3,7 @@
 Every mistake of a user's is one line and an exit code: 2 recipe, 3 data, 4 preempted, 5 diverged. Ctrl-C ends with 130.
 """
 
+import importlib.metadata
 import os
 import shlex
 import sys
@@ -29,6 +30,13 @@ app = typer.Typer(
 _INTERRUPTED = 130
 _USAGE_ERROR: Any = typer.BadParameter.__base__  # click's, which newer typers carry inside and export no more
 _PREPROCESS_ACTIONS = ("plan", "run", "verify", "repair", "inspect")
+
+
+@app.callback(invoke_without_command=True)
+def _lead(version: Annotated[bool, typer.Option("--version", help="Say which this is.")] = False) -> None:
+    if version:
+        sys.stdout.write(f"dllm {importlib.metadata.version('dllm')}\n")
+        raise typer.Exit
 
 
 @app.command()

@@ -1,5 +1,6 @@
 """The command line as a shell sees it: one line and the right exit code for every mistake."""
 
+import importlib.metadata
 import json
 import os
 import socket
@@ -280,3 +281,9 @@ def test_show_prints_the_resolved_recipe(root):
     told = dllm("show", str(root / "small.yaml"), "train.steps=77")
     assert told.returncode == 0
     assert yaml.safe_load(told.stdout)["train"]["steps"] == 77
+
+
+def test_which_version_this_is(here):
+    told = here("--version")
+    assert (told.returncode, told.stdout, told.stderr) == (0, f"dllm {importlib.metadata.version('dllm')}\n", "")
+    assert "Usage: dllm" in here().stdout  # no verb
