@@ -113,22 +113,27 @@ class JobServer:
         A connection that breaks, or carries nothing for a minute, is made again, and nothing is written twice. If that
         cannot be done for a minute, it ends.
         """
-        written, lost_at = 0, None
+        written, lost_at, had_ended = 0, None, False
 
-        async def tail() -> None:
+        async def tail() -> bool:
+            """Whether the server has said that this is all."""
             nonlocal written, lost_at
             seen, pieces = 0, self._client.tail_job_logs(name)
-            with contextlib.suppress(StopAsyncIteration, TimeoutError):
+            with contextlib.suppress(TimeoutError):
                 while True:
-                    piece = await asyncio.wait_for(anext(pieces), _SILENCE_S)
+                    try:
+                        piece = await asyncio.wait_for(anext(pieces), _SILENCE_S)
+                    except StopAsyncIteration:
+                        return True
                     lost_at, seen = None, seen + len(piece)
                     if seen > written:
                         write(piece[len(piece) - min(seen - written, len(piece)) :])
                         written = seen
+            return False
 
         while True:
             try:
-                self._asked(lambda: asyncio.run(tail()), name)
+                is_all = self._asked(lambda: asyncio.run(tail()), name)
                 job = self.job(name)
             except UnknownJobError:
                 raise
@@ -139,9 +144,9 @@ class JobServer:
                     raise DataError("--address", error.problem, self.address, remedy) from error
                 time.sleep(_RETRY_S)
                 continue
-            if job.status in ENDED:
+            if job.status in ENDED and (is_all or had_ended):
                 return job
-            lost_at = None
+            lost_at, had_ended = None, job.status in ENDED  # by a silent connection: its last lines are asked for anew
             time.sleep(_POLL_S)
 
     def _get(self, path: str) -> Any:
