@@ -4,6 +4,7 @@ same content. Data and secrets stay here.
 
 import hashlib
 import io
+import re
 import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,12 @@ MAX_BYTES = 20 << 20  # Ray's head keeps packages in its memory and refuses thos
 RECIPE = "recipe.yaml"
 _KINDS = {".py", ".pyi", ".yaml", ".yml", ".json", ".toml", ".html", ".txt", ".md", ".cfg"}
 _LEFT_OUT = {"__pycache__", ".git", ".venv", "venv", "node_modules", "dllm-runs"}
-_SECRET_PARTS = ("secret", "credential", "password", "passwd", "token", "keys.", "id_rsa", "id_ed25519", ".env")
+_SECRET_PARTS = (
+    *("secret", "credential", "password", "passwd", "passphrase", "token", "keys.", ".env", "kubeconfig", "netrc"),
+    *("api_key", "apikey", "private_key", "service_account", "auth."),
+    *("id_rsa", "id_dsa", "id_ecdsa", "id_ed25519"),
+)
+_KEY = re.compile(r"(?<![a-z])key\.")  # and no monkey's
 _STAMP = (1980, 1, 1, 0, 0, 0)
 
 
@@ -85,7 +91,8 @@ def _is_secret(path: Path) -> bool:
     # A module, and a folder of modules, may well be called tokenizer.
     telling = [folder.replace("tokenizer", "") for folder in folders] + ([] if path.suffix == ".py" else [name])
     is_hidden = any(part.startswith(".") for part in (*folders, name))
-    return is_hidden or any(part in told for told in telling for part in _SECRET_PARTS)
+    telling = [told.replace("-", "_") for told in telling]
+    return is_hidden or any(_KEY.search(told) or any(part in told for part in _SECRET_PARTS) for told in telling)
 
 
 def _check_size(sizes: dict[str, int]) -> None:

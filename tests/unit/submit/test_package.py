@@ -72,8 +72,10 @@ def test_names_that_no_zip_holds_stay_and_are_named(lab):
 
 
 SECRET = ("secrets/prod.yaml", "credentials/db.json", ".docker/config.json", ".kube/config.yaml", "a/.b/c.py")
-SECRET += ("deep/My-Secrets/more/list.txt", "a/api_tokens/x.yaml", "secrets/keys.py")
+SECRET += ("deep/My-Secrets/more/list.txt", "a/api_tokens/x.yaml", "secrets/keys.py", "api_key.txt", "API-Key.json")
+SECRET += ("gcp-key.json", "key.json", "service-account.json", "my_kubeconfig.yaml", "private-key.txt", "a/auth.json")
 PLAIN = ("configs/prod.yaml", "tokenizers/bpe.py", "my_tokenizer/settings.json", "lib/secrets.py", "a/b/c/notes.md")
+PLAIN += ("monkey.json", "keyboard.yaml", "author.md", "api_keys.py")
 
 
 def test_what_lies_in_a_hidden_folder_or_one_that_is_named_for_secrets_stays_and_is_named(tmp_path):
