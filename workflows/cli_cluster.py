@@ -78,8 +78,10 @@ def jobs(
         from workflows.submit.flow import jobs as run_action
         from workflows.submit.server import JobServer
 
-        ended.update(run_action(action, name, JobServer(_given(address), ca_file), console))
-        return ended
+        told = run_action(action, name, JobServer(_given(address), ca_file), console)
+        if action == "logs":
+            ended.update(told)
+        return told
 
     _run(body, ended, output)
 

@@ -162,7 +162,7 @@ def jobs(action: str, name: str | None, server: JobServer, console: Console) -> 
     if action == "status":
         job = server.job(name)
         _say_jobs([job], console)
-        return {**_result(job), "exit_code": 0}
+        return _result(job)
     was_running = server.stop(name)
     job = server.wait(name, _STOP_WITHIN_S + _ENDS_WITHIN_S)
     if job.status not in ENDED:

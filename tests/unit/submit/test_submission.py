@@ -1,6 +1,7 @@
 """What is refused before a cluster is asked, and what a job is called by."""
 
 import asyncio
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,10 +12,12 @@ from s3_server import s3_server
 from dllm_core.checkpoints.run_dir import RunDir
 from dllm_core.errors import ConfigError, DataError
 from dllm_core.storage.store import open_store
+from workflows.cli_cluster import jobs as jobs_verb
 from workflows.console import Console
 from workflows.recipe import load_recipe
 from workflows.submit.flow import Submission, _result, jobs, prepare, root_of, submit
 from workflows.submit.server import JobServer, checked_address
+from workflows.verb import EndedError
 
 ROOT = Path(__file__).parents[3]
 QUICKSTART = str(ROOT / "workflows/recipes/quickstart.yaml")
@@ -365,3 +368,17 @@ class Ended:
 )
 def test_the_exit_code_is_the_job_s(job, code):
     assert _result(job)["exit_code"] == code
+
+
+def test_the_status_of_a_job_tells_its_exit_code_and_ends_well(monkeypatch, capsys):
+    job = SimpleNamespace(submission_id="x-1", status="FAILED", driver_exit_code=-9, message="", entrypoint="x")
+    job.start_time = job.end_time = 1000
+    server = SimpleNamespace(job=lambda name: job, jobs=lambda: [job], follow=lambda name, write: job)
+    monkeypatch.setattr("workflows.submit.server.JobServer", lambda address, ca_file: server)
+    jobs_verb("status", "x-1", address="http://head", output="json")
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["exit_code"] == 137
+    jobs_verb("list", address="http://head", output="json")
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["jobs"][0]["exit_code"] == 137
+    with pytest.raises(EndedError) as caught:
+        jobs_verb("logs", "x-1", address="http://head", output="json")
+    assert caught.value.code == 137
