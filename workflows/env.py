@@ -136,7 +136,7 @@ def _check_answers(address: str) -> None:
     """Somebody listens at host:port. Ray itself would try for two minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if host and port.isdecimal():
-        socket.create_connection((host, int(port)), timeout=_ANSWERS_WITHIN_S).close()
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWERS_WITHIN_S).close()
 
 
 def _shut_down(before: set[int]) -> None:

@@ -2,13 +2,14 @@
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dllm_core.errors import ConfigError, DataError
-from workflows.env import actor_options, ray_cluster
+from workflows.env import _check_answers, actor_options, ray_cluster
 from workflows.placement import Demand, PlacementConfig
 from workflows.submit.demand import Need, NodeGroup, busy, check_room, matches, needs, startable
 
@@ -174,6 +175,17 @@ def test_a_private_cluster_asks_the_home_folder_for_no_token(monkeypatch, tmp_pa
     with pytest.raises(DataError, match="enough"), ray_cluster(1):
         pass
     assert (len(told.get("RAY_AUTH_TOKEN", "")) >= 32) == (known == "nowhere")
+
+
+@pytest.mark.parametrize("scheme", ["", "ray://"])
+def test_an_address_of_ipv6_is_asked_where_it_is(scheme, monkeypatch):
+    """Ray writes it in brackets, in which no resolver knows it."""
+    asked = []
+    monkeypatch.setattr(
+        "socket.create_connection", lambda where, timeout: asked.append(where) or SimpleNamespace(close=int)
+    )
+    _check_answers(f"{scheme}[::1]:6379")
+    assert asked == [("::1", 6379)]
 
 
 @pytest.mark.parametrize("resources", [{"GPU": 1}, {"x": 0}, {"memory": 5}])
