@@ -38,7 +38,7 @@ from workflows.pipeline.report import EVALUATION, about_policy, write_report
 from workflows.preprocess.flow import Preprocessing, summary
 from workflows.recipe import Recipe
 from workflows.serve.app import check_port
-from workflows.serve.flow import cpus_needed
+from workflows.serve.flow import cpus_needed, gpus_needed
 from workflows.target import Target
 from workflows.train.flow import checkpoint_bytes, final_step, step_line, train
 
@@ -325,7 +325,7 @@ class Pipeline:
         gpus = max(
             placement.train.workers * placement.train.gpus_per_worker,
             placement.evaluate.gpus_per_worker,
-            placement.serve.min_replicas * placement.serve.gpus_per_replica,
+            gpus_needed(self.target.recipe),
         )
         self._stack.enter_context(ray_cluster(max(training, cpus_needed(self.target.recipe)), gpus))
         self._has_cluster = True

@@ -39,6 +39,12 @@ def cpus_needed(recipe: Recipe) -> float:
     return placement.max_replicas * placement.cpus_per_replica + CPUS_OF_GATEWAY * placement.gateways + 0.4
 
 
+def gpus_needed(recipe: Recipe) -> float:
+    """GPUs of the replicas that start with the endpoint, without which it would never answer."""
+    placement = recipe.placement.serve
+    return max(1, placement.min_replicas) * placement.gpus_per_replica
+
+
 def args_of(recipe: Recipe, run: RunDir, find: FindRun | None = None) -> AppArgs:
     """The application that serves a run, and beside it what the recipe's section names; each bundle is verified now."""
     served = {run.name: _served(recipe, run)}
@@ -80,7 +86,7 @@ def serve_forever(recipe: Recipe, run: RunDir, console: Console, find: FindRun) 
     args = args_of(recipe, run, find)
     followed = recipe.serve.models_file
     seen = file_stamp(Path(followed)) if followed is not None else None
-    with ray_cluster(cpus_needed(recipe)):
+    with ray_cluster(cpus_needed(recipe), gpus_needed(recipe)):
         url = start(args)
         try:
             say_how_to_use(console, url, run.name, recipe)

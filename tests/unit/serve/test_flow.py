@@ -3,13 +3,18 @@
 import io
 import json
 import shlex
+from functools import partial
+from types import SimpleNamespace
 
 import httpx
 import pytest
 from rich.console import Console as RichConsole
 
-from dllm_core.errors import DataError
+from dllm_core.errors import ConfigError, DataError
+from workflows import env
 from workflows.console import Console
+from workflows.pipeline.flow import Pipeline
+from workflows.placement import ServePlacement
 from workflows.serve import flow
 from workflows.serve.app import AppArgs
 from workflows.serve.config import Example, ServeConfig, ServedRun
@@ -61,3 +66,25 @@ def test_models_of_which_one_cannot_be_loaded_are_taken_back(monkeypatch, capsys
     assert served is (new if told is None else before)
     assert deployed == [new, before][: 1 if told is None else 2]
     assert (told or "models") in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", ["serve", "run"])
+def test_replicas_whose_gpus_are_not_there_are_refused(verb, small_corpus, monkeypatch):
+    """One starts with the endpoint even where none need stay, and would be waited for without end."""
+    section = ServePlacement(min_replicas=0, gpus_per_replica=1)
+    placement = small_corpus.recipe.placement.model_copy(update={"serve": section})
+    recipe = small_corpus.recipe.model_copy(update={"placement": placement})
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    for name in ("_SETTINGS", "_PRIVATE"):
+        monkeypatch.setattr(env, name, {})
+    monkeypatch.setattr(env, "_connect", lambda cpus: None)
+    monkeypatch.setattr(env, "_shut_down", lambda before: None)
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 2.0})
+    monkeypatch.setattr(flow, "args_of", lambda *_: AppArgs())
+    monkeypatch.setattr(flow, "start", lambda args: pytest.fail("it was waited for"))
+    monkeypatch.setattr(flow, "stop", lambda: None)
+    monkeypatch.setattr(flow, "check_port", lambda settings: None)
+    pipeline = Pipeline(SimpleNamespace(recipe=recipe, run=None), Console("json"))
+    ask_for = {"run": pipeline._cluster, "serve": partial(flow.serve_forever, recipe, None, Console("json"), None)}
+    with pytest.raises(ConfigError, match="placement: asks for 1 GPUs, this machine has 0"):
+        ask_for[verb]()
