@@ -4,6 +4,7 @@ same content. Data and secrets stay here.
 
 import hashlib
 import io
+import os
 import re
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -74,10 +75,16 @@ def pack(recipe: str | None, include: Sequence[Path] = ()) -> Package:
 
 
 def _sources(root: Path) -> Iterator[Path]:
-    for path in sorted(root.rglob("*")):
-        parts = path.relative_to(root).parts
-        if (path.is_file() or path.is_symlink()) and not _LEFT_OUT.intersection(parts):
-            yield path
+    """Files and links below a folder; one that cannot be listed ends it, or its files would be missed where it runs."""
+    for folder, folders, names in os.walk(root, onerror=_raise_unlisted):
+        folders[:] = sorted(set(folders) - _LEFT_OUT)
+        for path in (Path(folder, name) for name in sorted({*folders, *names} - _LEFT_OUT)):
+            if path.is_file() or path.is_symlink():
+                yield path
+
+
+def _raise_unlisted(error: OSError) -> None:
+    raise DataError("package", f"cannot be listed ({error.strerror})", str(error.filename)) from error
 
 
 def _stays(path: Path, below: Path) -> bool:

@@ -1,5 +1,6 @@
 """What a job takes along: the same bytes for the same content, no data, no secrets, and not too much."""
 
+import errno
 import io
 import os
 import subprocess
@@ -33,6 +34,7 @@ def lab(tmp_path):
         (folder / name).write_text("secret\n")
     (folder / ".git" / "config.toml").write_text("x")
     os.symlink("/etc/hostname", folder / "link.txt")
+    os.symlink("/etc", folder / "link")
     return folder
 
 
@@ -56,7 +58,7 @@ def test_data_and_secrets_stay_and_are_named(lab):
     packed = pack(None, [lab])
     mine = {name for name in packed.files if name.startswith("my_lab/")}
     assert mine == {"my_lab/noise.py", "my_lab/sub/tokenizer.py", "my_lab/settings.yaml"}
-    assert set(packed.left_out) == {f"my_lab/{name}" for name in (*STAYS, "link.txt")}
+    assert set(packed.left_out) == {f"my_lab/{name}" for name in (*STAYS, "link.txt", "link")}
     assert b"secret" not in packed.data
 
 
@@ -69,6 +71,19 @@ def test_a_folder_that_is_a_link_keeps_the_name_that_it_is_imported_by(lab, tmp_
 def test_names_that_no_zip_holds_stay_and_are_named(lab):
     Path(os.fsdecode(os.fsencode(lab) + b"/\xff.py")).write_text("x = 1\n")
     assert r"my_lab/\udcff.py" in pack(None, [lab]).left_out
+
+
+def test_a_folder_that_cannot_be_listed_is_not_left_out_without_a_word(lab, monkeypatch):
+    scandir = os.scandir
+
+    def closed(path):
+        if str(path).endswith("my_lab/sub"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    with pytest.raises(DataError, match=r"package: cannot be listed \(Permission denied\), got '.*my_lab/sub'"):
+        pack(None, [lab])
 
 
 SECRET = ("secrets/prod.yaml", "credentials/db.json", ".docker/config.json", ".kube/config.yaml", "a/.b/c.py")
