@@ -334,6 +334,14 @@ def test_secrets_are_examples_and_nothing_else(documents: list[Document]) -> Non
     assert keys["dllm-ray-auth"] == {"auth_token"}  # the key that KubeRay reads
 
 
+def test_every_node_tells_how_full_its_disk_is(documents: list[Document]) -> None:
+    """Ray tells of one byte that is free else, and the alert of disks that are nearly full never fires."""
+    nodes = [(where, one) for where, one in containers(documents) if one["name"] in ("ray-head", "ray-worker")]
+    assert len(nodes) == 8
+    for where, container in nodes:
+        assert {"name": "RAY_DASHBOARD_ENABLE_K8S_DISK_USAGE", "value": "1"} in container["env"], where
+
+
 def test_every_ray_container_has_the_token_and_heads_run_no_work(documents: list[Document]) -> None:
     found = list(clusters(documents))
     assert len(found) == 3
