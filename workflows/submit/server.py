@@ -127,7 +127,10 @@ class JobServer:
                         return True
                     lost_at, seen = None, seen + len(piece)
                     if seen > written:
-                        write(piece[len(piece) - min(seen - written, len(piece)) :])
+                        try:
+                            write(piece[len(piece) - min(seen - written, len(piece)) :])
+                        except OSError as error:
+                            raise _UnwrittenError(error) from None
                         written = seen
             return False
 
@@ -135,6 +138,8 @@ class JobServer:
             try:
                 is_all = self._asked(lambda: asyncio.run(tail()), name)
                 job = self.job(name)
+            except _UnwrittenError as unwritten:
+                raise unwritten.reason from None
             except UnknownJobError:
                 raise
             except DataError as error:
@@ -194,6 +199,14 @@ class JobServer:
 
     def _lost(self, error: BaseException) -> DataError:
         return DataError("--address", f"does not answer as it should ({_first_line(error)})", self.address)
+
+
+class _UnwrittenError(Exception):
+    """Our own output is closed or full, for which the server is not to blame."""
+
+    def __init__(self, reason: OSError) -> None:
+        super().__init__(str(reason))
+        self.reason = reason
 
 
 class UnknownJobError(DataError):

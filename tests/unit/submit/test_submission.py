@@ -340,6 +340,26 @@ def test_a_connection_that_is_gone_without_a_word_is_made_anew(monkeypatch, mean
     assert ("".join(written), len(connections)) == ("one\ntwo\n" + "three\n" * (silent == 1), 2)
 
 
+def test_an_output_that_is_closed_is_not_laid_to_the_server(monkeypatch):
+    """As of `dllm jobs logs NAME | head -1`: nothing is tried again."""
+    attempts = []
+
+    async def tail(name):
+        attempts.append(name)
+        yield "one\n"
+
+    def write(text):
+        raise BrokenPipeError("closed")
+
+    monkeypatch.setattr("workflows.submit.server._PATIENCE_S", 0.0)
+    monkeypatch.setattr("workflows.submit.server._RETRY_S", 0.0)
+    server = JobServer.__new__(JobServer)
+    server.address, server._client = "http://head", SimpleNamespace(tail_job_logs=tail)
+    with pytest.raises(BrokenPipeError, match="closed"):
+        server.follow("x-1", write)
+    assert len(attempts) == 1
+
+
 def test_what_all_nodes_must_see_is_named(tmp_path):
     assert prepare(Submission(QUICKSTART, (S3,))).paths == ()
     (tmp_path / "corpus").mkdir()
