@@ -27,6 +27,7 @@ _POLL_S = 0.5
 _SILENCE_S = 60.0  # of a job, after which a follower connects anew: a connection may be gone without a word
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 _TOKEN_REMEDY = "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to one that holds"
+_DASHBOARD_REMEDY = "is it the dashboard of a Ray 2.60 cluster?"
 _ADDRESS_REMEDY = "that of the head's dashboard, e.g. http://127.0.0.1:8265 behind `ray dashboard cluster.yaml`"
 
 
@@ -49,18 +50,25 @@ class JobServer:
 
     def version(self) -> str:
         """Of the Ray that runs there."""
-        return str(self._asked(lambda: self._client._do_request("GET", "/api/version")).json()["ray_version"])
+        return self._asked(lambda: str(self._client._do_request("GET", "/api/version").json()["ray_version"]))
 
     def nodes(self) -> list[dict[str, Any]]:
         """Those that are alive: `resources_total`, `labels`, `is_head_node`, `node_ip`."""
-        told = self._get("/api/v0/nodes")["result"]["result"]
-        return [node for node in told if node["state"] == "ALIVE"]
+
+        def read(data: Any) -> list[dict[str, Any]]:
+            return [node for node in data["result"]["result"] if node["state"] == "ALIVE"]
+
+        return self._get("/api/v0/nodes", read)
 
     def usage(self) -> dict[str, tuple[float, float]]:
         """(used, all) by resource; empty where the autoscaler has not told yet."""
-        status = (self._get("/api/cluster_status") or {}).get("clusterStatus") or {}
-        told = (status.get("loadMetricsReport") or {}).get("usage") or {}
-        return {name: (float(used), float(total)) for name, (used, total) in told.items()}
+
+        def read(data: Any) -> dict[str, tuple[float, float]]:
+            status = (data or {}).get("clusterStatus") or {}
+            told = (status.get("loadMetricsReport") or {}).get("usage") or {}
+            return {name: (float(used), float(total)) for name, (used, total) in told.items()}
+
+        return self._get("/api/cluster_status", read)
 
     def jobs(self) -> list[Any]:
         """What was submitted, oldest first."""
@@ -129,7 +137,7 @@ class JobServer:
                     if seen > written:
                         try:
                             write(piece[len(piece) - min(seen - written, len(piece)) :])
-                        except OSError as error:
+                        except (OSError, ValueError) as error:  # the second: of a closed file
                             raise _UnwrittenError(error) from None
                         written = seen
             return False
@@ -154,12 +162,17 @@ class JobServer:
             lost_at, had_ended = None, job.status in ENDED  # by a silent connection: its last lines are asked for anew
             time.sleep(_POLL_S)
 
-    def _get(self, path: str) -> Any:
-        answer = self._asked(lambda: self._client._do_request("GET", path))
-        if answer.status_code != 200:
-            problem = f"does not answer {path} ({answer.status_code})"
-            raise DataError("--address", problem, self.address, "is it the dashboard of a Ray 2.60 cluster?")
-        return answer.json()["data"]
+    def _get(self, path: str, read: Callable[[Any], Result]) -> Result:
+        """What `read` makes of the data that stands there."""
+
+        def ask() -> Result:
+            answer = self._client._do_request("GET", path)
+            if answer.status_code != 200:
+                problem = f"does not answer {path} ({answer.status_code})"
+                raise DataError("--address", problem, self.address, _DASHBOARD_REMEDY)
+            return read(answer.json()["data"])
+
+        return self._asked(ask)
 
     def _knock(self) -> None:
         """Somebody listens. Ray itself would wait as long as the network does."""
@@ -196,6 +209,9 @@ class JobServer:
             if job is not None and ("status code 404" in str(error) or "does not exist" in str(error)):
                 raise _unknown(job) from None
             raise self._lost(error) from None
+        except (LookupError, TypeError, ValueError, AttributeError) as error:  # JSON, but not Ray's
+            problem = f"answers what Ray does not ({type(error).__name__}: {_first_line(error)})"
+            raise DataError("--address", problem, self.address, _DASHBOARD_REMEDY) from error
 
     def _lost(self, error: BaseException) -> DataError:
         return DataError("--address", f"does not answer as it should ({_first_line(error)})", self.address)
@@ -204,7 +220,7 @@ class JobServer:
 class _UnwrittenError(Exception):
     """Our own output is closed or full, for which the server is not to blame."""
 
-    def __init__(self, reason: OSError) -> None:
+    def __init__(self, reason: OSError | ValueError) -> None:
         super().__init__(str(reason))
         self.reason = reason
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
+from ray.dashboard.modules.job.pydantic_models import JobDetails
 from s3_server import s3_server
 
 from dllm_core.checkpoints.run_dir import RunDir
@@ -338,6 +339,21 @@ def test_a_connection_that_is_gone_without_a_word_is_made_anew(monkeypatch, mean
     server.address, server._client, written = "http://head", client, []
     assert server.follow("x-1", written.append).status == "SUCCEEDED"
     assert ("".join(written), len(connections)) == ("one\ntwo\n" + "three\n" * (silent == 1), 2)
+
+
+@pytest.mark.parametrize("said", [{}, [1], {"data": {"result": []}}, {"data": 1}])
+@pytest.mark.parametrize("question", ["version", "nodes", "usage", "jobs"])
+def test_what_is_json_and_not_ray_s_is_a_line(question, said):
+    """As of a proxy, or of another server at that port."""
+    answer = SimpleNamespace(status_code=200, json=lambda: said)
+    server = JobServer.__new__(JobServer)
+    server.address = "http://head"
+    server._client = SimpleNamespace(_do_request=lambda *_: answer, list_jobs=lambda: [JobDetails(**said)])
+    if (question, said) == ("usage", {"data": {"result": []}}):
+        assert server.usage() == {}  # as before the autoscaler has told
+        return
+    with pytest.raises(DataError, match=r"--address: answers what Ray does not .*dashboard of a Ray"):
+        getattr(server, question)()
 
 
 def test_an_output_that_is_closed_is_not_laid_to_the_server(monkeypatch):
