@@ -17,7 +17,9 @@ from fastapi import FastAPI
 from local_endpoint import local_endpoint
 
 from dllm_core.errors import ConfigError
+from workflows.serve import keys
 from workflows.serve.dialect.completions import CompletionRequest
+from workflows.serve.dialect.score import ScoreRequest
 from workflows.serve.edge import OPEN_ROUTES, Edge, EdgeSettings, guard
 from workflows.serve.gateway import api
 from workflows.serve.keys import KeyRing, read_keys
@@ -94,6 +96,19 @@ def test_keys_are_rotated_while_it_runs_and_a_broken_file_changes_nothing(keys_f
         assert name_of("sk-other") == "second"
     os.unlink(keys_file)
     assert name_of("sk-other") == "second"
+
+
+def test_keys_that_change_while_the_first_are_read_are_read_again(keys_file, monkeypatch):
+    def read_and_changed(path):
+        found = read_keys(path)
+        keys_file.write_text(line("second", "sk-other"))
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(keys, "read_keys", read_and_changed)
+        ring = KeyRing(str(keys_file))
+    ring._read_at -= 2
+    assert (ring.name_of(f"Bearer {KEY}"), ring.name_of("Bearer sk-other")) == (None, "second")
 
 
 @pytest.mark.parametrize(

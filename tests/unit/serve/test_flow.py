@@ -1,8 +1,10 @@
 """What the serve verb prints can be copied into a shell as it stands."""
 
+import contextlib
 import io
 import json
 import shlex
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -61,3 +63,29 @@ def test_models_of_which_one_cannot_be_loaded_are_taken_back(monkeypatch, capsys
     assert served is (new if told is None else before)
     assert deployed == [new, before][: 1 if told is None else 2]
     assert (told or "models") in capsys.readouterr().err
+
+
+def test_models_that_change_while_the_first_are_read_are_deployed(small_corpus, tmp_path, monkeypatch):
+    path = tmp_path / "models.yaml"
+    path.write_text("a: run\n")
+    looked, deployed = [], []
+
+    def read_and_changed(*_):
+        path.write_text("a: run\nb: other\n")
+        return AppArgs()
+
+    def look(_):
+        looked.append(1)
+        if len(looked) > 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(flow, "args_of", read_and_changed)
+    monkeypatch.setattr(flow, "_deployed_again", lambda *_: deployed.append(path.read_text()))
+    monkeypatch.setattr(flow, "ray_cluster", lambda _: contextlib.nullcontext())
+    for name in ("check_port", "start", "say_how_to_use", "stop"):
+        monkeypatch.setattr(flow, name, lambda *_: None)
+    monkeypatch.setattr(flow, "time", SimpleNamespace(sleep=look))
+    recipe = small_corpus.recipe.model_copy(update={"serve": ServeConfig(models_file=str(path))})
+    with pytest.raises(KeyboardInterrupt):
+        flow.serve_forever(recipe, SimpleNamespace(name="run"), Console("json"), None)
+    assert deployed == ["a: run\nb: other\n"]
