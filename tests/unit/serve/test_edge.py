@@ -6,6 +6,7 @@ import http.client
 import json
 import logging
 import os
+import re
 import threading
 import time
 
@@ -141,15 +142,20 @@ def test_every_answer_carries_its_id_and_says_how_to_treat_it(models):
         session(scenario)
 
 
-def test_an_error_that_nobody_has_foreseen_carries_its_id_too(models, monkeypatch):
+def test_an_error_that_nobody_has_foreseen_carries_its_id_too_and_is_counted(models, monkeypatch):
     monkeypatch.setattr(CompletionRequest, "rows", lambda *_: 1 // 0)
+    monkeypatch.setattr(ScoreRequest, "questions", lambda *_: 1 // 0)
 
     async def scenario(client):
+        headers = {"x-request-id": "mine-1"}
         body = {"model": "m", "prompt": "RED"}
-        return await client.post("/v1/completions", json=body, headers={"x-request-id": "mine-1"})
+        answer = await client.post("/v1/completions", json=body, headers=headers)
+        await client.post("/v1/score", json={**body, "completion": "A"}, headers=headers)
+        return answer, (await client.get("/metrics")).text
 
     with local_endpoint(models) as session:
-        answer = session(scenario)
+        answer, counted = session(scenario)
+    assert re.search(r'^dllm_request_errors_total\{.*status="500"\} 2\.0$', counted, re.MULTILINE)
     assert (answer.status_code, answer.json()["error"]["message"]) == (500, "ZeroDivisionError")
     assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
     assert answer.headers["x-request-id"] == "mine-1"
