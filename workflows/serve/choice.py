@@ -108,7 +108,7 @@ class Choice:
         if not self._wants_logprobs:
             return None
         entries, offsets = list[dict[str, Any]](), list[int]()
-        if self.row.head and not self._is_head_told:
+        if self.row.is_echoed and not self._is_head_told:
             places = _Places(self._tokenizer, 0)
             for token in self.row.request.prompt:
                 entries.append({**self._entry(token, None), "top_logprobs": None})

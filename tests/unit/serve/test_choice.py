@@ -23,7 +23,7 @@ def told(
     """Text, entries and offsets of an answer that comes in after so many tokens each time, and then whole."""
     ids = TOKENIZER.encode(text)
     request = Request(tuple(TOKENIZER.encode(head)), DecodeConfig(), stop=stop)
-    choice = Choice(0, Row(request, head), TOKENIZER, 0.0, 1)
+    choice = Choice(0, Row(request, head, is_echoed=bool(head)), TOKENIZER, 0.0, 1)
     entries, offsets, made = [], [], ""
     for count in [*sorted({min(piece, len(ids)) for piece in pieces}), len(ids)]:
         commits = tuple(Commit(i, token, -0.1, ((token, -0.1),)) for i, token in enumerate(ids[:count]))

@@ -59,7 +59,7 @@ class CompletionRequest(DecodingFields):
             own = seeds[number * self.n : (number + 1) * self.n]
             requests = of_prompt(self, model, ids, suffix, own, constraint)  # first: what it refuses cannot be spelled
             head = (prompt if isinstance(prompt, str) else tokenizer.decode(ids)) if self.echo else ""
-            found += [Row(request, head) for request in requests]
+            found += [Row(request, head, is_echoed=self.echo) for request in requests]
         return found
 
     def choice(self, index: int, text: str, logprobs: Any, finish_reason: str | None) -> dict[str, Any]:
