@@ -5,6 +5,7 @@ import time
 
 import pytest
 import tokenizers
+from sentence_pieces import sentence_pieces
 
 from dllm_core.data.tokenizer import Tokenizer, TokenizerConfig
 from dllm_core.decoding.config import DecodeConfig
@@ -185,6 +186,18 @@ def test_a_text_that_is_kept_is_kept_as_it_is_or_refused(kind, said, place):
     with pytest.raises(RequestError, match="would change") as caught:
         rows(" cafe\u0301 ")
     assert caught.value.place == place
+
+
+def test_a_span_and_what_is_kept_between_spans_have_no_space_that_the_text_has_not():
+    """Some tokenizers write one before each text, as Llama's does."""
+    text, spans = "the cat sat on the mat", [[4, 7], [8, 9], [15, 18]]
+    tokenizer = sentence_pieces(text)
+    model = ServedModel("m", "d", tokenizer, 64, DecodeConfig(), LIMITS, 0, "diffusion")
+    body = {"model": "m", "text": text, "spans": spans}
+    [row] = parse_body(EditRequest, json.dumps(body).encode()).rows(model)
+    assert f"{row.head}{tokenizer.decode_behind(row.request.middle)}{row.tail}" == text
+    edited = [tokenizer.decode_behind(row.request.middle[begin:stop]) for begin, stop in row.request.spans]
+    assert edited == [text[begin:stop] for begin, stop in spans]
 
 
 def test_seeds_of_choices_differ_and_the_first_is_the_one_asked_for():

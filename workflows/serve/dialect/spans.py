@@ -104,7 +104,7 @@ class EditRequest(_WholeText):
         at = spans[0][0]
         for begin, stop in spans:
             middle += model.tokenizer.encode_kept(self.text[at:begin], "spans")
-            made = model.tokenizer.encode(self.text[begin:stop])
+            made = (model.tokenizer.encode_behind if begin else model.tokenizer.encode)(self.text[begin:stop])
             edited.append((len(middle), len(middle) + len(made)))
             middle += made
             at = stop
