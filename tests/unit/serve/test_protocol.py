@@ -200,6 +200,27 @@ def test_a_span_and_what_is_kept_between_spans_have_no_space_that_the_text_has_n
     assert edited == [text[begin:stop] for begin, stop in spans]
 
 
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        (CompletionRequest, {"prompt": "the cat", "suffix": " on the mat"}),
+        (InfillRequest, {"segments": ["the cat", {"hole": 1}, " on the mat"]}),
+        (EditRequest, {"text": "the cat sat on the mat", "span": [7, 11]}),
+        (ScoreRequest, {"prompt": "the cat", "completion": " on the mat"}),
+    ],
+)
+def test_what_stands_behind_a_text_is_read_without_a_space_that_it_has_not(kind, said):
+    tokenizer = sentence_pieces("the cat sat on the mat")
+    model = ServedModel("m", "d", tokenizer, 64, DecodeConfig(), LIMITS, 0, "diffusion")
+    asked = parse_body(kind, json.dumps({"model": "m", **said}).encode())
+    [ids] = (
+        [question.answer for question in asked.questions(model)]
+        if kind is ScoreRequest
+        else [row.request.suffix for row in asked.rows(model)]
+    )
+    assert tokenizer.decode_behind(ids) == " on the mat"
+
+
 def test_seeds_of_choices_differ_and_the_first_is_the_one_asked_for():
     first = parse(seed=5).seeds(6)
     assert first[0] == 5

@@ -52,7 +52,7 @@ class CompletionRequest(DecodingFields):
     def rows(self, model: ServedModel) -> list[Row]:
         """N rows for each prompt."""
         constraint, tokenizer = self.constraint(model.limits), model.tokenizer
-        suffix = tuple(tokenizer.encode(self.suffix)) if self.suffix else ()
+        suffix = tuple(tokenizer.encode_behind(self.suffix)) if self.suffix else ()
         seeds, found = self.seeds(self.num_rows), list[Row]()
         for number, prompt in enumerate(self.prompts):
             ids = tuple(tokenizer.encode(prompt)) if isinstance(prompt, str) else tuple(prompt)

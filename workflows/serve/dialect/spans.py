@@ -76,7 +76,7 @@ class InfillRequest(_WholeText):
         request = Request(
             prompt=tuple(model.tokenizer.encode(head)),
             config=config,
-            suffix=tuple(model.tokenizer.encode(tail)),
+            suffix=tuple(model.tokenizer.encode_behind(tail)),
             constraint=self.constraint(model.limits),
         )
         whole = with_holes(request, pieces)
@@ -111,7 +111,7 @@ class EditRequest(_WholeText):
         request = Request(
             prompt=tuple(model.tokenizer.encode(head)),
             config=self.decode_config(model.decode, model.context),
-            suffix=tuple(model.tokenizer.encode(tail)),
+            suffix=tuple(model.tokenizer.encode_behind(tail)),
             middle=tuple(middle),
             strength=self.strength,
             spans=tuple(edited),
