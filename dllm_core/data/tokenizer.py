@@ -185,10 +185,17 @@ class Tokenizer:
         except TypeError:  # a lone surrogate
             raise DataError("text", "is not Unicode", text) from None
 
+    def encode_behind(self, text: str) -> list[int]:
+        """Ids of a text behind another, without the space that some tokenizers write before a text's first word."""
+        if self._is_byte_level:
+            return self.encode(text)
+        ids = self.encode(f"\n{text}")[len(self.encode("\n")) :]
+        return ids if self.decode_behind(ids) == text else self.encode(text)  # it may join what it begins with
+
     def encode_kept(self, text: str, place: str) -> list[int]:
         """Ids of a text between what is made, which an answer spells from them; RequestError where that is another."""
-        ids = self.encode(text)
-        if self._is_byte_level and self.decode(ids) != text:
+        ids = self.encode_behind(text)
+        if self.decode_behind(ids) != text:
             problem = "the text between what is made is one that the model's tokenizer would change"
             raise RequestError(place, problem, text, "compose its characters (NFC)")
         return ids
@@ -240,6 +247,19 @@ class Tokenizer:
         """Text of ids; specials are left out, an incomplete UTF-8 sequence shows as U+FFFD."""
         return str(self._core.decode([i for i in ids if i not in self.special_ids], skip_special_tokens=False))
 
+    def decode_behind(self, ids: Sequence[int]) -> str:
+        """`decode` of ids behind a text. Alone, those of some tokenizers lose the space before their first word."""
+        if self._is_byte_level:
+            return self.decode(ids)
+        before, text = self._before
+        return self.decode([*before, *ids])[len(text) :]
+
+    @cached_property
+    def _before(self) -> tuple[list[int], str]:
+        """A token of text, and how it looks alone."""
+        ids = self.encode("a")[-1:]
+        return ids, self.decode(ids)
+
     def byte_lengths(self) -> NDArray[np.int64]:
         """UTF-8 bytes of each id's text [V], 0 of specials. Of a byte-level tokenizer a text's ids add up to its bytes;
         of another kind to one more, where it writes a space before a text's first word.
@@ -257,10 +277,7 @@ class Tokenizer:
         """Of a token that no bytes spell: alone it would lose the space before its word."""
         if self._has_bytes and _BYTE_TOKEN.fullmatch(piece):
             return 1
-        before = self.encode("a")[-1:]
-        texts = (self._core.decode(ids, skip_special_tokens=False) for ids in ([*before, token], before))
-        whole, part = (len(str(text).encode()) for text in texts)
-        return whole - part
+        return len(self.decode_behind([token]).encode())
 
     @cached_property
     def _decoder(self) -> str:
@@ -291,10 +308,20 @@ class Tokenizer:
         return spelled
 
     def token_text(self, token: int) -> str:
-        """How one token looks: its text, or its name if it is special."""
+        """How one token looks behind others: its text, or its name if it is special."""
         if token in self.special_ids:
             return str(self._core.id_to_token(token))
-        return str(self._core.decode([token], skip_special_tokens=False))
+        return self.decode_behind([token])
+
+    def bytes_of(self, token: int) -> bytes | None:
+        """A token's own, which may be a part of a character; None of a special one, which no text has."""
+        if token in self.special_ids:
+            return None
+        spelled = self._spelled or ()
+        own = spelled[token] if token < len(spelled) else None  # a model may have ids that its tokenizer has not
+        if own is None and self._has_bytes and _BYTE_TOKEN.fullmatch(name := str(self._core.id_to_token(token))):
+            own = bytes([int(name[3:5], 16)])
+        return self.token_text(token).encode() if own is None else own
 
     def token_texts(self, tokens: Sequence[int | None]) -> list[str]:
         """How tokens look beside each other, "" where there is none; a character of several stands at the last of them.
@@ -304,7 +331,7 @@ class Tokenizer:
         texts: list[str] = []
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         for token in [*tokens, None]:
-            spelled = None if token is None or self._spelled is None else self._spelled[token]
+            spelled = None if token is None else self.bytes_of(token)
             if texts and not (spelled and 0x80 <= spelled[0] < 0xC0):
                 texts[-1] += decoder.decode(b"", True)  # of a character that is not finished
             if spelled is None:

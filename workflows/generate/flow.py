@@ -154,7 +154,8 @@ class Generator:
             text.append(_text_of(decoded, self._tokenizer), style="bold")
         else:
             for tokens, is_made in runs(request.middle, answer.tokens):
-                text.append(self._tokenizer.decode(tokens), style="bold" if is_made else "dim")
+                decode = self._tokenizer.decode_behind if text.plain else self._tokenizer.decode
+                text.append(decode(tokens), style="bold" if is_made else "dim")
         return text.append(self._tokenizer.decode(request.suffix), style="dim")
 
     def _told(self, asked: Asked, decoded: Decoded, found: Filled | None, seconds: float | None) -> dict[str, Any]:
@@ -182,7 +183,8 @@ class Generator:
             told["seconds"] = round(seconds, 3)
         if asked.infill is not None:
             lengths = asked.lengths if found is None else found.lengths
-            holes = [self._tokenizer.decode(hole) for hole in holes_of(request, answer.tokens, lengths)]
+            first, *others = holes_of(request, answer.tokens, lengths)
+            holes = [self._tokenizer.decode(first), *map(self._tokenizer.decode_behind, others)]
             told = {**told, "infill": asked.infill, "holes": holes}
         if asked.edit is not None:
             told = {**told, "edit": asked.edit, "strength": asked.strength}

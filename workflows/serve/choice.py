@@ -7,7 +7,7 @@ from typing import Any
 
 from dllm_core.data.tokenizer import Tokenizer
 from dllm_core.decoding.request import holes_of
-from dllm_core.decoding.text import TextStream
+from dllm_core.decoding.text import Decodes, TextStream
 from workflows.serve.dialect.rows import Row
 from workflows.serve.progress import OPEN, Commit, Progress
 
@@ -15,31 +15,37 @@ PLACEHOLDER = "\u2591"  # a light shade: an open position in a frame's text
 
 
 class _Places:
-    """Where in a text its tokens begin, in characters from `begin` on: one place for all that share a character."""
+    """Where in a text its tokens begin, in characters from `begin` on: one place for all that share a character.
 
-    def __init__(self, tokenizer: Tokenizer, begin: int) -> None:
-        self._tokenizer, self._at = tokenizer, begin
+    is_behind: whether something stands before the first. If not, that may lose its space.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, begin: int, *, is_behind: bool) -> None:
+        self._tokenizer, self._begin, self._at = tokenizer, begin, begin
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._is_behind = is_behind
 
     def of(self, token: int) -> int:
         """Of the next token."""
-        spelled = _bytes_of(self._tokenizer, token)
+        spelled = self._tokenizer.bytes_of(token)
         if spelled and not 0x80 <= spelled[0] < 0xC0:  # ends the character before, finished or not
             self._at += len(self._decoder.decode(b"", True))
-        return self._at
+        return max(self._begin, self._at)
 
     def go_on(self, token: int) -> None:
         """The one behind it is next."""
-        self._at += len(self._decoder.decode(_bytes_of(self._tokenizer, token) or b""))
+        spelled = self._tokenizer.bytes_of(token)
+        if spelled and not self._is_behind:
+            self._at -= len(self._tokenizer.token_text(token)) - len(self._tokenizer.decode([token]))
+            self._is_behind = True
+        self._at += len(self._decoder.decode(spelled or b""))
 
 
-def _bytes_of(tokenizer: Tokenizer, token: int) -> bytes | None:
-    """A token's own, which may be a part of a character; None of a special one, which no text has."""
-    if token in tokenizer.special_ids:
-        return None
-    spelled = tokenizer.token_bytes() or ()
-    own = spelled[token] if token < len(spelled) else None
-    return tokenizer.token_text(token).encode() if own is None else own
+class _Behind:
+    """Decodes what stands behind a text."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.decode = tokenizer.decode_behind
 
 
 class Choice:
@@ -53,10 +59,12 @@ class Choice:
         self.progress: Progress | None = None
         self.finish_reason: str | None = None
         self._tokenizer, self._wants_logprobs = tokenizer, wanted_logprobs is not None
-        self._text = TextStream(tokenizer, row.request.stop)
+        is_behind = bool(row.request.prompt) and row.end_id is None  # a turn is a text of its own
+        self._beginning: Decodes = _Behind(tokenizer) if is_behind else tokenizer
+        self._text = TextStream(self._beginning, row.request.stop)
         self._commits: dict[int, Commit] = {}
         self._tokens: list[int] = []
-        self._entries_told, self._places = 0, _Places(tokenizer, len(row.head))
+        self._entries_told, self._places = 0, _Places(tokenizer, len(row.head), is_behind=is_behind)
         self._is_head_told = False
         self._shown: dict[int, tuple[int, str | None, bool]] = {}  # what frames showed; at the end whether it was final
 
@@ -97,7 +105,8 @@ class Choice:
     @property
     def holes(self) -> list[str]:
         """What was put into each hole of an infill; neighbours are told apart by their lengths."""
-        return [self._tokenizer.decode(hole) for hole in holes_of(self.row.request, self._tokens, self.row.holes)]
+        first, *others = holes_of(self.row.request, self._tokens, self.row.holes)
+        return [self._beginning.decode(first), *map(self._tokenizer.decode_behind, others)]
 
     def new_entries(self) -> tuple[list[dict[str, Any]], list[int]] | None:
         """Log-probabilities of tokens that were not told yet, and where in the text each begins; None if nobody asked.
@@ -108,8 +117,8 @@ class Choice:
         if not self._wants_logprobs:
             return None
         entries, offsets = list[dict[str, Any]](), list[int]()
-        if self.row.head and not self._is_head_told:
-            places = _Places(self._tokenizer, 0)
+        if self.row.is_echoed and not self._is_head_told:
+            places = _Places(self._tokenizer, 0, is_behind=False)
             for token in self.row.request.prompt:
                 entries.append({**self._entry(token, None), "top_logprobs": None})
                 offsets.append(places.of(token))
@@ -130,7 +139,7 @@ class Choice:
         return entries, offsets
 
     def _entry(self, token: int, log_prob: float | None) -> dict[str, Any]:
-        spelled = _bytes_of(self._tokenizer, token)
+        spelled = self._tokenizer.bytes_of(token)
         text = self._tokenizer.token_text(token)
         return {"token": text, "logprob": log_prob, "bytes": None if spelled is None else list(spelled)}
 
@@ -143,14 +152,14 @@ class Choice:
     def provisional_text(self) -> str:
         """All of the text as it stands, a placeholder where nothing does."""
         canvas = (self.progress.canvas if self.progress is not None else None) or []
-        parts, run = [self.row.head], list[int]()
+        parts, run, decodes = [self.row.head], list[int](), self._beginning
         for token in canvas:
             if token != OPEN:
                 run.append(token)
                 continue
-            parts += [self._tokenizer.decode(run), PLACEHOLDER]
-            run = []
-        return "".join([*parts, self._tokenizer.decode(run), self.row.tail])
+            parts += [decodes.decode(run), PLACEHOLDER]
+            run, decodes = [], _Behind(self._tokenizer)
+        return "".join([*parts, decodes.decode(run), self.row.tail])
 
     def changes(self) -> list[list[Any]]:
         """[position, text, confidence] of what changed on the canvas since it was last told.

@@ -83,9 +83,9 @@ def serve_forever(recipe: Recipe, run: RunDir, console: Console, find: FindRun) 
     check_port(recipe.serve)
     if recipe.serve.keys_file is not None:
         read_keys(Path(recipe.serve.keys_file))
-    args = args_of(recipe, run, find)
     followed = recipe.serve.models_file
-    seen = file_stamp(Path(followed)) if followed is not None else None
+    seen = file_stamp(Path(followed)) if followed is not None else None  # first: what changes while it is read is seen
+    args = args_of(recipe, run, find)
     with ray_cluster(cpus_needed(recipe), gpus_needed(recipe)):
         url = start(args)
         try:

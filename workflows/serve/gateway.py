@@ -202,6 +202,9 @@ class Gateway:
                 return JSONResponse(asked.answer(model, questions, scores, estimator))
         except (DllmError, ApiError, TimeoutError) as error:
             raise self._refused(error) from error
+        except Exception:
+            self._metrics.failed(500)
+            raise
 
     async def _decoded(self, http: Request, kind: type[Decoding]) -> Response:
         """Answer one request of a decoding route, whole or as a stream."""
@@ -228,6 +231,9 @@ class Gateway:
                 )
         except (DllmError, ApiError, TimeoutError) as error:
             raise self._refused(error) from error
+        except Exception:
+            self._metrics.failed(500)
+            raise
 
     async def _loads(self) -> list[Any]:
         """What each replica says of its rows, or what went wrong there."""

@@ -23,7 +23,8 @@ class KeyRing:
 
     def __init__(self, path: str) -> None:
         self._path = Path(path)
-        self._names, self._read_at, self._stamp = read_keys(self._path), time.monotonic(), file_stamp(self._path)
+        self._stamp = file_stamp(self._path)  # first: what changes while it is read is read again
+        self._names, self._read_at = read_keys(self._path), time.monotonic()
 
     def name_of(self, authorization: str | None) -> str | None:
         """Whose key an Authorization header holds; None for nobody's. Takes as long for a wrong key as for a right."""

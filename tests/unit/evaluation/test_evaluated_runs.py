@@ -6,12 +6,11 @@ import math
 
 import numpy as np
 import pytest
-import tokenizers
 import torch
 from conftest import make_small_bundle, make_small_corpus, runs_by_kind, small_text
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+from sentence_pieces import sentence_pieces
 
 from dllm_core.checkpoints.bundle import read_bundle
 from dllm_core.checkpoints.run_dir import RunDir
@@ -185,19 +184,8 @@ def test_the_bytes_of_a_texts_tokens_are_its_own(texts):
 
 @pytest.mark.parametrize("text", ["the cat sat on the mat", "the \u00e9 cat \u2603  sat", "rat"])
 def test_of_words_with_their_spaces_and_bytes_between_them_too(text):
-    """As SentencePiece's tokenizers have them, such as Llama's: but for the space before the first word."""
-    core = tokenizers.Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
-    core.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
-    strip = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    core.decoder = decoders.Sequence(strip)
-    specials = TokenizerConfig().special_tokens
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=specials, show_progress=False)
-    core.pre_tokenizer = pre_tokenizers.Split("\u2581", "merged_with_next")
-    core.train_from_iterator(["the cat sat on the mat and ran "] * 9, trainer)
-    values = json.loads(core.to_str()) | {"pre_tokenizer": None}
-    for piece in ("<unk>", *(f"<0x{byte:02X}>" for byte in range(256))):
-        values["model"]["vocab"][piece] = len(values["model"]["vocab"])
-    tokenizer = Tokenizer(json.dumps(values), TokenizerConfig())
+    """But for the space before the first word."""
+    tokenizer = sentence_pieces("the cat sat on the mat and ran ")
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
     assert tokenizer.byte_lengths()[ids].sum() == len(text.encode()) + 1

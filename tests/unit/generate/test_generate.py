@@ -12,11 +12,12 @@ import pytest
 import tokenizers
 import torch
 from conftest import make_small_bundle
+from sentence_pieces import sentence_pieces
 
 from dllm_core.checkpoints.bundle import read_bundle
 from dllm_core.checkpoints.run_dir import RunDir
 from dllm_core.data.tokenizer import Tokenizer, TokenizerConfig
-from dllm_core.decoding.answer import RowUpdate
+from dllm_core.decoding.answer import Answer, RowUpdate
 from dllm_core.decoding.config import DecodeConfig
 from dllm_core.decoding.engine import Engine
 from dllm_core.decoding.request import Request
@@ -25,7 +26,8 @@ from dllm_core.model.denoiser import Denoiser
 from dllm_core.storage.store import open_store
 from workflows.cli import run_command_line
 from workflows.generate.asked import Asked
-from workflows.generate.flow import canvas_text
+from workflows.generate.flow import Generator, canvas_text
+from workflows.generate.trace import Decoded
 from workflows.generate.unfold import unfold
 from workflows.recipe import Recipe
 
@@ -65,6 +67,17 @@ def test_holes_that_stand_side_by_side_are_told_apart(told, small_bundle, templa
     stop = len(tokens) - 2  # of the second hole; behind it stand B and the third
     assert tokens[stop:-1] == tokenizer.encode("B")
     assert answer["holes"] == [tokenizer.decode(part) for part in (tokens[:2], tokens[2:stop], tokens[-1:])]
+
+
+def test_words_between_and_in_holes_are_shown_with_the_spaces_before_them():
+    """Of a tokenizer that writes them into its tokens, and one before each text, as Llama's does."""
+    tokenizer = sentence_pieces("the cat sat on the mat")
+    request, _ = Asked(infill="the[[1]] on[[1]]").given(tokenizer, DecodeConfig(), 32)
+    generator = object.__new__(Generator)
+    generator._tokenizer = tokenizer
+    tokens = tokenizer.encode("cat on mat")
+    shown = generator._shown(Decoded(request, Answer(tokens, "stop", 1, 2), []))
+    assert shown.plain == "the cat on mat"
 
 
 def test_what_stands_between_holes_is_kept_as_it_is_or_refused():

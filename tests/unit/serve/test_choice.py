@@ -6,6 +6,7 @@ import pytest
 from conftest import draws
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sentence_pieces import sentence_pieces
 
 from dllm_core.data.tokenizer import Tokenizer, TokenizerConfig
 from dllm_core.decoding.config import DecodeConfig
@@ -23,7 +24,7 @@ def told(
     """Text, entries and offsets of an answer that comes in after so many tokens each time, and then whole."""
     ids = TOKENIZER.encode(text)
     request = Request(tuple(TOKENIZER.encode(head)), DecodeConfig(), stop=stop)
-    choice = Choice(0, Row(request, head), TOKENIZER, 0.0, 1)
+    choice = Choice(0, Row(request, head, is_echoed=bool(head)), TOKENIZER, 0.0, 1)
     entries, offsets, made = [], [], ""
     for count in [*sorted({min(piece, len(ids)) for piece in pieces}), len(ids)]:
         commits = tuple(Commit(i, token, -0.1, ((token, -0.1),)) for i, token in enumerate(ids[:count]))
@@ -98,3 +99,41 @@ def test_frames_of_changes_end_in_the_text_though_tokens_are_parts_of_characters
         shown |= {position: spelled for position, spelled, _ in changed}
         assert all(sure is not None for _, spelled, sure in changed if spelled is not None)
     assert "".join(shown[at] for at in range(len(ids))) == text
+
+
+PIECES = sentence_pieces("the cat sat on the mat and ran ")
+
+
+@pytest.mark.parametrize("begin", ["", "the cat"])
+@pytest.mark.parametrize("text", ["the cat sat on the mat", "the cat \u00e9\u2603 sat"])
+def test_words_keep_the_spaces_before_them(begin, text):
+    """Of a tokenizer that writes them into its tokens, and one before each text."""
+    ids = PIECES.encode(text)
+    prompt, made = ids[: len(PIECES.encode(begin))], ids[len(PIECES.encode(begin)) :]
+    choice = Choice(0, Row(Request(tuple(prompt), DecodeConfig()), begin, is_echoed=True), PIECES, 0.0, 1)
+    commits = tuple(Commit(i, token, -0.1) for i, token in enumerate(made))
+    choice.take(Progress([], 1, 1, None, canvas=[*made[:-2], OPEN, made[-1]]))
+    shown = choice.provisional_text()
+    assert shown.startswith("the cat ")
+    assert shown.endswith(f"\u2591{text[text.rindex(' ') :]}")
+    choice.take(Progress(made, 2, len(made), "length", commits, canvas=made))
+    assert choice.whole_text == text
+    assert f"{begin}{''.join(spelled for _, spelled, _ in choice.changes())}".strip() == text
+    entries, offsets = choice.new_entries()
+    assert b"".join(bytes(entry["bytes"]) for entry in entries).decode() == f" {text}"
+    assert [entry["token"] for entry in entries][:2] == [" the", " cat"]
+    for entry, offset in zip(entries[1:], offsets[1:], strict=True):
+        assert text[offset:].startswith(entry["token"]) or entry["token"] == "\ufffd"
+    assert (offsets[0], len({*offsets})) == (0, text.count(" ") + 1 + len(set("\u00e9\u2603") & set(text)))
+
+
+def test_holes_keep_the_spaces_before_them_and_so_does_what_stands_between():
+    kept = PIECES.encode_kept(" on", "segments")
+    made = [*PIECES.encode("cat"), *kept, *PIECES.encode("mat")]
+    request = with_holes(
+        Request(tuple(PIECES.encode("the")), DecodeConfig()), [OpenHole(1, 1), tuple(kept), OpenHole(1, 1)]
+    )
+    choice = Choice(0, Row(request, "the", holes=(1, 1)), PIECES, 0.0, None)
+    choice.take(Progress(made, 1, 2, "stop"))
+    assert (choice.whole_text, choice.holes) == ("the cat on mat", [" cat", " mat"])
+    assert PIECES.decode_behind(PIECES.encode_kept("b\u00e9 ", "segments")) == "b\u00e9 "

@@ -270,6 +270,18 @@ def test_log_probabilities_are_those_of_the_call_that_committed(served, engine, 
         assert [one for part in parts for one in part[name]] == logprobs[name]
 
 
+def test_an_echoed_prompt_is_told_token_by_token_though_none_of_them_is_text(served, chatty):
+    tokenizer = chatty[0].tokenizer
+    prompt = [tokenizer.pad_id, tokenizer.role_id("user")]
+    body = {"prompt": prompt, "max_tokens": 2, "seed": 1, "logprobs": 1, "echo": True}
+    whole, streamed = served("/v1/completions", body, {**body, "stream": True})
+    told = whole["choices"][0]["logprobs"]
+    assert told["tokens"][:2] == [tokenizer.token_text(token) for token in prompt]
+    assert (len(told["tokens"]), told["token_logprobs"][:2], told["text_offset"][:3]) == (4, [None] * 2, [0] * 3)
+    parts = [event["choices"][0]["logprobs"] for event in streamed]
+    assert [one for part in parts for one in part["tokens"]] == told["tokens"]
+
+
 @pytest.mark.parametrize("frames", ["whole", "changes"])
 def test_frames_end_in_the_text_that_is_answered(served, frames):
     body = {"prompt": "RED ", "max_tokens": 12, "seed": 5, "temperature": 1.0, "diffusion": {"block_length": 4}}

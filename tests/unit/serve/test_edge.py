@@ -6,6 +6,7 @@ import http.client
 import json
 import logging
 import os
+import re
 import threading
 import time
 
@@ -17,7 +18,9 @@ from fastapi import FastAPI
 from local_endpoint import local_endpoint
 
 from dllm_core.errors import ConfigError
+from workflows.serve import keys
 from workflows.serve.dialect.completions import CompletionRequest
+from workflows.serve.dialect.score import ScoreRequest
 from workflows.serve.edge import OPEN_ROUTES, Edge, EdgeSettings, guard
 from workflows.serve.gateway import api
 from workflows.serve.keys import KeyRing, read_keys
@@ -96,6 +99,19 @@ def test_keys_are_rotated_while_it_runs_and_a_broken_file_changes_nothing(keys_f
     assert name_of("sk-other") == "second"
 
 
+def test_keys_that_change_while_the_first_are_read_are_read_again(keys_file, monkeypatch):
+    def read_and_changed(path):
+        found = read_keys(path)
+        keys_file.write_text(line("second", "sk-other"))
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(keys, "read_keys", read_and_changed)
+        ring = KeyRing(str(keys_file))
+    ring._read_at -= 2
+    assert (ring.name_of(f"Bearer {KEY}"), ring.name_of("Bearer sk-other")) == (None, "second")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [("sk-plain-key\n", "line 1 is no key"), ("", "holds no key"), ("a sha256:12\n", "line 1 is no key")],
@@ -126,15 +142,20 @@ def test_every_answer_carries_its_id_and_says_how_to_treat_it(models):
         session(scenario)
 
 
-def test_an_error_that_nobody_has_foreseen_carries_its_id_too(models, monkeypatch):
+def test_an_error_that_nobody_has_foreseen_carries_its_id_too_and_is_counted(models, monkeypatch):
     monkeypatch.setattr(CompletionRequest, "rows", lambda *_: 1 // 0)
+    monkeypatch.setattr(ScoreRequest, "questions", lambda *_: 1 // 0)
 
     async def scenario(client):
+        headers = {"x-request-id": "mine-1"}
         body = {"model": "m", "prompt": "RED"}
-        return await client.post("/v1/completions", json=body, headers={"x-request-id": "mine-1"})
+        answer = await client.post("/v1/completions", json=body, headers=headers)
+        await client.post("/v1/score", json={**body, "completion": "A"}, headers=headers)
+        return answer, (await client.get("/metrics")).text
 
     with local_endpoint(models) as session:
-        answer = session(scenario)
+        answer, counted = session(scenario)
+    assert re.search(r'^dllm_request_errors_total\{.*status="500"\} 2\.0$', counted, re.MULTILINE)
     assert (answer.status_code, answer.json()["error"]["message"]) == (500, "ZeroDivisionError")
     assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
     assert answer.headers["x-request-id"] == "mine-1"

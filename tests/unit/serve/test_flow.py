@@ -1,9 +1,13 @@
 """What the serve verb prints can be copied into a shell as it stands."""
 
+import contextlib
 import io
 import json
 import shlex
+<<<<<<< HEAD
 from functools import partial
+=======
+>>>>>>> f9decb27bb2ef5f365d9932010e578bee62729a4
 from types import SimpleNamespace
 
 import httpx
@@ -68,6 +72,7 @@ def test_models_of_which_one_cannot_be_loaded_are_taken_back(monkeypatch, capsys
     assert (told or "models") in capsys.readouterr().err
 
 
+<<<<<<< HEAD
 @pytest.mark.parametrize("verb", ["serve", "run"])
 def test_replicas_whose_gpus_are_not_there_are_refused(verb, small_corpus, monkeypatch):
     """One starts with the endpoint even where none need stay, and would be waited for without end."""
@@ -88,3 +93,29 @@ def test_replicas_whose_gpus_are_not_there_are_refused(verb, small_corpus, monke
     ask_for = {"run": pipeline._cluster, "serve": partial(flow.serve_forever, recipe, None, Console("json"), None)}
     with pytest.raises(ConfigError, match="placement: asks for 1 GPUs, this machine has 0"):
         ask_for[verb]()
+=======
+def test_models_that_change_while_the_first_are_read_are_deployed(small_corpus, tmp_path, monkeypatch):
+    path = tmp_path / "models.yaml"
+    path.write_text("a: run\n")
+    looked, deployed = [], []
+
+    def read_and_changed(*_):
+        path.write_text("a: run\nb: other\n")
+        return AppArgs()
+
+    def look(_):
+        looked.append(1)
+        if len(looked) > 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(flow, "args_of", read_and_changed)
+    monkeypatch.setattr(flow, "_deployed_again", lambda *_: deployed.append(path.read_text()))
+    monkeypatch.setattr(flow, "ray_cluster", lambda _: contextlib.nullcontext())
+    for name in ("check_port", "start", "say_how_to_use", "stop"):
+        monkeypatch.setattr(flow, name, lambda *_: None)
+    monkeypatch.setattr(flow, "time", SimpleNamespace(sleep=look))
+    recipe = small_corpus.recipe.model_copy(update={"serve": ServeConfig(models_file=str(path))})
+    with pytest.raises(KeyboardInterrupt):
+        flow.serve_forever(recipe, SimpleNamespace(name="run"), Console("json"), None)
+    assert deployed == ["a: run\nb: other\n"]
+>>>>>>> f9decb27bb2ef5f365d9932010e578bee62729a4

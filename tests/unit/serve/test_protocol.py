@@ -5,6 +5,7 @@ import time
 
 import pytest
 import tokenizers
+from sentence_pieces import sentence_pieces
 
 from dllm_core.data.tokenizer import Tokenizer, TokenizerConfig
 from dllm_core.decoding.config import DecodeConfig
@@ -40,6 +41,9 @@ def parse(**fields):
         ({"diffusion": {"steps": 1 << 20}}, "diffusion.steps"),
         ({"diffusion": {"frames": "changes"}}, "diffusion.frames"),
         ({"diffusing": True, "logprobs": 0}, "logprobs"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"response_format": {"type": "json_object", "json_schema": {"schema": {}}}}, "response_format.json_schema"),
+        ({"response_format": {"type": "text", "json_schema": {"schema": {}}}}, "response_format.json_schema"),
         ({"reasoning_effort": "extreme"}, "reasoning_effort"),
         ({"presence_penalty": 0.5}, "presence_penalty"),
         ({"prompt": None}, "prompt"),
@@ -182,6 +186,39 @@ def test_a_text_that_is_kept_is_kept_as_it_is_or_refused(kind, said, place):
     with pytest.raises(RequestError, match="would change") as caught:
         rows(" cafe\u0301 ")
     assert caught.value.place == place
+
+
+def test_a_span_and_what_is_kept_between_spans_have_no_space_that_the_text_has_not():
+    """Some tokenizers write one before each text, as Llama's does."""
+    text, spans = "the cat sat on the mat", [[4, 7], [8, 9], [15, 18]]
+    tokenizer = sentence_pieces(text)
+    model = ServedModel("m", "d", tokenizer, 64, DecodeConfig(), LIMITS, 0, "diffusion")
+    body = {"model": "m", "text": text, "spans": spans}
+    [row] = parse_body(EditRequest, json.dumps(body).encode()).rows(model)
+    assert f"{row.head}{tokenizer.decode_behind(row.request.middle)}{row.tail}" == text
+    edited = [tokenizer.decode_behind(row.request.middle[begin:stop]) for begin, stop in row.request.spans]
+    assert edited == [text[begin:stop] for begin, stop in spans]
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        (CompletionRequest, {"prompt": "the cat", "suffix": " on the mat"}),
+        (InfillRequest, {"segments": ["the cat", {"hole": 1}, " on the mat"]}),
+        (EditRequest, {"text": "the cat sat on the mat", "span": [7, 11]}),
+        (ScoreRequest, {"prompt": "the cat", "completion": " on the mat"}),
+    ],
+)
+def test_what_stands_behind_a_text_is_read_without_a_space_that_it_has_not(kind, said):
+    tokenizer = sentence_pieces("the cat sat on the mat")
+    model = ServedModel("m", "d", tokenizer, 64, DecodeConfig(), LIMITS, 0, "diffusion")
+    asked = parse_body(kind, json.dumps({"model": "m", **said}).encode())
+    [ids] = (
+        [question.answer for question in asked.questions(model)]
+        if kind is ScoreRequest
+        else [row.request.suffix for row in asked.rows(model)]
+    )
+    assert tokenizer.decode_behind(ids) == " on the mat"
 
 
 def test_seeds_of_choices_differ_and_the_first_is_the_one_asked_for():

@@ -52,14 +52,14 @@ class CompletionRequest(DecodingFields):
     def rows(self, model: ServedModel) -> list[Row]:
         """N rows for each prompt."""
         constraint, tokenizer = self.constraint(model.limits), model.tokenizer
-        suffix = tuple(tokenizer.encode(self.suffix)) if self.suffix else ()
+        suffix = tuple(tokenizer.encode_behind(self.suffix)) if self.suffix else ()
         seeds, found = self.seeds(self.num_rows), list[Row]()
         for number, prompt in enumerate(self.prompts):
             ids = tuple(tokenizer.encode(prompt)) if isinstance(prompt, str) else tuple(prompt)
             own = seeds[number * self.n : (number + 1) * self.n]
             requests = of_prompt(self, model, ids, suffix, own, constraint)  # first: what it refuses cannot be spelled
             head = (prompt if isinstance(prompt, str) else tokenizer.decode(ids)) if self.echo else ""
-            found += [Row(request, head) for request in requests]
+            found += [Row(request, head, is_echoed=self.echo) for request in requests]
         return found
 
     def choice(self, index: int, text: str, logprobs: Any, finish_reason: str | None) -> dict[str, Any]:

@@ -133,6 +133,11 @@ class DecodingFields(Part):
             raise RequestError("n", f"must be at most {limits.choices}", self.n)
         if self.diffusing and self.wanted_logprobs is not None:
             raise RequestError("logprobs", "are not told in frames", remedy="stream=true instead of diffusing")
+        if self.stream_options is not None and not self.is_streamed:
+            raise RequestError("stream_options", "is for stream=true", remedy="leave it out")
+        format_ = self.response_format
+        if format_ is not None and format_.json_schema is not None and format_.type != "json_schema":
+            raise RequestError("response_format.json_schema", "is for type=json_schema", format_.type)
         if self.diffusion.frames != "whole" and not self.diffusing:
             raise RequestError("diffusion.frames", "is for diffusing=true", self.diffusion.frames)
         if len(self.stops) > limits.stops or any(not 1 <= len(stop) <= limits.stop_chars for stop in self.stops):

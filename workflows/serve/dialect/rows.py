@@ -69,7 +69,7 @@ class ServedModel:
 class Row:
     """request: what is decoded. head, tail: text that is shown around it. end_id: a token that ends the answer too.
 
-    holes: the lengths of an infill's, in turn.
+    holes: the lengths of an infill's, in turn. is_echoed: the head is the prompt, and may show none of its tokens.
     """
 
     request: Request
@@ -77,6 +77,7 @@ class Row:
     tail: str = ""
     end_id: int | None = None
     holes: tuple[int, ...] = ()
+    is_echoed: bool = False
 
 
 def of_prompt(

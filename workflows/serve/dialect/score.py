@@ -36,7 +36,8 @@ class ScoreRequest(Part):
     def questions(self, model: ServedModel) -> list[Question]:
         """One for each completion, refused where it does not fit."""
         context = tuple(model.tokenizer.encode(self.prompt))
-        found = [Question(context, tuple(model.tokenizer.encode(text))) for text in self.completions]
+        encode = model.tokenizer.encode_behind if context else model.tokenizer.encode
+        found = [Question(context, tuple(encode(text))) for text in self.completions]
         for question in found:
             if not question.answer:
                 raise RequestError("completion", "is empty")

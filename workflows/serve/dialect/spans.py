@@ -76,7 +76,7 @@ class InfillRequest(_WholeText):
         request = Request(
             prompt=tuple(model.tokenizer.encode(head)),
             config=config,
-            suffix=tuple(model.tokenizer.encode(tail)),
+            suffix=tuple(model.tokenizer.encode_behind(tail)),
             constraint=self.constraint(model.limits),
         )
         whole = with_holes(request, pieces)
@@ -104,14 +104,14 @@ class EditRequest(_WholeText):
         at = spans[0][0]
         for begin, stop in spans:
             middle += model.tokenizer.encode_kept(self.text[at:begin], "spans")
-            made = model.tokenizer.encode(self.text[begin:stop])
+            made = (model.tokenizer.encode_behind if begin else model.tokenizer.encode)(self.text[begin:stop])
             edited.append((len(middle), len(middle) + len(made)))
             middle += made
             at = stop
         request = Request(
             prompt=tuple(model.tokenizer.encode(head)),
             config=self.decode_config(model.decode, model.context),
-            suffix=tuple(model.tokenizer.encode(tail)),
+            suffix=tuple(model.tokenizer.encode_behind(tail)),
             middle=tuple(middle),
             strength=self.strength,
             spans=tuple(edited),
