@@ -4,10 +4,7 @@ import contextlib
 import io
 import json
 import shlex
-<<<<<<< HEAD
 from functools import partial
-=======
->>>>>>> f9decb27bb2ef5f365d9932010e578bee62729a4
 from types import SimpleNamespace
 
 import httpx
@@ -72,7 +69,6 @@ def test_models_of_which_one_cannot_be_loaded_are_taken_back(monkeypatch, capsys
     assert (told or "models") in capsys.readouterr().err
 
 
-<<<<<<< HEAD
 @pytest.mark.parametrize("verb", ["serve", "run"])
 def test_replicas_whose_gpus_are_not_there_are_refused(verb, small_corpus, monkeypatch):
     """One starts with the endpoint even where none need stay, and would be waited for without end."""
@@ -93,7 +89,8 @@ def test_replicas_whose_gpus_are_not_there_are_refused(verb, small_corpus, monke
     ask_for = {"run": pipeline._cluster, "serve": partial(flow.serve_forever, recipe, None, Console("json"), None)}
     with pytest.raises(ConfigError, match="placement: asks for 1 GPUs, this machine has 0"):
         ask_for[verb]()
-=======
+
+
 def test_models_that_change_while_the_first_are_read_are_deployed(small_corpus, tmp_path, monkeypatch):
     path = tmp_path / "models.yaml"
     path.write_text("a: run\n")
@@ -118,4 +115,3 @@ def test_models_that_change_while_the_first_are_read_are_deployed(small_corpus, 
     with pytest.raises(KeyboardInterrupt):
         flow.serve_forever(recipe, SimpleNamespace(name="run"), Console("json"), None)
     assert deployed == ["a: run\nb: other\n"]
->>>>>>> f9decb27bb2ef5f365d9932010e578bee62729a4
