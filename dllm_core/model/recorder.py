@@ -107,7 +107,7 @@ class Recorder:
                 return None
             self._held[key] = held
             if len(self._held) > _MOST_HELD:
-                self._held.popitem(last=False)
+                del self._sightings[self._held.popitem(last=False)[0]]  # else it is recorded whenever it comes again
         self._held.move_to_end(key)
         _fill(held.inputs, given)
         held.replay()

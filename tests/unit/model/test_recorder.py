@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from tiny import VOCABULARY, closely, ids_of, mixed_denoiser, new_denoiser
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from dllm_core.model import recorder
 from dllm_core.model.cache import KeyValueStore
 from dllm_core.model.denoiser import Denoiser
 from dllm_core.model.pattern import FULL, AttentionPattern
@@ -109,6 +110,16 @@ def test_what_has_moved_is_recorded_anew():
     )
     both.forward([0], 0, 16, seed=4)
     assert len(both.recorder.held) == 0
+
+
+def test_shapes_that_take_turns_in_too_little_room_are_not_recorded_at_every_call(monkeypatch):
+    monkeypatch.setattr(recorder, "_MOST_HELD", 1)
+    recorded = []
+    both = Both(new_denoiser(), rows=1, record=lambda run: recorded.append(run) or again(run))
+    for seed in range(12):
+        both.forward([0], 0, (8, 16)[seed % 2], seed)
+    assert len(both.recorder.held) == 1
+    assert len(recorded) == 3  # each at its third time, and the first, which made room for the other, at its sixth
 
 
 def raises(run: Callable[[], None]) -> Callable[[], None]:
