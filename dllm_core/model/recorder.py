@@ -90,6 +90,7 @@ class Recorder:
 
         tables: cos and sin [K d]. is_shifted: a position's token is told by the one before it.
         """
+        self._forget_if_moved([new.slots, *tables, self._denoiser.embed.weight, self._denoiser.norm.weight])
         count = input_ids.numel()
         if not self._ways or count > _MOST_POSITIONS or read is None or read.dtype != torch.int64 or not len(read):
             return None
@@ -114,7 +115,7 @@ class Recorder:
         return self._logits[: len(read)]
 
     def _forget_if_moved(self, fixed: list[Tensor]) -> None:
-        """Of weights or slots that have moved no recording is of use."""
+        """Of weights or slots that have moved no recording is of use, and their memory is needed by others."""
         if [_address(part) for part in fixed] != [_address(part) for part in self._fixed]:
             self._held.clear()
             self._sightings.clear()

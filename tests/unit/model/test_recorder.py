@@ -3,6 +3,7 @@
 What a GPU does again from a graph is here done again by a call: all else is the same.
 """
 
+import weakref
 from collections.abc import Callable
 from functools import partial
 
@@ -120,6 +121,17 @@ def test_shapes_that_take_turns_in_too_little_room_are_not_recorded_at_every_cal
         both.forward([0], 0, (8, 16)[seed % 2], seed)
     assert len(both.recorder.held) == 1
     assert len(recorded) == 3  # each at its third time, and the first, which made room for the other, at its sixth
+
+
+def test_slots_that_have_grown_are_not_held_by_forwards_that_are_too_large_to_record(monkeypatch):
+    both = Both(new_denoiser(), rows=1)
+    both.forward([0], 0, 16, seed=0)
+    old = weakref.ref(both.stores[1].slots.untyped_storage())
+    both.take(1)
+    monkeypatch.setattr(recorder, "_MOST_POSITIONS", 8)
+    assert old() is not None
+    both.forward([0, 1], 0, 16, seed=1)
+    assert old() is None
 
 
 def raises(run: Callable[[], None]) -> Callable[[], None]:
