@@ -219,19 +219,21 @@ class _Graphs:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._pool: Any = None
+        self._room: tuple[Any, torch.cuda.Stream] | None = None  # of what is recorded: a pool of memory and a stream
 
     def __call__(self, run: Callable[[], None]) -> Callable[[], None]:
-        with _RECORDING, torch.cuda.device(self._device):
-            if self._pool is None:
-                self._pool, self._beside = torch.cuda.graph_pool_handle(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
-            self._beside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self._beside):
+        # The caller's stream is set for itself: where a recording fails, torch leaves its own in the caller's place.
+        with _RECORDING, torch.cuda.device(self._device), torch.cuda.stream(torch.cuda.current_stream()):
+            pool, beside = self._room or (torch.cuda.graph_pool_handle(), torch.cuda.Stream())  # type: ignore[no-untyped-call]
+            self._room = None  # in that of a recording that has failed no other is taken
+            beside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(beside):
                 for _ in range(2):  # kernels are compiled, and libraries take their room, which no graph may
                     run()
-            torch.cuda.current_stream().wait_stream(self._beside)
+            torch.cuda.current_stream().wait_stream(beside)
             graph = torch.cuda.CUDAGraph()
             # Other threads, which decode other models, are not hindered.
-            with torch.cuda.graph(graph, self._pool, self._beside, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool, beside, capture_error_mode="thread_local"):
                 run()
+            self._room = pool, beside
         return graph.replay

@@ -4,8 +4,10 @@ What a GPU does again from a graph is here done again by a call: all else is the
 """
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -149,6 +151,55 @@ def test_a_machine_that_cannot_record_decodes_as_before(record, why, caplog):
     assert len(both.recorder.held) == 0
     [warning] = caplog.messages
     assert why in warning
+
+
+class Gpu:
+    """What of torch.cuda a recording asks for: the stream that is current, and as torch's own does, a recording that
+    fails leaves its stream in place.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.current: object = SimpleNamespace(wait_stream=lambda other: None)
+        self.pools: list[object] = []
+        given = {"current_stream": lambda: self.current, "device": nullcontext, "graph": self.graph}
+        given |= {"CUDAGraph": lambda: SimpleNamespace(replay=None), "stream": self.stream}
+        given |= {"Stream": lambda: SimpleNamespace(wait_stream=lambda other: None), "graph_pool_handle": object}
+        for name, part in given.items():
+            monkeypatch.setattr(torch.cuda, name, part)
+
+    @contextmanager
+    def stream(self, stream: object) -> Iterator[None]:
+        before, self.current = self.current, stream
+        try:
+            yield
+        finally:
+            self.current = before
+
+    @contextmanager
+    def graph(self, graph: object, pool: object, stream: object, **options: object) -> Iterator[None]:
+        before, self.current = self.current, stream
+        self.pools.append(pool)
+        yield
+        self.current = before
+
+
+def test_a_recording_that_fails_leaves_the_callers_stream_and_its_memory_to_no_other(monkeypatch):
+    gpu = Gpu(monkeypatch)
+    graphs, before, calls = recorder._Graphs(torch.device("cpu")), gpu.current, []
+
+    def fails_at_the_third(call: int) -> None:
+        calls.append(call)
+        if len(calls) == 3:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    with pytest.raises(RuntimeError, match="not permitted"):
+        graphs(lambda: fails_at_the_third(0))
+    assert gpu.current is before
+    for _ in range(2):
+        graphs(lambda: fails_at_the_third(1))
+    assert gpu.current is before
+    first, second, third = gpu.pools
+    assert first is not second is third
 
 
 def test_a_row_that_is_no_number_is_not_held_against_the_machine(caplog):
