@@ -8,6 +8,7 @@ run as they are: there the kernels take longer than their launch.
 
 import logging
 import threading
+import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -58,7 +59,8 @@ class Recorder:
     """
 
     def __init__(self, denoiser: "Denoiser", *, compiles: bool = False, record: Record | None = None) -> None:
-        self._denoiser, self._record = denoiser, record or _Graphs(denoiser.device)
+        self._owner = weakref.ref(denoiser)  # which holds this: one that is let go of must not wait for the collector
+        self._record = record or _Graphs(denoiser.device)
         self._ways = [*([_compiled()] if compiles else []), _plain()]  # the first that works is taken
         self._held: OrderedDict[Key, _Recording] = OrderedDict()
         self._sightings: Counter[Key] = Counter()
@@ -72,6 +74,12 @@ class Recorder:
             return
         if denoiser.time is None and denoiser.config.model.experts is None:
             denoiser.recorder = cls(denoiser, compiles=compiles)
+
+    @property
+    def _denoiser(self) -> "Denoiser":
+        denoiser = self._owner()
+        assert denoiser is not None
+        return denoiser
 
     @property
     def held(self) -> list[Key]:

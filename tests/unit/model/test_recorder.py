@@ -221,6 +221,14 @@ def test_a_row_that_is_no_number_is_not_held_against_the_machine(caplog):
     assert not caplog.messages
 
 
+def test_a_model_that_is_let_go_of_is_gone_at_once():
+    denoiser = new_denoiser()
+    denoiser.recorder = Recorder(denoiser)
+    gone = weakref.ref(denoiser)
+    del denoiser
+    assert gone() is None
+
+
 def test_experts_and_a_cpu_have_none():
     for denoiser in (new_denoiser(), mixed_denoiser()):
         Recorder.attach(denoiser, compiles=True)
