@@ -4,6 +4,9 @@ Tokens are sorted by expert, so that each expert is one matrix product over all 
 summed in the order of its choice, so that its bits do not depend on who else is in the batch.
 """
 
+from collections.abc import Callable
+from typing import Self
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -22,6 +25,16 @@ class Router(nn.Module):
         draw(self.weight, dim**-0.5)
         if config.selection_bias:  # a buffer: balancing moves it, no gradient does. arXiv:2408.15664
             self.register_buffer("selection_bias", torch.zeros(config.num_experts))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Moved with the model, and never rounded with it: some tokens would meet other experts."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            found = fn(tensor)
+            return found if found.dtype.itemsize >= tensor.dtype.itemsize else tensor.to(found.device)
+
+        result: Self = super()._apply(moved, recurse)  # type: ignore[no-untyped-call]
+        return result
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens [n D] -> chosen experts int64 [n k], and their weights fp32 [n k]."""

@@ -72,10 +72,11 @@ class Fields:
             raise CheckpointError(f"{self.place}: rope_theta", "is there more than once", found, remedy)
         return found[0] if found else float(self.need("rope_theta"))
 
-    def rope_fraction(self) -> Any:
-        """partial_rotary_factor, which newer files keep in `rope_parameters`; 1 where neither says."""
+    def rope_fraction(self, default: float | None) -> Any:
+        """partial_rotary_factor, which newer files keep in `rope_parameters`; None: one of them must say it."""
         found = (self.values.get("rope_parameters") or {}).get("partial_rotary_factor")
-        return self.get("partial_rotary_factor", 1.0) if found is None else found
+        found = self.get("partial_rotary_factor", default) if found is None else found
+        return self.need("partial_rotary_factor") if found is None else found
 
 
 @dataclass(frozen=True)
@@ -234,6 +235,8 @@ def _llama(fields: Fields) -> dict[str, Any]:
 def _llada_moe(fields: Fields) -> dict[str, Any]:
     fields.only(attention_bias=False, shared_expert_intermediate_size=0, moe_router_score_function="softmax")
     fields.only(moe_router_enable_expert_bias=False, router_num_group=1, router_topk_group=1)
+    # The published code reads neither: it never normalises, whatever the file says, and others do what it says.
+    fields.only(norm_topk_prob=False, routed_scaling_factor=1)
     layers = fields.whole("num_hidden_layers")
     frequency = fields.get("moe_layer_freq", [1] * layers)
     first = frequency.index(1) if 1 in frequency else layers
@@ -246,14 +249,13 @@ def _llada_moe(fields: Fields) -> dict[str, Any]:
         "expert_ffn_dim": fields.need("expert_intermediate_size"),
         "first_dense_layers": first,
         "router": "softmax",
-        "routed_scaling": fields.get("routed_scaling_factor", 1.0),
-        "normalise": fields.get("norm_topk_prob", False),
+        "normalise": False,
     }
     return {
         **_hugging_face(fields),
         "ffn_dim": fields.get("dense_intermediate_size", fields.get("intermediate_size", 8)),
         "qk_norm": fields.get("qk_layernorm", True),
-        "rope_fraction": fields.rope_fraction(),
+        "rope_fraction": fields.rope_fraction(1.0),
         "experts": experts,
     }
 
@@ -261,6 +263,7 @@ def _llada_moe(fields: Fields) -> dict[str, Any]:
 def _llada2(fields: Fields) -> dict[str, Any]:
     fields.only(use_bias=False, norm_head=False, use_qk_norm=True, score_function="sigmoid", norm_topk_prob=True)
     fields.only(attention_bias=False, moe_shared_expert_intermediate_size=fields.get("moe_intermediate_size", None))
+    # What is missing is 8, 4, 2.5 and half of a head to the published code, and 1 to others: so it must be said.
     experts = {
         "num_experts": fields.need("num_experts"),
         "experts_per_token": fields.need("num_experts_per_tok"),
@@ -268,9 +271,9 @@ def _llada2(fields: Fields) -> dict[str, Any]:
         "num_shared_experts": fields.get("num_shared_experts", 0),
         "first_dense_layers": fields.get("first_k_dense_replace", 0),
         "router": "sigmoid",
-        "num_groups": fields.get("n_group", 1),
-        "groups_per_token": fields.get("topk_group", 1),
-        "routed_scaling": fields.get("routed_scaling_factor", 1.0),
+        "num_groups": fields.need("n_group"),
+        "groups_per_token": fields.need("topk_group"),
+        "routed_scaling": fields.need("routed_scaling_factor"),
         "selection_bias": fields.get("moe_router_enable_expert_bias", True),
     }
     return {
@@ -278,7 +281,7 @@ def _llada2(fields: Fields) -> dict[str, Any]:
         "ffn_dim": fields.need("intermediate_size"),
         "qkv_bias": fields.get("use_qkv_bias", False),
         "qk_norm": True,
-        "rope_fraction": fields.rope_fraction(),
+        "rope_fraction": fields.rope_fraction(None),
         "experts": experts,
     }
 

@@ -8,6 +8,7 @@ run as they are: there the kernels take longer than their launch.
 
 import logging
 import threading
+import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -58,7 +59,8 @@ class Recorder:
     """
 
     def __init__(self, denoiser: "Denoiser", *, compiles: bool = False, record: Record | None = None) -> None:
-        self._denoiser, self._record = denoiser, record or _Graphs(denoiser.device)
+        self._owner = weakref.ref(denoiser)  # which holds this: one that is let go of must not wait for the collector
+        self._record = record or _Graphs(denoiser.device)
         self._ways = [*([_compiled()] if compiles else []), _plain()]  # the first that works is taken
         self._held: OrderedDict[Key, _Recording] = OrderedDict()
         self._sightings: Counter[Key] = Counter()
@@ -72,6 +74,12 @@ class Recorder:
             return
         if denoiser.time is None and denoiser.config.model.experts is None:
             denoiser.recorder = cls(denoiser, compiles=compiles)
+
+    @property
+    def _denoiser(self) -> "Denoiser":
+        denoiser = self._owner()
+        assert denoiser is not None
+        return denoiser
 
     @property
     def held(self) -> list[Key]:
@@ -90,6 +98,7 @@ class Recorder:
 
         tables: cos and sin [K d]. is_shifted: a position's token is told by the one before it.
         """
+        self._forget_if_moved([new.slots, *tables, self._denoiser.embed.weight, self._denoiser.norm.weight])
         count = input_ids.numel()
         if not self._ways or count > _MOST_POSITIONS or read is None or read.dtype != torch.int64 or not len(read):
             return None
@@ -107,14 +116,14 @@ class Recorder:
                 return None
             self._held[key] = held
             if len(self._held) > _MOST_HELD:
-                self._held.popitem(last=False)
+                del self._sightings[self._held.popitem(last=False)[0]]  # else it is recorded whenever it comes again
         self._held.move_to_end(key)
         _fill(held.inputs, given)
         held.replay()
         return self._logits[: len(read)]
 
     def _forget_if_moved(self, fixed: list[Tensor]) -> None:
-        """Of weights or slots that have moved no recording is of use."""
+        """Of weights or slots that have moved no recording is of use, and their memory is needed by others."""
         if [_address(part) for part in fixed] != [_address(part) for part in self._fixed]:
             self._held.clear()
             self._sightings.clear()
@@ -218,19 +227,21 @@ class _Graphs:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._pool: Any = None
+        self._room: tuple[Any, torch.cuda.Stream] | None = None  # of what is recorded: a pool of memory and a stream
 
     def __call__(self, run: Callable[[], None]) -> Callable[[], None]:
-        with _RECORDING, torch.cuda.device(self._device):
-            if self._pool is None:
-                self._pool, self._beside = torch.cuda.graph_pool_handle(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
-            self._beside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self._beside):
+        # The caller's stream is set for itself: where a recording fails, torch leaves its own in the caller's place.
+        with _RECORDING, torch.cuda.device(self._device), torch.cuda.stream(torch.cuda.current_stream()):
+            pool, beside = self._room or (torch.cuda.graph_pool_handle(), torch.cuda.Stream())  # type: ignore[no-untyped-call]
+            self._room = None  # in that of a recording that has failed no other is taken
+            beside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(beside):
                 for _ in range(2):  # kernels are compiled, and libraries take their room, which no graph may
                     run()
-            torch.cuda.current_stream().wait_stream(self._beside)
+            torch.cuda.current_stream().wait_stream(beside)
             graph = torch.cuda.CUDAGraph()
             # Other threads, which decode other models, are not hindered.
-            with torch.cuda.graph(graph, self._pool, self._beside, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool, beside, capture_error_mode="thread_local"):
                 run()
+            self._room = pool, beside
         return graph.replay

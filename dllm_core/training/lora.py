@@ -47,11 +47,13 @@ def _is_target(name: str, part: nn.Module, config: LoraConfig) -> bool:
 
 def assign_adapters(module: Denoiser, adapters: Mapping[str, Tensor], place: str) -> None:
     """Give an adapted denoiser these adapters; others than its own are refused by name."""
-    expected = {name: tensor.shape for name, tensor in trained_weights(module).items()}
+    own = trained_weights(module)
+    expected = {name: tensor.shape for name, tensor in own.items()}
     if expected != {name: tensor.shape for name, tensor in adapters.items()}:
         other = sorted(expected.keys() ^ adapters.keys()) or sorted(expected)
         raise CheckpointError(place, f"holds other adapters than the recipe's: {'; '.join(other[:4])}")
-    module.load_state_dict(dict(adapters), strict=False, assign=True)
+    for name, tensor in own.items():  # copied: what is read is on the host, the module may be elsewhere
+        tensor.copy_(adapters[name])
 
 
 def merged(weights: Mapping[str, Tensor], adapters: Mapping[str, Tensor], config: LoraConfig) -> dict[str, Tensor]:

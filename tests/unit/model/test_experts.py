@@ -146,6 +146,19 @@ def test_the_router_decides_in_fp32_under_autocast():
     assert torch.equal(weights, router(x)[1])
 
 
+def test_a_model_that_computes_in_bf16_chooses_as_it_was_trained():
+    """A bias of steps of 0.001, as balancing makes it, has fewer digits in bf16 than it needs."""
+    section = ExpertsConfig(num_experts=64, experts_per_token=8, selection_bias=True, router="sigmoid")
+    mixture, x = new_mixture(section, 0), tokens(500).bfloat16()
+    expected, weights = mixture.router(x)
+    mixture.to(torch.bfloat16)
+    assert mixture.down.dtype == torch.bfloat16
+    found, others = mixture.router(x)
+    assert torch.equal(found, expected)
+    assert torch.equal(others, weights)
+    assert mixture.to("meta").router.weight.is_meta
+
+
 def test_the_first_layers_may_be_dense():
     first, second = mixed_denoiser().blocks
     assert not isinstance(first.ffn, MixtureOfExperts)

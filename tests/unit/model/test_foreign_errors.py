@@ -1,8 +1,10 @@
 """A foreign folder that is not whole, or says what we cannot compute, is refused in one line that says what and why."""
 
 import json
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,8 @@ from safetensors.torch import save_file
 
 from dllm_core.errors import CheckpointError, ConfigError, DllmError
 from dllm_core.model.foreign import open_foreign, read_foreign
+
+GOLDEN = Path(__file__).parents[2] / "golden"
 
 
 def test_missing_unknown_and_misshapen_tensors_are_listed_all_together(tmp_path):
@@ -57,6 +61,8 @@ def test_a_config_of_another_model_is_refused(tmp_path, sizes):
         (LLADA_MOE, "moe_layer_freq", [1, 0]),
         (LLADA_MOE, "shared_expert_intermediate_size", 12),
         (LLADA_MOE, "moe_router_score_function", "sigmoid"),
+        (LLADA_MOE, "norm_topk_prob", True),
+        (LLADA_MOE, "routed_scaling_factor", 2.5),
     ],
 )
 def test_a_field_that_we_do_not_compute_is_refused_by_name_and_value(tmp_path, config, field, value):
@@ -64,6 +70,16 @@ def test_a_field_that_we_do_not_compute_is_refused_by_name_and_value(tmp_path, c
     with pytest.raises(CheckpointError, match=rf"config\.json: {field}: is not supported, got") as told:
         open_foreign(folder, mask_id=None if "mask_token_id" in config else 36)
     assert str(told.value).count("\n") == 0
+
+
+@pytest.mark.parametrize("field", ["n_group", "topk_group", "routed_scaling_factor", "partial_rotary_factor"])
+def test_what_one_reader_takes_for_another_number_than_the_next_must_be_said(tmp_path, field):
+    shutil.copytree(GOLDEN / "tiny-llada2-moe", tmp_path, dirs_exist_ok=True)
+    said = json.loads((tmp_path / "config.json").read_text())
+    del said[field]
+    (tmp_path / "config.json").write_text(json.dumps(said))
+    with pytest.raises(CheckpointError, match=rf"config\.json: {field}: is missing"):
+        open_foreign(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["rope_scaling", "rope_parameters"])

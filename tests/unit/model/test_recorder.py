@@ -3,8 +3,11 @@
 What a GPU does again from a graph is here done again by a call: all else is the same.
 """
 
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from hypothesis import strategies as st
 from tiny import VOCABULARY, closely, ids_of, mixed_denoiser, new_denoiser
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from dllm_core.model import recorder
 from dllm_core.model.cache import KeyValueStore
 from dllm_core.model.denoiser import Denoiser
 from dllm_core.model.pattern import FULL, AttentionPattern
@@ -111,6 +115,27 @@ def test_what_has_moved_is_recorded_anew():
     assert len(both.recorder.held) == 0
 
 
+def test_shapes_that_take_turns_in_too_little_room_are_not_recorded_at_every_call(monkeypatch):
+    monkeypatch.setattr(recorder, "_MOST_HELD", 1)
+    recorded = []
+    both = Both(new_denoiser(), rows=1, record=lambda run: recorded.append(run) or again(run))
+    for seed in range(12):
+        both.forward([0], 0, (8, 16)[seed % 2], seed)
+    assert len(both.recorder.held) == 1
+    assert len(recorded) == 3  # each at its third time, and the first, which made room for the other, at its sixth
+
+
+def test_slots_that_have_grown_are_not_held_by_forwards_that_are_too_large_to_record(monkeypatch):
+    both = Both(new_denoiser(), rows=1)
+    both.forward([0], 0, 16, seed=0)
+    old = weakref.ref(both.stores[1].slots.untyped_storage())
+    both.take(1)
+    monkeypatch.setattr(recorder, "_MOST_POSITIONS", 8)
+    assert old() is not None
+    both.forward([0, 1], 0, 16, seed=1)
+    assert old() is None
+
+
 def raises(run: Callable[[], None]) -> Callable[[], None]:
     raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
@@ -126,6 +151,55 @@ def test_a_machine_that_cannot_record_decodes_as_before(record, why, caplog):
     assert len(both.recorder.held) == 0
     [warning] = caplog.messages
     assert why in warning
+
+
+class Gpu:
+    """What of torch.cuda a recording asks for: the stream that is current, and as torch's own does, a recording that
+    fails leaves its stream in place.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.current: object = SimpleNamespace(wait_stream=lambda other: None)
+        self.pools: list[object] = []
+        given = {"current_stream": lambda: self.current, "device": nullcontext, "graph": self.graph}
+        given |= {"CUDAGraph": lambda: SimpleNamespace(replay=None), "stream": self.stream}
+        given |= {"Stream": lambda: SimpleNamespace(wait_stream=lambda other: None), "graph_pool_handle": object}
+        for name, part in given.items():
+            monkeypatch.setattr(torch.cuda, name, part)
+
+    @contextmanager
+    def stream(self, stream: object) -> Iterator[None]:
+        before, self.current = self.current, stream
+        try:
+            yield
+        finally:
+            self.current = before
+
+    @contextmanager
+    def graph(self, graph: object, pool: object, stream: object, **options: object) -> Iterator[None]:
+        before, self.current = self.current, stream
+        self.pools.append(pool)
+        yield
+        self.current = before
+
+
+def test_a_recording_that_fails_leaves_the_callers_stream_and_its_memory_to_no_other(monkeypatch):
+    gpu = Gpu(monkeypatch)
+    graphs, before, calls = recorder._Graphs(torch.device("cpu")), gpu.current, []
+
+    def fails_at_the_third(call: int) -> None:
+        calls.append(call)
+        if len(calls) == 3:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    with pytest.raises(RuntimeError, match="not permitted"):
+        graphs(lambda: fails_at_the_third(0))
+    assert gpu.current is before
+    for _ in range(2):
+        graphs(lambda: fails_at_the_third(1))
+    assert gpu.current is before
+    first, second, third = gpu.pools
+    assert first is not second is third
 
 
 def test_a_row_that_is_no_number_is_not_held_against_the_machine(caplog):
@@ -145,6 +219,14 @@ def test_a_row_that_is_no_number_is_not_held_against_the_machine(caplog):
     both.forward([0], 0, 16, seed=0)
     assert len(both.recorder.held) == 1
     assert not caplog.messages
+
+
+def test_a_model_that_is_let_go_of_is_gone_at_once():
+    denoiser = new_denoiser()
+    denoiser.recorder = Recorder(denoiser)
+    gone = weakref.ref(denoiser)
+    del denoiser
+    assert gone() is None
 
 
 def test_experts_and_a_cpu_have_none():

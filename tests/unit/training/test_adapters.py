@@ -151,6 +151,16 @@ def test_adapters_of_another_shape_or_model_are_refused(root, qwen):
         adapt(mixture, LoraConfig(targets=("down",)))
 
 
+def test_adapters_that_are_read_are_put_where_the_model_is():
+    module = tiny()
+    adapt(module, LoraConfig(rank=2))
+    read = {name: torch.ones(tensor.shape) for name, tensor in trained_weights(module).items()}
+    assign_adapters(module, read, "step-1")
+    assert all(torch.equal(tensor, read[name]) for name, tensor in trained_weights(module).items())
+    assign_adapters(module.to("meta"), read, "step-1")
+    assert {tensor.device.type for tensor in module.parameters()} == {"meta"}
+
+
 def test_without_the_library_the_extra_is_named_before_anything_starts(root, qwen, monkeypatch):
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "peft" else found(name, *rest))
