@@ -104,7 +104,6 @@ class Recorder:
             return None
         if not torch.is_inference_mode_enabled():  # in which alone its tensors may be written to
             return None
-        self._forget_if_moved([new.slots, *tables, self._denoiser.embed.weight, self._denoiser.norm.weight])
         rows = (new.rows.start, new.rows.stop) if isinstance(new.rows, slice) else None
         key = (input_ids.shape, new.attention.shape, rows, is_shifted)
         given = [input_ids, new.offsets, new.attention, *new.at, *new.of, read]
