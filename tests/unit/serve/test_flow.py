@@ -107,7 +107,7 @@ def test_models_that_change_while_the_first_are_read_are_deployed(small_corpus, 
 
     monkeypatch.setattr(flow, "args_of", read_and_changed)
     monkeypatch.setattr(flow, "_deployed_again", lambda *_: deployed.append(path.read_text()))
-    monkeypatch.setattr(flow, "ray_cluster", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(flow, "ray_cluster", lambda *_: contextlib.nullcontext())
     for name in ("check_port", "start", "say_how_to_use", "stop"):
         monkeypatch.setattr(flow, name, lambda *_: None)
     monkeypatch.setattr(flow, "time", SimpleNamespace(sleep=look))
