@@ -226,7 +226,8 @@ class Tokenizer:
         try:
             import fastokens
 
-            fast = fastokens.Tokenizer.from_json_str(self.json_text)
+            # Of ours and not of the file: it would cut texts where the file truncates, beyond the longest probe.
+            fast = fastokens.Tokenizer.from_json_str(self._core.to_str())
             specials = self.config.special_tokens
             probes = [*_PROBES, *specials, " ".join(specials), "".join(f"a{token}b" for token in specials)]
             ids, offsets = fast.encode_batch_flat(probes, add_special_tokens=False, split_special_tokens=True)
