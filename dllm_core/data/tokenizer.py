@@ -106,6 +106,8 @@ class Tokenizer:
         self._core.encode_special_tokens = True
         self._core.no_padding()
         self._core.no_truncation()
+        if getattr(self._core.model, "dropout", None):  # which leaves out merges at random, anew in every call
+            self._core.model.dropout = None
         self.mask_id = self._special("mask_token", config.mask_token)
         self.eos_id = self._special("eos_token", config.eos_token)
         self.pad_id = self._special("pad_token", config.pad_token)

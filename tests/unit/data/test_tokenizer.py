@@ -123,6 +123,7 @@ _LONG = {"direction": "Right", "max_length": 6000, "strategy": "LongestFirst", "
     "section, key, value",
     [
         pytest.param(None, "truncation", _LONG, id="truncates beyond every probe"),
+        pytest.param("model", "dropout", 0.5, id="leaves out merges at random"),
     ],
 )
 def test_what_a_file_asks_for_its_own_training_changes_no_ids(tokenizer, section, key, value):
