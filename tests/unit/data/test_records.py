@@ -175,6 +175,27 @@ def test_what_is_no_conversation_is_kept_with_its_reason(values, reason):
     assert reason in record.reason
 
 
+TWICE = [
+    (TextRecord(), '{"text": "a", "id": 1, "text": "b"}', "'text' is there twice"),
+    (PairRecord(), '{"prompt": "a", "answer": "b", "answer": "c"}', "'answer' is there twice"),
+    (ChatRecord(), '{"messages": [], "messages": [{"role": "assistant", "content": "x"}]}', "'messages' is there twice"),
+    (ChatRecord(), '{"messages": [{"role": "assistant", "content": "x", "content": "y"}]}', "'content' is there twice"),
+    (ChatRecord(), '{"messages": [{"role": "user", "role": "assistant", "content": "x"}]}', "without a role"),
+]
+
+
+@pytest.mark.parametrize(("record", "line", "reason"), TWICE, ids=[line for _, line, _ in TWICE])
+def test_of_a_field_that_stands_twice_neither_is_taken(record, line, reason):
+    found = from_json(record, "file", 7, line.encode())
+    assert isinstance(found, BadRecord)
+    assert reason in found.reason
+    assert (found.offset, found.raw) == (7, line.encode())
+
+
+def test_what_stands_twice_beside_a_records_fields_costs_it_nothing():
+    assert from_json(TextRecord(), "file", 7, b'{"id": 1, "text": "a", "id": 2}') == Document("a", "file", 7)
+
+
 def test_a_tokenizer_without_markers_refuses_conversations(tokenizer):
     plain = Tokenizer.train(["RED"], TokenizerConfig(vocab_size=300))
     with pytest.raises(ConfigError, match=r"tokenizer\.chat: missing"):
