@@ -7,6 +7,7 @@ preference becomes two: the prompt with the answer that was preferred, and with 
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 from dllm_core.data.corpus import AnyRecord, PairRecord, PreferenceRecord, TextRecord
@@ -46,7 +47,10 @@ class Document:
     @property
     def subject(self) -> str:
         """The text whose hash decides its side: of a preference the prompt, so that one prompt is on one side alone."""
-        prompt = "\n".join(part.text for part in self.rejected if not part.is_learned)
+        # Not all that is not learned: an answer of several turns has the user's among its own.
+        both = zip(self.parts, self.rejected, strict=False)
+        shared = takewhile(lambda pair: pair[0] == pair[1] and not pair[0].is_learned, both)
+        prompt = "\n".join(part.text for part, _ in shared)
         return self.text if is_blank(prompt) else prompt
 
     @property

@@ -133,6 +133,18 @@ def test_what_is_taken_many_times_is_encoded_once_and_stands_in_its_place_as_oft
     assert (together.kept, [item.reason for item in together.removed]) == (3, ["weight"])
 
 
+@pytest.mark.parametrize("longer", ["chosen", "rejected"])
+def test_the_side_of_a_preference_is_its_prompts_whatever_the_turns_of_its_answers(longer):
+    def preference(follow_up):
+        turns = [("assistant", "no"), ("user", follow_up), ("assistant", "well")]
+        answers = {"chosen": "yes", "rejected": "never"}
+        answers[longer] = [{"role": role, "content": text} for role, text in turns]
+        prompt = [{"role": "user", "content": "why?"}, {"role": "assistant", "content": "so"}]
+        return parsed(PreferenceRecord(conversations=True), {"prompt": prompt, **answers})
+
+    assert [preference(text).subject for text in ("sure?", "really?")] == ["why?\nso"] * 2
+
+
 BAD_PREFERENCES = [
     ({}, "no field 'prompt'"),
     ({"prompt": "a", "chosen": "b"}, "no field 'rejected'"),
