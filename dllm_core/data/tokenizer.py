@@ -73,6 +73,9 @@ class TokenizerConfig(Frozen):
     def _mask_is_no_text(self) -> Self:
         if self.mask_token in {self.eos_token, self.pad_token}:
             raise FieldProblem("mask_token", "must differ from eos_token and pad_token", self.mask_token)
+        for name, marker in ({} if self.chat is None else self.chat.model_dump()).items():
+            if marker == self.mask_token:  # clean rows would hold masks
+                raise FieldProblem(f"chat.{name}", "must differ from mask_token", marker)
         return self
 
     @model_validator(mode="after")

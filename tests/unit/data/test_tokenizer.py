@@ -157,6 +157,12 @@ def test_the_mask_is_neither_the_end_nor_the_padding_but_those_may_be_one(tokeni
     assert len(shared.special_ids) == 2
 
 
+@pytest.mark.parametrize("marker", ["system", "user", "assistant", "end"])
+def test_the_mask_marks_no_turn(marker):
+    with pytest.raises(ConfigError, match=rf"^tokenizer\.chat\.{marker}: must differ from mask_token"):
+        TokenizerConfig.checked({"chat": {marker: "<|mask|>"}}, "tokenizer")
+
+
 @pytest.mark.parametrize("data", [b"", b"{}", b"[1", b"\xff\xfe"])
 def test_a_file_that_is_no_tokenizer_is_refused_by_name(tmp_path, data):
     path = tmp_path / "tokenizer.json"
