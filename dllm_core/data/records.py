@@ -15,6 +15,7 @@ from dllm_core.data.corpus import AnyRecord, PairRecord, PreferenceRecord, TextR
 _BYTE_ORDER_MARK = "\ufeff"
 _TWICE = object()  # the value of a name that stands twice in one JSON object, of which the second would win
 ROLES = ("system", "user", "assistant")
+_CALLS = ("tool_calls", "function_call")  # what a message says beside its content
 
 
 @dataclass(frozen=True)
@@ -172,6 +173,8 @@ def _messages(values: Mapping[str, Any], field: str) -> tuple[Part, ...]:
     for message in messages:
         if not isinstance(message, Mapping) or message.get("role") not in ROLES:
             raise _NotADocumentError(f"{field!r} holds a message without a role of {', '.join(ROLES)}")
+        if any(message.get(name) for name in _CALLS):  # empty ones are a table's: each of its messages has all fields
+            raise _NotADocumentError(f"{field!r} holds a call of a tool, for which there is no marker")
         role = message["role"]
         parts.append(Part(role, _text_in(message, "content"), is_learned=role == "assistant"))
     return tuple(parts)

@@ -177,6 +177,8 @@ BAD_CHATS = [
     ({"messages": [{"role": "user", "content": "x"}]}, "no message of the assistant"),
     ({"messages": [{"role": "assistant"}]}, "no field 'content'"),
     ({"messages": [{"role": "assistant", "content": 3}]}, "is not a string"),
+    ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}]}, "holds a call of a tool"),
+    ({"messages": [{"role": "assistant", "content": "x", "function_call": {"name": "f"}}]}, "holds a call of a tool"),
 ]
 
 
@@ -202,6 +204,12 @@ def test_of_a_field_that_stands_twice_neither_is_taken(record, line, reason):
     assert isinstance(found, BadRecord)
     assert reason in found.reason
     assert (found.offset, found.raw) == (7, line.encode())
+
+
+def test_a_message_without_calls_may_have_their_fields():
+    answer = {"role": "assistant", "content": "x"}
+    empty = {"tool_calls": [], "function_call": None}
+    assert parsed(ChatRecord(), {"messages": [answer | empty]}) == parsed(ChatRecord(), {"messages": [answer]})
 
 
 def test_what_stands_twice_beside_a_records_fields_costs_it_nothing():
