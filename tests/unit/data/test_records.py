@@ -192,7 +192,7 @@ def test_what_is_no_conversation_is_kept_with_its_reason(values, reason):
 TWICE = [
     (TextRecord(), '{"text": "a", "id": 1, "text": "b"}', "'text' is there twice"),
     (PairRecord(), '{"prompt": "a", "answer": "b", "answer": "c"}', "'answer' is there twice"),
-    (ChatRecord(), '{"messages": [], "messages": [{"role": "assistant", "content": "x"}]}', "'messages' is there twice"),
+    (ChatRecord(), '{"messages": 1, "messages": [{"role": "assistant", "content": ""}]}', "'messages' is there twice"),
     (ChatRecord(), '{"messages": [{"role": "assistant", "content": "x", "content": "y"}]}', "'content' is there twice"),
     (ChatRecord(), '{"messages": [{"role": "user", "role": "assistant", "content": "x"}]}', "without a role"),
 ]

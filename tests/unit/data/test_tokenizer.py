@@ -120,7 +120,7 @@ _LONG = {"direction": "Right", "max_length": 6000, "strategy": "LongestFirst", "
 
 
 @pytest.mark.parametrize(
-    "section, key, value",
+    ("section", "key", "value"),
     [
         pytest.param(None, "truncation", _LONG, id="truncates beyond every probe"),
         pytest.param("model", "dropout", 0.5, id="leaves out merges at random"),
