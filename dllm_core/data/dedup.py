@@ -297,7 +297,7 @@ class _Comparison:
 
     parts: Sequence[Signatures]
     offsets: Index
-    needed: float
+    threshold: float
 
     def is_similar(self, left: Index, right: Index) -> NDArray[np.bool_]:
         """One answer for each pair, [n]."""
@@ -305,7 +305,7 @@ class _Comparison:
         for start in range(0, len(left), _PAIRS_AT_ONCE):
             pairs = slice(start, start + _PAIRS_AT_ONCE)
             is_equal = self.hashes_at(left[pairs]) == self.hashes_at(right[pairs])
-            found[pairs] = np.count_nonzero(is_equal, axis=1) >= self.needed
+            found[pairs] = is_equal.mean(axis=1) >= self.threshold  # 0.55 * 100 is above 55
         return found
 
     def hashes_at(self, indices: Index) -> NDArray[np.uint16]:
@@ -325,7 +325,7 @@ def _link_near(parent: Index, parts: Sequence[Signatures], offsets: Index, near:
     Groups too large to be compared in full are taken up again, with those of their documents that are still kept, until
     nothing changes: a corpus of what was kept then meets the same comparisons, and all is kept.
     """
-    comparison = _Comparison(parts, offsets, near.threshold * near.num_hashes)
+    comparison = _Comparison(parts, offsets, near.threshold)
     live = np.flatnonzero(parent == np.arange(len(parent)))
     cut_short = []
     for band in range(near.num_bands):

@@ -7,12 +7,15 @@ preference becomes two: the prompt with the answer that was preferred, and with 
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 from dllm_core.data.corpus import AnyRecord, PairRecord, PreferenceRecord, TextRecord
 
 _BYTE_ORDER_MARK = "\ufeff"
+_TWICE = object()  # the value of a name that stands twice in one JSON object, of which the second would win
 ROLES = ("system", "user", "assistant")
+_CALLS = ("tool_calls", "function_call")  # what a message says beside its content
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,10 @@ class Document:
     @property
     def subject(self) -> str:
         """The text whose hash decides its side: of a preference the prompt, so that one prompt is on one side alone."""
-        prompt = "\n".join(part.text for part in self.rejected if not part.is_learned)
+        # Not all that is not learned: an answer of several turns has the user's among its own.
+        both = zip(self.parts, self.rejected, strict=False)
+        shared = takewhile(lambda pair: pair[0] == pair[1] and not pair[0].is_learned, both)
+        prompt = "\n".join(part.text for part, _ in shared)
         return self.text if is_blank(prompt) else prompt
 
     @property
@@ -85,10 +91,21 @@ def from_json(record: Any, key: str, offset: int, raw: bytes) -> Document | BadR
     if isinstance(line, BadRecord) or is_blank(line.text):
         return line
     try:
-        values = json.loads(line.text)
+        values = _parsed(line.text)
     except (ValueError, RecursionError):
         return BadRecord(key, offset, "not JSON", raw)
     return from_fields(record, values, key, offset, raw)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        found |= {name: _TWICE for name in found if names.count(name) > 1}
+    return found
+
+
+_parsed = json.JSONDecoder(object_pairs_hook=_once).decode
 
 
 def from_fields(record: Any, values: Any, key: str, offset: int, raw: bytes) -> Document | BadRecord:
@@ -123,10 +140,16 @@ def fields_of(record: AnyRecord) -> tuple[str, ...]:
     return (record.field,)
 
 
-def _text_in(values: Mapping[str, Any], field: str) -> str:
+def _value_in(values: Mapping[str, Any], field: str) -> Any:
     if field not in values:
         raise _NotADocumentError(f"no field {field!r}")
-    text = values[field]
+    if values[field] is _TWICE:
+        raise _NotADocumentError(f"{field!r} is there twice")
+    return values[field]
+
+
+def _text_in(values: Mapping[str, Any], field: str) -> str:
+    text = _value_in(values, field)
     if not isinstance(text, str):
         raise _NotADocumentError(f"{field!r} is not a string")
     if not is_unicode(text):  # a lone surrogate is legal JSON and no text
@@ -143,15 +166,15 @@ def _conversation(values: Mapping[str, Any], field: str) -> tuple[Part, ...]:
 
 
 def _messages(values: Mapping[str, Any], field: str) -> tuple[Part, ...]:
-    if field not in values:
-        raise _NotADocumentError(f"no field {field!r}")
-    messages = values[field]
+    messages = _value_in(values, field)
     if not isinstance(messages, list) or not messages:
         raise _NotADocumentError(f"{field!r} is no list of messages")
     parts = []
     for message in messages:
         if not isinstance(message, Mapping) or message.get("role") not in ROLES:
             raise _NotADocumentError(f"{field!r} holds a message without a role of {', '.join(ROLES)}")
+        if any(message.get(name) for name in _CALLS):  # empty ones are a table's: each of its messages has all fields
+            raise _NotADocumentError(f"{field!r} holds a call of a tool, for which there is no marker")
         role = message["role"]
         parts.append(Part(role, _text_in(message, "content"), is_learned=role == "assistant"))
     return tuple(parts)

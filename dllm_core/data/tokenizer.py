@@ -73,6 +73,9 @@ class TokenizerConfig(Frozen):
     def _mask_is_no_text(self) -> Self:
         if self.mask_token in {self.eos_token, self.pad_token}:
             raise FieldProblem("mask_token", "must differ from eos_token and pad_token", self.mask_token)
+        for name, marker in ({} if self.chat is None else self.chat.model_dump()).items():
+            if marker == self.mask_token:  # clean rows would hold masks
+                raise FieldProblem(f"chat.{name}", "must differ from mask_token", marker)
         return self
 
     @model_validator(mode="after")
@@ -106,6 +109,8 @@ class Tokenizer:
         self._core.encode_special_tokens = True
         self._core.no_padding()
         self._core.no_truncation()
+        if getattr(self._core.model, "dropout", None):  # which leaves out merges at random, anew in every call
+            self._core.model.dropout = None
         self.mask_id = self._special("mask_token", config.mask_token)
         self.eos_id = self._special("eos_token", config.eos_token)
         self.pad_id = self._special("pad_token", config.pad_token)
@@ -233,7 +238,8 @@ class Tokenizer:
         try:
             import fastokens
 
-            fast = fastokens.Tokenizer.from_json_str(self.json_text)
+            # Of ours and not of the file: it would cut texts where the file truncates, beyond the longest probe.
+            fast = fastokens.Tokenizer.from_json_str(self._core.to_str())
             specials = self.config.special_tokens
             probes = [*_PROBES, *specials, " ".join(specials), "".join(f"a{token}b" for token in specials)]
             ids, offsets = fast.encode_batch_flat(probes, add_special_tokens=False, split_special_tokens=True)

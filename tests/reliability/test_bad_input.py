@@ -73,6 +73,7 @@ JSONL = [
     bad(b'{"text": null}', NO_STRING),
     bad(b'{"text": ["a"]}', NO_STRING),
     bad(b'{"text": {"text": "a"}}', NO_STRING),
+    bad(b'{"text": "first", "text": "last"}', "'text' is there twice"),
     bad(b'{"other": "a"}', NO_FIELD),
     bad(b"{}", NO_FIELD),
     bad(b'["text"]', NO_FIELD),
@@ -80,7 +81,7 @@ JSONL = [
     bad(b"null", NO_FIELD),
 ]
 ODD_JSONL = [  # odd, and what the format allows
-    Case(b'{"text": "first", "text": "last"}', "last"),
+    Case(b'{"text": "beside two", "more": 1, "more": 2}', "beside two"),
     Case(rb'{"text": "a\u0000b"}', "a\0b"),
     Case(rb'{"text": "\ud83d\ude00"}', "\U0001f600"),
     Case(b'{"text": "beside NaN", "score": NaN}', "beside NaN"),

@@ -117,7 +117,7 @@ class CorpusPlan:
     def check_bad(self, total: Accounting) -> None:
         """Refuse more bad records than the recipe allows."""
         allowed = self.recipe.corpus.max_bad_fraction
-        if total.num_quarantined > allowed * total.documents_in:
+        if total.num_quarantined / max(1, total.documents_in) > allowed:  # 0.29 * 100 is below 29
             share = f"{total.num_quarantined} of {total.documents_in} records are bad, {100 * allowed:.6g}% are allowed"
             remedy = f"see {self.url}/quarantine; narrow corpus.glob or raise corpus.max_bad_fraction"
             raise DataError("corpus.max_bad_fraction", share, remedy=remedy)

@@ -12,7 +12,7 @@ from conftest import SmallCorpus, make_small_corpus, small_recipe, small_text
 
 from dllm_core.data.build import is_heldout, sample_texts
 from dllm_core.data.loader import Loader, Prefetcher, all_rows, split_rows
-from dllm_core.data.manifest import corpus_prefix, read_tokenizer
+from dllm_core.data.manifest import Accounting, corpus_prefix, read_tokenizer
 from dllm_core.data.readers import read_unit
 from dllm_core.errors import ConfigError, DataError
 from dllm_core.storage.store import LocalStore, open_store
@@ -105,6 +105,13 @@ def test_a_finished_corpus_is_held_to_the_bad_records_that_this_recipe_allows(tm
     )
     with pytest.raises(DataError, match=r"corpus\.max_bad_fraction: 12 of 62 records are bad, 1% are allowed"):
         plan_corpus(strict, corpus.store).existing()
+    border = corpus.recipe.model_copy(
+        update={"corpus": corpus.recipe.corpus.model_copy(update={"max_bad_fraction": 0.29})}
+    )
+    plan = plan_corpus(border, corpus.store)
+    plan.check_bad(Accounting(documents_in=100, train=71, quarantined={"not JSON": 29}))
+    with pytest.raises(DataError, match="30 of 100 records are bad, 29% are allowed"):
+        plan.check_bad(Accounting(documents_in=100, train=70, quarantined={"not JSON": 30}))
 
 
 def test_removed_records_are_shown_whatever_line_ends_their_texts_hold(tmp_path, monkeypatch):

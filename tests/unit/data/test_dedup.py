@@ -238,6 +238,16 @@ def test_bands_fit_the_threshold(threshold, num_hashes):
     assert (grid[0], grid[-1]) == (0, 1)
 
 
+@pytest.mark.parametrize(("threshold", "num_hashes", "needed"), [(0.55, 100, 55), (0.56, 50, 28), (0.8, 128, 103)])
+def test_a_pair_of_which_just_the_threshold_agrees_is_a_duplicate(threshold, num_hashes, needed):
+    config = DedupConfig(near=NearDuplicates(threshold=threshold, num_hashes=num_hashes))
+    bands = np.ones((2, config.near.num_bands), np.uint64)
+    for agreeing, representative in ((needed - 1, [-1, -1]), (needed, [-1, 0])):
+        hashes = np.stack([np.zeros(num_hashes), np.arange(num_hashes) >= agreeing]).astype(np.uint16)
+        [found] = duplicates([Signatures(np.arange(4, dtype=np.uint64).reshape(2, 2), bands, hashes)], config)
+        assert found.representative.tolist() == representative
+
+
 def test_the_default_bands_are_those_of_the_documentation():
     near = NearDuplicates()
     assert (near.rows, near.num_bands) == (8, 16)

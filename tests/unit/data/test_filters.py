@@ -64,6 +64,8 @@ class Pipeline(Frozen):
         (LOOSE, "", None),
         (RepetitionFilter(max_line_fraction=0), "a\n\n\nb\n \n", None),  # blank lines repeat nothing
         (RepetitionFilter(max_line_fraction=0), "a\r\n  a", "repetition.lines"),
+        (RepetitionFilter(max_line_fraction=0.3), "a\nbbb\nccc\nbbb", None),  # 3 of 10
+        (RepetitionFilter(max_ngram_fraction=0.29, ngram=1), "a " * 29 + " ".join(map(chr, range(0x400, 0x447))), None),
         (CharacterFilter(), PROSE, None),
         (CharacterFilter(), HAN, None),
         (CharacterFilter(), "हिन्दी में लिखा हुआ पाठ", None),
@@ -76,6 +78,9 @@ class Pipeline(Frozen):
         (CharacterFilter(), "\ufffd\0", "characters.replacement"),
         (CharacterFilter(min_letter_fraction=0.5), "ab12", None),
         (CharacterFilter(min_letter_fraction=0.5), "ab123", "characters.few_letters"),
+        (CharacterFilter(min_letter_fraction=0.55), "a" * 55 + "1" * 45, None),
+        (CharacterFilter(max_control_fraction=0.29), "a" * 71 + "\0" * 29, None),
+        (CharacterFilter(max_replacement_fraction=0.29), "a" * 71 + "\ufffd" * 29, None),
         (CharacterFilter(min_letter_fraction=1), " \u3000\n", None),
         (CharacterFilter(), "", None),
     ],
@@ -92,20 +97,18 @@ def test_the_ngram_rule_is_that_of_counting_every_ngram(text, ngram, limit):
     counts = Counter(tuple(words[i : i + ngram]) for i in range(len(words) - ngram + 1))
     shares = [count * len("".join(gram)) / total for gram, count in counts.items() if count > 1]
     chosen = RepetitionFilter(max_line_fraction=1, max_ngram_fraction=limit, ngram=ngram, min_words=0)
-    if not any(abs(share - limit) < 1e-9 for share in shares):
-        assert (chosen.reason(text) == "repetition.ngram") == (max(shares, default=0) > limit)
+    assert (chosen.reason(text) == "repetition.ngram") == (max(shares, default=0) > limit)
 
 
-@given(st.lists(st.sampled_from(["a", "bb", "ccc ", " bb", ""]), max_size=12), st.sampled_from([0.0, 0.25, 0.5]))
+@given(st.lists(st.sampled_from(["a", "bb", "ccc ", " bb", ""]), max_size=12), st.sampled_from([0.0, 0.25, 0.3, 0.5]))
 @settings(deadline=None)
 def test_the_line_rule_is_the_share_of_later_copies(lines, limit):
     solid = [line.strip() for line in lines if line.strip()]
     again = sum(len(line) for i, line in enumerate(solid) if line in solid[:i])
     total = sum(map(len, solid))
     share = again / total if total else 0
-    if abs(share - limit) > 1e-9:
-        chosen = RepetitionFilter(max_line_fraction=limit, min_words=10**6)
-        assert (chosen.reason("\n".join(lines)) == "repetition.lines") == (share > limit)
+    chosen = RepetitionFilter(max_line_fraction=limit, min_words=10**6)
+    assert (chosen.reason("\n".join(lines)) == "repetition.lines") == (share > limit)
 
 
 @given(st.text(max_size=60) | st.text(st.characters(codec=None), max_size=60), st.sampled_from([0.1, 0.5, 0.9]))
@@ -116,11 +119,12 @@ def test_characters_are_counted_by_their_unicode_category(text, fraction):
     control = sum(unicodedata.category(c) in ("Cc", "Co", "Cs") for c in solid)
     replaced = solid.count("\ufffd")
     rule = None
-    if letters < fraction * len(solid):
+    size = len(solid) or 1
+    if solid and letters / size < fraction:
         rule = "characters.few_letters"
-    if control > (1 - fraction) * len(solid):
+    if control / size > 1 - fraction:
         rule = "characters.control"
-    if replaced > (1 - fraction) * len(solid):
+    if replaced / size > 1 - fraction:
         rule = "characters.replacement"
     chosen = CharacterFilter(
         min_letter_fraction=fraction, max_control_fraction=1 - fraction, max_replacement_fraction=1 - fraction

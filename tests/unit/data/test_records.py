@@ -133,6 +133,18 @@ def test_what_is_taken_many_times_is_encoded_once_and_stands_in_its_place_as_oft
     assert (together.kept, [item.reason for item in together.removed]) == (3, ["weight"])
 
 
+@pytest.mark.parametrize("longer", ["chosen", "rejected"])
+def test_the_side_of_a_preference_is_its_prompts_whatever_the_turns_of_its_answers(longer):
+    def preference(follow_up):
+        turns = [("assistant", "no"), ("user", follow_up), ("assistant", "well")]
+        answers = {"chosen": "yes", "rejected": "never"}
+        answers[longer] = [{"role": role, "content": text} for role, text in turns]
+        prompt = [{"role": "user", "content": "why?"}, {"role": "assistant", "content": "so"}]
+        return parsed(PreferenceRecord(conversations=True), {"prompt": prompt, **answers})
+
+    assert [preference(text).subject for text in ("sure?", "really?")] == ["why?\nso"] * 2
+
+
 BAD_PREFERENCES = [
     ({}, "no field 'prompt'"),
     ({"prompt": "a", "chosen": "b"}, "no field 'rejected'"),
@@ -165,6 +177,8 @@ BAD_CHATS = [
     ({"messages": [{"role": "user", "content": "x"}]}, "no message of the assistant"),
     ({"messages": [{"role": "assistant"}]}, "no field 'content'"),
     ({"messages": [{"role": "assistant", "content": 3}]}, "is not a string"),
+    ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}]}, "holds a call of a tool"),
+    ({"messages": [{"role": "assistant", "content": "x", "function_call": {"name": "f"}}]}, "holds a call of a tool"),
 ]
 
 
@@ -173,6 +187,33 @@ def test_what_is_no_conversation_is_kept_with_its_reason(values, reason):
     record = parsed(ChatRecord(), values)
     assert isinstance(record, BadRecord)
     assert reason in record.reason
+
+
+TWICE = [
+    (TextRecord(), '{"text": "a", "id": 1, "text": "b"}', "'text' is there twice"),
+    (PairRecord(), '{"prompt": "a", "answer": "b", "answer": "c"}', "'answer' is there twice"),
+    (ChatRecord(), '{"messages": 1, "messages": [{"role": "assistant", "content": ""}]}', "'messages' is there twice"),
+    (ChatRecord(), '{"messages": [{"role": "assistant", "content": "x", "content": "y"}]}', "'content' is there twice"),
+    (ChatRecord(), '{"messages": [{"role": "user", "role": "assistant", "content": "x"}]}', "without a role"),
+]
+
+
+@pytest.mark.parametrize(("record", "line", "reason"), TWICE, ids=[line for _, line, _ in TWICE])
+def test_of_a_field_that_stands_twice_neither_is_taken(record, line, reason):
+    found = from_json(record, "file", 7, line.encode())
+    assert isinstance(found, BadRecord)
+    assert reason in found.reason
+    assert (found.offset, found.raw) == (7, line.encode())
+
+
+def test_a_message_without_calls_may_have_their_fields():
+    answer = {"role": "assistant", "content": "x"}
+    empty = {"tool_calls": [], "function_call": None}
+    assert parsed(ChatRecord(), {"messages": [answer | empty]}) == parsed(ChatRecord(), {"messages": [answer]})
+
+
+def test_what_stands_twice_beside_a_records_fields_costs_it_nothing():
+    assert from_json(TextRecord(), "file", 7, b'{"id": 1, "text": "a", "id": 2}') == Document("a", "file", 7)
 
 
 def test_a_tokenizer_without_markers_refuses_conversations(tokenizer):

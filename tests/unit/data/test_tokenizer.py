@@ -116,6 +116,27 @@ def test_a_file_that_pads_and_truncates_does_neither(tokenizer):
     assert other.encode(text) == next(iter(other.encode_batch([text]))) == tokenizer.encode(text)
 
 
+_LONG = {"direction": "Right", "max_length": 6000, "strategy": "LongestFirst", "stride": 0}
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        pytest.param(None, "truncation", _LONG, id="truncates beyond every probe"),
+        pytest.param("model", "dropout", 0.5, id="leaves out merges at random"),
+    ],
+)
+def test_what_a_file_asks_for_its_own_training_changes_no_ids(tokenizer, section, key, value):
+    values = json.loads(tokenizer.json_text)
+    (values if section is None else values[section])[key] = value
+    other = Tokenizer(json.dumps(values), CONFIG)
+    text = small_text(5) + "".join(chr(0x100 + i % 500) for i in range(5000))
+    ids = tokenizer.encode(text)
+    assert len(ids) > _LONG["max_length"]
+    assert other.encode(text) == next(iter(other.encode_batch([text]))) == ids
+    assert other.engine == tokenizer.engine
+
+
 @pytest.mark.parametrize("field", ["mask_token", "eos_token", "pad_token"])
 def test_a_tokenizer_without_a_special_token_is_refused_by_its_field(tokenizer, field):
     with pytest.raises(ConfigError, match=rf"tokenizer\.{field}: not in the tokenizer, got '<\|nope\|>'"):
@@ -134,6 +155,12 @@ def test_the_mask_is_neither_the_end_nor_the_padding_but_those_may_be_one(tokeni
     shared = Tokenizer(tokenizer.json_text, TokenizerConfig(pad_token="<|eos|>"))
     assert shared.pad_id == shared.eos_id
     assert len(shared.special_ids) == 2
+
+
+@pytest.mark.parametrize("marker", ["system", "user", "assistant", "end"])
+def test_the_mask_marks_no_turn(marker):
+    with pytest.raises(ConfigError, match=rf"^tokenizer\.chat\.{marker}: must differ from mask_token"):
+        TokenizerConfig.checked({"chat": {marker: "<|mask|>"}}, "tokenizer")
 
 
 @pytest.mark.parametrize("data", [b"", b"{}", b"[1", b"\xff\xfe"])
