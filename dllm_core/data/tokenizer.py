@@ -139,7 +139,7 @@ class Tokenizer:
     @classmethod
     def given(cls, config: TokenizerConfig) -> "Tokenizer":
         """The tokenizer that `tokenizer.path` names, a file or an object on S3, with the markers that it lacks."""
-        return cls(given_json(config), config, str(config.path))
+        return _shared(given_json(config), config, str(config.path))
 
     @classmethod
     def train(cls, texts: Iterable[str], config: TokenizerConfig) -> "Tokenizer":
@@ -157,7 +157,7 @@ class Tokenizer:
         return cls(core.to_str(), config)
 
     def __reduce__(self) -> tuple[object, ...]:
-        return _unpickled, (self.json_text, self.config, self._place)
+        return _shared, (self.json_text, self.config, self._place)
 
     @property
     def digest(self) -> str:
@@ -378,6 +378,6 @@ def with_markers(json_text: str, config: TokenizerConfig, place: str) -> str:
 
 
 @lru_cache(maxsize=4)
-def _unpickled(json_text: str, config: TokenizerConfig, place: str) -> Tokenizer:
+def _shared(json_text: str, config: TokenizerConfig, place: str) -> Tokenizer:
     """One tokenizer a process, however many tasks bring it: reading 32k entries and the self-test cost 0.3 s."""
     return Tokenizer(json_text, config, place)

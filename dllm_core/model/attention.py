@@ -103,9 +103,21 @@ class Attention(nn.Module):
         cache: LayerKeyValues | JoinedRows | None = None,
     ) -> Tensor:
         """[B L D] -> [B L D]. cos, sin: as `projected` takes them; the others as `mixed` does."""
-        rows = cache.num_rows if isinstance(cache, LayerKeyValues) else None
-        out: Tensor = self.out(self.mixed(*self.projected(x, cos, sin, rows), attention, is_causal, cache, len(x)))
+        out: Tensor = self.out(self.seen(x, cos, sin, attention, is_causal, cache))
         return out
+
+    def seen(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        attention: "Tensor | BlockMask | None",
+        is_causal: bool,
+        cache: LayerKeyValues | JoinedRows | None,
+    ) -> Tensor:
+        """`forward` without the last product: [B L D] -> [B L H*d]."""
+        rows = cache.num_rows if isinstance(cache, LayerKeyValues) else None
+        return self.mixed(*self.projected(x, cos, sin, rows), attention, is_causal, cache, len(x))
 
     def projected(self, x: Tensor, cos: Tensor, sin: Tensor, rows: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """[B L D] -> queries [B H L d], keys and values [B G L d], the first two turned to their positions; of the

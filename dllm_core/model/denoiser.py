@@ -57,8 +57,7 @@ class Block(nn.Module):
         keys and values, and the result is [1 n D], padded to MIN_ROWS.
         """
         if modulation is None:
-            rows = cache.num_rows if isinstance(cache, LayerKeyValues) else None
-            mixed = self.attention.mixed(*self.before(x, cos, sin, rows), attention, is_causal, cache, len(x))
+            mixed = self.attention.seen(self.norm1(x), cos, sin, attention, is_causal, cache)
             if read is not None:
                 x, mixed = (pad_rows(part.flatten(0, 1)[read])[None] for part in (x, mixed))
             return self.behind(x, mixed)
@@ -68,9 +67,9 @@ class Block(nn.Module):
         out: Tensor = x + (1 + gate2) * self.ffn(modulated(self.norm2(x), shift2, scale2))
         return out
 
-    def before(self, x: Tensor, cos: Tensor, sin: Tensor, rows: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def before(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What attention mixes of x [B L D], as `Attention.projected`."""
-        return self.attention.projected(self.norm1(x), cos, sin, rows)
+        return self.attention.projected(self.norm1(x), cos, sin)
 
     def behind(self, x: Tensor, mixed: Tensor) -> Tensor:
         """The block's result [B L D] of x and what its attention has mixed."""

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from dllm_core.errors import first_line
 from dllm_core.model.cache import NewPositions
 from dllm_core.model.visibility import told_by_previous
 
@@ -168,7 +169,7 @@ class Recorder:
                     return _Recording(inputs, replay)
                 problem = f"logits differ by {float(error):.3g}"
             except Exception as caught:  # noqa: BLE001 (whatever a compiler or a driver may raise)
-                problem = f"{type(caught).__name__}: {caught}".splitlines()[0]
+                problem = f"{type(caught).__name__}: {first_line(caught)}"
             _LOG.warning("%s forwards cannot be recorded on %s (%s)", parts.name, self._denoiser.device, problem)
             del self._ways[0]
         return None

@@ -30,7 +30,19 @@ class NoiseSchedule(Protocol):
         """`at_noise` of 1 - alpha, which keeps no digit of a small share of noise."""
 
 
-class LinearSchedule(Frozen):
+class _Schedule(Frozen):
+    """What every schedule has of `at_noise`."""
+
+    def at_noise(self, noise: Array) -> Array:
+        """Each one's own."""
+        raise NotImplementedError
+
+    def inverse(self, alpha: Array) -> Array:
+        """`at_noise` of what has not survived."""
+        return self.at_noise(1 - alpha)
+
+
+class LinearSchedule(_Schedule):
     """alpha(t) = 1 - t, so the mask rate is t itself. MDLM, arXiv:2406.07524; LLaDA, arXiv:2502.09992."""
 
     type: Literal["linear"] = "linear"
@@ -47,12 +59,8 @@ class LinearSchedule(Frozen):
         """The share itself."""
         return noise
 
-    def inverse(self, alpha: Array) -> Array:
-        """1 - alpha."""
-        return self.at_noise(1 - alpha)
 
-
-class CosineSchedule(Frozen):
+class CosineSchedule(_Schedule):
     """alpha(t) = 1 - cos(pi/2 (1 - t)): slow at the noisy end. MaskGIT, arXiv:2202.04200.
 
     Each is written as the sine that is exact where it is 0: cos(pi/2 (1 - t)) loses its digits at small t.
@@ -72,12 +80,8 @@ class CosineSchedule(Frozen):
         """2/pi of its arcsine."""
         return 2 / math.pi * array_namespace(noise).arcsin(noise)
 
-    def inverse(self, alpha: Array) -> Array:
-        """2/pi arcsin(1 - alpha)."""
-        return self.at_noise(1 - alpha)
 
-
-class LogLinearSchedule(Frozen):
+class LogLinearSchedule(_Schedule):
     """alpha(t) = 1 - (1 - eps) t, that is exp(-sigma) with sigma = -log(1 - (1 - eps) t). MDLM, arXiv:2406.07524.
 
     The linear schedule, stopped when eps of the text is left. So its integral over t is eps short of a bound: a chain
@@ -99,12 +103,8 @@ class LogLinearSchedule(Frozen):
         """Its share of 1 - eps."""
         return array_namespace(noise).clip(noise / (1 - self.eps), 0, 1)
 
-    def inverse(self, alpha: Array) -> Array:
-        """(1 - alpha) / (1 - eps)."""
-        return self.at_noise(1 - alpha)
 
-
-class PolynomialSchedule(Frozen):
+class PolynomialSchedule(_Schedule):
     """alpha(t) = 1 - t^w: above w = 1 slow at the clean end. MD4, arXiv:2406.04329."""
 
     type: Literal["polynomial"] = "polynomial"
@@ -121,10 +121,6 @@ class PolynomialSchedule(Frozen):
     def at_noise(self, noise: Array) -> Array:
         """Its w-th root."""
         return noise ** (1 / self.exponent)
-
-    def inverse(self, alpha: Array) -> Array:
-        """(1 - alpha)^(1/w)."""
-        return self.at_noise(1 - alpha)
 
 
 AnySchedule = Annotated[

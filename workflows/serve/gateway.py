@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any, Protocol, TypeVar
 
 from fastapi import HTTPException, Request
@@ -190,7 +190,7 @@ class Gateway:
     @api.post("/v1/score", openapi_extra=takes(ScoreRequest, is_streamed=False))
     async def score(self, http: Request) -> Response:
         """How likely texts are, with standard errors."""
-        try:
+        with self._counted():
             async with asyncio.timeout(self._settings.request_timeout_s):
                 asked, model, made = await self._read(http, ScoreRequest)
                 questions = await made(lambda: asked.questions(model))
@@ -200,17 +200,12 @@ class Gateway:
                 except Exception as error:
                     raise explained(error) from error
                 return JSONResponse(asked.answer(model, questions, scores, estimator))
-        except (DllmError, ApiError, TimeoutError) as error:
-            raise self._refused(error) from error
-        except Exception:
-            self._metrics.failed(500)
-            raise
 
     async def _decoded(self, http: Request, kind: type[Decoding]) -> Response:
         """Answer one request of a decoding route, whole or as a stream."""
         begun = time.monotonic()
         deadline = begun + self._settings.request_timeout_s
-        try:
+        with self._counted():
             async with asyncio.timeout(self._settings.request_timeout_s):
                 asked, model, made = await self._read(http, kind)
                 places = self._room.take(model.name, asked.num_rows)  # first, since it costs nothing
@@ -229,6 +224,12 @@ class Gateway:
                 return StreamingResponse(
                     _joined(first, events), media_type="text/event-stream", headers=_STREAM_HEADERS
                 )
+
+    @contextlib.contextmanager
+    def _counted(self) -> Iterator[None]:
+        """Errors as answers, all of them counted: also those that nobody has foreseen, which become a 500."""
+        try:
+            yield
         except (DllmError, ApiError, TimeoutError) as error:
             raise self._refused(error) from error
         except Exception:
