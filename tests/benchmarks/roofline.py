@@ -13,7 +13,6 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -26,6 +25,7 @@ from dllm_core.decoding.unmask import LowConfidencePolicy
 from dllm_core.model.config import DenoiserConfig, ModelConfig
 from dllm_core.model.denoiser import Denoiser
 from dllm_core.noise.absorbing import AbsorbingProcess
+from dllm_core.training.loop import measure_peak_flops
 
 BLOCK, STEPS = 32, 8
 SHAPES = {
@@ -49,26 +49,14 @@ def new_denoiser(shape: str, context: int, dtype: torch.dtype, device: torch.dev
     return denoiser
 
 
-def best_seconds(work: Callable[[], object], device: torch.device, rounds: int = 5) -> float:
-    """Of one call, the best of some."""
-    found = []
+def bandwidth_of(device: torch.device, rounds: int = 5) -> float:
+    """Bytes a second that this device is seen to read."""
+    many, found = torch.ones(1 << (29 if device.type == "cuda" else 26), device=device), []
     for _ in range(rounds + 1):
         begun = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        float(many.sum())
         found.append(time.perf_counter() - begun)
-    return min(found[1:])
-
-
-def limits(dtype: torch.dtype, device: torch.device) -> tuple[float, float]:
-    """Bytes and FLOP a second that this device is seen to do."""
-    size = 1 << (31 if device.type == "cuda" else 28)
-    many = torch.ones(size // 4, device=device)
-    n = 8192 if device.type == "cuda" else 2048
-    left, right = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    bandwidth = size / best_seconds(lambda: many.sum(), device)
-    return bandwidth, 2 * n**3 / best_seconds(lambda: left @ right, device)
+    return many.nbytes / min(found[1:])
 
 
 def decoded(engine: Engine, batch: int, steps: int, prompt: int, length: int) -> list[float]:
@@ -99,7 +87,7 @@ def main() -> None:
     parser.add_argument("--plain", action="store_true", help="without torch.compile")
     options = parser.parse_args()
     device, dtype = torch.device("cuda" if is_gpu else "cpu"), getattr(torch, options.dtype)
-    bandwidth, flops = limits(dtype, device)
+    bandwidth, flops = bandwidth_of(device), measure_peak_flops(dtype, device)
     denoiser = new_denoiser(options.shape, options.prompt + options.length, dtype, device)
     # An embedding is looked up: of its table hardly anything is read, and nothing multiplied.
     weights = sum(p.numel() for p in denoiser.parameters()) - denoiser.embed.weight.numel()
