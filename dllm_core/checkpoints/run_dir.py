@@ -43,7 +43,7 @@ class RunDir:
     @property
     def url(self) -> str:
         """The run's folder as a user writes it."""
-        return f"{self.store.url}/{self.prefix}"
+        return f"{self.store.url.rstrip('/')}/{self.prefix}"
 
     def key(self, name: str) -> str:
         """Full key of something in the run's folder."""

@@ -143,7 +143,7 @@ class LocalStore:
             raise DataError(repr(key), "cannot be a file's name")
         root = str(self.root)
         if key and ".." not in key and not key.startswith("/"):
-            return f"{root}/{key}"  # nothing in it leads out: reading a small file takes a fifth less
+            return f"{root.rstrip('/')}/{key}"  # nothing in it leads out: reading a small file takes a fifth less
         path = os.path.normpath(os.path.join(root, key))
         if path != root and not path.startswith(os.path.join(root, "")):
             raise DataError(key, "leaves the storage root", remedy=f"keys are relative to {root}")

@@ -117,6 +117,7 @@ def test_a_log_cut_anywhere_in_its_last_line_keeps_the_others(tmp_path, cut):
 )
 def test_the_root_is_what_stands_before_the_last_runs(url, root):
     assert RunDir.at(url).store.url == root
+    assert RunDir.at(url).url == url
 
 
 def test_a_bucket_that_is_called_runs_is_no_run():

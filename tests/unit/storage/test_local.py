@@ -102,6 +102,17 @@ def test_the_last_object_takes_its_empty_folders_with_it_and_never_the_root(stor
     assert not any(store.root.iterdir())
 
 
+def test_a_root_at_the_top_of_the_disk_has_keys_like_any_other(tmp_path):
+    top, folder = LocalStore(Path("/")), str(tmp_path).lstrip("/")
+    top.put(f"{folder}/a/b", b"x")
+    top.put(f"{folder}/a/c", b"x")
+    assert [item.key for item in top.list(folder)] == [f"{folder}/a/b", f"{folder}/a/c"]
+    assert all(top.stat(item.key) == item for item in top.list(folder))
+    top.delete(f"{folder}/a/b")
+    assert [item.key for item in top.list(folder)] == [f"{folder}/a/c"]
+    assert top.path(f"{folder}/a/c") == tmp_path / "a" / "c"
+
+
 def test_a_link_out_of_the_root_is_read_and_a_broken_one_is_no_object(store, tmp_path):
     (tmp_path / "elsewhere").write_bytes(b"linked")
     store.root.mkdir()
