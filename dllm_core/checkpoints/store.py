@@ -209,26 +209,40 @@ class CheckpointStore:
 
     def manifest(self, step: int) -> CheckpointManifest:
         """What the checkpoint of a step says of itself; its files are not looked at. Raises CheckpointError."""
-        key = f"{self.folder(step)}/{_MANIFEST}"
+        store, key = self._run.store, f"{self.folder(step)}/{_MANIFEST}"
         try:
-            return CheckpointManifest.checked(unseal(self._run.store.read(key)))
+            return CheckpointManifest.checked(unseal(store.read(key)))
         except (DataError, ConfigError, ValueError) as error:
-            raise CheckpointError(f"{self._run.store.url}/{key}", f"cannot be read ({error})") from error
+            if isinstance(error, DataError) and _is_out_of_reach(store, key):
+                raise
+            raise CheckpointError(f"{store.url}/{key}", f"cannot be read ({error})") from error
 
 
 def verified_file(store: Store, key: str, entry: FileEntry, place: str) -> Path:
-    """A local file whose sha256 is the promised one; what another process drops from the cache is fetched again."""
-    problem, remedy = "is dropped from the cache again and again", "set a larger DLLM_CACHE_BYTES"
+    """A local file whose sha256 is the promised one; what another process drops from the cache is fetched again.
+
+    Raises CheckpointError for one that is damaged or gone, and another DataError where that is not known.
+    """
     try:
         for _ in range(_FETCHES):
             with contextlib.suppress(FileNotFoundError):
                 path = fetch_intact(store, key, entry.sha256)
                 if path is None:
-                    problem, remedy = "does not match its sha256", "the file was changed or damaged"
-                    break
+                    raise CheckpointError(place, "does not match its sha256", remedy="the file was changed or damaged")
                 # Held until all of them are read: the next one may be more than the cache is to hold.
                 if isinstance(store, LocalStore) or hold(path):
                     return path
+    except CheckpointError:
+        raise
     except (DataError, OSError) as error:
+        if _is_out_of_reach(store, key):
+            raise DataError(place, f"cannot be fetched ({error})") from error
         raise CheckpointError(place, f"cannot be read ({error})") from error
-    raise CheckpointError(place, problem, remedy=remedy)
+    raise DataError(place, "is dropped from the cache again and again", remedy="set a larger DLLM_CACHE_BYTES")
+
+
+def _is_out_of_reach(store: Store, key: str) -> bool:
+    """Whether what could not be read is there: a server that does not answer now, or a full cache, is no damage, and
+    who passed it over would train again what was trained.
+    """
+    return not isinstance(store, LocalStore) and store.exists(key)

@@ -1,15 +1,18 @@
 """A checkpoint is there whole or not at all, and a damaged one is passed over by name."""
 
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from conftest import draws
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from s3_server import s3_server
 
 from dllm_core.checkpoints.run_dir import RunDir
 from dllm_core.checkpoints.store import CheckpointStore, TrainPosition
 from dllm_core.errors import CheckpointError, DataError
+from dllm_core.storage.s3 import S3Store
 from dllm_core.storage.store import LocalStore
 
 NAMES = ("model.safetensors", "ema.safetensors", "optimizer.safetensors")
@@ -228,6 +231,32 @@ def test_no_intact_checkpoint_is_none_and_each_damaged_one_is_told(run, checkpoi
     refused: list[CheckpointError] = []
     assert checkpoints.newest(refused.append) is None
     assert ["step-00000006" in error.place for error in refused] == [True, False]
+
+
+@pytest.mark.parametrize("what", ["its manifest", "its files", "all"])
+def test_what_s3_or_the_cache_does_not_give_now_is_no_damage_and_is_neither_passed_over_nor_deleted(
+    tmp_path, monkeypatch, what
+):
+    """A cache on a full disk, a server that is away for a minute: training would begin anew at step 0."""
+    with s3_server(tmp_path / "server") as server:
+        checkpoints = CheckpointStore(RunDir(S3Store(server.new_bucket(), "some/where"), "small"))
+        save(checkpoints, tmp_path, 5, 6, 7, heldout={5: 1.0, 6: 2.0, 7: 3.0})
+        with monkeypatch.context() as patch:
+            away = DataError("here", "get_object failed 10 times (SlowDown)")
+            if what == "its files":
+                patch.setenv("DLLM_CACHE", "/dev/null/cache")
+            else:
+                patch.setattr(S3Store, "_get", Mock(side_effect=away))
+            if what == "all":
+                patch.setattr(S3Store, "_head", Mock(side_effect=away))
+            with pytest.raises(DataError, match="10 times|cannot be fetched") as told:
+                checkpoints.newest(lambda error: pytest.fail(str(error)))
+            assert not isinstance(told.value, CheckpointError)
+            if what == "its manifest":
+                with pytest.raises(DataError, match="10 times"):
+                    checkpoints.prune(keep=1, keep_best=1)
+        assert checkpoints.committed() == [5, 6, 7]
+        assert newest_step(checkpoints) == 7
 
 
 @pytest.mark.parametrize("keep", [1, 2, 3, 9])
