@@ -36,3 +36,9 @@ def read_together(
                 beat()
             is_over = not any(summed([float(not is_read)]))
     return result.result()
+
+
+def is_alike(number: int, summed: Callable[[list[float]], list[float]]) -> bool:
+    """Whether all ranks have this same whole number; every rank is told the same. Collective."""
+    total, ranks = summed([float(number), 1.0])
+    return not any(summed([float(number * ranks != total)]))

@@ -180,10 +180,13 @@ def _on_worker(config: dict[str, Any]) -> None:
 
 
 def _of_ranks(failures: dict[int, BaseException]) -> BaseException | None:
-    """The error that says why: ours, then that of a process which is gone. The others only miss the one that failed."""
+    """The error that says why: ours, a checkpoint's before others, then that of a process which is gone. What is left
+    only misses the one that failed.
+    """
 
-    def says_little(error: BaseException) -> tuple[bool, bool]:
-        return not isinstance(error, DllmError), not hasattr(error, "health_check_failure")
+    def says_little(error: BaseException) -> tuple[bool, bool, bool]:
+        is_vague = not isinstance(error, CheckpointError)
+        return not isinstance(error, DllmError), is_vague, not hasattr(error, "health_check_failure")
 
     return min(failures.values(), key=says_little, default=None)
 

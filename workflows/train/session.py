@@ -16,7 +16,7 @@ from dllm_core.checkpoints.store import Checkpoint, CheckpointStore, TrainPositi
 from dllm_core.data.loader import Batches, Loader, Prefetcher, documents_of, evenly, split_rows
 from dllm_core.data.manifest import CorpusManifest, read_tokenizer
 from dllm_core.data.order import SampleOrder
-from dllm_core.errors import CheckpointError, DivergedError
+from dllm_core.errors import CheckpointError, DataError, DivergedError
 from dllm_core.evaluation.estimators import Draw, Estimator, HeldoutRows, estimator_of
 from dllm_core.model.config import LAYOUT_NAME, WEIGHTS_NAME
 from dllm_core.model.denoiser import Denoiser
@@ -34,7 +34,7 @@ from dllm_core.training.lora import adapt, assign_adapters
 from dllm_core.training.mask_noise import MaskNoise
 from dllm_core.training.micro_batch import chosen_micro_rows
 from dllm_core.training.plan import held_at_once
-from dllm_core.training.reading import read_together
+from dllm_core.training.reading import is_alike, read_together
 from dllm_core.training.started import StartedWeights, open_start
 from workflows.malloc import keep_freed_memory
 from workflows.recipe import Recipe
@@ -67,15 +67,23 @@ def open_session(
     module = backend.new_denoiser(config, recipe.train, device)
     scored = manifest.heldout_digest(recipe.train.heldout_rows)
     checkpoints = CheckpointStore(run, manifest.rows_digest, scored)
+    passed_over = list[CheckpointError]()
+
+    def pass_over(error: CheckpointError) -> None:
+        passed_over.append(error)
+        on_damage(error)
 
     def read() -> tuple[Checkpoint | None, ModelBundle | None]:
-        newest = checkpoints.newest(on_damage)
+        newest = checkpoints.newest(pass_over)
         if newest is not None:
             check_rows(newest.manifest, manifest, recipe.train.accept_corpus)
         start = needed_start(recipe, is_resumed=newest is not None)
         return newest, None if start is None else open_start(start)
 
-    newest, bundle = read_together(read, lambda values: backend.summed(values, device), beat)
+    summed = partial(backend.summed, device=device)
+    newest, bundle = read_together(read, summed, beat)
+    if not is_alike(-1 if newest is None else newest.manifest.position.step, summed):
+        raise _unalike(run, newest, passed_over)
     _load(recipe, backend, module, newest, bundle)
     reference = None
     if isinstance(recipe.objective, PreferenceConfig):
@@ -128,6 +136,18 @@ def open_session(
     if newest is not None:
         trainer.resume(newest)
     return trainer
+
+
+def _unalike(run: RunDir, newest: Checkpoint | None, passed_over: list[CheckpointError]) -> DataError:
+    """Why ranks that stand at different steps cannot train: each would take batches, moments and endings of its own.
+
+    Who passed something over says what; else a folder that is shared shows this machine less, or more, than another.
+    """
+    if passed_over:
+        return passed_over[-1]
+    found = "none" if newest is None else newest.name
+    problem = f"the newest checkpoint is {found} as one machine sees it, and not as another does"
+    return DataError(run.url, problem, remedy="run it again; if it stays so, the machines see different folders")
 
 
 def _load(

@@ -249,7 +249,7 @@ def test_what_s3_or_the_cache_does_not_give_now_is_no_damage_and_is_neither_pass
                 patch.setattr(S3Store, "_get", Mock(side_effect=away))
             if what == "all":
                 patch.setattr(S3Store, "_head", Mock(side_effect=away))
-            with pytest.raises(DataError, match="10 times|cannot be fetched") as told:
+            with pytest.raises(DataError, match=r"10 times|cannot be fetched") as told:
                 checkpoints.newest(lambda error: pytest.fail(str(error)))
             assert not isinstance(told.value, CheckpointError)
             if what == "its manifest":

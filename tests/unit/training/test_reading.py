@@ -1,5 +1,7 @@
 """While ranks read what they begin with, each shows that it lives as long as its own reading goes on."""
 
+import re
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,13 +14,14 @@ from conftest import SmallCorpus
 from trainers import Pair
 
 from dllm_core.checkpoints.run_dir import RunDir
-from dllm_core.checkpoints.store import CheckpointStore
+from dllm_core.checkpoints.store import CheckpointStore, TrainPosition
+from dllm_core.errors import DataError
 from dllm_core.storage.progress import progressed
 from dllm_core.storage.s3 import S3Store
 from dllm_core.storage.store import LocalStore
 from dllm_core.training import reading
 from dllm_core.training.backend import LocalBackend
-from dllm_core.training.reading import read_together
+from dllm_core.training.reading import is_alike, read_together
 from workflows.train import flow
 from workflows.train.session import Silence, open_session
 
@@ -102,6 +105,75 @@ def test_a_session_that_fetches_and_hashes_its_checkpoint_shows_that_it_lives(
         )
         assert trainer.position.step == resumed_at
         trainer.run()
+
+
+class Blind(LocalStore):
+    """Does not see the newest checkpoint: another machine's view of a folder, seconds after it was written."""
+
+    def list(self, prefix: str = ""):
+        return (item for item in super().list(prefix) if "step-00000004" not in item.key)
+
+
+class Torn(LocalStore):
+    """Cannot read it."""
+
+    def fetch(self, key: str) -> Path:
+        if "step-00000004" in key:
+            raise DataError(key, "cannot be read (Input/output error)")
+        return super().fetch(key)
+
+
+@pytest.mark.parametrize(
+    ("store", "kept", "told"),
+    [(Blind, (2, 4), "is step-0000000"), (Blind, (4,), "is none|is step-00000004"), (Torn, (2, 4), "Input/output")],
+)
+def test_ranks_that_would_go_on_from_different_checkpoints_end_with_the_reason(
+    small_corpus: SmallCorpus, tmp_path, store, kept, told
+):
+    """Each would take batches and moments of its own: the next checkpoint was wrong, and at the end they hung."""
+    pair, corpus, run = Pair(), small_corpus, f"{tmp_path.name}-unalike"
+    root, part = corpus.store.root, tmp_path / "part"
+    part.write_bytes(b"never looked into")
+    for step in kept:
+        CheckpointStore(RunDir(LocalStore(root), run)).save(TrainPosition(step=step), {"part": part})
+
+    def begin(rank: int) -> DataError:
+        class Ranked(LocalBackend):
+            @staticmethod
+            def summed(values: list[float], device: torch.device) -> list[float]:
+                return pair.summed(rank, values)
+
+        with pytest.raises(DataError) as raised:
+            open_session(
+                corpus.recipe,
+                RunDir((LocalStore, store)[rank](root), run),
+                corpus.manifest,
+                torch.device("cpu"),
+                backend=Ranked,
+                events_of=lambda step: Silence(),
+                on_damage=lambda error: None,
+            )
+        return raised.value
+
+    with ThreadPoolExecutor(2) as pool:
+        errors = list(pool.map(begin, [0, 1]))
+    assert re.search(told, str(flow._of_ranks(dict(enumerate(errors)))))
+
+
+@pytest.mark.parametrize("numbers", [(-1, -1, -1), (7, 7, 7), (0, 7, 14), (7, 7, 8), (-1, 0, 0), (1 << 40, 1 << 40, 1)])
+def test_every_rank_is_told_the_same_of_whether_they_are_alike(numbers):
+    together, told = threading.Barrier(3, timeout=20), [[0.0], [0.0], [0.0]]
+
+    def summed(rank: int, values: list[float]) -> list[float]:
+        told[rank] = values
+        together.wait()
+        totals = [sum(of_all) for of_all in zip(*told, strict=True)]
+        together.wait()
+        return totals
+
+    with ThreadPoolExecutor(3) as pool:
+        found = pool.map(lambda rank: is_alike(numbers[rank], lambda values: summed(rank, values)), range(3))
+        assert list(found) == [len(set(numbers)) == 1] * 3
 
 
 @pytest.mark.parametrize(("stall_seconds", "least"), [(20.0, 1800), (1800.0, 1801), (7200.5, 7201)])
