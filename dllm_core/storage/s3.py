@@ -20,7 +20,13 @@ from typing import Any, TypeVar
 
 import boto3
 from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError, IncompleteReadError
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    CredentialRetrievalError,
+    HTTPClientError,
+    IncompleteReadError,
+)
 from botocore.exceptions import ConnectionError as ConnectError
 from urllib3.exceptions import HTTPError
 
@@ -34,6 +40,7 @@ _WRITER = "dllm-writer"  # metadata by which a retry that finds the object there
 _ATTEMPTS, _FIRST_WAIT, _LONGEST_WAIT = 10, 0.1, 10.0  # seconds; all waits together outlast about 25 s without a server
 _READ_SECONDS, _PROBE_SECONDS = 60.0, 2.0
 _PASSING_STATUS = {408, 409, 429, 500, 502, 503, 504}  # 409: another writer is at the object now
+_CREDENTIALS = (CredentialRetrievalError, RuntimeError)  # botocore's where it was given new ones that have expired
 _PASSING_ERRORS = (ConnectError, HTTPClientError, IncompleteReadError, HTTPError)  # the last: TLS breaks in a body
 _NOT_FOUND, _PRECONDITION_FAILED, _NO_SUCH_RANGE = 404, 412, 416
 _PIECE_BYTES, _PIECE_THREADS = 16 << 20, 8  # read at once by `fetch`
@@ -95,7 +102,7 @@ class S3Store:
         for attempt in range(_ATTEMPTS):
             try:
                 return call()
-            except (ClientError, BotoCoreError, HTTPError, ValueError) as error:
+            except (ClientError, BotoCoreError, HTTPError, ValueError, *_CREDENTIALS) as error:
                 if attempt < _ATTEMPTS - 1 and time.monotonic() < until and _may_pass(error):
                     time.sleep(random.uniform(0.5, 1) * min(_LONGEST_WAIT, _FIRST_WAIT * 2**attempt))
                     continue
@@ -273,7 +280,7 @@ class S3Store:
 def _may_pass(error: Exception) -> bool:
     """Whether the same request may get through later."""
     if not isinstance(error, ClientError):
-        return isinstance(error, _PASSING_ERRORS)
+        return isinstance(error, (*_PASSING_ERRORS, *_CREDENTIALS))
     return _client_status(error) in _PASSING_STATUS or _client_code(error) == "RequestTimeout"  # 400: a slow upload
 
 

@@ -3,11 +3,13 @@
 import errno
 import fcntl
 import itertools
+import json
 import os
 import random
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
 
 import boto3
 import moto.s3.models
@@ -306,6 +308,43 @@ def test_an_endpoint_that_is_no_url_is_told_in_one_line(store, monkeypatch):
         for call in (lambda: store.check_writable("storage.root"), lambda: store.read("key")):
             with pytest.raises(DataError, match="nonsense"):
                 call()
+    finally:
+        _client.cache_clear()
+
+
+@pytest.mark.parametrize("new", ["not there", "expired"])
+def test_credentials_that_run_out_are_asked_for_until_there_are_good_ones_and_else_told_in_one_line(
+    server, store, monkeypatch, tmp_path, new
+):
+    given, moments = tmp_path / "given.json", itertools.count()
+
+    def give(minutes: int) -> None:
+        end = datetime.now(UTC) + timedelta(minutes=minutes)
+        keys = {"AccessKeyId": "x", "SecretAccessKey": "x", "SessionToken": "x", "Expiration": end.isoformat()}
+        given.write_text(json.dumps({"Version": 1, **keys}))
+
+    def spoil() -> None:
+        given.unlink() if new == "not there" else give(minutes=-1)
+        boto3.DEFAULT_SESSION.get_credentials()._expiry_time = datetime.now(UTC)
+
+    (tmp_path / "config").write_text(f"[default]\ncredential_process = cat {given}\n")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)
+    monkeypatch.setattr(s3.time, "sleep", lambda seconds: next(moments) == 1 and give(minutes=60))
+    _client.cache_clear()
+    try:
+        give(minutes=60)
+        store.put("key", b"old")
+        spoil()
+        store.put("key", b"new")
+        assert store.read("key") == b"new"
+        monkeypatch.setattr(s3.time, "sleep", lambda seconds: None)
+        spoil()
+        with pytest.raises(DataError, match=r"put_object failed 10 times .*credentials") as told:
+            store.put("key", b"newer")
+        assert "\n" not in str(told.value)
     finally:
         _client.cache_clear()
 
