@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from dllm_core.checkpoints.run_dir import RunDir
+from dllm_core.checkpoints.store import CheckpointStore
 from dllm_core.data.manifest import read_manifest
 from dllm_core.errors import CheckpointError, DataError
 from dllm_core.storage.progress import progress_to
@@ -82,10 +83,14 @@ def _watched(job: WorkerJob, rank: int, announcer: Announcer) -> Iterator[Watchd
 
 
 def _stall_path(run: RunDir, rank: int) -> Path:
-    """A file on this machine's disk, since a stack is written without any help of ours."""
+    """A file on this machine's disk, since a stack is written without any help of ours.
+
+    A run of the same name in another bucket may train here too, and another user's folder is not ours to write into.
+    """
     if isinstance(run.store, LocalStore):
         return run.store.path(run.key(f"{_STALLS}/rank-{rank}.txt"))
-    return Path(tempfile.gettempdir(), f"dllm-{run.name}", f"rank-{rank}.txt")
+    folder = f"dllm-{_STALLS}-{CheckpointStore(run).identity}-{os.geteuid()}"
+    return Path(tempfile.gettempdir(), folder, f"rank-{rank}.txt")
 
 
 class _Listener(MetricsLog):
