@@ -29,7 +29,7 @@ class RunDir:
     def at(cls, url: str) -> "RunDir":
         """The run in a folder: `.../runs/<name>` or `s3://.../runs/<name>`."""
         is_s3 = url.startswith("s3://")
-        trimmed = url.rstrip("/") if is_s3 else str(local_path("run", url).resolve())
+        trimmed = url.rstrip("/") if is_s3 else _located(local_path("run", url))
         root, _, folder_and_name = trimmed.rpartition(f"/{FOLDER}/")
         if not folder_and_name or "/" in folder_and_name or (is_s3 and len(root) <= len("s3:/")):
             raise ConfigError(url, "is not a run", remedy="a run is <storage.root>/runs/<name>-<fingerprint>")
@@ -84,6 +84,12 @@ class RunDir:
     def write_json(self, name: str, value: Any) -> None:
         """Write a JSON file whole."""
         self.store.put(self.key(name), json.dumps(value, indent=2, ensure_ascii=False).encode() + b"\n")
+
+
+def _located(path: Path) -> str:
+    """Where links lead; of one below `runs/` to a folder on another disk, which is below none, where it stands."""
+    found, beside = path.resolve(), path.parent.resolve() / path.name
+    return str(beside if beside.parent.name == FOLDER and found.parent.name != FOLDER else found)
 
 
 class JsonLines:

@@ -120,6 +120,23 @@ def test_the_root_is_what_stands_before_the_last_runs(url, root):
     assert RunDir.at(url).url == url
 
 
+def test_a_run_is_found_by_a_link_to_it_and_as_a_link_to_another_disk(tmp_path):
+    own, moved = tmp_path / "root" / "runs" / "own-01", tmp_path / "root" / "runs" / "moved-02"
+    own.mkdir(parents=True)
+    (tmp_path / "disk").mkdir()
+    moved.symlink_to(tmp_path / "disk")
+    (tmp_path / "latest").symlink_to(own)
+    (own.parent / "alias").symlink_to(own)
+    for link in (tmp_path / "latest", own.parent / "alias"):
+        assert RunDir.at(str(link)) == RunDir.at(str(own))
+    found = RunDir.at(str(moved))
+    assert (found.store.url, found.name) == (str(tmp_path / "root"), "moved-02")
+    found.write_json("x.json", {"a": 1})
+    assert (tmp_path / "disk" / "x.json").exists()
+    with pytest.raises(ConfigError, match="is not a run"):
+        RunDir.at(str(tmp_path / "disk"))
+
+
 def test_a_bucket_that_is_called_runs_is_no_run():
     with pytest.raises(ConfigError, match="is not a run"):
         RunDir.at("s3://runs/x")
