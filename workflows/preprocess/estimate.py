@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
-from dllm_core.data.build import CorpusJob, documents, spread
+from dllm_core.data.build import CorpusJob, documents, first_reason_to_drop, spread
 from dllm_core.data.corpus import HubSource, ParquetSource, SourceBase, TextSource
 from dllm_core.data.packing import PaddedPacking, PairsPacking
 from dllm_core.data.tokenizer import Tokenizer, TokenizerConfig
@@ -50,7 +50,9 @@ def estimate(recipe: Recipe, job: CorpusJob, units: Sequence[Unit]) -> Estimate:
     begun = time.perf_counter()
     texts = [text for sample in samples for text in sample.texts]
     if not texts:
-        raise DataError("corpus.path", "no text in its first units", recipe.corpus.type)
+        why = first_reason_to_drop(job, units[0]) if units else None
+        problem = "no text in its first units" + (f": {why}" if why else "")
+        raise DataError("corpus.path", problem, getattr(recipe.corpus, "path", "the mixture"))
     tokenizer = _tokenizer(recipe.tokenizer, texts)
     trained = time.perf_counter()
     num_tokens = [len(tokenizer.encode_flat(sample.texts)[0]) for sample in samples]

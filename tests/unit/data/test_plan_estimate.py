@@ -12,6 +12,7 @@ import pytest
 from conftest import small_recipe, small_text
 
 from dllm_core.data.tokenizer import Tokenizer, TokenizerConfig
+from dllm_core.errors import DataError
 from dllm_core.storage.store import LocalStore
 from workflows.console import Console
 from workflows.fan_out import serially
@@ -80,6 +81,15 @@ def test_workers_that_find_no_unit_take_no_memory_and_save_no_time(tmp_path, mon
     assert told[16]["memory_bytes"] == told[1]["memory_bytes"] > 8 * len("\n\n".join(TEXTS))  # of text, not of gzip
     two = recipe_over(tmp_path, source, source, placement={"preprocess": {"workers": 16}})
     assert plan(plan_corpus(two, LocalStore(tmp_path / "storage")))["memory_bytes"] == 2 * told[1]["memory_bytes"]
+
+
+def test_a_corpus_without_text_is_told_with_its_path_and_why(tmp_path):
+    (tmp_path / "a.txt").write_bytes("RED".encode("utf-16"))
+    recipe = small_recipe(tmp_path)
+    corpus = {"type": "text", "path": str(tmp_path / "a.txt")}
+    recipe = Recipe.checked({**recipe.model_dump(mode="json"), "corpus": corpus})
+    with pytest.raises(DataError, match=r"no text in its first units: .*UTF-8.*, got '.*a\.txt'"):
+        plan(plan_corpus(recipe, LocalStore(tmp_path / "storage")))
 
 
 def test_what_a_hub_does_not_tell_is_not_made_up(tmp_path, capsys):
