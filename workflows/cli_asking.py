@@ -148,6 +148,6 @@ def _schema(given: str) -> str:
     if given.lstrip().startswith("{"):
         return given
     try:
-        return Path(given).read_text(encoding="utf-8")
+        return Path(given).read_text(encoding="utf-8-sig")  # some editors put a mark in front
     except (OSError, ValueError) as error:
         raise DataError("--json-schema", f"cannot be read ({error})", given) from None

@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 
 from dllm_core.errors import ConfigError, DataError
-from workflows.interrupts import end_on_sigterm
+from workflows.interrupts import Interrupted, end_on_sigterm
 from workflows.placement import MEMORY, Demand
 
 _OBJECT_STORE_BYTES = 256 << 20  # references and small results only: shards never pass through it
@@ -59,13 +59,16 @@ def ray_cluster(cpus: float, gpus: float = 0) -> Iterator[None]:
 
     before = {child.pid for child in psutil.Process().children(recursive=True)}
     try:
-        _connect(cpus)
+        try:
+            _connect(cpus)
+        except SystemExit:  # SIGTERM meanwhile: ray.init puts its own handler there
+            raise Interrupted from None
+        if threading.current_thread() is threading.main_thread():
+            end_on_sigterm()
         logging.getLogger("ray").setLevel(logging.ERROR)
         found = ray.cluster_resources().get("GPU", 0)
         if is_private() and found < gpus:
             raise ConfigError("placement", f"asks for {gpus:g} GPUs, this machine has {found:g}", remedy=_NO_GPU)
-        if threading.current_thread() is threading.main_thread():
-            end_on_sigterm()  # ray.init has put its own handler there, which ends in an abort
         yield
     finally:
         _shut_down(before)

@@ -125,6 +125,11 @@ def documents(job: CorpusJob, unit: Unit) -> Iterator[Document]:
     return (record for record, reason in _sifted(job, unit) if reason is None and isinstance(record, Document))
 
 
+def first_reason_to_drop(job: CorpusJob, unit: Unit) -> str | None:
+    """Why the first of a unit's records that is dropped is; None where none is."""
+    return next((reason for _, reason in _sifted(job, unit) if reason is not None), None)
+
+
 def _sifted(job: CorpusJob, unit: Unit) -> Iterator[tuple[Document | BadRecord, str | None]]:
     """Every record of a unit with the reason for which it is dropped, or None: what both passes agree on."""
     for record in read_unit(job.corpus, job.stores, unit):

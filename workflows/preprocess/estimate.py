@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
-from dllm_core.data.build import CorpusJob, documents, spread
+from dllm_core.data.build import CorpusJob, documents, first_reason_to_drop, spread
 from dllm_core.data.corpus import HubSource, ParquetSource, SourceBase, TextSource
 from dllm_core.data.packing import PaddedPacking, PairsPacking
 from dllm_core.data.tokenizer import Tokenizer, TokenizerConfig
@@ -28,9 +28,13 @@ _START_S = 3
 
 @dataclass(frozen=True)
 class Estimate:
-    """tokens, rows, seconds: None where a hub does not tell how much it has."""
+    """tokens, rows, seconds: None where a hub does not tell how much it has.
+
+    unit_bytes: the largest unit's input, or its text where that is more: a compressed file is one unit.
+    """
 
     engine: str
+    unit_bytes: int
     tokens: int | None
     rows: int | None
     seconds: float | None
@@ -46,14 +50,17 @@ def estimate(recipe: Recipe, job: CorpusJob, units: Sequence[Unit]) -> Estimate:
     begun = time.perf_counter()
     texts = [text for sample in samples for text in sample.texts]
     if not texts:
-        raise DataError("corpus.path", "no text in its first units", recipe.corpus.type)
+        why = first_reason_to_drop(job, units[0]) if units else None
+        problem = "no text in its first units" + (f": {why}" if why else "")
+        raise DataError("corpus.path", problem, getattr(recipe.corpus, "path", "the mixture"))
     tokenizer = _tokenizer(recipe.tokenizer, texts)
     trained = time.perf_counter()
     num_tokens = [len(tokenizer.encode_flat(sample.texts)[0]) for sample in samples]
     encoded = sum(sample.encoded for sample in samples)
     seconds_a_byte = max(time.perf_counter() - trained, 1e-6) / encoded
     if any(isinstance(source, HubSource) for source in sources):
-        return Estimate(tokenizer.engine, None, None, None)
+        return Estimate(tokenizer.engine, recipe.corpus.unit_bytes, None, None, None)
+    sizes = [unit.num_bytes * max(1.0, samples[unit.source].text_a_byte) for unit in units]
     tokens = count = text = 0.0
     for source, sample, of_texts in zip(sources, samples, num_tokens, strict=True):
         heldout = recipe.corpus.heldout_fraction
@@ -63,9 +70,11 @@ def estimate(recipe: Recipe, job: CorpusJob, units: Sequence[Unit]) -> Estimate:
         tokens += times * (sample.text * of_texts / max(1, sample.encoded) + sample.documents)  # and an end token each
     is_row = isinstance(recipe.packing, PaddedPacking | PairsPacking)
     rows = round(count) if is_row else -(-round(tokens) // recipe.packing.seq_len)
-    # Reading, packing, hashing and writing cost about as much as encoding (tests/benchmarks/preprocess.py).
-    seconds = 2 * text * seconds_a_byte / recipe.placement.preprocess.workers + trained - begun + _START_S
-    return Estimate(tokenizer.engine, round(tokens), rows, round(seconds, 1))
+    # Reading, packing, hashing and writing cost about as much as encoding (tests/benchmarks/preprocess.py). No unit is
+    # shared by two workers, so it ends with the largest.
+    at_once = min(recipe.placement.preprocess.workers, sum(sizes) / max(1.0, *sizes))
+    seconds = 2 * text * seconds_a_byte / max(1.0, at_once) + trained - begun + _START_S
+    return Estimate(tokenizer.engine, round(max(sizes)), round(tokens), rows, round(seconds, 1))
 
 
 def _tokenizer(config: TokenizerConfig, texts: Sequence[str]) -> Tokenizer:
@@ -79,13 +88,17 @@ def _tokenizer(config: TokenizerConfig, texts: Sequence[str]) -> Tokenizer:
 
 @dataclass
 class _Sample:
-    """What was read of a source. encoded: bytes of `texts`; share: how many times as much input there is."""
+    """What was read of a source. encoded: bytes of `texts`; share: how many times as much input there is.
+
+    text_a_byte: bytes of text that one of input gives.
+    """
 
     texts: list[str] = field(default_factory=list)
     encoded: int = 0
     text: int = 0
     documents: int = 0
     share: float = 1.0
+    text_a_byte: float = 1.0
 
 
 def _sampled(job: CorpusJob, source: SourceBase, units: Sequence[Unit], at_most: int) -> _Sample:
@@ -110,6 +123,7 @@ def _sampled(job: CorpusJob, source: SourceBase, units: Sequence[Unit], at_most:
         else:
             num_bytes += piece.num_bytes
     found.share = sum(unit.num_bytes for unit in units) / max(1, num_bytes)
+    found.text_a_byte = found.text / max(1, num_bytes)
     return found
 
 

@@ -53,7 +53,7 @@ def plan(corpus: CorpusPlan) -> dict[str, Any]:
         "rows": found.rows,
         "disk_bytes": None if found.rows is None else corpus.disk_bytes(found.rows),
         "seconds": found.seconds,
-        "memory_bytes": workers * ((_WORKER_MIB << 20) + 8 * recipe.corpus.unit_bytes),
+        "memory_bytes": min(workers, len(units)) * ((_WORKER_MIB << 20) + 8 * found.unit_bytes),
         "workers": workers,
         "tokenizer_engine": found.engine,
     }

@@ -1,7 +1,9 @@
 """What `plan` says of a corpus is what a run then makes of it, whatever the sources hold beside their text."""
 
 import gzip
+import itertools
 import json
+import time
 from pathlib import Path
 
 import pyarrow as pa
@@ -10,6 +12,7 @@ import pytest
 from conftest import small_recipe, small_text
 
 from dllm_core.data.tokenizer import Tokenizer, TokenizerConfig
+from dllm_core.errors import DataError
 from dllm_core.storage.store import LocalStore
 from workflows.console import Console
 from workflows.fan_out import serially
@@ -64,6 +67,29 @@ def test_the_tokens_and_rows_of_a_plan_are_those_of_the_run(tmp_path, kinds, wei
     told, manifest = plan(corpus), Preprocessing(corpus, serially).run()
     assert told["tokens"] == pytest.approx(manifest.train.tokens + manifest.heldout.tokens, rel=0.1)
     assert told["rows"] == pytest.approx(manifest.train.rows + manifest.heldout.rows, rel=0.1)
+
+
+def test_workers_that_find_no_unit_take_no_memory_and_save_no_time(tmp_path, monkeypatch):
+    clock = itertools.count()
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    source, told = written(tmp_path / "in", ".gz"), {}
+    for workers in (1, 16):
+        recipe = recipe_over(tmp_path, source, placement={"preprocess": {"workers": workers}})
+        told[workers] = plan(plan_corpus(recipe, LocalStore(tmp_path / "storage")))
+        assert told[workers]["units"] == 1
+    assert told[16]["seconds"] == told[1]["seconds"] > 4  # 3 s of start, one of training a tokenizer
+    assert told[16]["memory_bytes"] == told[1]["memory_bytes"] > 8 * len("\n\n".join(TEXTS))  # of text, not of gzip
+    two = recipe_over(tmp_path, source, source, placement={"preprocess": {"workers": 16}})
+    assert plan(plan_corpus(two, LocalStore(tmp_path / "storage")))["memory_bytes"] == 2 * told[1]["memory_bytes"]
+
+
+def test_a_corpus_without_text_is_told_with_its_path_and_why(tmp_path):
+    (tmp_path / "a.txt").write_bytes("RED".encode("utf-16"))
+    recipe = small_recipe(tmp_path)
+    corpus = {"type": "text", "path": str(tmp_path / "a.txt")}
+    recipe = Recipe.checked({**recipe.model_dump(mode="json"), "corpus": corpus})
+    with pytest.raises(DataError, match=r"no text in its first units: .*UTF-8.*, got '.*a\.txt'"):
+        plan(plan_corpus(recipe, LocalStore(tmp_path / "storage")))
 
 
 def test_what_a_hub_does_not_tell_is_not_made_up(tmp_path, capsys):

@@ -126,8 +126,8 @@ def test_an_answer_matches_what_was_asked_and_is_made_again_from_its_trace(told,
     _, [answer], _ = told("--prompt", "RED ", "--regex", "[A-Z]{2,4}(-[0-9])+", "--trace", str(trace))
     assert re.fullmatch("[A-Z]{2,4}(-[0-9])+", answer["text"])
     assert told("--replay", str(trace))[0] == 0
-    schema.write_text('{"type": "array", "items": {"type": "boolean"}, "maxItems": 1}', encoding="utf-8")
-    for given in (str(schema), schema.read_text(encoding="utf-8")):
+    schema.write_text('{"type": "array", "items": {"type": "boolean"}, "maxItems": 1}', encoding="utf-8-sig")
+    for given in (str(schema), schema.read_text(encoding="utf-8-sig")):
         _, [answer], _ = told("--json-schema", given, "decode.max_tokens=16")
         assert json.loads(answer["text"]) in ([], [True], [False])
     _, [answer], _ = told("--infill", "A [[1-6]] B", "--regex", "[0-9]{5}")

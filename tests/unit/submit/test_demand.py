@@ -1,6 +1,7 @@
 """Whether a cluster has room for a verb's stages: against brute force, and what is said where it has not."""
 
 import os
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from dllm_core.errors import ConfigError, DataError
 from workflows.env import _check_answers, actor_options, ray_cluster
+from workflows.interrupts import Interrupted
 from workflows.placement import Demand, PlacementConfig
 from workflows.submit.demand import Need, NodeGroup, busy, check_room, matches, needs, startable
 
@@ -175,6 +177,19 @@ def test_a_private_cluster_asks_the_home_folder_for_no_token(monkeypatch, tmp_pa
     with pytest.raises(DataError, match="enough"), ray_cluster(1):
         pass
     assert (len(told.get("RAY_AUTH_TOKEN", "")) >= 32) == (known == "nowhere")
+
+
+def test_a_sigterm_while_a_cluster_starts_ends_as_any_other(monkeypatch):
+    """Ray's own handler, which stands until then, ends the process with 15 and without a word."""
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "ours")
+    monkeypatch.setattr("ray._private.node.Node", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+    try:
+        with pytest.raises(Interrupted), ray_cluster(1):
+            pass
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @pytest.mark.parametrize("scheme", ["", "ray://"])
