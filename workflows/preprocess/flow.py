@@ -170,10 +170,15 @@ class Preprocessing:
         recipe, plan, job = self.plan.recipe, self.plan, self.plan.job()
         units = plan.units()
         [tokenized] = job.receipts.all_finished(TOKENS)
-        tokenizer = self._tokenizer(job, units, tokenizer_of(job, tokenized.values()))
-        if recipe.corpus.dedup is not None:
-            self._duplicates(job, units)
-        receipts = self._tokens(job, tokenizer, units, tokenized)
+        try:
+            tokenizer = self._tokenizer(job, units, tokenizer_of(job, tokenized.values()))
+            if recipe.corpus.dedup is not None:
+                self._duplicates(job, units)
+            receipts = self._tokens(job, tokenizer, units, tokenized)
+        except DataError:
+            if self.ran:  # what changed may be why, and tasks before this one have read it
+                self._check_sources(job, units, tokenized)
+            raise
         if self.ran:
             self._check_sources(job, units, tokenized)
         accounting = self._accounted(receipts)

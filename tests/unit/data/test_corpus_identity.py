@@ -160,3 +160,22 @@ def test_the_fingerprint_of_one_source_is_that_of_its_files_in_one_list(tmp_path
         "sources": [[file.key, file.size, file.stamp] for file in files],
     }
     assert plan.fingerprint == fingerprint(identity)
+
+
+def test_what_was_made_of_a_changed_file_is_taken_back_too_where_another_file_ends_the_run(planned, tmp_path):
+    texts = {tmp_path / "corpus" / name: text for name, text in (("a.txt", "as listed"), ("z.txt", "the last"))}
+    for path, text in texts.items():
+        path.write_text(text)
+        os.utime(path, ns=(1, 1))
+    recipe, store = planned().recipe, LocalStore(tmp_path / "other")
+    fresh = Preprocessing(plan_corpus(recipe, LocalStore(tmp_path / "fresh")), serially).run()
+    plan = plan_corpus(recipe, store)
+    first, last = texts
+    first.write_text("something else")
+    last.unlink()
+    with pytest.raises(DataError, match=r"was changed while it was read, as were 1 others, got 'a\.txt'"):
+        Preprocessing(plan, serially).run()
+    for path, text in texts.items():
+        path.write_text(text)
+        os.utime(path, ns=(1, 1))
+    assert Preprocessing(plan_corpus(recipe, store), serially).run() == fresh
