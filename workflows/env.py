@@ -28,8 +28,11 @@ SERVING = {
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.25",
 }
+TASK_RETRIES = 3  # of a task whose worker is lost
 _SETTINGS = {
     **SERVING,
+    # What Ray's memory monitor ends it tries again for ever by default.
+    "RAY_task_oom_retries": str(TASK_RETRIES),
     "RAY_USAGE_STATS_ENABLED": "0",
     # Ray Train polls its workers every 2 s by default, and a report waits for the poll.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",

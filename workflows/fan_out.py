@@ -9,14 +9,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
 from dllm_core.errors import DataError, DllmError, first_line
-from workflows.env import actor_options
+from workflows.env import TASK_RETRIES, actor_options
 from workflows.malloc import keep_freed_memory
 from workflows.placement import Demand
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 ONE_CORE = Demand()
-_MAX_RETRIES = 3
 
 
 def _say_nothing(done: int, result: Any) -> None:
@@ -49,7 +48,7 @@ def fan_out(
     """As Ray tasks on the connected cluster. The first error of ours ends all and is raised as it is."""
     import ray
 
-    task = ray.remote(**actor_options(demand), max_retries=_MAX_RETRIES)(_call)
+    task = ray.remote(**actor_options(demand), max_retries=TASK_RETRIES)(_call)
     shared = ray.put(function)
     results: dict[int, Result] = {}
     running: dict[Any, int] = {}
@@ -67,7 +66,7 @@ def fan_out(
     except ray.exceptions.RayTaskError as error:
         raise (error.cause if isinstance(error.cause, DllmError) else error) from None
     except ray.exceptions.RayError as error:  # a worker or its node died, again and again
-        problem = f"a task was lost {_MAX_RETRIES + 1} times ({first_line(error)})"
+        problem = f"a task was lost {TASK_RETRIES + 1} times ({first_line(error)})"
         remedy = "what is complete is kept: run again; fewer workers, or smaller units, need less memory"
         raise DataError("placement.preprocess.workers", problem, workers, remedy) from error
     finally:

@@ -231,3 +231,15 @@ def test_a_task_that_dies_whenever_it_is_tried_ends_in_one_line_and_the_next_run
     assert errors.startswith("dllm: placement.preprocess.workers: a task was lost 4 times (")
     assert errors.count("\n") == 1
     ends([*DLLM, "preprocess", "run", path])
+
+
+@pytest.mark.long
+def test_a_task_that_needs_more_memory_than_there_is_ends_in_that_line_too(tmp_path):
+    write_corpus(tmp_path, 6_000)
+    path = recipe(tmp_path, "narrow", workers=1)
+    driver, mark = start([*DLLM, "preprocess", "run", path], RAY_memory_usage_threshold="0.01")
+    _, errors = driver.communicate(timeout=300)
+    assert marked(mark) == []
+    assert driver.returncode == 3, errors
+    assert "dllm: placement.preprocess.workers: a task was lost 4 times (" in errors
+    assert "low on memory" in errors

@@ -9,7 +9,7 @@ the manifest. Every task leaves a receipt, so a run that was killed goes on with
 import contextlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -158,6 +158,8 @@ class Preprocessing:
     fan_out: FanOut
     on_progress: OnProgress = lambda what, done, total: None
     ran: int = field(default=0, init=False)
+    _is_new_tokenizer: bool = field(default=False, init=False)
+    _used_all: bool = field(default=False, init=False)  # in this run, for what decides every unit's tokens
 
     @property
     def _placement(self) -> PreprocessPlacement:
@@ -168,12 +170,17 @@ class Preprocessing:
         recipe, plan, job = self.plan.recipe, self.plan, self.plan.job()
         units = plan.units()
         [tokenized] = job.receipts.all_finished(TOKENS)
-        tokenizer = self._tokenizer(job, units, tokenizer_of(job, tokenized.values()))
-        if recipe.corpus.dedup is not None:
-            self._duplicates(job, units)
-        receipts = self._tokens(job, tokenizer, units, tokenized)
+        try:
+            tokenizer = self._tokenizer(job, units, tokenizer_of(job, tokenized.values()))
+            if recipe.corpus.dedup is not None:
+                self._duplicates(job, units)
+            receipts = self._tokens(job, tokenizer, units, tokenized)
+        except DataError:
+            if self.ran:  # what changed may be why, and tasks before this one have read it
+                self._check_sources(job, units, tokenized)
+            raise
         if self.ran:
-            self._check_sources(job, units)
+            self._check_sources(job, units, tokenized)
         accounting = self._accounted(receipts)
         train = Split(shards=tuple(receipt.train for receipt in receipts if receipt.train.rows))
         heldout = Split(shards=tuple(receipt.heldout for receipt in receipts if receipt.heldout.rows))
@@ -227,6 +234,7 @@ class Preprocessing:
         if made_by not in (None, tokenizer.digest):
             problem = "was lost, and the one made in its place is not that of the shards"
             raise DataError(f"{url}/{TOKENIZER_NAME}", problem, remedy=f"delete {url} and run again")
+        self._is_new_tokenizer = self._used_all = config.path is None and made_by is None
         job.output.put(key, tokenizer.json_text.encode())
         return tokenizer
 
@@ -238,22 +246,28 @@ class Preprocessing:
             done[receipt.shard.unit] = receipt
         if missing or any(unit.index not in decided for unit in units):
             self.on_progress("finding duplicates", 0, 0)
+            self._used_all = True
             receipts = [done[unit.index] for unit in units]
             self.fan_out(partial(decide, job), [receipts], workers=1, demand=self._placement.demand)
 
-    def _check_sources(self, job: CorpusJob, units: list[Unit]) -> None:
+    def _check_sources(self, job: CorpusJob, units: list[Unit], before: Container[int]) -> None:
         """Refuse files that were written to since they were listed: the corpus has its name from what they were then.
-        What was made of them is taken back.
+        What was made of them is taken back: of other files too, where a tokenizer or a search for duplicates read all.
+        before: units that had their tokens when the run began.
         """
         now = find_files(self.plan.recipe.corpus, self.plan.store)
         listed = zip(self.plan.listed, now, strict=True)
-        changed = [{item.key for item in set(before.files) - set(after.files)} for before, after in listed]
+        changed = [{item.key for item in set(then.files) - set(after.files)} for then, after in listed]
         if not any(changed):
             return
+        if self._is_new_tokenizer:
+            job.output.delete(job.key(TOKENIZER_NAME))
         for unit in units:
-            if any(segment.key in changed[unit.source] for segment in unit.segments):
-                for step in (TOKENS, SIGNATURES):
-                    job.output.delete(job.key(step.key(unit.index)))
+            is_changed = any(segment.key in changed[unit.source] for segment in unit.segments)
+            if is_changed or (self._used_all and unit.index not in before):
+                job.output.delete(job.key(TOKENS.key(unit.index)))
+            if is_changed:
+                job.output.delete(job.key(SIGNATURES.key(unit.index)))
         first, *others = sorted(key for keys in changed for key in keys)
         problem = "was changed while it was read" + (f", as were {len(others):,} others" if others else "")
         raise DataError("corpus.path", problem, first, "run it again when nobody writes there")

@@ -3,7 +3,7 @@
 dllm preprocess verify workflows/recipes/quickstart.yaml
 """
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -97,6 +97,7 @@ def repair(corpus: CorpusPlan, fan_out: FanOut, on_progress: OnProgress) -> dict
     except DataError as error:
         problems = _without_manifest(corpus, error)
     else:  # a check that was lost with its worker says nothing of the manifest
+        corpus = _with_epochs(corpus, len(promised[0].noise_epochs))
         problems = _bad_shards(corpus, *promised, fan_out, on_progress)
     for problem in problems:
         if problem.receipt is not None:
@@ -108,6 +109,13 @@ def repair(corpus: CorpusPlan, fan_out: FanOut, on_progress: OnProgress) -> dict
     if left:
         raise DataError(left[0].key, f"still {left[0].what}", remedy=f"delete {corpus.url} and run again")
     return {"corpus": corpus.url, "repaired": [asdict(problem) for problem in problems], "tasks_run": work.ran}
+
+
+def _with_epochs(corpus: CorpusPlan, written: int) -> CorpusPlan:
+    """With all noise that was written, also where this recipe asks for less: the manifest would lose the rest."""
+    noise = corpus.recipe.noise
+    noise = noise.model_copy(update={"epochs": max(noise.epochs, written)})
+    return replace(corpus, recipe=corpus.recipe.model_copy(update={"noise": noise}))
 
 
 def _without_manifest(corpus: CorpusPlan, error: DataError) -> list[Problem]:

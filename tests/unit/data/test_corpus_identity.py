@@ -63,22 +63,24 @@ def test_what_is_written_to_while_it_is_read_makes_no_corpus_of_what_was_listed(
     write_small_text(tmp_path)
     for number in range(others):
         (folder / f"other-{number}.txt").write_text(small_text())
+    times, whole = {path: path.stat().st_mtime_ns for path in sorted(folder.iterdir())}, small_text()
+    paths = list(times)
+    (folder / "untouched.txt").write_text(whole[::-1])
+    fresh = Preprocessing(plan_corpus(recipe, LocalStore(tmp_path / "fresh")), serially).run()
     plan = plan_corpus(recipe, store)
-    paths = sorted(folder.iterdir())
-    times, whole = [path.stat().st_mtime_ns for path in paths], small_text()
     for path in paths:
-        path.write_text(whole[: len(whole) // 3])
+        path.write_text(whole[: len(whole) // 3 : -1])
     told = f"^corpus.path: was changed while it was read{', as were 2 others' if others else ''}, got '{paths[0].name}'"
     with pytest.raises(DataError, match=told):
         Preprocessing(plan, serially).run()
     assert not plan.is_made
-    for path, time in zip(paths, times, strict=True):  # brought back: nothing of what was read in between is left
+    for path, time in times.items():  # brought back: nothing of what was read in between is left
         path.write_text(whole)
         os.utime(path, ns=(time, time))
     again = plan_corpus(recipe, store)
     assert again.fingerprint == plan.fingerprint
     manifest = Preprocessing(again, serially).run()
-    assert manifest.accounting.documents_in == len(paths) * len(whole.split("\n\n"))
+    assert manifest == fresh  # nor of what it decided about the other file: its duplicates, the tokenizer
     (folder / "new.txt").write_text("what comes to it later is of the next one")
     assert Preprocessing(again, serially).run() == manifest
 
@@ -158,3 +160,22 @@ def test_the_fingerprint_of_one_source_is_that_of_its_files_in_one_list(tmp_path
         "sources": [[file.key, file.size, file.stamp] for file in files],
     }
     assert plan.fingerprint == fingerprint(identity)
+
+
+def test_what_was_made_of_a_changed_file_is_taken_back_too_where_another_file_ends_the_run(planned, tmp_path):
+    texts = {tmp_path / "corpus" / name: text for name, text in (("a.txt", "as listed"), ("z.txt", "the last"))}
+    for path, text in texts.items():
+        path.write_text(text)
+        os.utime(path, ns=(1, 1))
+    recipe, store = planned().recipe, LocalStore(tmp_path / "other")
+    fresh = Preprocessing(plan_corpus(recipe, LocalStore(tmp_path / "fresh")), serially).run()
+    plan = plan_corpus(recipe, store)
+    first, last = texts
+    first.write_text("something else")
+    last.unlink()
+    with pytest.raises(DataError, match=r"was changed while it was read, as were 1 others, got 'a\.txt'"):
+        Preprocessing(plan, serially).run()
+    for path, text in texts.items():
+        path.write_text(text)
+        os.utime(path, ns=(1, 1))
+    assert Preprocessing(plan_corpus(recipe, store), serially).run() == fresh

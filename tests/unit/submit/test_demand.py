@@ -177,6 +177,7 @@ def test_a_private_cluster_asks_the_home_folder_for_no_token(monkeypatch, tmp_pa
     with pytest.raises(DataError, match="enough"), ray_cluster(1):
         pass
     assert (len(told.get("RAY_AUTH_TOKEN", "")) >= 32) == (known == "nowhere")
+    assert told["RAY_task_oom_retries"] == "3"  # for ever otherwise, where a task needs more memory than there is
 
 
 def test_a_sigterm_while_a_cluster_starts_ends_as_any_other(monkeypatch):
