@@ -9,7 +9,7 @@ from dllm_core.config.base import Frozen
 from dllm_core.config.fingerprint import fingerprint, unseal
 from dllm_core.data.tokenizer import Tokenizer, TokenizerConfig
 from dllm_core.errors import CheckpointError, ConfigError, DataError
-from dllm_core.model.config import DenoiserConfig
+from dllm_core.model.config import CONFIG_NAME, WEIGHTS_NAME, DenoiserConfig
 from dllm_core.model.special_ids import TOKENIZER_NAME
 from dllm_core.noise.process import AnyNoise
 from dllm_core.objective.config import AnyObjective, DiffusionConfig
@@ -17,7 +17,6 @@ from dllm_core.storage.store import sha256
 
 FOLDER = "bundle"
 MANIFEST_NAME = "bundle.json"
-_CONFIG, _WEIGHTS = "config.json", "model.safetensors"  # as `model/pretrained.py` calls them, which loads torch
 
 
 class Lineage(Frozen):
@@ -55,7 +54,7 @@ class BundleManifest(Frozen):
     @property
     def weights_sha256(self) -> str:
         """Digest of the weights' file."""
-        return self.files[_WEIGHTS].sha256
+        return self.files[WEIGHTS_NAME].sha256
 
     @property
     def tokenizer_sha256(self) -> str:
@@ -93,7 +92,7 @@ def read_outline(run: RunDir) -> BundleOutline:
     """All of a run's bundle that is small. Raises CheckpointError for what is not as its manifest says."""
     manifest, _ = read_manifest(run)
     texts = {}
-    for name in (_CONFIG, TOKENIZER_NAME):
+    for name in (CONFIG_NAME, TOKENIZER_NAME):
         place = f"{run.url}/{FOLDER}/{name}"
         try:
             data = run.store.read(run.key(f"{FOLDER}/{name}"))
@@ -102,4 +101,4 @@ def read_outline(run: RunDir) -> BundleOutline:
         if sha256(data) != manifest.files[name].sha256:
             raise CheckpointError(place, "does not match its sha256", remedy="the file was changed or damaged")
         texts[name] = data.decode("utf-8")
-    return BundleOutline(manifest, DenoiserConfig.model_validate_json(texts[_CONFIG]), texts[TOKENIZER_NAME])
+    return BundleOutline(manifest, DenoiserConfig.model_validate_json(texts[CONFIG_NAME]), texts[TOKENIZER_NAME])

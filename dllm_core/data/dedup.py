@@ -69,11 +69,8 @@ class NearDuplicates(Frozen):
         """Bands that the hashes are cut into."""
         return self.num_hashes // self.rows
 
-    def candidate_probability(self, jaccard: float) -> float:
-        """The S-curve 1 - (1 - J**rows)**num_bands: how likely a pair of Jaccard index J is compared at all."""
-        return self._probability(jaccard, self.rows)
-
     def _probability(self, jaccard: float, rows: int) -> float:
+        """The S-curve: how likely a pair of this Jaccard index is compared at all, with so many rows a band."""
         return float(1 - (1 - jaccard**rows) ** (self.num_hashes // rows))
 
 
@@ -124,11 +121,6 @@ class Duplicates:
 
     representative: Index
     is_exact: NDArray[np.bool_]
-
-    @property
-    def is_kept(self) -> NDArray[np.bool_]:
-        """[N]."""
-        return self.representative < 0
 
 
 def text_digest(text: str) -> bytes:

@@ -52,11 +52,6 @@ class KeyValueStore:
         """Positions that a slot holds."""
         return self.slots.shape[4]
 
-    @property
-    def num_taken(self) -> int:
-        """Slots that rows hold."""
-        return len(self.lengths) - len(self._free)
-
     def take(self, capacity: int) -> int:
         """A free slot with room for so many positions, empty. What is too small is copied into twice the room."""
         rows, held = len(self.lengths), self.capacity
