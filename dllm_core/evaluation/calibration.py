@@ -11,7 +11,7 @@ from typing import Self
 import numpy as np
 import torch
 
-from dllm_core.evaluation.estimate import Estimate, Proportion, jackknife, measure_seed, proportion, ratio, summed
+from dllm_core.estimate import Estimate, Proportion, jackknife, measure_seed, proportion, ratio, summed
 from dllm_core.evaluation.estimators import HeldoutRows, ask, before
 from dllm_core.model.pattern import FULL, AttentionPattern
 from dllm_core.noise.absorbing import AbsorbingProcess

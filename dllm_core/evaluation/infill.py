@@ -17,8 +17,8 @@ from dllm_core.decoding.engine import Engine
 from dllm_core.decoding.forward import padded_length
 from dllm_core.decoding.request import Request
 from dllm_core.decoding.unmask import LowConfidencePolicy
+from dllm_core.estimate import Estimate, Proportion, measure_seed, proportion, ratio
 from dllm_core.evaluation.config import Side
-from dllm_core.evaluation.estimate import Estimate, Proportion, measure_seed, proportion, ratio
 from dllm_core.evaluation.estimators import HeldoutRows
 from dllm_core.evaluation.writers import Writer
 from dllm_core.model.pattern import CAUSAL

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from dllm_core.evaluation.estimate import ratio
+from dllm_core.estimate import ratio
 from dllm_core.evaluation.estimators import Draw, Estimator, HeldoutRows
 from dllm_core.objective.loss import DenoiserLike
 from dllm_core.seeding import Doubles, Ints

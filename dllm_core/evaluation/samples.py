@@ -11,7 +11,7 @@ from typing import Self
 
 import numpy as np
 
-from dllm_core.evaluation.estimate import Estimate, jackknife, ratio
+from dllm_core.estimate import Estimate, jackknife, ratio
 from dllm_core.evaluation.estimators import HeldoutRows
 from dllm_core.evaluation.scorers import Scorer
 from dllm_core.evaluation.writers import Tokens
