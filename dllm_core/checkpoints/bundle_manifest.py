@@ -46,8 +46,8 @@ class BundleManifest(Frozen):
 
     @property
     def digest(self) -> str:
-        """Of all that decides an answer, and so of all files: 12 hex digits. Decoding defaults and lineage do not: with
-        other ones it is what gateways and replicas know still.
+        """Of all that decides an answer, and so of all files: 12 hex digits. Decoding defaults and lineage do not: a
+        bundle with other ones is the same to gateways and replicas.
         """
         return fingerprint(self.model_dump(mode="json", exclude={"decode", "lineage"}))
 

@@ -63,7 +63,7 @@ class CorpusJob:
 
     @property
     def receipts(self) -> Receipts:
-        """What is done."""
+        """Those of the corpus: what is done of it."""
         return Receipts(self.output, self.prefix)
 
 

@@ -78,7 +78,7 @@ class TokenRun:
 
     @property
     def num_documents(self) -> int:
-        """D."""
+        """The number of documents D."""
         return len(self.offsets) - 1
 
 

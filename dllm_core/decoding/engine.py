@@ -110,7 +110,7 @@ class Engine:
 
     @property
     def denoiser(self) -> Denoiser:
-        """What is called."""
+        """The denoiser that it decodes with."""
         return self._denoiser
 
     @property
@@ -174,7 +174,7 @@ class Engine:
         """What stands between prompt and suffix at first, and what of it is open [n]."""
         mask_id, begin = self._denoiser.config.mask_id, len(request.prompt)
         given = np.full(self._canvas_length(request), -1) if request.middle is None else request.region
-        # The second word of call 0, whose first word its draws take.
+        # v is the second word of call 0; the draws of that call take the first.
         positions = begin + np.arange(len(given))
         v = uniforms64(request.seed, Purpose.DECODE, 0, positions, 2)[:, 1] if self._is_ancestral else None
         if request.strength is None:

@@ -12,8 +12,8 @@ from dllm_core.training.backend import Backend
 from dllm_core.training.events import Score
 
 HeldoutScorer = Callable[[DenoiserLike], tuple[Doubles, Doubles]]
-"""Nats and counted tokens of each unit of all ranks' rows, float64 [U]: what this rank's own rows add to them. As many
-forwards on every rank.
+"""Nats and counted tokens of each unit of all ranks' rows, float64 [U]: what this rank's own rows add to them. It runs
+as many forwards on every rank.
 """
 
 
