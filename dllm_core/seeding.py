@@ -68,6 +68,13 @@ def philox(counter: tuple[Words, Words, Words, Words], key: tuple[int | Words, i
     return c0, c1, c2, c3
 
 
+def mixed(values: Words) -> Words:
+    """Each bit of the result depends on every bit of the value. SplitMix64's finaliser, Steele et al. 2014."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
 def words(seed: int | Words, purpose: Purpose, epoch: int | Ints, index: Any, count: int) -> Words32:
     """`count` 32-bit words for every index. index: int array [N]; result uint32 [N count].
 

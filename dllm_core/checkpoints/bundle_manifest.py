@@ -9,7 +9,7 @@ from dllm_core.config.base import Frozen
 from dllm_core.config.fingerprint import fingerprint, unseal
 from dllm_core.data.tokenizer import Tokenizer, TokenizerConfig
 from dllm_core.errors import CheckpointError, ConfigError, DataError
-from dllm_core.model.config import DenoiserConfig
+from dllm_core.model.config import CONFIG_NAME, WEIGHTS_NAME, DenoiserConfig
 from dllm_core.model.special_ids import TOKENIZER_NAME
 from dllm_core.noise.process import AnyNoise
 from dllm_core.objective.config import AnyObjective, DiffusionConfig
@@ -17,7 +17,6 @@ from dllm_core.storage.store import sha256
 
 FOLDER = "bundle"
 MANIFEST_NAME = "bundle.json"
-_CONFIG, _WEIGHTS = "config.json", "model.safetensors"  # as `model/pretrained.py` calls them, which loads torch
 
 
 class Lineage(Frozen):
@@ -47,15 +46,15 @@ class BundleManifest(Frozen):
 
     @property
     def digest(self) -> str:
-        """Of all that decides an answer, and so of all files: 12 hex digits. Decoding defaults and lineage do not: with
-        other ones it is what gateways and replicas know still.
+        """Of all that decides an answer, and so of all files: 12 hex digits. Decoding defaults and lineage do not: a
+        bundle with other ones is the same to gateways and replicas.
         """
         return fingerprint(self.model_dump(mode="json", exclude={"decode", "lineage"}))
 
     @property
     def weights_sha256(self) -> str:
         """Digest of the weights' file."""
-        return self.files[_WEIGHTS].sha256
+        return self.files[WEIGHTS_NAME].sha256
 
     @property
     def tokenizer_sha256(self) -> str:
@@ -93,7 +92,7 @@ def read_outline(run: RunDir) -> BundleOutline:
     """All of a run's bundle that is small. Raises CheckpointError for what is not as its manifest says."""
     manifest, _ = read_manifest(run)
     texts = {}
-    for name in (_CONFIG, TOKENIZER_NAME):
+    for name in (CONFIG_NAME, TOKENIZER_NAME):
         place = f"{run.url}/{FOLDER}/{name}"
         try:
             data = run.store.read(run.key(f"{FOLDER}/{name}"))
@@ -102,4 +101,4 @@ def read_outline(run: RunDir) -> BundleOutline:
         if sha256(data) != manifest.files[name].sha256:
             raise CheckpointError(place, "does not match its sha256", remedy="the file was changed or damaged")
         texts[name] = data.decode("utf-8")
-    return BundleOutline(manifest, DenoiserConfig.model_validate_json(texts[_CONFIG]), texts[TOKENIZER_NAME])
+    return BundleOutline(manifest, DenoiserConfig.model_validate_json(texts[CONFIG_NAME]), texts[TOKENIZER_NAME])

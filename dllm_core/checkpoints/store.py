@@ -126,7 +126,7 @@ class CheckpointStore:
         return self._steps(_COMMITTED)
 
     def _steps(self, pattern: re.Pattern[str]) -> list[int]:
-        """Of all objects whose key below `checkpoints/` is such a one, each once."""
+        """The steps of all objects whose key below `checkpoints/` matches, each once, ascending."""
         top = self._run.key(CHECKPOINTS)
         names = [item.key.removeprefix(f"{top}/") for item in self._run.store.list(top)]
         return sorted({int(found[1]) for name in names if (found := pattern.fullmatch(name))})

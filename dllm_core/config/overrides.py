@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +65,8 @@ def parse_json_object(text: str, place: str) -> dict[str, Any]:
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
-            twice = next(name for name in found if sum(name == other for other, _ in pairs) > 1)
-            raise ConfigError(place, "the key is there twice", twice, "keep one")
+            numbers = Counter(name for name, _ in pairs)
+            raise ConfigError(place, "the key is there twice", next(n for n in found if numbers[n] > 1), "keep one")
         return found
 
     try:

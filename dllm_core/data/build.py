@@ -6,6 +6,7 @@ Each leaves a receipt last (`receipts.py`).
 """
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -62,7 +63,7 @@ class CorpusJob:
 
     @property
     def receipts(self) -> Receipts:
-        """What is done."""
+        """Those of the corpus: what is done of it."""
         return Receipts(self.output, self.prefix)
 
 
@@ -270,14 +271,14 @@ def _sort(job: CorpusJob, tokenizer: Tokenizer, unit: Unit) -> _Sorted:
         if is_hub:  # of files the unit knows
             found.bytes_in += len(record.raw if isinstance(record, BadRecord) else record.text.encode())
         if isinstance(record, BadRecord):
-            found.removed.append(Removed.of(record, "quarantined", record.reason))
+            found.removed.append(Removed(record, "quarantined", record.reason))
             continue
         if reason is not None:
-            found.removed.append(Removed.of(record, "filtered", reason))
+            found.removed.append(Removed(record, "filtered", reason))
             continue
         rule = None if decisions is None else decisions.rule(record)
         if rule is not None:
-            found.removed.append(Removed.of(record, "duplicates", rule))
+            found.removed.append(Removed(record, "duplicates", rule))
         elif is_heldout(record.subject, job.corpus.heldout_fraction):
             found.encoders["heldout"].add(record)
         else:
@@ -288,21 +289,14 @@ def _sort(job: CorpusJob, tokenizer: Tokenizer, unit: Unit) -> _Sorted:
 
 
 def _counted(removed: list[Removed], kind: str) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for item in removed:
-        if item.kind == kind:
-            counts[item.rule] = counts.get(item.rule, 0) + 1
-    return dict(sorted(counts.items()))
+    return dict(sorted(Counter(item.rule for item in removed if item.kind == kind).items()))
 
 
 def _token_shard(job: CorpusJob, tokenizer: Tokenizer, unit: Unit, split: str, rows: Rows) -> ShardInfo:
     name = f"tokens/{split}-{unit.index:06d}.arrow"
     if not len(rows.ids):
         return ShardInfo(key=name, unit=unit.index, rows=0, tokens=0, bytes=0, sha256="")
-    columns: dict[str, NDArray[Any]] = {
-        "ids": rows.ids,
-        "num_tokens": rows.num_tokens,
-    }
+    columns: dict[str, NDArray[Any]] = {"ids": rows.ids, "num_tokens": rows.num_tokens}
     if rows.starts is not None:
         columns["starts"] = pack_bits(rows.starts)
     if rows.is_learned is not None:

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from dllm_core.config.base import Frozen
-from dllm_core.data.filters import CATEGORIES, UNSPACED_SCRIPTS, category_table
+from dllm_core.data.filters import CATEGORIES, category_table, unspaced_letters
 from dllm_core.errors import DataError
 
 U64 = NDArray[np.uint64]
@@ -69,11 +69,8 @@ class NearDuplicates(Frozen):
         """Bands that the hashes are cut into."""
         return self.num_hashes // self.rows
 
-    def candidate_probability(self, jaccard: float) -> float:
-        """The S-curve 1 - (1 - J**rows)**num_bands: how likely a pair of Jaccard index J is compared at all."""
-        return self._probability(jaccard, self.rows)
-
     def _probability(self, jaccard: float, rows: int) -> float:
+        """The S-curve: how likely a pair of this Jaccard index is compared at all, with so many rows a band."""
         return float(1 - (1 - jaccard**rows) ** (self.num_hashes // rows))
 
 
@@ -124,11 +121,6 @@ class Duplicates:
 
     representative: Index
     is_exact: NDArray[np.bool_]
-
-    @property
-    def is_kept(self) -> NDArray[np.bool_]:
-        """[N]."""
-        return self.representative < 0
 
 
 def text_digest(text: str) -> bytes:
@@ -244,9 +236,7 @@ def shingle_hashes(texts: Sequence[str], length: int) -> tuple[U64, U64]:
 def _word_kinds() -> NDArray[np.uint8]:
     """[0x110000]: 0 between words, 1 in a word, 2 a word of its own."""
     kinds = np.array([name[0] in "LMN" for name in CATEGORIES], np.uint8)[category_table()]
-    for first, last in UNSPACED_SCRIPTS:
-        kinds[first : last + 1] *= 2
-    return kinds
+    return kinds * (1 + unspaced_letters())
 
 
 def _powers(count: int) -> tuple[U64, U64]:

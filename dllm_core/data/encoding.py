@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from dllm_core.data.packing import Ids, PackingBase, Rows, TokenRun, joined, pack_ended, repeated, too_long, with_end
+from dllm_core.data.packing import Ids, PackingBase, Rows, TokenRun, joined, pack, repeated, too_long, with_end
 from dllm_core.data.quarantine import Removed
 from dllm_core.data.records import Document, Part
 from dllm_core.data.shard import id_type
@@ -45,7 +45,7 @@ class Encoder:
         """All that was added, packed; the encoder is empty then."""
         self._encode()
         run = joined(self._runs, id_type(self._tokenizer.vocab_size))
-        return pack_ended(self._packing, run, self._tokenizer.eos_id)
+        return pack(self._packing, run, self._tokenizer.eos_id)
 
     def _encode(self) -> None:
         waiting, self._waiting, self._chars = self._waiting, [], 0
@@ -56,7 +56,7 @@ class Encoder:
             if times and id(document) not in left_out:
                 self.kept += 1
             else:
-                self.removed.append(Removed.of(document, "filtered", "packing.too_long" if times else "weight"))
+                self.removed.append(Removed(document, "filtered", "packing.too_long" if times else "weight"))
         ids = run.ids.astype(id_type(self._tokenizer.vocab_size))
         once = TokenRun(ids, run.offsets, run.is_learned)
         self._runs.append(repeated(once, [times for _, times in waiting if times]))

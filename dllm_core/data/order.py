@@ -8,10 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dllm_core.seeding import Ints, Purpose, Words, words
+from dllm_core.seeding import Ints, Purpose, Words, mixed, words
 
 _ROUNDS = 6
-_MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))  # splitmix64, Steele et al. 2014
 
 
 @dataclass(frozen=True)
@@ -58,13 +57,7 @@ def _feistel(values: Words, half: np.uint64, keys: Words, *, inverse: bool) -> W
     if inverse:
         left, right = right, left
     for key in keys:
-        left, right = right, left ^ (_mix(right + key) & low_bits)
+        left, right = right, left ^ (mixed(right + key) & low_bits)
     if inverse:
         left, right = right, left
     return (left << half) | right
-
-
-def _mix(x: Words) -> Words:
-    x = (x ^ (x >> np.uint64(30))) * _MIX[0]
-    x = (x ^ (x >> np.uint64(27))) * _MIX[1]
-    return x ^ (x >> np.uint64(31))

@@ -6,7 +6,7 @@ begins, so that attention stays inside it. padded: one document a row, for fine-
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -78,7 +78,7 @@ class TokenRun:
 
     @property
     def num_documents(self) -> int:
-        """D."""
+        """The number of documents D."""
         return len(self.offsets) - 1
 
 
@@ -87,23 +87,17 @@ class Rows:
     """Packed rows. ids [N L]; num_tokens int32 [N]: real tokens, the rest of a row is end tokens as filler.
 
     starts bool [N L]: where a document (and the filler) begins, None where rows are not isolated. is_learned
-    bool [N L]: None where every real token is. left_out: documents that fit no row, by number; of pairs, records.
+    bool [N L]: None where every real token is.
     """
 
     ids: Ids
     num_tokens: NDArray[np.int32]
     starts: Bools | None
     is_learned: Bools | None
-    left_out: NDArray[np.int64]
 
 
 def pack(config: PackingBase, run: TokenRun, eos_id: int) -> Rows:
-    """Every document is followed by one end token, which counts as its last token."""
-    return pack_ended(config, with_end(run, eos_id), eos_id)
-
-
-def pack_ended(config: PackingBase, run: TokenRun, eos_id: int) -> Rows:
-    """`pack` of documents that have their end token."""
+    """Rows of documents that end with an end token each (`with_end`); what is `too_long` is left out."""
     if isinstance(config, WrapPacking):
         return _wrap(run, config.seq_len, eos_id)
     if isinstance(config, IsolatedPacking):
@@ -176,7 +170,7 @@ def _wrap(run: TokenRun, seq_len: int, eos_id: int) -> Rows:
     if num_rows:
         counts[-1] = len(run.ids) - (num_rows - 1) * seq_len
     learned = None if run.is_learned is None else in_rows(run.is_learned, 0)
-    return Rows(in_rows(run.ids, eos_id), counts, None, learned, np.empty(0, np.int64))  # type: ignore[arg-type]
+    return Rows(in_rows(run.ids, eos_id), counts, None, learned)  # type: ignore[arg-type]
 
 
 def _best_fit(lengths: NDArray[np.int64], seq_len: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -230,7 +224,7 @@ def _place(run: TokenRun, pieces: NDArray[np.int64], rows: NDArray[np.int64], se
         used[row] = place.stop
     with_filler = np.flatnonzero(used < seq_len)
     starts[with_filler, used[with_filler]] = True
-    return Rows(ids, used, starts, learned, np.empty(0, np.int64))
+    return Rows(ids, used, starts, learned)
 
 
 def _pad(run: TokenRun, config: PaddedPacking, eos_id: int) -> Rows:
@@ -243,14 +237,13 @@ def _pad(run: TokenRun, config: PaddedPacking, eos_id: int) -> Rows:
         if learned is not None:
             learned |= np.arange(config.seq_len) >= num_tokens[:, None]
         num_tokens = np.full_like(num_tokens, config.seq_len)
-    return Rows(packed.ids, num_tokens, None, learned, too_long(config, run))
+    return Rows(packed.ids, num_tokens, None, learned)
 
 
 def _pairs(run: TokenRun, config: PairsPacking, eos_id: int) -> Rows:
     """Documents 2k and 2k + 1 are those of record k."""
-    lengths, left_out = np.diff(run.offsets).reshape(-1, 2), too_long(config, run)
-    kept = np.setdiff1d(np.arange(len(lengths)), left_out)
+    lengths = np.diff(run.offsets).reshape(-1, 2)
+    kept = np.flatnonzero(lengths.sum(1) <= config.seq_len)
     documents = (2 * kept[:, None] + [0, 1]).ravel()
     pieces = np.stack([documents, np.zeros_like(documents), lengths[kept].ravel()], axis=1)
-    packed = _place(run, pieces, np.repeat(np.arange(len(kept)), 2), config.seq_len, eos_id)
-    return replace(packed, left_out=left_out)
+    return _place(run, pieces, np.repeat(np.arange(len(kept)), 2), config.seq_len, eos_id)

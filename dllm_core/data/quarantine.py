@@ -8,7 +8,7 @@ import base64
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 from dllm_core.data.records import BadRecord, Document
 
@@ -18,16 +18,11 @@ Kind = Literal["quarantined", "filtered", "duplicates"]
 
 @dataclass(frozen=True)
 class Removed:
-    """One record that made no tokens."""
+    """One record that made no tokens, and why."""
 
     record: Document | BadRecord
     kind: Kind
     reason: str
-
-    @classmethod
-    def of(cls, record: Document | BadRecord, kind: Kind, reason: str) -> Self:
-        """A record and why it went."""
-        return cls(record, kind, reason)
 
     @property
     def rule(self) -> str:

@@ -5,6 +5,7 @@ preference becomes two: the prompt with the answer that was preferred, and with 
 """
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import takewhile
@@ -100,8 +101,7 @@ def from_json(record: Any, key: str, offset: int, raw: bytes) -> Document | BadR
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        found |= {name: _TWICE for name in found if names.count(name) > 1}
+        found |= {name: _TWICE for name, number in Counter(name for name, _ in pairs).items() if number > 1}
     return found
 
 

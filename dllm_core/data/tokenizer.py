@@ -10,7 +10,7 @@ import importlib.metadata
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Self
@@ -204,12 +204,6 @@ class Tokenizer:
             problem = "the text between what is made is one that the model's tokenizer would change"
             raise RequestError(place, problem, text, "compose its characters (NFC)")
         return ids
-
-    def encode_batch(self, texts: Sequence[str]) -> Iterator[list[int]]:
-        """`encode` for many texts."""
-        ids, offsets = self.encode_flat(texts)
-        for start, stop in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
-            yield ids[start:stop].tolist()
 
     def encode_flat(self, texts: Sequence[str]) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
         """Ids of many texts end to end, uint32 [N], and where each begins and ends, int64 [len(texts) + 1].

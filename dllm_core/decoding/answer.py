@@ -39,7 +39,7 @@ class RowUpdate:
 
     @classmethod
     def failed(cls, row: int, state: DecodeState) -> "RowUpdate":
-        """Nothing."""
+        """The update of a row that has failed: nothing became final."""
         none = (np.zeros(0, np.int64), np.zeros(0, np.float32))
         return cls(row, state, *none, none[0][:, None], none[1][:, None])
 

@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 from outlines_core import Index, Vocabulary
 
 from dllm_core.errors import RequestError
-from dllm_core.seeding import Bools, Ints
+from dllm_core.noise.times import GOLDEN
+from dllm_core.seeding import Bools, Ints, mixed
 
 MAX_REGEX = 1 << 16
 _MAX_KEPT = 32
@@ -129,7 +129,7 @@ def _of_index(index: Index, size: int) -> TokenAutomaton:
     # A token's column of the table of states and tokens, as the exclusive or of a random word for each of its entries.
     mark = np.zeros(size, np.uint64)
     for source, tokens, states in rows:
-        mark[tokens] ^= _mixed(np.uint64(source) * np.uint64(1 << 32) + states.astype(np.uint64))
+        mark[tokens] ^= mixed(np.uint64(source) * np.uint64(1 << 32) + states.astype(np.uint64) + GOLDEN)
     is_used = np.zeros(size, dtype=bool)
     for _, tokens, _ in rows:
         is_used[tokens] = True
@@ -158,14 +158,6 @@ def _of_index(index: Index, size: int) -> TokenAutomaton:
         pair_src=pairs // len(is_final),
         pair_dst=pairs % len(is_final),
     )
-
-
-def _mixed(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """SplitMix64: 64 bits that differ in about half wherever the words differ at all."""
-    words = words + np.uint64(0x9E3779B97F4A7C15)
-    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return words ^ (words >> np.uint64(31))
 
 
 def _interruptibly(make: Callable[[], TokenAutomaton]) -> TokenAutomaton:

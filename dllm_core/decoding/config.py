@@ -25,7 +25,7 @@ NO_SUFFIX = "the model reads from left to right and does not see what stands beh
 
 
 def no_decoder(objective: AnyObjective, process: AnyNoise, model: ModelConfig) -> ConfigError | None:
-    """What says that there is no decoder yet for such a model; None if there is.
+    """The error that there is no decoder yet for such a model; None if there is one.
 
     Decoded are autoregression, whose model reads no noise and no t; replaced tokens over whole rows; and masks, over
     whole rows or in blocks, by models that are not told t.

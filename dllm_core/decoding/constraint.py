@@ -182,7 +182,7 @@ def _stepped(automaton: TokenAutomaton, state: int, token: int, ends: bool, eos_
 
 
 def _state_before(automaton: TokenAutomaton, tokens: Ints, may_end: Bools, eos_id: int) -> int:
-    """The state behind what stands."""
+    """The state behind tokens that stand at the answer's begin."""
     state = 0
     for token, ends in zip(tokens.tolist(), may_end.tolist(), strict=False):
         state = _stepped(automaton, state, token, ends, eos_id)

@@ -110,7 +110,7 @@ class Engine:
 
     @property
     def denoiser(self) -> Denoiser:
-        """What is called."""
+        """The denoiser that it decodes with."""
         return self._denoiser
 
     @property
@@ -173,10 +173,8 @@ class Engine:
     def _region(self, request: Request) -> tuple[Ints, Bools]:
         """What stands between prompt and suffix at first, and what of it is open [n]."""
         mask_id, begin = self._denoiser.config.mask_id, len(request.prompt)
-        given = request.region(open_id=-1)
-        if request.middle is None:
-            given = np.full(self._canvas_length(request), -1)
-        # The second word of call 0, whose first word its draws take.
+        given = np.full(self._canvas_length(request), -1) if request.middle is None else request.region
+        # v is the second word of call 0; the draws of that call take the first.
         positions = begin + np.arange(len(given))
         v = uniforms64(request.seed, Purpose.DECODE, 0, positions, 2)[:, 1] if self._is_ancestral else None
         if request.strength is None:
@@ -219,9 +217,9 @@ class Engine:
         if not self._active:
             return []
         self._tick += 1
-        config, due = self._denoiser.config, self._due()
+        due = self._due()
         states = [self._active[row] for row in due]
-        proposals = propose(self._denoiser, self._process, states, config.eos_id, config.pad_id, self._store)
+        proposals = propose(self._denoiser, self._process, states, self._store)
         updates = []
         for row, state, proposal in zip(due, states, proposals, strict=True):
             self._served[row] = self._tick
@@ -230,7 +228,7 @@ class Engine:
                 updates.append(RowUpdate.failed(row, state))
             else:
                 verdict = (proposal.positions, proposal.tokens, proposal.score)
-                committed = state.commit(*verdict, config.eos_id, self._survival)
+                committed = state.commit(*verdict, self.eos_id, self._survival)
                 updates.append(RowUpdate.of(row, state, proposal, committed))
                 if row in self._streams:
                     self._stop_at_string(row, state)

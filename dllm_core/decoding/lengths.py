@@ -10,8 +10,8 @@ Up to 8 lengths are all decoded, and the surest of all is the answer. Of more le
 whose proposals are taken at once: every length up to 63 above the least, then steps of a 32nd of what was added. CAL,
 arXiv:2602.00476, searches by that first call alone. The surest four of it are decoded with a ladder of doubling steps
 as rows of one batch, and from the best one on the hole grows and shrinks by halves of what is untried, till neither
-makes the model surer. The first call finds a length that alone is right, which no slope leads to. Several such holes
-take turns, the others as they stand.
+makes the model surer. The first calls also find a right length among wrong ones, to which no step by step search leads.
+Several such holes take turns, the others as they stand.
 """
 
 import itertools

@@ -119,7 +119,7 @@ def _class(text: str, *, is_wide: bool) -> str:
 
 
 def _literal(character: str) -> str:
-    """In a set as outside of it."""
+    """A character spelled so that it means itself, inside a set of characters and outside."""
     return character if character.isalnum() else rf"\x{{{ord(character):x}}}"
 
 

@@ -70,10 +70,11 @@ class Request:
         given = [i for i, token in enumerate(self.middle or ()) if token is not None]
         return len(self.prompt) + (given[-1] + 1 if given else 0)
 
-    def region(self, open_id: int) -> Ints:
-        """What stands between prompt and suffix [region_length], open_id where nothing is given."""
+    @property
+    def region(self) -> Ints:
+        """What is given between prompt and suffix [region_length], -1 where nothing is."""
         middle = (None,) * self.config.max_tokens if self.middle is None else self.middle
-        return np.array([open_id if token is None else token for token in middle], np.int64)
+        return np.array([-1 if token is None else token for token in middle], np.int64)
 
     @property
     def num_given(self) -> int:

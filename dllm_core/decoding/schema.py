@@ -268,7 +268,7 @@ def _object_of(value: str) -> str:
 
 
 def _either(parts: list[str]) -> str | None:
-    """Of one of these; None of none."""
+    """An expression of what any of the parts matches; None if there are none."""
     regex = _joined("|", parts)
     return regex if len(parts) == 1 else f"({regex})" if parts else None
 

@@ -45,7 +45,7 @@ class Span:
 
     @property
     def width(self) -> int:
-        """How many."""
+        """The number of positions."""
         return self.stop - self.begin
 
 

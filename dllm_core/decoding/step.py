@@ -41,14 +41,13 @@ def propose(
     denoiser: Denoiser,
     process: NoiseProcess,
     rows: Sequence[DecodeState],
-    eos_id: int,
-    pad_id: int,
     store: KeyValueStore | None = None,
 ) -> list[Proposal | None]:
     """What one call says of each row; None where that is no number.
 
     store: where rows that have slots keep keys and values. What such a row computes is kept in turn.
     """
+    eos_id, pad_id = denoiser.config.eos_id, denoiser.config.pad_id
     order: list[int] = []
     packed: list[Tensor] = []
     most = max(row.request.top_logprobs for row in rows)
@@ -89,9 +88,8 @@ def _choose(
             drawn = torch.zeros_like(ranked).scatter_(-1, order, ranked / ranked.sum(-1, keepdim=True))
             law = torch.where(is_hot[:, None], drawn, law)
         probs = _reverse_step(law, process, rows, of_row)
-        fine = uniforms64(*_coordinates(rows, positions))[
-            :, 0
-        ]  # enough for the rare jumps of a short step over a large vocabulary
+        # Fine enough for the rare jumps of a short step over a large vocabulary.
+        fine = uniforms64(*_coordinates(rows, positions))[:, 0]
         tokens = _inverted(probs, sent(fine, device))
         log_probs = probs.log()
     elif hot.any():

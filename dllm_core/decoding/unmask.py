@@ -31,7 +31,7 @@ class UnmaskPolicy(Protocol):
 
 
 class _Quota(Frozen):
-    """The quota's best positions: a fixed number of calls.
+    """The best positions, as many as the quota demands: so the number of calls is fixed.
 
     position_temperature above 0 draws them without replacement with chances that fall as exp(score / it): Dream's
     `alg_temp`, arXiv:2508.15487.

@@ -11,7 +11,7 @@ from typing import Self
 import numpy as np
 import torch
 
-from dllm_core.evaluation.estimate import Estimate, Proportion, jackknife, measure_seed, proportion, ratio, summed
+from dllm_core.estimate import Estimate, Proportion, jackknife, measure_seed, proportion, ratio, summed
 from dllm_core.evaluation.estimators import HeldoutRows, ask, before
 from dllm_core.model.pattern import FULL, AttentionPattern
 from dllm_core.noise.absorbing import AbsorbingProcess
@@ -56,7 +56,6 @@ def score_calibration(
     device: torch.device,
     pattern: AttentionPattern = FULL,
     is_timed: bool = False,
-    num_bins: int = NUM_BINS,
 ) -> CalibrationScores:
     """Hide each counted token with probability `rate` and ask for it in one call.
 
@@ -65,7 +64,7 @@ def score_calibration(
     """
     draws = uniforms(measure_seed(seed, "calibration"), Purpose.EVALUATE, 0, rows.ids, rows.x0.shape[1])
     hidden = rows.counted & (draws < rate)
-    by_bin = np.zeros((3, len(rows.x0), num_bins))
+    by_bin = np.zeros((3, len(rows.x0), NUM_BINS))
     scores = CalibrationScores(rate, by_bin[0], by_bin[1], by_bin[2], np.zeros(len(rows.x0)))
     if not hidden.any():
         return scores
@@ -80,7 +79,7 @@ def score_calibration(
     truth = torch.from_numpy(rows.x0[hidden]).to(device)
     brier = 1 - 2 * probs.gather(-1, truth[:, None])[:, 0] + (probs**2).sum(-1)
     sure = confidence.cpu().numpy()
-    at = (np.nonzero(hidden)[0], np.minimum((sure * num_bins).astype(np.int64), num_bins - 1))
+    at = (np.nonzero(hidden)[0], np.minimum((sure * NUM_BINS).astype(np.int64), NUM_BINS - 1))
     np.add.at(scores.tokens, at, 1.0)
     np.add.at(scores.hits, at, (guess == truth).double().cpu().numpy())
     np.add.at(scores.confidence, at, sure)

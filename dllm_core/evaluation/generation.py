@@ -9,6 +9,7 @@ import numpy as np
 from dllm_core.decoding.config import DecodeConfig
 from dllm_core.decoding.engine import Engine
 from dllm_core.decoding.request import Request
+from dllm_core.evaluation.likelihood import unigram_entropy
 from dllm_core.evaluation.writers import Tokens
 
 
@@ -38,15 +39,10 @@ def measure_decoding(
         room = min(config.max_tokens, context - len(prompt))
         requests.append(Request(tuple(prompt), config.model_copy(update={"max_tokens": room}), seed=seed + number))
     answers = engine.generate(requests)
+    counts = np.array(list(Counter(token for answer in answers for token in answer.tokens).values()), np.int64)
     return DecodeCost(
         prompts=len(requests),
         tokens=sum(answer.num_committed for answer in answers),
         calls=sum(answer.num_calls for answer in answers),
-        entropy=_entropy([token for answer in answers for token in answer.tokens]),
+        entropy=unigram_entropy(counts),
     )
-
-
-def _entropy(tokens: Sequence[int]) -> float:
-    counts = np.array(list(Counter(tokens).values()), dtype=np.float64)
-    share = counts / max(counts.sum(), 1)
-    return float((share * -np.log(share)).sum())

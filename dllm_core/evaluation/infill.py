@@ -14,12 +14,14 @@ import torch
 
 from dllm_core.decoding.config import DecodeConfig
 from dllm_core.decoding.engine import Engine
+from dllm_core.decoding.forward import padded_length
 from dllm_core.decoding.request import Request
 from dllm_core.decoding.unmask import LowConfidencePolicy
+from dllm_core.estimate import Estimate, Proportion, measure_seed, proportion, ratio
 from dllm_core.evaluation.config import Side
-from dllm_core.evaluation.estimate import Estimate, Proportion, measure_seed, proportion, ratio
 from dllm_core.evaluation.estimators import HeldoutRows
-from dllm_core.evaluation.writers import CausalWriter, Writer
+from dllm_core.evaluation.writers import Writer
+from dllm_core.model.pattern import CAUSAL
 from dllm_core.noise.process import AnyNoise
 from dllm_core.objective.config import AnyObjective, AutoregressiveConfig, BlockDiffusionConfig
 from dllm_core.objective.loss import DenoiserLike
@@ -137,6 +139,7 @@ class CausalFiller:
     """Autoregression, token after token, the likeliest each time: it sees what stands before, and nothing behind.
 
     never: the end and padding, which the engine rules out in a hole too, so that both choose among the same tokens.
+    The row is read anew for each token, without a cache: this measures, and does not serve.
     """
 
     sides: tuple[Side, ...] = ("left",)
@@ -150,16 +153,35 @@ class CausalFiller:
         never: Collection[int],
         batch_rows: int = 32,
     ) -> None:
-        self._writer = CausalWriter(denoiser, mask_id, device, end_id=None, never=never, batch_rows=batch_rows)
+        self._denoiser, self._mask_id, self._device = denoiser, mask_id, device
+        self._never, self._batch_rows = sorted({*never, mask_id}), batch_rows
 
     def fill(self, holes: Sequence[Hole], side: Side) -> list[Filled]:
         """Holes of one length, in order. Raises ValueError for a side that it cannot see."""
         if side not in self.sides:
             raise ValueError(f"autoregression sees the left side only, got {side!r}")
-        if not holes:
-            return []
-        written = self._writer.write([hole.before.tolist() for hole in holes], len(holes[0].truth), seed=0)
-        return [Filled(np.array(answer.tokens, np.int64), answer.num_calls) for answer in written]
+        found: dict[int, Filled] = {}
+        widths = [padded_length(len(hole.before) + len(hole.truth)) for hole in holes]
+        for width in sorted(set(widths)):  # rows of one width go together: a row's own length decides its padding
+            at = [i for i, own in enumerate(widths) if own == width]
+            for start in range(0, len(at), self._batch_rows):
+                part = at[start : start + self._batch_rows]
+                found.update(zip(part, self._filled([holes[i] for i in part], width), strict=True))
+        return [found[i] for i in range(len(holes))]
+
+    @torch.inference_mode()
+    def _filled(self, holes: list[Hole], width: int) -> list[Filled]:
+        """ids[:, i] is the token before position i, the mask where there is none."""
+        size, ids = len(holes[0].truth), torch.full((len(holes), width + 1), self._mask_id)
+        for row, hole in zip(ids, holes, strict=True):
+            row[1 : 1 + len(hole.before)] = torch.from_numpy(hole.before)
+        rows, heads = torch.arange(len(holes)), torch.tensor([len(hole.before) for hole in holes])
+        for step in range(size):
+            shown, read = ids[:, :width].to(self._device), (rows * width + heads + step).to(self._device)
+            logits = self._denoiser(shown, read=read, pattern=CAUSAL).cpu()
+            logits[:, self._never] = -torch.inf
+            ids[rows, heads + step + 1] = logits.argmax(-1)
+        return [Filled(row[1 + n : 1 + n + size].numpy(), size) for row, n in zip(ids, heads.tolist(), strict=True)]
 
 
 class LeftFiller:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from dllm_core.evaluation.estimate import ratio
+from dllm_core.estimate import ratio
 from dllm_core.evaluation.estimators import Draw, Estimator, HeldoutRows
 from dllm_core.objective.loss import DenoiserLike
 from dllm_core.seeding import Doubles, Ints
@@ -161,9 +161,9 @@ def without_likelihood(rows: int, token_counts: Ints, byte_lengths: Ints) -> Lik
 
 
 def unigram_entropy(token_counts: Ints) -> float:
-    """Nats a token of the best model that knows frequencies alone, fitted to these very tokens."""
+    """Nats a token of the best model that knows frequencies alone, fitted to these very tokens; 0 of none."""
     share = token_counts[token_counts > 0] / token_counts.sum()
-    return float(-(share * np.log(share)).sum())
+    return float((share * -np.log(share)).sum())
 
 
 def bits_per_byte(nats_per_token: float, tokens: int, num_bytes: int) -> float | None:

@@ -21,7 +21,7 @@ from dllm_core.objective.loss import DenoiserLike
 
 
 def why_not_written(bundle: ModelBundle) -> ConfigError | None:
-    """What says that a bundle cannot write; None where there is a decoder for it."""
+    """The error that there is no decoder for a bundle; None where there is one."""
     said = bundle.manifest
     return no_decoder(said.objective, said.process, bundle.config.model)
 
@@ -58,7 +58,7 @@ def filler_over(
 
 
 def why_no_confidence(bundle: ModelBundle) -> ConfigError | None:
-    """What says that a bundle has no masks to be sure about; None if it has.
+    """The error that a bundle's noise is no masks, of which alone calibration is; None if it is.
 
     With replaced tokens a place may be wrong without being hidden: how sure one is of it is another question.
     """

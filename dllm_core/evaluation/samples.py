@@ -11,10 +11,10 @@ from typing import Self
 
 import numpy as np
 
-from dllm_core.evaluation.estimate import Estimate, jackknife, ratio
+from dllm_core.estimate import Estimate, jackknife, ratio
 from dllm_core.evaluation.estimators import HeldoutRows
 from dllm_core.evaluation.scorers import Scorer
-from dllm_core.evaluation.writers import Tokens, Writer
+from dllm_core.evaluation.writers import Tokens
 from dllm_core.seeding import Bools, Doubles, Ints
 
 
@@ -64,11 +64,6 @@ def openings(
         prompts.append(ids[:head].tolist())
         texts.append(ids[head:stop].tolist())
     return prompts, texts
-
-
-def complete(writer: Writer, prompts: Sequence[Tokens], max_tokens: int, *, seed: int) -> Samples:
-    """A writer's answers behind their prompts."""
-    return Samples.of(prompts, [answer.tokens for answer in writer.write(prompts, max_tokens, seed=seed)])
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from dllm_core.checkpoints.bundle import ModelBundle
 from dllm_core.errors import CheckpointError
 from dllm_core.model.pattern import CAUSAL
+from dllm_core.model.visibility import offsets
 from dllm_core.objective.autoregressive import shifted
 from dllm_core.objective.config import AutoregressiveConfig
 from dllm_core.objective.loss import DenoiserLike
@@ -119,10 +120,7 @@ class NGramModel:
 def _flat(x0: Ints, is_real: Bools, segment_ids: NDArray[np.int32] | None) -> tuple[Ints, Ints]:
     """Tokens [N L] end to end, and how many of its document stand before each in its row; -1: no token."""
     document = np.where(is_real, 0 if segment_ids is None else segment_ids, -1)
-    begins = np.ones(x0.shape, bool)
-    begins[:, 1:] = document[:, 1:] != document[:, :-1]
-    index = np.broadcast_to(np.arange(x0.shape[1]), x0.shape)
-    depth = index - np.maximum.accumulate(np.where(begins, index, 0), axis=1)
+    depth = offsets([torch.from_numpy(document)], x0.shape[1], torch.device("cpu")).numpy()
     return x0.ravel(), np.where(is_real, depth, -1).ravel()
 
 

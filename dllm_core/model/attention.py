@@ -56,7 +56,7 @@ class JoinedStrips:
     strips: Sequence[Strip]
 
     def layer(self, number: int) -> "JoinedRows":
-        """Those of one layer."""
+        """The strips as one layer takes them."""
         return JoinedRows(self.strips, number)
 
 

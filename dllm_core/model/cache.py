@@ -52,11 +52,6 @@ class KeyValueStore:
         """Positions that a slot holds."""
         return self.slots.shape[4]
 
-    @property
-    def num_taken(self) -> int:
-        """Slots that rows hold."""
-        return len(self.lengths) - len(self._free)
-
     def take(self, capacity: int) -> int:
         """A free slot with room for so many positions, empty. What is too small is copied into twice the room."""
         rows, held = len(self.lengths), self.capacity
@@ -167,7 +162,7 @@ class KeyValues:
 class NewPositions:
     """Where a forward's new keys and values go, and what its queries see.
 
-    slots [layers 2 rows H K d]; offsets int64 [B n]: positions counted from a row's first; attention, as exact as slots
+    slots [layers 2 rows G K d]; offsets int64 [B n]: positions counted from a row's first; attention, as exact as slots
     are, [B 1 n|4 K]: 0 where a query sees a key, else -inf; at: (slot, offset) and of: (row, column) of each real new
     position [m].
     """
@@ -185,7 +180,7 @@ class NewPositions:
         return self.slots.shape[4]
 
     def layer(self, number: int) -> "LayerKeyValues":
-        """Those of one layer."""
+        """One layer's part of them."""
         return LayerKeyValues(self, number)
 
 
@@ -202,7 +197,7 @@ class LayerKeyValues:
         return len(self.new.offsets)
 
     def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """New keys and values [B H n d] -> kept and new ones together [B H K d] each."""
+        """New keys and values [B G n d] -> kept and new ones together [B G K d] each."""
         slots = self.new.slots[self.number]
         (slot, offset), (row, column) = self.new.at, self.new.of
         slots[:, slot, :, offset] = torch.stack([keys, values]).permute(1, 3, 0, 2, 4)[row, column].to(slots.dtype)

@@ -113,7 +113,7 @@ class ModelConfig(Frozen):
 
     def can_keep(self, pattern: AttentionPattern) -> bool:
         """Whether logits of new positions need nothing of settled ones but their keys and values."""
-        return pattern.kind in ("causal", "block_causal") and (pattern.kind == "causal" or not self.shifted)
+        return pattern.kind == "causal" or (pattern.kind == "block_causal" and not self.shifted)
 
     def has_experts(self, layer: int) -> bool:
         """Whether this layer's feed-forward part is a mixture."""

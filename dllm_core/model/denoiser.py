@@ -194,14 +194,14 @@ class Denoiser(nn.Module):
         new = cache.open(pattern, width, is_real)
         is_shifted = self.config.model.shifted and pattern.kind == "full"
         if positions is None:
-            tables = self._rope(new.reach, input_ids.device, None, 1)
+            tables = self._rope(new.reach, input_ids.device)
             if self.recorder is not None:
                 logits = self.recorder(input_ids, new, read, tables, is_shifted=is_shifted)
                 if logits is not None:
                     return logits
             cos, sin = (table[new.offsets][:, None] for table in tables)
         else:
-            cos, sin = self._rope(width, input_ids.device, positions, 1)
+            cos, sin = self._rope(width, input_ids.device, positions)
         missing = max(0, -(-MIN_ROWS // width) - rows)  # rows of padding, so that no matrix product has too few
         if missing:
             input_ids = functional.pad(input_ids, (0, 0, 0, missing))
@@ -247,12 +247,12 @@ class Denoiser(nn.Module):
                 seen = visible_keys(pattern, shape[1], part.input_ids.device, part.is_real)
                 strips.append(Strip(shape, None if seen is None else seen[:, None], None))
                 at = torch.arange(shape[1], device=part.input_ids.device).expand(shape)
-                cos, sin = self._rope(shape[1], part.input_ids.device, None, 1)
+                cos, sin = self._rope(shape[1], part.input_ids.device)
             else:
                 new = part.cache.open(pattern, shape[1], part.is_real)
                 strips.append(Strip(shape, new.attention, new))
                 at = new.offsets
-                cos, sin = self._rope(new.reach, part.input_ids.device, None, 1)
+                cos, sin = self._rope(new.reach, part.input_ids.device)
             tables.append((cos[at.flatten()], sin[at.flatten()]))
         ids = torch.cat([part.input_ids.flatten() for part in parts])
         missing = max(0, MIN_ROWS - len(ids))
@@ -338,16 +338,19 @@ class Denoiser(nn.Module):
         # A slice of all would still cost its backward a copy of the gradient.
         return logits if read is None or len(logits) == len(x) else logits[: len(x)]
 
-    def _rope(self, length: int, device: torch.device, positions: Tensor | None, halves: int) -> tuple[Tensor, Tensor]:
+    def _rope(
+        self, length: int, device: torch.device, positions: Tensor | None = None, halves: int = 1
+    ) -> tuple[Tensor, Tensor]:
         """(cos, sin) for every position of the input; those of 0 to L - 1 are kept for as long as they fit."""
         model = self.config.model
         if positions is None:
-            if self._tables is None or self._tables[0].shape[0] < length or self._tables[0].device != device:
+            tables = self._tables  # another thread may put shorter ones there at any time
+            if tables is None or tables[0].shape[0] < length or tables[0].device != device:
                 longest = max(length, min(self.config.context_length, _LONGEST_TABLE))
                 with torch.inference_mode(False):  # else a model that was evaluated first could not be trained
                     every = torch.arange(longest, device=device)
-                    self._tables = rope_tables(every, model.rope_dim, model.rope_theta)
-            cos, sin = (table[:length] for table in self._tables)
+                    tables = self._tables = rope_tables(every, model.rope_dim, model.rope_theta)
+            cos, sin = (table[:length] for table in tables)
         else:
             cos, sin = rope_tables(positions, model.rope_dim, model.rope_theta)
             if positions.ndim == 2:

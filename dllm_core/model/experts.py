@@ -101,7 +101,7 @@ class MixtureOfExperts(nn.Module):
         return mixed
 
     def _counts(self, chosen: Tensor) -> list[int]:
-        """Tokens of each expert."""
+        """How many tokens each expert gets."""
         if self.assumes_even:
             each, more = divmod(chosen.numel(), len(self.down))
             return [each + (expert < more) for expert in range(len(self.down))]

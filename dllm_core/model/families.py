@@ -354,6 +354,14 @@ def family_of(fields: Fields) -> Family:
     raise CheckpointError(f"{fields.place}: model_type", "is not known", model_type, f"known are {known}")
 
 
+def family_named(name: str) -> Family:
+    """The family that a layout names. Raises CheckpointError for one that is not known."""
+    for family in FAMILIES:
+        if family.name == name:
+            return family
+    raise CheckpointError("family", "is not known", name, f"known are {', '.join(family.name for family in FAMILIES)}")
+
+
 def model_of(family: Family, fields: Fields) -> ModelConfig:
     """The sizes of a checkpoint's denoiser. Raises CheckpointError for what this one cannot compute."""
     if family.is_causal:

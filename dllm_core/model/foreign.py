@@ -24,8 +24,8 @@ from dllm_core.config.base import Frozen
 from dllm_core.errors import CheckpointError, ConfigError, DataError
 from dllm_core.model.config import CONFIG_NAME, WEIGHTS_NAME, DenoiserConfig
 from dllm_core.model.denoiser import Denoiser
-from dllm_core.model.families import FAMILIES, LLADA, Family, Fields, Place, family_of, model_of, places
-from dllm_core.model.pretrained import BY_TOKEN, assign_weights, weights_of
+from dllm_core.model.families import LLADA, Family, Fields, Place, family_named, family_of, model_of, places
+from dllm_core.model.pretrained import BY_TOKEN, assign_weights, differences, weights_of
 from dllm_core.model.special_ids import (
     TOKENIZER_CONFIG_NAME,
     TOKENIZER_NAME,
@@ -191,7 +191,7 @@ def write_foreign(weights: Mapping[str, Tensor], config: DenoiserConfig, layout:
         raise CheckpointError(str(folder), f"{_listed(leaving)} would be written elsewhere")
     if folder.exists() and any(folder.iterdir()):
         raise DataError(str(folder), "is not empty", remedy="name a new folder")
-    [family] = [family for family in FAMILIES if family.name == layout.family]
+    family = family_named(layout.family)
     of_theirs = {place.foreign: place for place in places(family, config.model, config.vocab_size)}
     for file, header in layout.parsed().items():
         lacking = [name for name in header.entries if name not in of_theirs and name not in layout.buffers]
@@ -307,15 +307,9 @@ def _check_tensors(folder: Path, expected: list[Place], headers: Mapping[str, He
         for name, entry in header.entries.items():
             wrong += [f"twice {name}"] if name in shapes else []
             shapes[name] = entry.shape
-    known = {place.foreign: place for place in expected}
-    wrong += [f"missing {name}" for name, place in known.items() if name not in shapes and not place.is_optional]
-    wrong += [f"unknown {name}" for name in shapes if name not in known and not name.endswith(_IGNORED)]
-    wrong += [
-        f"{name} is {list(shapes[name])}, must be {list(place.shape)}"
-        for name, place in known.items()
-        if name in shapes and shapes[name] != place.shape
-    ]
-    if wrong:
+    needed = {one.foreign: one.shape for one in expected if one.foreign in shapes or not one.is_optional}
+    read = {name: shape for name, shape in shapes.items() if name in needed or not name.endswith(_IGNORED)}
+    if wrong := wrong + differences(needed, read):
         raise CheckpointError(str(folder), _listed(wrong))
 
 
@@ -357,7 +351,7 @@ def trained_layout(
     is_causal, in_blocks: how they see now. An autoregressive Qwen2 that sees whole rows and tells the next token is
     Dream. Rows of tokens that were added are written too.
     """
-    [family] = [family for family in FAMILIES if family.name == layout.family]
+    family = family_named(layout.family)
     said: dict[str, Any] = {}
     if (family.is_causal, family.in_blocks) != (is_causal, in_blocks):
         if family.name != "qwen2" or is_causal or in_blocks or not config.model.shifted:
@@ -371,7 +365,7 @@ def trained_layout(
 
 def _with_rows(layout: ForeignLayout, config: DenoiserConfig, said: dict[str, Any]) -> ForeignLayout:
     """The same with the config's rows, which may be more, and with what is `said` in config.json."""
-    [family] = [family for family in FAMILIES if family.name == layout.family]
+    family = family_named(layout.family)
     values, texts, rows = json.loads(layout.texts[CONFIG_NAME]), dict(layout.texts), config.vocab_size
     if rows == layout.rows and not said:
         return layout

@@ -13,7 +13,7 @@ LONGEST_SUM = 768
 
 
 def pad_rows(x: Tensor) -> Tensor:
-    """At least 16 rows: those of x [n D], then zeros. As it is in training, where no row's bits are promised."""
+    """The rows x [n D] and zeros behind them, 16 at least; in training, where no row's bits are promised, x alone."""
     missing = max(0, MIN_ROWS - len(x)) if not torch.is_grad_enabled() else 0
     return functional.pad(x, (0, 0, 0, missing))
 
@@ -56,7 +56,7 @@ class Linear(nn.Linear):
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """X W^T + b: [... K], [N K], [N] -> [... N]. For decoding and scoring in fp32 on a CPU, in sums of LONGEST_SUM."""
+    """The product x W^T + b: [... K], [N K], [N] -> [... N]. In inference in fp32 on a CPU in sums of LONGEST_SUM."""
     length = weight.shape[1]
     is_short = length <= LONGEST_SUM or x.dtype != torch.float32 or x.device.type != "cpu"
     # A graph cannot ask the last: a compiled block would be cut at each of its matrices.

@@ -53,15 +53,19 @@ def copy_weights(denoiser: Denoiser, weights: Mapping[str, Tensor], place: str) 
 
 def check_weights(expected: Mapping[str, torch.Size], found: Mapping[str, torch.Size], place: str) -> None:
     """Raises CheckpointError that lists what is missing, unknown and misshapen."""
-    wrong = [f"missing {name}" for name in expected.keys() - found.keys()]
-    wrong += [f"unknown {name}" for name in found.keys() - expected.keys()]
-    wrong += [
+    if wrong := differences(expected, found):
+        raise CheckpointError(place, "; ".join(sorted(wrong)[:8]))
+
+
+def differences(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Which shapes are missing, unknown and other than expected, each in words."""
+    wrong = [f"missing {name}" for name in expected if name not in found]
+    wrong += [f"unknown {name}" for name in found if name not in expected]
+    return wrong + [
         f"{name} is {list(found[name])}, must be {list(shape)}"
         for name, shape in expected.items()
         if name in found and found[name] != shape
     ]
-    if wrong:
-        raise CheckpointError(place, "; ".join(sorted(wrong)[:8]))
 
 
 def weights_of(denoiser: Denoiser) -> dict[str, Tensor]:

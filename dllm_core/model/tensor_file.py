@@ -129,7 +129,7 @@ class LazyTensors(Mapping[str, Tensor]):
     @property
     @abstractmethod
     def shapes(self) -> Mapping[str, torch.Size]:
-        """Of all there are, without making one."""
+        """The shape of every tensor, without making one."""
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)
@@ -139,7 +139,7 @@ class LazyTensors(Mapping[str, Tensor]):
 
 
 class TensorFile(LazyTensors):
-    """Those of a file, each read when it is asked for."""
+    """The tensors of a file, each read when it is asked for."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._header = path, read_header(path)
@@ -150,7 +150,7 @@ class TensorFile(LazyTensors):
         return {name: torch.Size(entry.shape) for name, entry in self._header.entries.items()}
 
     def __getitem__(self, name: str) -> Tensor:
-        """Of the file's type; told as progress."""
+        """The tensor, in the file's type; told as progress."""
         entry = self._header.entries[name]
         found = torch.empty(entry.shape, dtype=entry.dtype)
         with self._path.open("rb") as file:
@@ -160,7 +160,7 @@ class TensorFile(LazyTensors):
 
 
 def shapes_of(tensors: Mapping[str, Tensor]) -> Mapping[str, torch.Size]:
-    """By name."""
+    """The shape of each tensor by name; of lazy ones none is made for it."""
     if isinstance(tensors, LazyTensors):
         return tensors.shapes
     return {name: tensor.shape for name, tensor in tensors.items()}

@@ -7,10 +7,8 @@ integral of `nelbo_rate`. D3PM, arXiv:2107.03006, eq. 1; MDLM, arXiv:2406.07524,
 """
 
 from dllm_core.noise.arrays import Array, array_namespace, cast, widened
-from dllm_core.noise.interpolating import InterpolatingProcess, divergence, log_odds, log_ratio
+from dllm_core.noise.interpolating import LEAST, InterpolatingProcess, divergence, log_odds, log_ratio
 from dllm_core.noise.law import Law, law_of
-
-_LEAST = 1e-300
 
 
 def snapped(t: Array, steps: int) -> Array:
@@ -35,7 +33,7 @@ def step_nats(process: InterpolatingProcess, law: Array | Law, x0: Array, xt: Ar
         for weights in (early, late)
     )
     into = xp.where(is_mask, step.mask, step.text / num_text)
-    after = xp.clip(after, _LEAST, 1)
+    after = xp.clip(after, LEAST, 1)
     found = law.read(x0, xt, log_odds(early, num_text))
     stayed = cast(step.keep * before / after, t) * -log_ratio(early, num_text, found, x0, xt, t)
     jumped = cast(into / after, t) * divergence(early, num_text, found, t)

@@ -20,7 +20,7 @@ from dllm_core.noise.arrays import Array, array_namespace, cast, log_softmax_wit
 from dllm_core.noise.law import Law, Reading, law_of
 from dllm_core.noise.schedule import AnySchedule, LinearSchedule
 
-_LEAST = 1e-300  # stands for a weight of 0 under a logarithm; always multiplied by that 0
+LEAST = 1e-300  # stands for a weight of 0 under a logarithm; always multiplied by that 0
 _EDGE = 1e-12  # the rates' limits at t = 0 and 1 are taken this far inside
 _LARGEST_LOG = 80.0  # exp of it fits float32; beyond, the weight in front is 0
 
@@ -131,7 +131,7 @@ class InterpolatingProcess(Frozen):
 def log_odds(mixture: Mixture, num_text: int) -> Array:
     """log(keep / weight of one text id) [...], float64: the `shift` of what is read of a law."""
     xp = array_namespace(mixture.keep)
-    log_keep, log_text = (xp.log(xp.clip(part, _LEAST, 1)) for part in (mixture.keep, mixture.text / num_text))
+    log_keep, log_text = (xp.log(xp.clip(part, LEAST, 1)) for part in (mixture.keep, mixture.text / num_text))
     return log_keep - log_text
 
 
@@ -147,8 +147,8 @@ def log_ratio(mixture: Mixture, num_text: int, found: Reading, x0: Array, xt: Ar
 def _log_ratio_at_x0(mixture: Mixture, num_text: int, found: Reading, like: Array) -> Array:
     xp = array_namespace(found.of_x0)
     keep, text = mixture.keep, mixture.text / num_text
-    log_keep, log_text = (xp.log(xp.clip(part, _LEAST, 1)) for part in (keep, text))
-    q_x0 = xp.clip(keep + text, _LEAST, 1)
+    log_keep, log_text = (xp.log(xp.clip(part, LEAST, 1)) for part in (keep, text))
+    q_x0 = xp.clip(keep + text, LEAST, 1)
     change = cast(keep / q_x0, like) * xp.expm1(found.of_x0)
     far = xp.logaddexp(cast(log_keep, like) + found.of_x0, cast(log_text, like)) - cast(xp.log(q_x0), like)
     return xp.where(change > -0.5, xp.log1p(xp.clip(change, -0.5, None)), far)

@@ -43,7 +43,7 @@ class LogProbs:
         return int(self.values.shape[-1]) - 1
 
     def of(self, ids: Array) -> Array:
-        """Picked."""
+        """The entries [...] at ids [...]."""
         return picked(self.values, ids)
 
     def read(self, x0: Array, xt: Array, shift: Array) -> Reading:

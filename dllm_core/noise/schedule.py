@@ -6,7 +6,7 @@ A process evaluates a schedule in float64 (`InterpolatingProcess.mixture`), what
 """
 
 import math
-from typing import Annotated, Literal, Protocol
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -14,35 +14,27 @@ from dllm_core.config.base import Frozen
 from dllm_core.noise.arrays import Array, array_namespace
 
 
-class NoiseSchedule(Protocol):
-    """alpha falls from 1 at t = 0 to 0 (or eps) at t = 1; `dalpha_dt` is its exact derivative."""
+class NoiseSchedule(Frozen):
+    """alpha falls from 1 at t = 0 to 0 (or eps) at t = 1."""
 
     def alpha(self, t: Array) -> Array:
         """Probability that a token has survived until t. t: any shape, in [0, 1]."""
+        raise NotImplementedError
 
     def dalpha_dt(self, t: Array) -> Array:
-        """Derivative of alpha, never positive."""
+        """The exact derivative of alpha, never positive."""
+        raise NotImplementedError
 
     def at_noise(self, noise: Array) -> Array:
         """The time in [0, 1] at which a share `noise` has not survived; 1 for more than the schedule takes."""
-
-    def inverse(self, alpha: Array) -> Array:
-        """`at_noise` of 1 - alpha, which keeps no digit of a small share of noise."""
-
-
-class _Schedule(Frozen):
-    """What every schedule has of `at_noise`."""
-
-    def at_noise(self, noise: Array) -> Array:
-        """Each one's own."""
         raise NotImplementedError
 
     def inverse(self, alpha: Array) -> Array:
-        """`at_noise` of what has not survived."""
+        """`at_noise` of 1 - alpha, which keeps no digit of a small share of noise."""
         return self.at_noise(1 - alpha)
 
 
-class LinearSchedule(_Schedule):
+class LinearSchedule(NoiseSchedule):
     """alpha(t) = 1 - t, so the mask rate is t itself. MDLM, arXiv:2406.07524; LLaDA, arXiv:2502.09992."""
 
     type: Literal["linear"] = "linear"
@@ -60,7 +52,7 @@ class LinearSchedule(_Schedule):
         return noise
 
 
-class CosineSchedule(_Schedule):
+class CosineSchedule(NoiseSchedule):
     """alpha(t) = 1 - cos(pi/2 (1 - t)): slow at the noisy end. MaskGIT, arXiv:2202.04200.
 
     Each is written as the sine that is exact where it is 0: cos(pi/2 (1 - t)) loses its digits at small t.
@@ -81,7 +73,7 @@ class CosineSchedule(_Schedule):
         return 2 / math.pi * array_namespace(noise).arcsin(noise)
 
 
-class LogLinearSchedule(_Schedule):
+class LogLinearSchedule(NoiseSchedule):
     """alpha(t) = 1 - (1 - eps) t, that is exp(-sigma) with sigma = -log(1 - (1 - eps) t). MDLM, arXiv:2406.07524.
 
     The linear schedule, stopped when eps of the text is left. So its integral over t is eps short of a bound: a chain
@@ -104,7 +96,7 @@ class LogLinearSchedule(_Schedule):
         return array_namespace(noise).clip(noise / (1 - self.eps), 0, 1)
 
 
-class PolynomialSchedule(_Schedule):
+class PolynomialSchedule(NoiseSchedule):
     """alpha(t) = 1 - t^w: above w = 1 slow at the clean end. MD4, arXiv:2406.04329."""
 
     type: Literal["polynomial"] = "polynomial"

@@ -71,7 +71,7 @@ class Diffusion:
         return [self._drawn(rows), *([self._complement(rows)] if self._config.complementary else [])]
 
     def _read(self, rows: Rows, noised: _Noised) -> Tensor:
-        """Where it is asked, bool [B L]."""
+        """Where the denoiser is asked, bool [B L]."""
         return rows.counted if self._process.replaces else rows.counted & (noised.xt == self._process.mask_id)
 
     def _part(self, denoiser: DenoiserLike, rows: Rows, noised: _Noised) -> tuple[Tensor, Tensor, float, Tensor]:

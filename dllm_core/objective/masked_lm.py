@@ -6,6 +6,7 @@ from numpy.typing import NDArray
 
 from dllm_core.data.batch import Batch
 from dllm_core.model.pattern import FULL
+from dllm_core.noise.interpolating import text_ids
 from dllm_core.objective.config import MaskedLMConfig
 from dllm_core.objective.loss import DenoiserLike, LossSum, Rows
 from dllm_core.objective.vocabulary import nll
@@ -46,8 +47,7 @@ class MaskedLM:
         v = uniforms64(self._seed, Purpose.MASKED_LM, 1, counters, length)
         is_replaced = (v >= config.masked) & (v < config.masked + config.replaced)
         # What is left of v inside its interval is uniform again: the random token.
-        other = ((v - config.masked) / max(config.replaced, 1e-9) * (self._vocab_size - 1)).astype(np.int64)
-        other = np.clip(other, 0, self._vocab_size - 2)
-        other += other >= self._mask_id
+        share = ((v - config.masked) / max(config.replaced, 1e-9)).clip(0, 1 - 2**-32)
+        other = text_ids(share, self._mask_id, self._vocab_size, x0)
         noised = np.where(v < config.masked, self._mask_id, np.where(is_replaced, other, x0))
         return np.where(chosen, noised, x0), chosen

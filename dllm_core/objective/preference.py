@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from dllm_core.data.batch import Batch
+from dllm_core.model import visibility
 from dllm_core.model.pattern import training_pattern
 from dllm_core.noise.exact_count import exact_counts
 from dllm_core.objective.config import PreferenceConfig
@@ -130,6 +131,6 @@ def documents(batch: Batch) -> Ints:
 
 def offsets(batch: Batch) -> Ints:
     """How far each token [B L] stands from its document's first."""
-    number, index = documents(batch), np.arange(batch.x0.shape[1])
-    begins = np.diff(number, axis=1, prepend=-1) != 0
-    return index - np.maximum.accumulate(np.where(begins, index, 0), axis=1)
+    labels = [torch.from_numpy(batch.segment_ids)]
+    found: Ints = visibility.offsets(labels, batch.x0.shape[1], labels[0].device).numpy()
+    return found

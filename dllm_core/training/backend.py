@@ -187,17 +187,17 @@ class LocalBackend:
 
     @staticmethod
     def assign(module: Denoiser, weights: Mapping[str, Tensor], place: str) -> None:
-        """Copied."""
+        """Copied into the module's own tensors."""
         copy_weights(module, weights, place)
 
     @staticmethod
     def frozen(module: Denoiser, config: TrainConfig) -> DenoiserLike:
-        """Itself, under autocast where it is asked."""
+        """The module itself: who asks it has set autocast."""
         return module.eval().requires_grad_(False)
 
     @staticmethod
     def alone(module: Denoiser, device: torch.device) -> Denoiser:
-        """Itself."""
+        """The module itself."""
         return module
 
     @staticmethod
@@ -240,11 +240,11 @@ class LocalBackend:
         return trained_weights(self.module)
 
     def gather(self, shard: dict[str, Tensor]) -> dict[str, Tensor]:
-        """It is whole, and copied."""
+        """The shard is whole already: a copy of it."""
         return copied(shard)
 
     def scatter(self, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """All, on the module's device."""
+        """All tensors, on the module's device."""
         return {name: tensor.to(self.device) for name, tensor in whole.items()}
 
     def optimizer_state(self) -> dict[str, Tensor]:

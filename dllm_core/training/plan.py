@@ -210,7 +210,7 @@ class Pace:
 
     @property
     def seconds(self) -> float:
-        """Of all steps."""
+        """Seconds that all steps take."""
         return self.steps * self.step_seconds
 
 

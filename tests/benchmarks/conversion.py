@@ -23,7 +23,7 @@ from starts import Prepared
 
 from dllm_core.checkpoints.bundle import read_bundle
 from dllm_core.data.loader import evenly, split_rows
-from dllm_core.evaluation.estimate import ratio
+from dllm_core.estimate import ratio
 from dllm_core.evaluation.estimators import Draw, HeldoutRows, estimator_of
 
 CPU, ROWS = torch.device("cpu"), 1024

@@ -20,8 +20,8 @@ from dllm_core.data.loader import TokenRows, documents_of, evenly, split_rows
 from dllm_core.data.manifest import CorpusManifest, read_manifest
 from dllm_core.decoding.config import DecodeConfig
 from dllm_core.decoding.request import Request
+from dllm_core.estimate import measure_seed, proportion
 from dllm_core.evaluation.config import Side
-from dllm_core.evaluation.estimate import measure_seed, proportion
 from dllm_core.evaluation.estimators import HeldoutRows, estimator_of_bundle
 from dllm_core.evaluation.infill import Filler, Hole, cut_holes, score_holes, summarize_holes
 from dllm_core.evaluation.likelihood import score_rows, side_by_side, summarize

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from dllm_core.config.base import Frozen
 from dllm_core.data.order import SampleOrder
-from dllm_core.evaluation.estimate import measure_seed
+from dllm_core.estimate import measure_seed
 from dllm_core.evaluation.tasks.problem import Grade, Part, Problem, first_of
 from dllm_core.seeding import Doubles, Ints, Purpose, uniforms64
 
@@ -57,15 +57,3 @@ class AdditionTask(Frozen):
         left, right = problem.prompt.removesuffix("=").split("+")
         wanted = self._written(int(left) + int(right))
         return Grade(answer == wanted, sum(x == y for x, y in zip(answer, wanted, strict=False)), len(wanted))
-
-
-def longest_carry(problem: Problem) -> int:
-    """How many places in a row a carry runs through: 0 for 12 + 34, 3 for 1 + 999."""
-    left, right = (int(number) for number in problem.prompt.removesuffix("=").split("+"))
-    longest = run = carry = 0
-    while left or right or carry:
-        carry = int(left % 10 + right % 10 + carry > 9)
-        run = run + 1 if carry else 0
-        longest = max(longest, run)
-        left, right = left // 10, right // 10
-    return longest

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dllm_core.data.tokenizer import Tokenizer
-from dllm_core.evaluation.estimate import Estimate, Proportion, proportion, ratio
+from dllm_core.estimate import Estimate, Proportion, proportion, ratio
 from dllm_core.evaluation.tasks.problem import Grade, Problem, Task
 from dllm_core.evaluation.writers import Writer
 

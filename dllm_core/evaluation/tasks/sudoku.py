@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 
 from dllm_core.config.base import FieldProblem, Frozen
 from dllm_core.data.order import SampleOrder
-from dllm_core.evaluation.estimate import measure_seed
+from dllm_core.estimate import measure_seed
 from dllm_core.evaluation.tasks.problem import Grade, Part, Problem, first_of
 from dllm_core.seeding import Ints
 

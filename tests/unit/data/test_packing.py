@@ -8,7 +8,16 @@ from conftest import draws
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dllm_core.data.packing import IsolatedPacking, PaddedPacking, PairsPacking, TokenRun, WrapPacking, pack
+from dllm_core.data.packing import (
+    IsolatedPacking,
+    PaddedPacking,
+    PairsPacking,
+    TokenRun,
+    WrapPacking,
+    pack,
+    too_long,
+    with_end,
+)
 
 EOS = 0
 documents = st.lists(st.lists(st.integers(1, 99), max_size=40), max_size=12)
@@ -17,7 +26,7 @@ documents = st.lists(st.lists(st.integers(1, 99), max_size=40), max_size=12)
 def run_of(docs: list[list[int]], learned: bool = False) -> TokenRun:
     ids = np.array([token for doc in docs for token in doc], dtype=np.uint32)
     offsets = np.cumsum([0, *map(len, docs)])
-    return TokenRun(ids, offsets, ids % 2 == 0 if learned else None)
+    return with_end(TokenRun(ids, offsets, ids % 2 == 0 if learned else None), EOS)
 
 
 @given(docs=documents, seq_len=st.integers(8, 24))
@@ -64,10 +73,11 @@ def test_best_fit_leaves_no_two_rows_that_would_go_into_one(docs):
 
 @given(docs=documents, seq_len=st.integers(8, 24), learn=st.booleans())
 def test_padded_rows_hold_one_document_each_and_count_what_was_left_out(docs, seq_len, learn):
-    rows = pack(PaddedPacking(seq_len=seq_len, learn_padding=learn), run_of(docs), EOS)
+    config = PaddedPacking(seq_len=seq_len, learn_padding=learn)
+    rows = pack(config, run_of(docs), EOS)
     closed = [[*doc, EOS] for doc in docs]
     kept = [doc for doc in closed if len(doc) <= seq_len]
-    assert rows.left_out.tolist() == [i for i, doc in enumerate(closed) if len(doc) > seq_len]
+    assert too_long(config, run_of(docs)).tolist() == [i for i, doc in enumerate(closed) if len(doc) > seq_len]
     assert [row[: len(doc)].tolist() for row, doc in zip(rows.ids, kept, strict=True)] == kept
     assert rows.num_tokens.tolist() == [seq_len if learn else len(doc) for doc in kept]
 
@@ -76,10 +86,11 @@ def test_padded_rows_hold_one_document_each_and_count_what_was_left_out(docs, se
 @given(docs=documents, seq_len=st.integers(8, 40))
 def test_a_pair_is_in_one_row_behind_one_another_or_left_out(docs, seq_len):
     docs = docs[: len(docs) // 2 * 2]
-    rows = pack(PairsPacking(seq_len=seq_len), run_of(docs, learned=True), EOS)
+    config = PairsPacking(seq_len=seq_len)
+    rows = pack(config, run_of(docs, learned=True), EOS)
     pairs = [([*a, EOS], [*b, EOS]) for a, b in zip(docs[::2], docs[1::2], strict=True)]
     kept = [(a, b) for a, b in pairs if len(a) + len(b) <= seq_len]
-    assert rows.left_out.tolist() == [i for i, (a, b) in enumerate(pairs) if len(a) + len(b) > seq_len]
+    assert too_long(config, run_of(docs)).tolist() == [i for i, (a, b) in enumerate(pairs) if len(a) + len(b) > seq_len]
     assert len(rows.ids) == len(kept)
     for ids, count, starts, (a, b) in zip(rows.ids, rows.num_tokens, rows.starts, kept, strict=True):
         assert ids.tolist() == [*a, *b] + [EOS] * (seq_len - len(a) - len(b))

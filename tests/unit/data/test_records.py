@@ -1,6 +1,7 @@
 """Conversations and pairs: what is read, what is learned, and that no text can play a marker."""
 
 import json
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -9,6 +10,7 @@ from conftest import draws, small_text
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dllm_core.config.overrides import parse_json_object
 from dllm_core.data.corpus import ChatRecord, PairRecord, PreferenceRecord, TextRecord
 from dllm_core.data.encoding import Encoder, encode_documents
 from dllm_core.data.packing import PairsPacking, WrapPacking
@@ -214,6 +216,15 @@ def test_a_message_without_calls_may_have_their_fields():
 
 def test_what_stands_twice_beside_a_records_fields_costs_it_nothing():
     assert from_json(TextRecord(), "file", 7, b'{"id": 1, "text": "a", "id": 2}') == Document("a", "file", 7)
+
+
+def test_looking_for_what_stands_twice_takes_time_for_each_name_and_not_for_each_pair_of_names():
+    names = ",".join(f'"a name of many {i}": 1' for i in (*range(8000), 7999))
+    begun = time.process_time()
+    assert from_json(TextRecord(), "file", 7, f'{{"text": "a", {names}}}'.encode()) == Document("a", "file", 7)
+    with pytest.raises(ConfigError, match="the key is there twice, got 'a name of many 7999'"):
+        parse_json_object(f"{{{names}}}", "asked")
+    assert time.process_time() - begun < 2
 
 
 def test_a_tokenizer_without_markers_refuses_conversations(tokenizer):

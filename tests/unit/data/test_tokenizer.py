@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from itertools import pairwise
 
 import pytest
 from conftest import draws, small_text
@@ -21,6 +22,11 @@ def tokenizer() -> Tokenizer:
     return Tokenizer.train(small_text(40).split("\n\n"), CONFIG)
 
 
+def in_bulk(tokenizer: Tokenizer, batch: list[str]) -> list[list[int]]:
+    ids, offsets = tokenizer.encode_flat(batch)
+    return [ids[start:stop].tolist() for start, stop in pairwise(offsets)]
+
+
 @settings(max_examples=draws(300), deadline=None)
 @given(text=texts)
 @example(text="<|mask|><|eos|> a<|pad|>\x00\r\n\u2028\ufeff\U0010ffff")
@@ -34,7 +40,7 @@ def test_any_text_comes_back_and_holds_no_special_token(tokenizer, text):
 @settings(max_examples=draws(50), deadline=None)
 @given(batch=st.lists(texts, max_size=5))
 def test_a_text_has_the_same_ids_alone_and_in_a_batch(tokenizer, batch):
-    assert list(tokenizer.encode_batch(batch)) == [tokenizer.encode(text) for text in batch]
+    assert in_bulk(tokenizer, batch) == [tokenizer.encode(text) for text in batch]
 
 
 @settings(max_examples=draws(50), deadline=None)
@@ -113,7 +119,7 @@ def test_a_file_that_pads_and_truncates_does_neither(tokenizer):
     }
     other = Tokenizer(json.dumps(values), CONFIG)
     text = "BLACK ARROW 17, and more of it"
-    assert other.encode(text) == next(iter(other.encode_batch([text]))) == tokenizer.encode(text)
+    assert other.encode(text) == in_bulk(other, [text])[0] == tokenizer.encode(text)
 
 
 _LONG = {"direction": "Right", "max_length": 6000, "strategy": "LongestFirst", "stride": 0}
@@ -133,7 +139,7 @@ def test_what_a_file_asks_for_its_own_training_changes_no_ids(tokenizer, section
     text = small_text(5) + "".join(chr(0x100 + i % 500) for i in range(5000))
     ids = tokenizer.encode(text)
     assert len(ids) > _LONG["max_length"]
-    assert other.encode(text) == next(iter(other.encode_batch([text]))) == ids
+    assert other.encode(text) == in_bulk(other, [text])[0] == ids
     assert other.engine == tokenizer.engine
 
 

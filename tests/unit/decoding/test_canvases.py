@@ -207,7 +207,7 @@ def test_guidance_leads_away_from_the_row_without_what_was_given(denoiser, block
     kept = DecodeState.start(request, region, pattern, mask_id=MASK)
     kept.slots = tuple(store.take(CONTEXT) for _ in range(2))
     for row, held in ((state, None), (kept, store)):
-        [proposal] = propose(denoiser, PROCESS, [row], EOS, PAD, held)
+        [proposal] = propose(denoiser, PROCESS, [row], held)
         expected = logits.softmax(-1)[proposal.positions].max(-1)
         np.testing.assert_allclose(proposal.confidence, expected.values, rtol=2e-4)
     one, other = (

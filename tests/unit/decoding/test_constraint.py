@@ -127,8 +127,8 @@ def matches(regex: str, text: bytes) -> bool:
 def row_of(length: int, *, may_end: bool = True, middle: tuple | None = None, block: int = 5) -> DecodeState:
     config = DecodeConfig(max_tokens=length, block_length=block, steps_per_block=1)
     request = Request((3,), config, () if may_end else (4,), middle=middle)
-    region = np.where(request.region(-1) < 0, MASK, request.region(-1))
-    return DecodeState.start(request, region, is_open=request.region(-1) < 0, mask_id=MASK)
+    region = np.where(request.region < 0, MASK, request.region)
+    return DecodeState.start(request, region, is_open=request.region < 0, mask_id=MASK)
 
 
 def strings(length: int, regex: str, may_end: bool) -> list[tuple[int, ...]]:

@@ -122,9 +122,9 @@ def test_in_bf16_too_on_a_cpu(half, batch):
 @given(batch=st.lists(requests(), min_size=2, max_size=9))
 def test_a_row_s_confidence_is_the_same_to_the_last_bit_alone_and_in_a_batch(denoiser, batch):
     rows = [DecodeState.start(request, np.full(request.config.max_tokens, MASK)) for request in batch]
-    together = propose(denoiser, PROCESS, rows, EOS, PAD)
+    together = propose(denoiser, PROCESS, rows)
     for row, proposal in zip(rows, together, strict=True):
-        [alone] = propose(denoiser, PROCESS, [row], EOS, PAD)
+        [alone] = propose(denoiser, PROCESS, [row])
         assert np.array_equal(alone.confidence, proposal.confidence)
         assert np.array_equal(alone.tokens, proposal.tokens)
 

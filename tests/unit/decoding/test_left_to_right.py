@@ -96,7 +96,7 @@ def test_rows_that_come_and_go_leave_their_neighbours_as_they_were(denoiser, bat
     for row, tokens in answers.items():
         [alone] = new_engine(denoiser, pattern=pattern).generate([rows[row]])
         assert tokens == alone.tokens
-    assert shared._store.num_taken == 0
+    assert len(shared._store._free) == len(shared._store.lengths)
     assert answers.keys() | set(cancelled.values()) == rows.keys()
 
 
@@ -270,8 +270,8 @@ def test_a_row_s_confidence_is_the_same_to_the_last_bit_alone_and_in_a_batch(den
     pattern, wanted = batch
     masks = [np.full(request.config.max_tokens, MASK) for request in wanted]
     rows = [DecodeState.start(request, prior, pattern) for request, prior in zip(wanted, masks, strict=True)]
-    together = propose(denoiser, PROCESS, rows, EOS, PAD)
+    together = propose(denoiser, PROCESS, rows)
     for row, proposal in zip(rows, together, strict=True):
-        [alone] = propose(denoiser, PROCESS, [row], EOS, PAD)
+        [alone] = propose(denoiser, PROCESS, [row])
         assert np.array_equal(alone.confidence, proposal.confidence)
         assert np.array_equal(alone.tokens, proposal.tokens)

@@ -18,7 +18,7 @@ from dllm_core.data.loader import documents_of, split_rows
 from dllm_core.data.tokenizer import Tokenizer, TokenizerConfig
 from dllm_core.decoding.engine import Engine
 from dllm_core.errors import ConfigError
-from dllm_core.evaluation.estimate import ratio
+from dllm_core.estimate import ratio
 from dllm_core.evaluation.estimators import ExactNLL, HeldoutRows
 from dllm_core.evaluation.likelihood import score_rows
 from workflows.console import Console

@@ -1,5 +1,6 @@
 """Laws of infilling: holes are where they should be, a side is hidden or seen, and a knowing filler is right."""
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -258,6 +259,29 @@ def test_causal_answers_are_the_likeliest_continuation_computed_token_by_token(d
                 logits = denoiser(torch.tensor([[MASK, *text]]), pattern=CAUSAL)[0, -1]
             text.append(max(range(3, VOCABULARY), key=lambda token: float(logits[token])))
         assert answer.tokens.tolist() == text[len(hole.before) :]
+
+
+def test_how_wide_a_row_is_read_is_its_own_length_s_alone(denoiser):
+    """Another width sums in another order: the last bit, and so a near tie, would hang on the neighbours."""
+    holes = [
+        Hole(i, row[: 6 + 3 * i], row[6 + 3 * i : 11 + 3 * i], row[-1:]) for i, row in enumerate(random_rows(5, 30))
+    ]
+
+    def widths(some: list[Hole]) -> dict[tuple[int, ...], set[int]]:
+        found: dict[tuple[int, ...], set[int]] = {}
+
+        def recorded(ids, **options):
+            for hole, row in itertools.product(some, ids.tolist()):
+                if row[: len(hole.before) + 2] == [MASK, *hole.before, MASK]:
+                    found.setdefault(tuple(hole.before), set()).add(len(row))
+            return denoiser(ids, **options)
+
+        CausalFiller(recorded, MASK, CPU, never=(EOS, PAD)).fill(some, "left")
+        return found
+
+    together = widths(holes)
+    assert together == {key: own for hole in holes for key, own in widths([hole]).items()}
+    assert set().union(*together.values()) == {16, 32}
 
 
 def test_no_answer_holds_what_no_hole_can_hold(denoiser):

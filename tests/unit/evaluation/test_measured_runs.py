@@ -29,7 +29,7 @@ from dllm_core.evaluation.infill import (
     summarize_holes,
 )
 from dllm_core.evaluation.models import filler_of, writer_of
-from dllm_core.evaluation.samples import Samples, complete, measure_samples, openings
+from dllm_core.evaluation.samples import Samples, measure_samples, openings
 from dllm_core.evaluation.scorers import NGramModel
 from dllm_core.evaluation.tasks.addition import AdditionTask
 from dllm_core.evaluation.tasks.corpus import write_problems
@@ -249,9 +249,9 @@ def test_text_is_judged_by_a_law_of_the_training_rows_beside_the_text_that_it_go
     assert f"{manifest.train.tokens} tokens" in scorer.name
     prompts, texts = openings(heldout(corpus, 10), 12, context=32, end_id=bundle.config.eos_id)
     hot = corpus.recipe.decode.model_copy(update={"temperature": 1.0})
-    samples = complete(writer_of(bundle, hot), prompts, 12, seed=7)
-    for part, name in ((samples, "model"), (Samples.of(prompts, texts), "heldout")):
-        expected = measure_samples(part, scorer)
+    answers = [answer.tokens for answer in writer_of(bundle, hot).write(prompts, 12, seed=7)]
+    for part, name in ((answers, "model"), (texts, "heldout")):
+        expected = measure_samples(Samples.of(prompts, part), scorer)
         assert result[name]["perplexity"]["value"] == pytest.approx(expected.perplexity.value)
         assert result[name]["perplexity"]["standard_error"] == pytest.approx(expected.perplexity.standard_error)
         assert result[name]["entropy"]["value"] == pytest.approx(expected.entropy.value)

@@ -9,9 +9,8 @@ from conftest import draws
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dllm_core.evaluation.samples import Samples, complete, measure_samples
+from dllm_core.evaluation.samples import Samples, measure_samples
 from dllm_core.evaluation.scorers import NGramModel
-from dllm_core.evaluation.writers import Written
 
 VOCAB, MASK = 9, 0
 
@@ -135,12 +134,8 @@ def test_the_last_figure_over_one_sample_has_no_error_bar():
     assert len(found.distinct) == 3
 
 
-def test_completions_are_answers_behind_their_prompts():
-    class Echo:
-        def write(self, prompts, max_tokens, *, seed):
-            return [Written([seed + i, *prompt][:max_tokens], 0, 0) for i, prompt in enumerate(prompts)]
-
-    samples = complete(Echo(), [(1, 2, 4), (), (5,)], 3, seed=6)
+def test_samples_are_answers_behind_their_prompts():
+    samples = Samples.of([(1, 2, 4), (), (5,)], [[6, 1, 2], [7], [8, 5]])
     found = [
         (ids[real & ~answer].tolist(), ids[answer].tolist())
         for ids, real, answer in zip(samples.ids, samples.is_real, samples.is_answer, strict=True)

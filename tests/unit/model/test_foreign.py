@@ -213,6 +213,9 @@ def test_nothing_is_written_over_and_nothing_of_another_model(tmp_path):
     weights = {name: tensor for name, tensor in weights_of(denoiser).items() if name != "norm.weight"}
     with pytest.raises(CheckpointError, match=r"lack model\.norm\.weight"):
         write_foreign(weights, denoiser.config, layout, tmp_path / "out")
+    other = layout.model_copy(update={"family": "gpt9"})
+    with pytest.raises(CheckpointError, match="family: is not known, got 'gpt9'"):
+        write_foreign(weights_of(denoiser), denoiser.config, other, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

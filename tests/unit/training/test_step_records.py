@@ -14,7 +14,7 @@ from trainers import Work, make_trainer, run_dir
 
 from dllm_core.checkpoints.store import CheckpointStore
 from dllm_core.data.loader import evenly, split_rows
-from dllm_core.evaluation.estimate import ratio
+from dllm_core.estimate import ratio
 from dllm_core.evaluation.estimators import Draw, HeldoutRows, estimator_of
 from dllm_core.objective.config import DiffusionConfig
 from dllm_core.objective.loss import LEVELS, by_level

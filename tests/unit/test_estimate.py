@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dllm_core.evaluation.estimate import Estimate, jackknife, measure_seed, proportion, ratio
+from dllm_core.estimate import Estimate, jackknife, measure_seed, proportion, ratio
 
 
 def clustered(rng: np.random.Generator, rows: int, p: float, alike: float) -> tuple[np.ndarray, np.ndarray]:

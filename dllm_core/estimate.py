@@ -42,7 +42,8 @@ def measure_seed(seed: int, measure: str) -> int:
 
 
 def ratio(parts: ArrayLike, wholes: ArrayLike, units: ArrayLike | None = None) -> Estimate:
-    """sum(parts) / sum(wholes), one pair a row [N], with its delta-method standard error.
+    """sum(parts) / sum(wholes), one pair a row [N], with its delta-method standard error (Cochran, Sampling
+    Techniques, eq. 2.46).
 
     units [N]: a number that rows of one document share; None: each row is a unit. Units whose whole is 0 take no part.
     Raises ValueError where none does.
