@@ -87,7 +87,8 @@ def attend_by_tiles(q: Tensor, k: Tensor, v: Tensor, tiles: BlockMask) -> Tensor
 
 @cache
 def has_tiles(device: torch.device, head_dim: int) -> bool:
-    """Whether attention by tiles works here: on a GPU, where a trial in fp32 gives what the table gives, backward too.
+    """Whether attention by tiles works here: on a GPU, where a trial gives what the table gives, backward too. It is in
+    the precision of the forward that asks first.
 
     Kernels are compiled where they run, by what is installed there; a machine that cannot trains with the table.
     """
@@ -111,4 +112,9 @@ def _agrees(device: torch.device, head_dim: int) -> bool:
     found = attend_by_tiles(q, k, v, tiles)
     gradients = [torch.autograd.grad(out.square().sum(), (q, k, v)) for out in (expected, found)]
     pairs = [(expected, found), *zip(*gradients, strict=True)]
-    return all(torch.allclose(a, b, atol=2e-2, rtol=2e-2) for a, b in pairs)  # its fp32 products may be TF32
+    return all(_is_near(a.float(), b.float()) for a, b in pairs)
+
+
+def _is_near(expected: Tensor, found: Tensor) -> bool:
+    """But for what TF32, or bf16 under autocast, rounds: a gradient is a sum of terms much larger than itself."""
+    return bool((expected - found).abs().max() <= 2**-5 * expected.abs().max())

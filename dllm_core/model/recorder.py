@@ -127,7 +127,7 @@ class Recorder:
         if [_address(part) for part in fixed] != [_address(part) for part in self._fixed]:
             self._held.clear()
             self._sightings.clear()
-            self._fixed = fixed
+            self._fixed = [part.detach() for part in fixed]  # `to` moves a parameter in place, and this with it
 
     def _recorded(
         self, given: Sequence[Tensor], new: NewPositions, tables: Sequence[Tensor], is_shifted: bool

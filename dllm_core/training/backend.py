@@ -153,7 +153,8 @@ def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
     """`auto` means bf16 where it is fast: a GPU that has it, a CPU with AMX, AMD's with avx512_bf16; else fp32."""
     if precision == "auto":
         if device.type == "cuda":
-            return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+            # Older GPUs would emulate it, which is slower than fp32.
+            return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
         return torch.bfloat16 if _cpu_has_bf16() else torch.float32
     return torch.bfloat16 if precision == "bf16" else torch.float32
 

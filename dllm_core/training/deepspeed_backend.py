@@ -4,13 +4,14 @@ It joins the process group that exists (Ray Train's, torchrun's), builds no comp
 """
 
 import logging
-import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.accelerator import get_accelerator, set_accelerator
+from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 from deepspeed.utils import (
     safe_get_full_optimizer_state,
     safe_get_local_optimizer_state,
@@ -253,7 +254,9 @@ def _settings(model: DenoiserConfig, config: TrainConfig, device: torch.device) 
     if device.type == "cpu":
         # Built for inference only, never used in training; it would cost a compiler and 30 s at every start.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        # Its import has taken a GPU where there is one, also where the model is on the CPU and was given none.
+        if get_accelerator().device_name() != "cpu":
+            set_accelerator(CPU_Accelerator())
     in_memory = {"device": "cpu", "pin_memory": device.type == "cuda"}
     offloaded = {"none": (), "optimizer": ("optimizer",), "parameters": ("optimizer", "param")}[config.offload]
     return {

@@ -21,11 +21,11 @@ from dllm_core.model.pattern import AttentionPattern
 from dllm_core.objective.loss import LossSum, Objective
 from dllm_core.training.backend import Backend, prepare, resolve_precision
 from dllm_core.training.config import TrainConfig
-from dllm_core.training.plan import Forward, device_memory
+from dllm_core.training.plan import Forward, device_memory, kept_memory
 
 _TRIALS = 2
 _AS_FAST = 1.05
-_OPTIMIZER_BYTES = 12  # a parameter: fp32 weights to update and two moments, where one worker holds them all
+_TRIAL_BYTES = 8  # a trained parameter: fp32 weights and gradients, which are whole while micro-batches are tried
 
 
 def accumulated(backend: Backend, objective: Objective, batch: Batch, micro_rows: int | None) -> LossSum:
@@ -80,7 +80,7 @@ def chosen_micro_rows(
         rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     module, batch = alone(), loader.batch(0, config.batch_rows, rank, world_size)
     if module.config == model:
-        return fastest_micro_rows(config, module, objective, batch, clock)
+        return fastest_micro_rows(config, module, objective, batch, clock, workers=world_size)
     if device_bytes is None and module.device.type == "cuda":
         device_bytes = torch.cuda.get_device_properties(module.device).total_memory
     is_bf16 = resolve_precision(config.precision, module.device) is torch.bfloat16
@@ -102,6 +102,8 @@ def fastest_micro_rows(
     batch: Batch,
     clock: Callable[[], float] = time.perf_counter,
     fits: Callable[[int], bool] | None = None,
+    *,
+    workers: int = 1,
 ) -> int:
     """The largest number of rows whose forward and backward take the least time a row, within 5 %.
 
@@ -114,7 +116,7 @@ def fastest_micro_rows(
     sizes = [1 << k for k in range(rows.bit_length()) if rows % (1 << k) == 0 and 1 << k < rows]
     seconds: dict[int, float] = {}
     with suppress(torch.OutOfMemoryError):
-        reserve = _reserved(module) if fits is None else None  # noqa: F841 (held, not read)
+        reserve = _reserved(config, module, workers) if fits is None else None  # noqa: F841 (held, not read)
         for size in [*sizes, rows]:
             if fits is not None and not fits(size):
                 break
@@ -128,12 +130,17 @@ def fastest_micro_rows(
     return max(size for size, taken in seconds.items() if taken <= _AS_FAST * min(seconds.values()))
 
 
-def _reserved(module: Denoiser) -> torch.Tensor | None:
-    """On a GPU the room that the optimizer will take: without it a micro-batch would fit now and not in training."""
+def _reserved(config: TrainConfig, module: Denoiser, workers: int) -> torch.Tensor | None:
+    """On a GPU the room that training takes beside a trial: else a micro-batch would fit now and not then."""
     if module.device.type != "cuda":
         return None
-    size = _OPTIMIZER_BYTES * sum(p.numel() for p in module.parameters() if p.requires_grad)
-    return torch.empty(size, dtype=torch.uint8, device=module.device)
+    return torch.empty(room_beside_trials(config, module, workers), dtype=torch.uint8, device=module.device)
+
+
+def room_beside_trials(config: TrainConfig, module: Denoiser, workers: int) -> int:
+    """Bytes of rank 0's optimizer, average and bucket, as far as trials' whole gradients do not take them already."""
+    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    return max(0, kept_memory(config, trained, stage=config.zero_stage, workers=workers).total - _TRIAL_BYTES * trained)
 
 
 def _seconds(

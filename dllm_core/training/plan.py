@@ -15,7 +15,7 @@ forward by up to 1e9.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -80,6 +80,13 @@ def device_memory(
 ) -> DeviceMemory:
     """Memory of rank 0's device at a ZeRO stage with so many workers."""
     parameters = model.model.num_parameters(model.vocab_size)
+    activations, logits = forward_memory(model, pattern, forward, is_checkpointed=config.activation_checkpointing)
+    kept = kept_memory(config, parameters, stage=stage, workers=workers)
+    return replace(kept, activations=activations, logits=logits)
+
+
+def kept_memory(config: TrainConfig, parameters: int, *, stage: int, workers: int) -> DeviceMemory:
+    """What is there whatever a forward reads, of so many trained parameters."""
     cut = -(-parameters // workers)
     gathered = min(_LIVE_ELEMENTS, parameters) if stage == 3 else 0
     weights = _FP32 * (cut + gathered if stage == 3 else parameters)
@@ -91,14 +98,13 @@ def device_memory(
         offloaded, optimizer = offloaded + optimizer, 0
     if config.offload == "parameters":
         offloaded, weights = offloaded + _FP32 * cut, _FP32 * gathered
-    activations, logits = forward_memory(model, pattern, forward, is_checkpointed=config.activation_checkpointing)
     return DeviceMemory(
         weights=weights,
         gradients=gradients,
         optimizer=optimizer,
         average=_FP32 * (cut if stage == 3 else parameters),
-        activations=activations,
-        logits=logits,
+        activations=0,
+        logits=0,
         offloaded=offloaded,
     )
 

@@ -185,6 +185,26 @@ def check_start_at_stage_3(rank: int, root: Path) -> None:
         DeepSpeedBackend.assign(module, {n: t for n, t in other.items() if n != "norm.weight"}, "place")
 
 
+def check_cpu_beside_gpus(rank: int) -> None:
+    """DeepSpeed's import has found GPUs, and the model, which was given none, is trained where it is."""
+    from deepspeed.accelerator import get_accelerator, set_accelerator
+    from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
+
+    from dllm_core.training.deepspeed_backend import DeepSpeedBackend
+
+    model = DenoiserConfig.checked(
+        {"model": {"dim": 16, "layers": 1, "heads": 1}, "vocab_size": 9, "context_length": 4, "mask_id": 0}
+        | {"eos_id": 1, "pad_id": 2}
+    )
+    for stage in (2, 3):
+        set_accelerator(CUDA_Accelerator())
+        train = TrainConfig(zero_stage=stage, batch_rows=1)
+        backend = DeepSpeedBackend(DeepSpeedBackend.new_denoiser(model, train, torch.device("cpu")), train)
+        backend.backward(backend.denoiser(torch.tensor([[3, 4, 5, 6]])).square().sum())
+        assert backend.step(0.1) > 0
+        assert get_accelerator().device_name() == backend.module.device.type == "cpu"
+
+
 def live_elements() -> int:
     """Of all tensors that live in this process, each storage once."""
     storages = {
@@ -482,6 +502,10 @@ def test_a_step_that_is_no_number_on_one_rank_is_skipped_by_all(runs, name):
 @pytest.mark.parametrize(("name", "last"), [("first", 10), ("second", STEPS - 4), ("third", STEPS - 8)])
 def test_a_run_that_goes_on_at_another_stage_and_world_size_ends_where_an_uninterrupted_one_does(runs, name, last):
     assert_same(result_of(runs, "plain", last), result_of(runs, name, last), atol=1e-5)
+
+
+def test_a_model_on_the_cpu_is_trained_there_on_a_machine_with_gpus_too(worlds):
+    worlds(1).run(check_cpu_beside_gpus)
 
 
 @pytest.mark.long

@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -27,6 +27,9 @@ from workflows.console import Console
 from workflows.malloc import give_back_above
 from workflows.recipe import Recipe
 from workflows.train.plan import check_planned, denoiser_of, forward_of, objective_of
+
+if TYPE_CHECKING:
+    import torch
 
 _STEPS, _MEASURED_STEPS = 4, 2
 _AT_ONCE, _KEPT = 1 << 16, 1 << 25  # bytes above which glibc gives freed memory back; it goes up to 32 MiB by itself
@@ -118,8 +121,8 @@ def dry_run(recipe: Recipe, console: Console) -> dict[str, Any]:
             raise DivergedError("train", problem, remedy="lower train.learning_rate")
 
     rehearsed, watch = _rehearsed(recipe), Watch()
-    with _alone(), tempfile.TemporaryDirectory(prefix="dllm-dry-run-") as scratch:
-        before = torch.cuda.memory_allocated(device) if is_gpu else _reset_peak_rss()
+    with _alone("nccl" if is_gpu else "gloo"), tempfile.TemporaryDirectory(prefix="dllm-dry-run-") as scratch:
+        before = _reset_peak_allocated(device) if is_gpu else _reset_peak_rss()
         torch.manual_seed(recipe.seed)
         module = DeepSpeedBackend.new_denoiser(model, config, device)
         objective = objective_of(rehearsed, model, device, share)
@@ -170,17 +173,25 @@ def _rehearsed(recipe: Recipe) -> Recipe:
 
 
 @contextlib.contextmanager
-def _alone() -> Iterator[None]:
-    """A process group of one."""
+def _alone(backend: str) -> Iterator[None]:
+    """A process group of one, of the backend that workers have: gloo takes a GPU's tensors to the host and back."""
     import torch
 
     with tempfile.TemporaryDirectory(prefix="dllm-group-") as folder:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
-        torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=0, world_size=1)
+        torch.distributed.init_process_group(backend, init_method=f"file://{folder}/meeting", rank=0, world_size=1)
         try:
             yield
         finally:
             torch.distributed.destroy_process_group()
+
+
+def _reset_peak_allocated(device: "torch.device") -> int:
+    """Allocated bytes now; the largest counts from here, without what measured the device's rate."""
+    import torch
+
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device)
 
 
 def _reset_peak_rss() -> int:

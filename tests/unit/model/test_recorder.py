@@ -113,6 +113,12 @@ def test_what_has_moved_is_recorded_anew():
     )
     both.forward([0], 0, 16, seed=4)
     assert len(both.recorder.held) == 0
+    for seed in range(3):
+        both.forward([0], 0, 16, seed)
+    assert len(both.recorder.held) == 1
+    both.denoiser.double().float()  # parameters stay, what they hold is elsewhere
+    both.forward([0], 0, 16, seed=5)
+    assert len(both.recorder.held) == 0
 
 
 def test_shapes_that_take_turns_in_too_little_room_are_not_recorded_at_every_call(monkeypatch):

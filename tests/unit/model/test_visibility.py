@@ -21,6 +21,7 @@ from torch.nn.attention import flex_attention
 from torch.nn.attention.flex_attention import create_mask
 from torch.utils.flop_counter import FlopCounterMode
 
+from dllm_core.model import flex
 from dllm_core.model.config import ModelConfig
 from dllm_core.model.denoiser import Denoiser
 from dllm_core.model.flex import has_tiles, visible_tiles
@@ -137,6 +138,25 @@ def test_attention_by_tiles_gives_the_logits_that_the_table_gives(layout: Layout
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
 def test_without_a_gpu_that_agrees_with_the_table_it_is_the_table(kind):
     assert has_tiles(torch.device(kind), 64) == (kind == "cuda" and torch.cuda.is_available())
+
+
+@pytest.mark.parametrize("is_bf16", [False, True])
+def test_what_rounds_otherwise_than_the_table_agrees_and_what_sees_another_key_does_not(monkeypatch, is_bf16):
+    segments = torch.arange(256)[None] // 100
+    table = visible_keys(block_causal(4), 256, CPU, None, segments)[:, None]
+    found = []
+    for seen in (table, table.roll(1, -1)):
+
+        def kernel(q, k, v, tiles, seen=seen):
+            with torch.autocast("cpu", enabled=False):
+                mixed = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+            return mixed.bfloat16() if is_bf16 else mixed
+
+        monkeypatch.setattr(flex, "attend_by_tiles", kernel)
+        torch.manual_seed(0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_bf16):
+            found.append(flex._agrees(CPU, 128))
+    assert found == [True, False]
 
 
 @settings(max_examples=draws(60), deadline=None)

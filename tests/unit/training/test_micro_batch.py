@@ -20,9 +20,11 @@ from dllm_core.errors import ConfigError, DataError
 from dllm_core.model.denoiser import Denoiser
 from dllm_core.model.pattern import AttentionPattern
 from dllm_core.storage.store import LocalStore
-from dllm_core.training.backend import LocalBackend, new_optimizer, new_state, prepare
+from dllm_core.training import loop
+from dllm_core.training.backend import LocalBackend, new_optimizer, new_state, prepare, resolve_precision
 from dllm_core.training.config import TrainConfig
-from dllm_core.training.micro_batch import accumulated, chosen_micro_rows, fastest_micro_rows
+from dllm_core.training.loop import _measured_peak
+from dllm_core.training.micro_batch import accumulated, chosen_micro_rows, fastest_micro_rows, room_beside_trials
 from dllm_core.training.plan import Forward, device_memory
 from workflows.train.session import Silence, open_session
 
@@ -130,6 +132,52 @@ def test_where_not_one_row_fits_that_is_said_in_one_line():
     costly = Costly({})
     with pytest.raises(DataError, match=r"^train\.micro_rows: not one row fits .*activation_checkpointing"):
         fastest_micro_rows(CONFIG, new_denoiser(), costly, some_batch(1, 4), costly.clock)
+
+
+@pytest.mark.parametrize(("stage", "offload"), [(0, "none"), (1, "none"), (2, "none"), (2, "optimizer")])
+@pytest.mark.parametrize("workers", [1, 8])
+def test_trials_and_the_room_beside_them_are_what_training_takes(stage, offload, workers):
+    config, module = TrainConfig(zero_stage=stage, offload=offload), new_denoiser()
+    forward = Forward(1, 8, bf16=False)
+    planned = device_memory(config, module.config, AttentionPattern("full"), forward, stage=stage, workers=workers)
+    trial = planned.activations + planned.logits + 8 * sum(p.numel() for p in module.parameters())
+    assert max(trial, planned.total) == trial + room_beside_trials(config, module, workers)
+
+
+class Queue:
+    """A device on which a product takes a tenth of a second, and a clock that moves while it is waited for."""
+
+    def __init__(self) -> None:
+        self.now = self.end = 0.0
+        cuda = SimpleNamespace(synchronize=lambda device: setattr(self, "now", max(self.now, self.end)))
+        drawn = SimpleNamespace(manual_seed=lambda seed: None)
+        self.torch = SimpleNamespace(cuda=cuda, Generator=lambda device: drawn, randn=lambda *size, **options: self)
+
+    def to(self, dtype: torch.dtype) -> "Queue":
+        return self
+
+    def __matmul__(self, other: "Queue") -> None:
+        self.end = max(self.now, self.end) + 0.1
+
+
+def test_products_that_were_asked_for_before_the_clock_are_no_part_of_a_gpus_rate(monkeypatch):
+    queue = Queue()
+    monkeypatch.setattr(loop, "torch", queue.torch)
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: queue.now)
+    rate = _measured_peak.__wrapped__(torch.float32, torch.device("cuda", 0), 1)
+    assert rate == pytest.approx(2 * 8192**3 / 0.1)
+
+
+@pytest.mark.parametrize(("major", "found"), [(7, torch.float32), (8, torch.bfloat16)])
+def test_bf16_that_a_gpu_emulates_is_not_chosen(monkeypatch, major, found):
+    for name, part in {
+        "is_available": lambda: True,
+        "current_device": lambda: 0,
+        "get_device_properties": lambda device: SimpleNamespace(major=major),
+        "_check_bf16_tensor_supported": lambda device: True,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, part)
+    assert resolve_precision("auto", torch.device("cuda", 0)) is found
 
 
 def test_a_number_is_taken_and_only_auto_is_measured():

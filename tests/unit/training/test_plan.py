@@ -31,7 +31,7 @@ from dllm_core.training.plan import (
 )
 from workflows.cli import run_command_line
 from workflows.recipe import load_recipe
-from workflows.train.dry_run import FakeRows, _rehearsed
+from workflows.train.dry_run import FakeRows, _alone, _rehearsed, _reset_peak_allocated
 from workflows.train.flow import checkpoint_bytes
 from workflows.train.plan import denoiser_of, objective_of
 
@@ -356,3 +356,16 @@ def test_a_mistake_is_one_line(capsys, words, line):
     code, told, err = planned(capsys, *words)
     assert (code, err.startswith(f"dllm: {line}"), err.count("\n")) == (2, True, 1), err
     assert told["exit_code"] == 2
+
+
+def test_a_dry_run_on_a_gpu_counts_what_is_allocated_from_then_on_and_has_its_workers_backend(monkeypatch):
+    memory, asked = {"now": 5, "peak": 800}, []
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: memory["now"])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: memory.update(peak=memory["now"]))
+    assert _reset_peak_allocated(torch.device("cuda", 0)) == memory["peak"] == 5
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, **options: asked.append(backend))
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"):  # which it sets for good
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
+    with _alone("nccl"):
+        assert asked == ["nccl"]
