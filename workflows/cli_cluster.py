@@ -42,7 +42,6 @@ def submit(
     The same recipe, placement and sources are the same job: one that runs is followed, one that has ended runs anew.
     Ctrl-C leaves the job running. A token is taken from RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH.
     """
-    ended: dict[str, Any] = {}
 
     def body(console: Console) -> dict[str, Any]:
         from workflows.submit.flow import Submission
@@ -53,13 +52,10 @@ def submit(
             target, tuple(overrides or ()), verb, placement, tuple(include or ()), tuple(env or ()), nodes
         )
         asked.check()
-        server = None
-        if not dry_run:
-            server = JobServer(_given(address), ca_file)
-        ended.update(send(asked, server, console, detach=detach, refuse_busy=refuse_busy))
-        return ended
+        server = None if dry_run else JobServer(_given(address), ca_file)
+        return send(asked, server, console, detach=detach, refuse_busy=refuse_busy)
 
-    _run(body, ended, output)
+    _end_as_told(run_verb(body, output))
 
 
 def jobs(
@@ -70,7 +66,6 @@ def jobs(
     output: OutputOption = "text",
 ) -> None:
     """What was submitted to a cluster: list, status, logs (follows, and ends with the job's exit code), stop."""
-    ended: dict[str, Any] = {}
 
     def body(console: Console) -> dict[str, Any]:
         if action not in _ACTIONS:
@@ -78,12 +73,11 @@ def jobs(
         from workflows.submit.flow import jobs as run_action
         from workflows.submit.server import JobServer
 
-        told = run_action(action, name, JobServer(_given(address), ca_file), console)
-        if action == "logs":
-            ended.update(told)
-        return told
+        return run_action(action, name, JobServer(_given(address), ca_file), console)
 
-    _run(body, ended, output)
+    told = run_verb(body, output)
+    if action == "logs":
+        _end_as_told(told)
 
 
 def doctor(
@@ -97,17 +91,15 @@ def doctor(
     output: OutputOption = "text",
 ) -> None:
     """Is all here that a run needs: packages, devices, room, storage; with --address every node of the cluster too."""
-    ended: dict[str, Any] = {}
 
     def body(console: Console) -> dict[str, Any]:
         from workflows.doctor.flow import examine
         from workflows.submit.flow import root_of
 
         recipe, root = root_of(target, list(overrides or []))
-        ended.update(examine(recipe, root, console, address=address or None, ca_file=ca_file, only_nodes=only_nodes))
-        return ended
+        return examine(recipe, root, console, address=address or None, ca_file=ca_file, only_nodes=only_nodes)
 
-    _run(body, ended, output)
+    _end_as_told(run_verb(body, output))
 
 
 def _given(address: str) -> str:
@@ -117,8 +109,7 @@ def _given(address: str) -> str:
     return address
 
 
-def _run(body: Any, ended: dict[str, Any], output: Any) -> None:
-    """A verb that ends as its job did."""
-    run_verb(body, output)
-    if ended.get("exit_code"):
-        raise EndedError(int(ended["exit_code"]))
+def _end_as_told(told: dict[str, Any]) -> None:
+    """As a job did, or with what a verb has found."""
+    if told.get("exit_code"):
+        raise EndedError(int(told["exit_code"]))

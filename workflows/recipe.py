@@ -332,8 +332,3 @@ def _located(place: str, source: AnySource) -> AnySource:
 
 def _absolute(place: str, path: str) -> str:
     return path if "://" in path or path.startswith("python:") else str(local_path(place, path))
-
-
-def shipped_recipes() -> list[Path]:
-    """The recipes that come with the package."""
-    return sorted(RECIPES.glob("*.yaml"))

@@ -26,13 +26,14 @@ class EndedError(Exception):
         self.code = code
 
 
-def run_verb(body: Callable[[Console], Any], output: Output) -> None:
-    """Run a verb; turn what ends it into a line, with `--output json` into an object too, and an exit code."""
+def run_verb(body: Callable[[Console], Any], output: Output) -> Any:
+    """Run a verb; its result. What ends it becomes a line, with `--output json` an object too, and an exit code."""
     console = Console(output)
     try:
         result = body(console)
         if result is not None:
             console.result(result)
+        return result
     except DllmError as error:
         raise EndedError(failed(console, error)) from error
     except OSError as error:  # the machine: stdout closed or full, a disk that fails

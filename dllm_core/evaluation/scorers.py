@@ -12,6 +12,8 @@ import torch
 from numpy.typing import NDArray
 
 from dllm_core.checkpoints.bundle import ModelBundle
+from dllm_core.data.loader import evenly, split_rows
+from dllm_core.data.manifest import CorpusManifest
 from dllm_core.errors import CheckpointError
 from dllm_core.model.pattern import CAUSAL
 from dllm_core.model.visibility import offsets
@@ -20,6 +22,7 @@ from dllm_core.objective.config import AutoregressiveConfig
 from dllm_core.objective.loss import DenoiserLike
 from dllm_core.objective.vocabulary import nll
 from dllm_core.seeding import Bools, Doubles, Ints
+from dllm_core.storage.store import Store
 
 
 class Scorer(Protocol):
@@ -96,6 +99,13 @@ class NGramModel:
             num_contexts = len(keys)
         name = f"interpolated Witten-Bell {order}-gram of {int((depth >= 0).sum())} tokens"
         return cls(vocab_size, tuple(sorted(set(never))), tuple(levels), name)
+
+    @classmethod
+    def of_corpus(cls, store: Store, corpus: CorpusManifest, *, rows: int, order: int, never: Collection[int]) -> Self:
+        """Of at most so many training rows, evenly spaced: the first ones of a mixture are of one source."""
+        found = split_rows(store, corpus, corpus.train, evenly(np.arange(corpus.train.rows), rows))
+        of, segment_ids = (found.x0, found.is_real), found.segment_ids
+        return cls.fit(*of, order=order, vocab_size=corpus.vocab_size, never=never, segment_ids=segment_ids)
 
     def nats(self, x0: Ints, is_real: Bools) -> Doubles:
         """[N L] -> [N L]; infinite for an id that no text holds."""

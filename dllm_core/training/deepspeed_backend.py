@@ -4,6 +4,7 @@ It joins the process group that exists (Ray Train's, torchrun's), builds no comp
 """
 
 import logging
+import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -42,6 +43,9 @@ from dllm_core.training.backend import (
 from dllm_core.training.config import TrainConfig
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+# On CPUs DeepSpeed asks how many there are by running `numactl`, at stage 3 for every bucket of gradients, which takes
+# a sixth of a small step or more. What it makes of the answer is for quantized gradients, which are not used.
+os.environ.setdefault("LOCAL_SIZE", "1")
 
 
 class DeepSpeedBackend:

@@ -3,9 +3,10 @@
 import pytest
 import yaml
 
-from workflows.recipe import Recipe, load_recipe, shipped_recipes
+from workflows.recipe import RECIPES as SHIPPED
+from workflows.recipe import Recipe, load_recipe
 
-RECIPES = shipped_recipes()
+RECIPES = sorted(SHIPPED.glob("*.yaml"))
 
 
 def test_recipes_are_shipped():

@@ -5,7 +5,7 @@
 One JSON line: new tokens a second (`ar`, `block`; `_kept` and `_computed`; batch 1 and 8), the ratio kept to computed,
 and the calls a block took. Settings alternate within a round, and the best round counts, so that a neighbour's burst
 does not. Autoregression is a call a token; blocks of 16 are decoded in 8 calls, two tokens each, so that random weights
-cost what trained ones would at that rate. No end token is ever likely: its logit is put out of reach.
+cost what trained ones would at that rate.
 """
 
 import argparse
@@ -15,28 +15,19 @@ import time
 import numpy as np
 import torch
 from figures import tell
+from random_model import random_denoiser
 
 from dllm_core.decoding.config import DecodeConfig
 from dllm_core.decoding.engine import Engine
 from dllm_core.decoding.request import Request
 from dllm_core.decoding.unmask import LowConfidencePolicy
-from dllm_core.model.config import DenoiserConfig, ModelConfig
-from dllm_core.model.denoiser import Denoiser
+from dllm_core.model.config import ModelConfig
 from dllm_core.model.pattern import CAUSAL, AttentionPattern
 from dllm_core.noise.absorbing import AbsorbingProcess
 
 BLOCK, STEPS, VOCABULARY = 16, 8, 1024
+MODEL = ModelConfig(dim=128, layers=4, heads=4, ffn_dim=384, tie_embeddings=False)
 PATTERNS = {"ar": CAUSAL, "block": AttentionPattern("block_causal", BLOCK)}
-
-
-def new_denoiser(context: int) -> Denoiser:
-    """Untied, so that one row of the head can be set: the end token's logit is that of no direction at all."""
-    torch.manual_seed(0)
-    model = ModelConfig(dim=128, layers=4, heads=4, ffn_dim=384, tie_embeddings=False)
-    config = DenoiserConfig(model=model, vocab_size=VOCABULARY, context_length=context, mask_id=0, eos_id=1, pad_id=2)
-    denoiser = Denoiser(config).eval().requires_grad_(False)
-    denoiser.head.weight[1] = 0  # 0 is never the largest of a thousand logits of unit size
-    return denoiser
 
 
 def main() -> None:
@@ -47,7 +38,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    denoiser = new_denoiser(options.prompt + options.tokens)
+    denoiser = random_denoiser(MODEL, VOCABULARY, options.prompt + options.tokens)
     rng = np.random.default_rng(0)
     config = DecodeConfig(
         policy=LowConfidencePolicy(), block_length=BLOCK, steps_per_block=STEPS, max_tokens=options.tokens

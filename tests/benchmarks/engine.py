@@ -7,7 +7,7 @@ one row at a time. Without --run the weights are random, 110 M of them, and the 
 32 in 8 calls, 4 tokens each, as a threshold gives trained ones. With --run they are those of a trained run, and the
 policy is a confidence threshold; lengths are what its context has room for. Settings alternate within a round, and
 each one's best round counts, so that a neighbour's burst does not. The overhead is the share of the time outside the
-denoiser's forward. No end token is ever likely with random weights: its logit is that of no direction at all.
+denoiser's forward.
 """
 
 import argparse
@@ -19,6 +19,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 from figures import tell
+from random_model import BASE, BASE_VOCABULARY, random_denoiser
 
 from dllm_core.checkpoints.bundle import read_bundle
 from dllm_core.checkpoints.run_dir import RunDir
@@ -26,23 +27,12 @@ from dllm_core.decoding.config import AnyPolicy, DecodeConfig
 from dllm_core.decoding.engine import Engine
 from dllm_core.decoding.request import Request
 from dllm_core.decoding.unmask import LowConfidencePolicy, ThresholdPolicy
-from dllm_core.model.config import DenoiserConfig, ModelConfig
 from dllm_core.model.denoiser import Denoiser
 from dllm_core.noise.absorbing import AbsorbingProcess
 
-BLOCK, STEPS, VOCABULARY = 32, 8, 16384
+BLOCK, STEPS = 32, 8
 MAX_BATCH_TOKENS = 16384
 _PLAIN_CALLS = 32  # of the rival that are timed
-
-
-def random_denoiser(context: int) -> Denoiser:
-    """97 M parameters; the head's row of the end token is 0, which is never the largest of thousands of logits."""
-    torch.manual_seed(0)
-    model = ModelConfig(dim=768, layers=12, heads=12, ffn_dim=2048, tie_embeddings=False)
-    config = DenoiserConfig(model=model, vocab_size=VOCABULARY, context_length=context, mask_id=0, eos_id=1, pad_id=2)
-    denoiser = Denoiser(config).eval().requires_grad_(False)
-    denoiser.head.weight[1] = 0
-    return denoiser
 
 
 @torch.inference_mode()
@@ -143,7 +133,7 @@ def main() -> None:
         denoiser, policy = read_bundle(RunDir.at(options.run)).denoiser(), ThresholdPolicy()
         length = min(length, denoiser.config.context_length - options.prompt)
     else:
-        denoiser = random_denoiser(length + options.prompt)
+        denoiser = random_denoiser(BASE, BASE_VOCABULARY, length + options.prompt)
     denoiser = denoiser.to(getattr(torch, options.dtype))
     bench = Bench(denoiser, policy, options.rounds)
     rng = np.random.default_rng(0)

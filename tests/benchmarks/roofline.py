@@ -17,36 +17,21 @@ import time
 import numpy as np
 import torch
 from figures import tell
+from random_model import BASE, BASE_VOCABULARY, random_denoiser
 
 from dllm_core.decoding.config import DecodeConfig
 from dllm_core.decoding.engine import Engine
 from dllm_core.decoding.request import Request
 from dllm_core.decoding.unmask import LowConfidencePolicy
-from dllm_core.model.config import DenoiserConfig, ModelConfig
-from dllm_core.model.denoiser import Denoiser
+from dllm_core.model.config import ModelConfig
 from dllm_core.noise.absorbing import AbsorbingProcess
 from dllm_core.training.loop import measure_peak_flops
 
 BLOCK, STEPS = 32, 8
 SHAPES = {
     "8b": (ModelConfig(dim=4096, layers=32, heads=32, ffn_dim=12288, tie_embeddings=False), 126464),
-    "100m": (ModelConfig(dim=768, layers=12, heads=12, ffn_dim=2048, tie_embeddings=False), 16384),
+    "100m": (BASE, BASE_VOCABULARY),
 }
-
-
-def new_denoiser(shape: str, context: int, dtype: torch.dtype, device: torch.device) -> Denoiser:
-    """Made where and as it computes; no end token is ever likely."""
-    model, vocabulary = SHAPES[shape]
-    config = DenoiserConfig(model=model, vocab_size=vocabulary, context_length=context, mask_id=0, eos_id=1, pad_id=2)
-    torch.manual_seed(0)
-    torch.set_default_dtype(dtype)
-    try:
-        with device:
-            denoiser = Denoiser(config).eval().requires_grad_(False)
-    finally:
-        torch.set_default_dtype(torch.float32)
-    denoiser.head.weight[1] = 0
-    return denoiser
 
 
 def bandwidth_of(device: torch.device, rounds: int = 5) -> float:
@@ -88,7 +73,7 @@ def main() -> None:
     options = parser.parse_args()
     device, dtype = torch.device("cuda" if is_gpu else "cpu"), getattr(torch, options.dtype)
     bandwidth, flops = bandwidth_of(device), measure_peak_flops(dtype, device)
-    denoiser = new_denoiser(options.shape, options.prompt + options.length, dtype, device)
+    denoiser = random_denoiser(*SHAPES[options.shape], options.prompt + options.length, dtype, device)
     # An embedding is looked up: of its table hardly anything is read, and nothing multiplied.
     weights = sum(p.numel() for p in denoiser.parameters()) - denoiser.embed.weight.numel()
     once = weights * denoiser.head.weight.element_size() / bandwidth

@@ -78,22 +78,22 @@ def test_a_mistake_gets_one_line_and_its_exit_code_before_anything_starts(root, 
     assert not list((root / "storage").glob("runs/*/events.jsonl"))
 
 
-def test_a_cluster_that_does_not_answer_is_told_of_in_one_line(root, tmp_path, monkeypatch):
+def test_a_cluster_that_does_not_answer_is_told_of_in_one_line(root, here, tmp_path, monkeypatch):
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{closed.getsockname()[1]}"  # nobody listens there
         monkeypatch.setenv("RAY_ADDRESS", address)
-        told = dllm("train", str(root / "small.yaml"), f"storage.root={tmp_path}")
+        told = here("train", str(root / "small.yaml"), f"storage.root={tmp_path}")
     assert told.returncode == 3
     line = "dllm: RAY_ADDRESS: no Ray cluster answers ([Errno 111] Connection refused), got "
     assert told.stderr.startswith(f"{line}'{address}': check it, or unset it")
 
 
-def test_a_port_that_is_taken_is_refused_before_training(root):
+def test_a_port_that_is_taken_is_refused_before_training(root, here):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        told = dllm("run", str(root / "small.yaml"), f"serve.port={taken.getsockname()[1]}")
+        told = here("run", str(root / "small.yaml"), f"serve.port={taken.getsockname()[1]}")
     assert told.returncode == 2
     assert told.stderr.startswith("dllm: serve.port: cannot be listened on at 127.0.0.1 (")
 
@@ -201,12 +201,10 @@ def test_what_reads_left_to_right_is_trained_and_generates(root, kind, refusals)
 
 
 def test_with_json_the_last_line_is_one_object_for_an_answer_and_for_an_error(small_bundle, here):
-    told = dllm("generate", small_bundle.url, "--prompt", "RED ", "--seed", "3", "--output", "json")
+    told = here("generate", small_bundle.url, "--prompt", "RED ", "--seed", "3", "--output", "json")
     assert told.returncode == 0
     answer = json.loads(told.stdout.splitlines()[-1])
     assert answer["tokens_per_call"] == pytest.approx(answer["num_tokens"] / answer["num_calls"], abs=1e-3)
-    again = here("generate", small_bundle.url, "--prompt", "RED ", "--seed", "3", "--output", "json")
-    assert json.loads(again.stdout.splitlines()[-1])["text"] == answer["text"]
     by_ids = [
         "--prompt-ids",
         ",".join(map(str, answer["prompt_ids"])),
@@ -277,8 +275,8 @@ def test_a_run_keeps_its_name_as_it_keeps_what_it_is(small_bundle, here):
         assert (told.returncode, told.stderr.startswith(line)) == (2, True)
 
 
-def test_show_prints_the_resolved_recipe(root):
-    told = dllm("show", str(root / "small.yaml"), "train.steps=77")
+def test_show_prints_the_resolved_recipe(root, here):
+    told = here("show", str(root / "small.yaml"), "train.steps=77")
     assert told.returncode == 0
     assert yaml.safe_load(told.stdout)["train"]["steps"] == 77
 

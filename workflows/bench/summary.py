@@ -34,9 +34,7 @@ def summarize(load: Load, answered: Sequence[Answered], slo_s: float) -> dict[st
 
 
 def _quantiles(seconds: Sequence[float]) -> dict[str, float | None]:
-    if not seconds:
-        return {f"p{round(100 * q)}": None for q in _QUANTILES}
-    return {f"p{round(100 * q)}": round(float(np.quantile(seconds, q)), 4) for q in _QUANTILES}
+    return {f"p{round(100 * q)}": round(float(np.quantile(seconds, q)), 4) if seconds else None for q in _QUANTILES}
 
 
 HEADER = ["load", "requests", "refused, failed", "TTFC p50 / p99", "end to end p50 / p99", "tokens/s", "goodput /s"]

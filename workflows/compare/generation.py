@@ -9,12 +9,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-import numpy as np
 import torch
 
 from dllm_core.checkpoints.bundle import read_bundle
-from dllm_core.data.loader import evenly, split_rows
-from dllm_core.data.manifest import read_manifest
 from dllm_core.decoding.config import is_ancestral
 from dllm_core.decoding.unmask import ThresholdPolicy
 from dllm_core.errors import ConfigError
@@ -23,11 +20,11 @@ from dllm_core.evaluation.samples import Samples, measure_samples, openings
 from dllm_core.evaluation.scorers import NGramModel
 from dllm_core.evaluation.writers import Tokens, Writer, Written
 from dllm_core.objective.config import AutoregressiveConfig
-from workflows.compare.measures import Question, heldout_rows
+from workflows.compare.measures import Question, heldout_rows, speaker_of
 from workflows.compare.recipe import GenerationConfig
 from workflows.compare.report import AUTOREGRESSION
 from workflows.compare.speakers import Speaker
-from workflows.compare.training import Entrant, device_of
+from workflows.compare.training import device_of
 
 _ORDER = 4
 _MAX_JUDGED_ROWS = 20_000  # of training text; the judge takes some 40 bytes a token and order
@@ -37,12 +34,12 @@ def generate(question: Question) -> dict[str, Any]:
     """`text`: the held-out continuations themselves, cut and judged alike; `models`: a curve of each that can write."""
     device, section = device_of(question.gpus), question.recipe.generation
     first = question.entrants[0]
-    manifest = read_manifest(first.run.store, first.corpus)
-    judge = _judge(first)
-    ids, tokens = heldout_rows(first, manifest, section.prompts)
+    manifest, config = first.manifest, read_bundle(first.run).config
+    never, end_id = (config.mask_id, config.pad_id), config.eos_id
+    judge = NGramModel.of_corpus(first.run.store, manifest, rows=_MAX_JUDGED_ROWS, order=_ORDER, never=never)
+    ids, tokens = heldout_rows(first, section.prompts)
     rows, room = HeldoutRows.of(tokens, ids), min(section.tokens, manifest.seq_len - section.prompt_tokens)
-    eos_id = read_bundle(first.run).config.eos_id
-    prompts, truth = openings(rows, room, context=manifest.seq_len, end_id=eos_id, opening=section.prompt_tokens)
+    prompts, truth = openings(rows, room, context=manifest.seq_len, end_id=end_id, opening=section.prompt_tokens)
     if not prompts:
         problem = "no held-out document goes on behind so many tokens"
         raise ConfigError("generation.prompt_tokens", problem, section.prompt_tokens, "ask for fewer")
@@ -50,24 +47,8 @@ def generate(question: Question) -> dict[str, Any]:
     models = {}
     with torch.inference_mode():
         for entrant in question.entrants:
-            speaker = Speaker(read_bundle(entrant.run), device, entrant.recipe.seed)
-            models[entrant.model] = _curve(question, speaker, prompts, room, judge)
+            models[entrant.model] = _curve(question, speaker_of(entrant, device), prompts, room, judge)
     return {"judge": judge.name, "text": None if told is None else asdict(told), "models": models}
-
-
-def _judge(entrant: Entrant) -> NGramModel:
-    manifest = read_manifest(entrant.run.store, entrant.corpus)
-    bundle = read_bundle(entrant.run)
-    rows = evenly(np.arange(manifest.train.rows), _MAX_JUDGED_ROWS)  # of a mixture the first are of one source
-    tokens = split_rows(entrant.run.store, manifest, manifest.train, rows)
-    return NGramModel.fit(
-        tokens.x0,
-        tokens.is_real,
-        order=_ORDER,
-        vocab_size=manifest.vocab_size,
-        never=(bundle.config.mask_id, bundle.config.pad_id),
-        segment_ids=tokens.segment_ids,
-    )
 
 
 def _curve(

@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 from dllm_core.checkpoints.bundle import read_bundle
 from dllm_core.checkpoints.store import CheckpointStore
 from dllm_core.data.loader import TokenRows, documents_of, evenly, split_rows
-from dllm_core.data.manifest import CorpusManifest, read_manifest
 from dllm_core.decoding.config import DecodeConfig
 from dllm_core.decoding.request import Request
 from dllm_core.estimate import measure_seed, proportion
@@ -69,8 +68,9 @@ def answer(question: Question) -> Any:
         return measures[question.measure](question, device)
 
 
-def heldout_rows(entrant: Entrant, manifest: CorpusManifest, count: int) -> tuple[Ints, TokenRows]:
+def heldout_rows(entrant: Entrant, count: int) -> tuple[Ints, TokenRows]:
     """At most `count` held-out rows, evenly spaced, and their ids: the same rows for every model."""
+    manifest = entrant.manifest
     rows = evenly(np.arange(manifest.heldout.rows), count)
     return rows, split_rows(entrant.run.store, manifest, manifest.heldout, rows)
 
@@ -99,7 +99,7 @@ def _repetition(question: Question, device: torch.device) -> list[dict[str, Any]
         likelihood_of = _likelihood(question, entrant, device)
         if likelihood_of is None:
             return None
-        tokens = read_manifest(entrant.run.store, entrant.corpus).train.tokens
+        tokens = entrant.manifest.train.tokens
         likelihood = likelihood_of(read_bundle(entrant.run).denoiser(str(device)))
         points.append({"data": entrant.data, "corpus_tokens": tokens, "likelihood": likelihood})
     return points
@@ -113,7 +113,7 @@ def _likelihood(
     estimator = estimator_of_bundle(bundle, str(device))
     if estimator is None:
         return None
-    manifest, store = read_manifest(entrant.run.store, entrant.corpus), entrant.run.store
+    manifest, store = entrant.manifest, entrant.run.store
     ids = evenly(np.arange(manifest.heldout.rows), section.rows)
     batches = [ids[start : start + _BATCH_ROWS] for start in range(0, len(ids), _BATCH_ROWS)]
     parts = [HeldoutRows.of(split_rows(store, manifest, manifest.heldout, rows), rows) for rows in batches]
@@ -129,14 +129,15 @@ def _likelihood(
     return score
 
 
-def _speaker(entrant: Entrant, device: torch.device) -> Speaker:
+def speaker_of(entrant: Entrant, device: torch.device) -> Speaker:
+    """Its bundle, with its ways to write."""
     return Speaker(read_bundle(entrant.run), device, entrant.recipe.seed)
 
 
 def _context(question: Question, device: torch.device) -> dict[str, Any] | None:
     """Accuracy of the tokens of one hole a row, by the side that is seen and the distance to what is seen."""
     [entrant] = question.entrants
-    speaker, section = _speaker(entrant, device), question.recipe.context
+    speaker, section = speaker_of(entrant, device), question.recipe.context
     filler = speaker.filler(None)
     if filler is None:
         return None
@@ -150,8 +151,7 @@ def _context(question: Question, device: torch.device) -> dict[str, Any] | None:
 
 def _holes(entrant: Entrant, config: DenoiserConfig, count: int, length: int, part: slice = slice(None)) -> list[Hole]:
     """Holes in the columns `part` of held-out rows."""
-    manifest = read_manifest(entrant.run.store, entrant.corpus)
-    ids, tokens = heldout_rows(entrant, manifest, count)
+    ids, tokens = heldout_rows(entrant, count)
     segment_ids = None if tokens.segment_ids is None else tokens.segment_ids[:, part]
     rows = HeldoutRows(tokens.x0[:, part], tokens.is_learned[:, part], ids, tokens.is_real[:, part], segment_ids)
     never = (config.mask_id, config.eos_id, config.pad_id)
@@ -165,14 +165,14 @@ def _documents_of(entrant: Entrant, config: DenoiserConfig, holes: Sequence[Hole
 
 def _documents(entrant: Entrant, config: DenoiserConfig, rows: Ints) -> Ints:
     """Which document each of these rising held-out rows is of."""
-    manifest = read_manifest(entrant.run.store, entrant.corpus)
+    manifest = entrant.manifest
     return documents_of(entrant.run.store, manifest, manifest.heldout, rows, config.eos_id)
 
 
 def _flexibility(question: Question, device: torch.device) -> dict[str, Any]:
     """Holes of several lengths, two in a row at once, and text to be mended; as it is served, but for the editing."""
     [entrant] = question.entrants
-    speaker, section = _speaker(entrant, device), question.recipe.flexibility
+    speaker, section = speaker_of(entrant, device), question.recipe.flexibility
     served = speaker.served.model_copy(update={"temperature": 0.0})
     filler = speaker.filler(served)
     result: dict[str, Any] = {"holes": [], "two_holes": None, "constraint": None}
@@ -292,9 +292,8 @@ def _editing(question: Question, entrant: Entrant, speaker: Speaker) -> dict[str
     if isinstance(speaker.objective, AutoregressiveConfig | BlockDiffusionConfig):
         return None
     section = question.recipe.flexibility
-    manifest = read_manifest(entrant.run.store, entrant.corpus)
-    ids, tokens = heldout_rows(entrant, manifest, section.rows)
-    x0, length, vocabulary = tokens.x0, tokens.x0.shape[1], manifest.vocab_size
+    ids, tokens = heldout_rows(entrant, section.rows)
+    x0, length, vocabulary = tokens.x0, tokens.x0.shape[1], entrant.manifest.vocab_size
     seed = measure_seed(entrant.recipe.seed, "editing")
     is_broken = (uniforms(seed, Purpose.EVALUATE, 0, ids, length) < section.broken) & tokens.is_learned
     shift = 1 + (uniforms64(seed, Purpose.EVALUATE_REPLACE, 0, ids, length) * (vocabulary - 1)).astype(np.int64)
@@ -348,7 +347,7 @@ def _task(question: Question, device: torch.device) -> dict[str, Any] | None:
     [entrant] = question.entrants
     section = question.recipe.task
     assert section is not None
-    speaker = _speaker(entrant, device)
+    speaker = speaker_of(entrant, device)
     served = speaker.served.model_copy(update={"temperature": 0.0})
     writer = speaker.writer(served)
     if writer is None:

@@ -108,12 +108,8 @@ class TaskConfig(Frozen):
     overrides: tuple[str, ...] = ()
 
 
-class ComparePlacement(EvaluatePlacement):
-    """`workers` tasks at once, one model or run each."""
-
-
 class CompareRecipe(Frozen):
-    """All that decides a comparison."""
+    """All that decides a comparison. placement: `workers` tasks at once, one model or run each."""
 
     name: str
     storage: StorageConfig = StorageConfig()
@@ -125,7 +121,7 @@ class CompareRecipe(Frozen):
     generation: GenerationConfig = GenerationConfig()
     flexibility: FlexibilityConfig = FlexibilityConfig()
     task: TaskConfig | None = None
-    placement: ComparePlacement = ComparePlacement()
+    placement: EvaluatePlacement = EvaluatePlacement()
 
     @model_validator(mode="after")
     def _names_fit(self) -> Self:

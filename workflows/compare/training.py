@@ -12,7 +12,7 @@ import torch
 
 from dllm_core.checkpoints.run_dir import JsonLines, RunDir
 from dllm_core.data.loader import evenly
-from dllm_core.data.manifest import read_manifest
+from dllm_core.data.manifest import CorpusManifest, read_manifest
 from dllm_core.errors import CheckpointError
 from dllm_core.training.backend import LocalBackend
 from workflows.pipeline.bundle import make_bundle
@@ -32,6 +32,11 @@ class Entrant:
     recipe: Recipe
     run: RunDir
     corpus: str
+
+    @property
+    def manifest(self) -> CorpusManifest:
+        """Of its corpus, read anew."""
+        return read_manifest(self.run.store, self.corpus)
 
     @property
     def num_tokens(self) -> int:
@@ -69,7 +74,7 @@ def train_entrant(gpus: float, entrant: Entrant) -> dict[str, Any]:
     with run.locked():
         run.store.put(run.key("recipe.yaml"), recipe.to_yaml().encode())
         device, damaged = device_of(gpus), list[CheckpointError]()
-        manifest = read_manifest(run.store, entrant.corpus)
+        manifest = entrant.manifest
         trainer = open_session(
             recipe,
             run,

@@ -14,7 +14,7 @@ import numpy as np
 
 from dllm_core.checkpoints.bundle import ModelBundle, read_bundle
 from dllm_core.checkpoints.run_dir import RunDir
-from dllm_core.data.loader import evenly, split_rows
+from dllm_core.data.loader import evenly
 from dllm_core.data.manifest import CorpusManifest
 from dllm_core.data.packing import PaddedPacking
 from dllm_core.decoding.config import DecodeConfig
@@ -191,16 +191,8 @@ def _scorer(job: EvaluateJob, bundle: ModelBundle, manifest: CorpusManifest) -> 
     if not isinstance(section, NGramScorerConfig):
         digest, context = bundle.tokenizer().digest, manifest.seq_len
         return AutoregressiveScorer.of(read_bundle(RunDir.at(section.run)), digest, context, job.device)
-    rows = evenly(np.arange(manifest.train.rows), section.rows)
-    tokens = split_rows(job.run.store, manifest, manifest.train, rows)
-    return NGramModel.fit(
-        tokens.x0,
-        tokens.is_real,
-        order=section.order,
-        vocab_size=manifest.vocab_size,
-        never={bundle.config.mask_id},
-        segment_ids=tokens.segment_ids,
-    )
+    never = {bundle.config.mask_id}
+    return NGramModel.of_corpus(job.run.store, manifest, rows=section.rows, order=section.order, never=never)
 
 
 def _quality(quality: TextQuality | None) -> Figures:

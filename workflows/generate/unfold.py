@@ -31,39 +31,25 @@ class Frame:
 def unfold(engine: Engine, tokenizer: Tokenizer, request: Request) -> Iterator[Frame]:
     """Frames from the empty canvas to the answer; the last one holds it."""
     engine.add(request)
-    begun = False
+    first, begun = len(request.prompt), False
     while updates := engine.step():
         state = updates[0].state
         if not begun:
-            yield _blank(tokenizer, request, state)
-            begun = True
+            given, begun = state.is_given, True
+            texts, nothing = _texts(tokenizer, state, given), [0] * len(given)
+            yield Frame(0, texts, (~given).tolist(), nothing, first, state.canvas_stop, answer=None, commits=[])
         answer = answer_of(state, engine.eos_id) if state.finish_reason is not None else None
-        is_open = state.is_open
         shown = state.is_final & ~state.is_closed
         yield Frame(
             num_calls=state.num_calls,
             texts=_texts(tokenizer, state, shown),
-            is_open=is_open.tolist(),
+            is_open=state.is_open.tolist(),
             committed_at=state.committed_at.tolist(),
-            first=len(request.prompt),
+            first=first,
             stop=state.canvas_stop,
             answer=answer,
             commits=updates[0].commits,
         )
-
-
-def _blank(tokenizer: Tokenizer, request: Request, state: DecodeState) -> Frame:
-    head, stop, length = len(request.prompt), state.canvas_stop, len(state.canvas)
-    return Frame(
-        num_calls=0,
-        texts=_texts(tokenizer, state, state.is_given),
-        is_open=(~state.is_given).tolist(),
-        committed_at=[0] * length,
-        first=head,
-        stop=stop,
-        answer=None,
-        commits=[],
-    )
 
 
 def _texts(tokenizer: Tokenizer, state: DecodeState, shown: Bools) -> list[str]:

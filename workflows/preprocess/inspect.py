@@ -4,8 +4,10 @@ dllm preprocess inspect workflows/recipes/quickstart.yaml
 """
 
 import html
+import itertools
 import json
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -65,9 +67,7 @@ def _report(
     corpus: CorpusPlan, manifest: CorpusManifest, tokenizer: Tokenizer, batch: Any, rows: list[dict[str, Any]]
 ) -> bytes:
     count = manifest.accounting
-    sample = all_rows(
-        corpus.store, manifest, manifest.train, np.arange(min(_SAMPLE_ROWS, manifest.train.rows), dtype=np.int64)
-    )
+    sample = all_rows(corpus.store, manifest, manifest.train, np.arange(min(_SAMPLE_ROWS, manifest.train.rows)))
     waste = 1 - manifest.train.tokens / (manifest.train.rows * manifest.seq_len)
     bytes_per_token = count.bytes_in / max(1, manifest.train.tokens + manifest.heldout.tokens)
     cards = [
@@ -106,7 +106,7 @@ def _report(
         "<h2>Removed records</h2>",
         _removed(corpus.store, manifest),
         "<h2>Manifest</h2>",
-        table({**manifest.model_dump(mode="json", exclude={"train", "heldout", "noise_epochs", "accounting"})}),
+        table(manifest.model_dump(mode="json", exclude={"train", "heldout", "noise_epochs", "accounting"})),
     )
 
 
@@ -128,18 +128,19 @@ def _lengths(sample: Any, tokenizer: Tokenizer) -> str:
 
 
 def _removed(store: Store, manifest: CorpusManifest) -> str:
-    counts: Counter[str] = Counter()
-    count = manifest.accounting
-    for kind in ("quarantined", "filtered", "duplicates"):
-        for rule, n in getattr(count, kind).items():
-            counts[f"{kind}: {rule}"] += n
+    kinds = ("quarantined", "filtered", "duplicates")
+    counts = Counter({f"{kind}: {rule}": n for kind in kinds for rule, n in getattr(manifest.accounting, kind).items()})
     if not counts:
         return "<p>None.</p>"
     figure, [axis] = axes(1, 1, 0.5 + 0.35 * len(counts))
     names, values = zip(*counts.most_common()[::-1], strict=True)
     axis.barh(names, values, color=SOFT)
     axis.set(xlabel="records")
-    shown = []
+    shown = "".join(itertools.islice(_removed_rows(store, manifest), _QUARANTINE_SHOWN))
+    return svg(figure, "removed records by reason") + f"<table>{shown}</table>"
+
+
+def _removed_rows(store: Store, manifest: CorpusManifest) -> Iterator[str]:
     for item in store.list(f"{corpus_prefix(manifest.fingerprint)}/quarantine"):
         if not item.key.endswith(".jsonl"):
             continue
@@ -149,7 +150,4 @@ def _removed(store: Store, manifest: CorpusManifest) -> str:
             except ValueError:
                 break
             place = f"{record['key']} @ {record['offset']}"
-            shown.append(f"<tr><td>{html.escape(record['reason'])}</td><td><code>{html.escape(place)}</code></td></tr>")
-            if len(shown) == _QUARANTINE_SHOWN:
-                return svg(figure, "removed records by reason") + f"<table>{''.join(shown)}</table>"
-    return svg(figure, "removed records by reason") + f"<table>{''.join(shown)}</table>"
+            yield f"<tr><td>{html.escape(record['reason'])}</td><td><code>{html.escape(place)}</code></td></tr>"

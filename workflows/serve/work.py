@@ -99,8 +99,8 @@ class Fullness:
         """A call. fill: the share of the batch's room that it took."""
         if not rows:
             return
-        now = (1.0, rows, rows * rows, seconds, rows * seconds)
-        self._sums = tuple(_KEPT * old + new for old, new in zip(self._sums, now, strict=True))  # type: ignore[assignment]
+        count, n, nn, t, nt = (_KEPT * sum_ for sum_ in self._sums)
+        self._sums = (count + 1, n + rows, nn + rows * rows, t + seconds, nt + rows * seconds)
         self._taken_s += seconds - (1.0 - min(1.0, fill)) * min(seconds, self.fixed_s)
 
     @property
@@ -141,5 +141,5 @@ class Ledger:
             if replica in held:
                 held[replica] += work
         self._turn += 1
-        turned = [replicas[(i + self._turn) % len(replicas)] for i in range(len(replicas))]
-        return sorted(turned, key=held.__getitem__)
+        at = self._turn % max(1, len(replicas))
+        return sorted([*replicas[at:], *replicas[:at]], key=held.__getitem__)

@@ -121,9 +121,8 @@ def plan(recipe: Recipe, machine: Machine, console: Console) -> dict[str, Any]:
         stage: device_memory(at_stage(recipe.train, stage), model, widest, forward, stage=stage, workers=workers)
         for stage in STAGES
     }
-    is_measured = machine.device_tflops is None and machine.tokens_per_second is None
     tokens = recipe.train.batch_rows * recipe.packing.seq_len
-    rate = measure_peak_flops(precision, device) if is_measured else (machine.device_tflops or 1) * 1e12
+    rate = (machine.device_tflops or 1) * 1e12 if machine.is_stated else measure_peak_flops(precision, device)
     timed = pace(
         recipe.train,
         model,
@@ -149,7 +148,7 @@ def plan(recipe: Recipe, machine: Machine, console: Console) -> dict[str, Any]:
         "zero_stage": recipe.train.zero_stage,
         "memory": {str(stage): {**asdict(found), "total": found.total} for stage, found in memory.items()},
         "device_tflops": None if machine.tokens_per_second is not None else rate / 1e12,
-        "device_rate": "this machine's matrix products" if is_measured else "as stated",
+        "device_rate": "as stated" if machine.is_stated else "this machine's matrix products",
         "mfu": machine.mfu,
         "step_seconds": timed.step_seconds,
         "steps": timed.steps,

@@ -9,12 +9,11 @@ from dllm_core.data.sources import find_source, unicode_names
 from dllm_core.errors import DataError
 from dllm_core.storage.store import LocalStore
 from workflows.preprocess.flow import plan_corpus
-from workflows.recipe import load_recipe, shipped_recipes
+from workflows.recipe import RECIPES, load_recipe
 
 
 def test_the_unicode_names_are_one_corpus_wherever_and_whenever_they_are_written_down(tmp_path):
-    [quickstart] = [path for path in shipped_recipes() if path.stem == "quickstart"]
-    recipe = load_recipe(quickstart)
+    recipe = load_recipe(RECIPES / "quickstart.yaml")
     fingerprints = {plan_corpus(recipe, LocalStore(tmp_path / name)).fingerprint for name in ("a", "b")}
     assert len(fingerprints) == 1
 

@@ -19,6 +19,7 @@ from dllm_core.data.tokenizer import Tokenizer, TokenizerConfig
 from dllm_core.decoding.engine import Engine
 from dllm_core.errors import ConfigError
 from dllm_core.estimate import ratio
+from dllm_core.evaluation.config import EvaluateConfig
 from dllm_core.evaluation.estimators import ExactNLL, HeldoutRows
 from dllm_core.evaluation.likelihood import score_rows
 from workflows.console import Console
@@ -65,7 +66,8 @@ def figures(made):
 
 
 def evaluated(recipe: Recipe, run: RunDir, **section: object) -> dict:
-    changed = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update=section)})
+    asked = EvaluateConfig.checked({**recipe.evaluate.model_dump(), **section})
+    changed = recipe.model_copy(update={"evaluate": asked})
     return json.loads(json.dumps(evaluate(changed, run, serially, lambda *told: None)))
 
 
@@ -116,9 +118,10 @@ def test_figures_do_not_depend_on_how_rows_are_batched(made, figures, kind):
 
 def test_draws_end_at_the_target(made):
     corpus, run = made("uniform")
-    many = evaluated(corpus.recipe, run, draws=30, prompts=0)
+    alone = {"draws": 30, "prompts": 0, "calibration": {"rows": 0}, "infill": {"rows": 0}}
+    many = evaluated(corpus.recipe, run, **alone)
     target = 3 * many["monte_carlo_error"]
-    some = evaluated(corpus.recipe, run, draws=30, prompts=0, target_error=target)
+    some = evaluated(corpus.recipe, run, **alone, target_error=target)
     assert some["draws"] < many["draws"] == 30
     assert some["monte_carlo_error"] <= target
     assert abs(some["nelbo"] - many["nelbo"]) < 5 * target
@@ -148,6 +151,9 @@ def test_a_report_shows_noise_as_it_is_and_says_what_there_is_not(made, figures,
     run.write_json("evaluation.json", figures(kind))
     write_report(corpus.recipe, run)
     page = run.store.read(run.key("report.html")).decode()
+    assert "src=" not in page
+    assert "Calibration: how often" in page
+    assert page.count("<svg") == 1 + ("ECE by chance alone" in page) + ("both sides are better by" in page)
     assert ("There is no decoder for such a model yet" in page) == (KINDS[kind][2] is not None)
     assert ("token by token" in page) == (kind == "autoregressive")
     assert ("class=swapped>" in page) == (kind in ("uniform", "hybrid"))
@@ -230,8 +236,8 @@ def test_the_error_is_of_documents_where_rows_are_pieces_of_them(tmp_path):
     assert result["infill"]["holes"][0]["token"]["rows"] <= expected.rows
 
 
-def test_bytes_are_those_of_the_held_out_text_without_end_tokens(made):
-    corpus, run = made("masks")
+def test_bytes_are_those_of_the_held_out_text_without_end_tokens(made, figures):
+    corpus, _ = made("masks")
     rows = split_rows(corpus.store, corpus.manifest, corpus.manifest.heldout, np.arange(corpus.manifest.heldout.rows))
     text = corpus.tokenizer.decode(rows.x0[rows.is_real].tolist())
-    assert evaluated(corpus.recipe, run, prompts=0)["bytes"] == len(text.encode())
+    assert figures("masks")["bytes"] == len(text.encode())

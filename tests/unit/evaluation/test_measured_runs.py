@@ -43,7 +43,6 @@ from workflows.evaluate.flow import evaluate
 from workflows.evaluate.show import lines, sections
 from workflows.fan_out import serially
 from workflows.pipeline.flow import Pipeline
-from workflows.pipeline.report import write_report
 from workflows.preprocess.flow import plan_corpus
 from workflows.recipe import Recipe, load_recipe
 from workflows.target import Target
@@ -59,6 +58,7 @@ ALL = {
     "tasks": [ADDITION, {"type": "sudoku"}],
     "problems": 9,
 }
+OFF: dict[str, object] = {name: {"rows": 0} for name in ("calibration", "infill", "samples")} | {"tasks": []}
 NO_DECODER = "there is no decoder for such a model yet"
 KINDS = {
     "masks": ({}, ("both", "left", "right")),
@@ -123,9 +123,8 @@ def heldout(corpus: SmallCorpus, count: int, of: int = 20) -> HeldoutRows:
 
 
 @EVERY_KIND
-def test_a_model_is_measured_in_what_it_can_do_and_says_what_it_cannot(made, figures, kind):
-    (corpus, run), (_, sides) = made(kind), KINDS[kind]
-    result = figures(kind)
+def test_a_model_is_measured_in_what_it_can_do_and_says_what_it_cannot(figures, kind):
+    (_, sides), result = KINDS[kind], figures(kind)
     if kind == "uniform":
         assert result["calibration"] == {"not_measured": "noise.process.type=uniform: calibration is of masks"}
     else:
@@ -157,12 +156,10 @@ def test_a_model_is_measured_in_what_it_can_do_and_says_what_it_cannot(made, fig
     assert all(
         "\n" not in line and ("not measured" in line) != ("±" in line or "95 %" in line) for line in told.values()
     )
-    run.write_json("evaluation.json", result)
-    write_report(asked(corpus.recipe), run)
-    page = run.store.read(run.key("report.html")).decode()
+    page = "".join(sections(result))
     assert ("Not measured: noise.process.type=uniform: calibration is of masks" in page) == (kind == "uniform")
     assert "src=" not in page
-    assert page.count("<svg") == 1 + (kind != "uniform") + (sides is not None)
+    assert page.count("<svg") == (kind != "uniform") + (sides is not None)
 
 
 @EVERY_KIND
@@ -177,9 +174,8 @@ def test_no_figure_depends_on_how_work_is_cut_up(made, figures, kind):
 
 def test_what_is_not_asked_for_is_null_and_costs_no_line(made):
     corpus, run = made("masks")
-    off = {name: {"rows": 0} for name in ("calibration", "infill", "samples")}
-    result = measured(corpus.recipe, run, **off, tasks=[])
-    assert [result[name] for name in (*off, "tasks")] == [None, None, None, []]
+    result = measured(corpus.recipe, run, **OFF)
+    assert [result[name] for name in OFF] == [None, None, None, []]
     assert list(lines(result)) == sections(result) == []
 
 
@@ -187,7 +183,7 @@ def test_what_is_not_asked_for_is_null_and_costs_no_line(made):
     ("kind", "pattern"),
     [("masks", FULL), ("autoregressive", CAUSAL), ("blocks", AttentionPattern("block_diffusion", 4)), ("timed", FULL)],
 )
-def test_confidence_is_asked_for_in_the_pass_that_a_model_was_trained_in(made, kind, pattern):
+def test_confidence_is_asked_for_in_the_pass_that_a_model_was_trained_in(made, figures, kind, pattern):
     corpus, run = made(kind)
     bundle = read_bundle(run)
     scores = score_calibration(
@@ -200,7 +196,7 @@ def test_confidence_is_asked_for_in_the_pass_that_a_model_was_trained_in(made, k
         pattern=pattern,
         is_timed=kind == "timed",
     )
-    expected, found = summarize_calibration(scores), measured(corpus.recipe, run)["calibration"]["by_rate"][1]
+    expected, found = summarize_calibration(scores), figures(kind)["calibration"]["by_rate"][1]
     assert found["tokens"] == expected.tokens
     for name in ("accuracy", "confidence", "expected_error", "brier"):
         estimate = getattr(expected, name)
@@ -212,7 +208,7 @@ def test_holes_are_those_of_the_plain_function_and_the_gain_is_of_both_sides(lea
     """Filled greedily, however hot the recipe decodes."""
     corpus, run = learned
     hot = corpus.recipe.model_copy(update={"decode": corpus.recipe.decode.model_copy(update={"temperature": 1.0})})
-    result, bundle = measured(hot, run)["infill"], read_bundle(run)
+    result, bundle = measured(hot, run, **{**OFF, "infill": ALL["infill"]})["infill"], read_bundle(run)
     assert result["decode"]["temperature"] == 0
     filler = filler_of(bundle, corpus.recipe.decode, seed=7)
     never = corpus.tokenizer.special_ids
@@ -233,9 +229,9 @@ def test_holes_are_those_of_the_plain_function_and_the_gain_is_of_both_sides(lea
 
 
 @pytest.mark.parametrize("kind", ["masks", "autoregressive", "blocks", "isolated"])
-def test_text_is_judged_by_a_law_of_the_training_rows_beside_the_text_that_it_goes_on_from(made, kind):
+def test_text_is_judged_by_a_law_of_the_training_rows_beside_the_text_that_it_goes_on_from(made, figures, kind):
     corpus, run = made(kind)
-    result, bundle, manifest = measured(corpus.recipe, run)["samples"], read_bundle(run), corpus.manifest
+    result, bundle, manifest = figures(kind)["samples"], read_bundle(run), corpus.manifest
     train = split_rows(corpus.store, manifest, manifest.train, np.arange(manifest.train.rows))
     scorer = NGramModel.fit(
         train.x0,
@@ -261,7 +257,8 @@ def test_text_is_judged_by_a_law_of_the_training_rows_beside_the_text_that_it_go
 
 def test_an_autoregressive_run_may_be_the_scorer_and_one_that_does_not_fit_is_refused_before_training(made):
     (corpus, run), (_, other) = made("masks"), made("autoregressive")
-    result = measured(corpus.recipe, run, samples={"rows": 4, "scorer": {"type": "autoregressive", "run": other.url}})
+    fit = {"rows": 4, "scorer": {"type": "autoregressive", "run": other.url}}
+    result = measured(corpus.recipe, run, **{**OFF, "samples": fit})
     assert result["samples"]["scorer"] == f"autoregressive {other.name}, step 0"
     misfit = {"rows": 4, "scorer": {"type": "autoregressive", "run": run.url}}
     recipe = asked(corpus.recipe, samples=misfit)
@@ -282,9 +279,9 @@ def test_a_scorer_s_run_is_written_out_from_where_one_stands(tmp_path, monkeypat
     assert recipe.evaluate.samples.scorer.run == str(tmp_path / "runs" / "a")
 
 
-def test_problems_are_of_the_test_part_and_answered_as_it_is_served(made):
+def test_problems_are_of_the_test_part_and_answered_as_it_is_served(made, figures):
     corpus, run = made("masks")
-    found, bundle = measured(corpus.recipe, run)["tasks"][0], read_bundle(run)
+    found, bundle = figures("masks")["tasks"][0], read_bundle(run)
     task = AdditionTask.checked(ADDITION)
     problems = task.problems("test", 9, seed=7)
     writer = writer_of(bundle, corpus.recipe.decode)
@@ -295,7 +292,7 @@ def test_problems_are_of_the_test_part_and_answered_as_it_is_served(made):
     ]
     assert found["examples"] == expected[:4]
     assert found["pieces"]["value"] == sum(a.grade.right for a in answered) / sum(a.grade.asked for a in answered)
-    more = measured(corpus.recipe, run, problems=60)["tasks"][0]
+    more = measured(corpus.recipe, run, **{**OFF, "tasks": [ADDITION]}, problems=60)["tasks"][0]
     assert more["not_measured"].startswith("the test part holds ")
 
 

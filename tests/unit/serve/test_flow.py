@@ -1,6 +1,7 @@
 """What the serve verb prints can be copied into a shell as it stands."""
 
 import contextlib
+import inspect
 import io
 import json
 import shlex
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 
 import httpx
 import pytest
+from ray.serve._private import constants
 from rich.console import Console as RichConsole
 
 from dllm_core.errors import ConfigError, DataError
@@ -67,6 +69,12 @@ def test_models_of_which_one_cannot_be_loaded_are_taken_back(monkeypatch, capsys
     assert served is (new if told is None else before)
     assert deployed == [new, before][: 1 if told is None else 2]
     assert (told or "models") in capsys.readouterr().err
+
+
+def test_ray_serve_reads_what_it_is_told_and_waits_for_a_proxy_on_a_busy_machine():
+    known = inspect.getsource(constants)
+    assert all(f'"{name}"' in known for name in env._SETTINGS if name.startswith("RAY_SERVE_"))
+    assert float(env._SETTINGS["RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"]) >= 60
 
 
 @pytest.mark.parametrize("verb", ["serve", "run"])

@@ -152,13 +152,13 @@ def of_batches(rule, call_s, row_s, load, seconds, start):
 @KINDS
 def test_a_fleet_falls_after_a_burst_to_what_its_load_needs_and_stays_there(call_s, row_s, target):
     rule = ScalingRule(minimum=1, maximum=16, target=target, up_after_s=2, down_after_s=20)
-    told = of_batches(rule, call_s, row_s, lambda now: 9.0 if 60 <= now < 180 else 2.0, 900, start=3)
+    told = of_batches(rule, call_s, row_s, lambda now: 9.0 if 60 <= now < 180 else 2.0, 600, start=3)
     assert max(replicas for now, replicas, *_ in told if 60 <= now < 200) >= 9
     after = [replicas for now, replicas, *_ in told if now >= 220]
     assert after[-1] in (3, 4)  # 2.0 of work at 0.8 of three
     assert sorted(after, reverse=True) == after  # never up again: what was ended was not needed
     assert max(share for now, _, share, _ in told if now >= 220) < 1
-    assert max(work for now, *_, work in told if now >= 700) < target * after[-1]
+    assert max(work for now, *_, work in told if now >= 500) < target * after[-1]
 
 
 @KINDS

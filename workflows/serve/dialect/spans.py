@@ -57,25 +57,23 @@ class InfillRequest(_WholeText):
 
     def rows(self, model: ServedModel) -> list[Row]:
         """The same document n times."""
-        if not any(isinstance(part, Hole) for part in self.segments):
-            raise RequestError("segments", "has no hole", remedy='put {"hole": LENGTH} where text is to be filled in')
         holes = tuple(part.hole for part in self.segments if isinstance(part, Hole))
+        if not holes:
+            raise RequestError("segments", "has no hole", remedy='put {"hole": LENGTH} where text is to be filled in')
         if sum(holes) > model.context:
             raise RequestError("segments", f"its holes ({sum(holes)}) exceed the context of {model.context} tokens")
-        first = next(i for i, part in enumerate(self.segments) if isinstance(part, Hole))
-        last = max(i for i, part in enumerate(self.segments) if isinstance(part, Hole))
-        head = "".join(part for part in self.segments[:first] if isinstance(part, str))
-        tail = "".join(part for part in self.segments[last + 1 :] if isinstance(part, str))
+        at = [i for i, part in enumerate(self.segments) if isinstance(part, Hole)]
+        head = "".join(part for part in self.segments[: at[0]] if isinstance(part, str))
+        tail = "".join(part for part in self.segments[at[-1] + 1 :] if isinstance(part, str))
         pieces: list[Piece] = []
-        for part in self.segments[first : last + 1]:
+        for part in self.segments[at[0] : at[-1] + 1]:
             if isinstance(part, Hole):
                 pieces.append(OpenHole(part.hole, part.hole))
             elif part:
                 pieces.append(tuple(model.tokenizer.encode_kept(part, "segments")))
-        config = self.decode_config(model.decode, model.context)
         request = Request(
             prompt=tuple(model.tokenizer.encode(head)),
-            config=config,
+            config=self.decode_config(model.decode, model.context),
             suffix=tuple(model.tokenizer.encode_behind(tail)),
             constraint=self.constraint(model.limits),
         )
