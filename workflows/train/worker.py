@@ -32,10 +32,7 @@ def train_worker(config: dict[str, Any]) -> None:
     job: WorkerJob = config["job"]
     recipe, announcer = job.recipe, Announcer(job.mailbox)
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    device = torch.device("cpu")
-    if torch.cuda.is_available() and recipe.placement.train.gpus_per_worker:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
+    device = _device(recipe.placement.train.gpus_per_worker)
 
     def report_damage(error: CheckpointError) -> None:
         if rank == 0:
@@ -64,6 +61,19 @@ def train_worker(config: dict[str, Any]) -> None:
         position = train_to_end(trainer, job.run, manifest)
         if rank == 0 and not trainer.is_stopped:
             announcer.tell_surely("finished", step=position.step)
+
+
+def _device(gpus: float) -> torch.device:
+    """What this rank computes on. A GPU that is paid for and not seen is no reason to train on the CPU beside it."""
+    if not gpus:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        problem = f"this worker was given {gpus:g} of a node whose GPUs torch {torch.__version__} does not see"
+        remedy = "install torch with CUDA, and the driver, on that node, or set it to 0"
+        raise DataError("placement.train.gpus_per_worker", problem, remedy=remedy)
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(device)
+    return device
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import ray
+import torch
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.train.v2.api.exceptions import WorkerGroupError
 from trainers import run_dir
@@ -93,3 +94,12 @@ def test_the_rank_that_failed_is_told_of_and_not_those_that_miss_it(train, faile
         raise WorkerGroupError("errors", {0: missing, 1: failed} if rank else {0: failed, 1: missing})
 
     assert str(train(fails)[2]) == line
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="no GPU is missed where there is one")
+def test_a_worker_that_was_given_a_gpu_does_not_train_on_the_cpu_beside_it():
+    from workflows.train.worker import _device  # DeepSpeed: 2 s that other tests need not pay
+
+    assert _device(0).type == "cpu"
+    with pytest.raises(DataError, match=r"^placement\.train\.gpus_per_worker: this worker was given 1 of a node"):
+        _device(1)
