@@ -140,10 +140,12 @@ def prepare(module: Denoiser, config: TrainConfig) -> None:
     module.checkpoints_blocks = config.activation_checkpointing
     if not config.compile:
         return
-    compiler = os.environ.get("CXX", "g++")
-    if module.device.type == "cpu" and shutil.which(compiler) is None:
-        problem = f"needs a C++ compiler on a CPU, and there is no {compiler}"
-        raise ConfigError("train.compile", problem, True, "install one and name it in CXX, or leave it out")
+    # Inductor writes C++ for a CPU; for a GPU Triton has its launcher compiled, in C.
+    language, variable, usual = ("C++", "CXX", "g++") if module.device.type == "cpu" else ("C", "CC", "gcc clang")
+    compilers = os.environ.get(variable, usual).split()
+    if not any(map(shutil.which, compilers)):
+        problem = f"needs a {language} compiler here, and there is no {' or '.join(compilers)}"
+        raise ConfigError("train.compile", problem, True, f"install one and name it in {variable}, or leave it out")
     for block in module.blocks:
         if block._compiled_call_impl is None:
             block.compile()

@@ -1,6 +1,5 @@
 """Laws of micro-batches: a batch's gradient and sums do not tell how it was cut, and `auto` takes the fastest cut."""
 
-import sys
 from functools import partial
 from types import SimpleNamespace
 
@@ -264,16 +263,16 @@ def test_a_state_that_was_given_is_gone_on_from_by_both_kernels():
     torch.testing.assert_close(*results, atol=1e-7, rtol=1e-6)
 
 
-def test_without_a_compiler_compiling_is_refused_in_one_line(monkeypatch):
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(
-        ConfigError, match=r"^train\.compile: needs a C\+\+ compiler .* no no-such-compiler, got True: "
-    ):
+@pytest.mark.parametrize(("device", "variable", "language"), [("cpu", "CXX", r"C\+\+"), ("cuda", "CC", "C")])
+def test_without_a_compiler_compiling_is_refused_in_one_line(monkeypatch, device, variable, language):
+    monkeypatch.setenv(variable, "no-such-compiler")
+    monkeypatch.setattr(Denoiser, "device", torch.device(device))
+    problem = rf"^train\.compile: needs a {language} compiler .* no no-such-compiler, got True: install .* {variable},"
+    with pytest.raises(ConfigError, match=problem):
         prepare(new_denoiser(), TrainConfig(compile=True))
 
 
-def test_blocks_alone_are_compiled_once_and_keep_their_names(monkeypatch):
-    monkeypatch.setenv("CXX", sys.executable)  # some program; nothing is compiled before a forward
+def test_blocks_alone_are_compiled_once_and_keep_their_names():
     plain, compiled = new_denoiser(), new_denoiser()
     for _ in range(2):
         prepare(compiled, TrainConfig(compile=True))
