@@ -312,7 +312,8 @@ class Pipeline:
                 yield bar
         except BaseException as error:
             self._console.stopped(name)
-            self._events.add(name, "failed", error=f"{type(error).__name__}: {error}")
+            with contextlib.suppress(OSError):  # a disk that is full may be what ended it
+                self._events.add(name, "failed", error=f"{type(error).__name__}: {error}")
             raise
         finally:
             self._took = time.monotonic() - begun
