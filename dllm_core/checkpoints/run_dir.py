@@ -127,12 +127,13 @@ class JsonLines:
         """Add a line; one write call, so that two writers do not mix."""
         if not self._mended:
             self._drop_cut_line()
+        self._mended = False  # a disk that fills up cuts a line short as a kill does
         with self._path.open("ab") as file:
             file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+        self._mended = True
 
     def _drop_cut_line(self) -> None:
-        """A line that a kill cut short would swallow the next one."""
-        self._mended = True
+        """A line that was cut short would swallow the next one."""
         if self._path.exists():
             data = self._path.read_bytes()
             if data and not data.endswith(b"\n"):
