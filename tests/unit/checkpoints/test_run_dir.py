@@ -1,6 +1,9 @@
 """A run's folder is found by its url, stays below its root, and its logs survive a kill in the middle of a line."""
 
+import os
+import re
 import resource
+import socket
 from pathlib import Path
 
 import pytest
@@ -145,7 +148,8 @@ def test_a_bucket_that_is_called_runs_is_no_run():
 
 def test_a_second_driver_on_a_run_is_refused_until_the_first_is_gone(run, monkeypatch):
     monkeypatch.setattr(claim, "HEARTBEAT_S", 0.05)
-    with run.locked() as is_lost, pytest.raises(DataError, match=f"{run.url}: another dllm is at work"), run.locked():
+    named = rf"{run.url}: another dllm is at work on this run \({re.escape(socket.gethostname())}, pid {os.getpid()}\)"
+    with run.locked() as is_lost, pytest.raises(DataError, match=named), run.locked():
         pass
     assert not is_lost()
     with run.locked():
