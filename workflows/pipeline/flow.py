@@ -14,7 +14,7 @@ from typing import Any
 from rich.markup import escape
 
 from dllm_core.checkpoints.bundle import read_bundle
-from dllm_core.checkpoints.bundle_manifest import FOLDER
+from dllm_core.checkpoints.bundle_manifest import FOLDER, is_whole
 from dllm_core.checkpoints.run_dir import RunDir
 from dllm_core.checkpoints.store import CHECKPOINTS
 from dllm_core.config.fingerprint import fingerprint
@@ -156,7 +156,7 @@ class Pipeline:
         recipe, run, name = self.target.recipe, self.target.run, "bundle"
         inputs = bundle_inputs(recipe, run, final_step(run) or 0)
         result = self._receipts.read(name, inputs)
-        if result is not None and run.store.exists(run.key("bundle/bundle.json")):
+        if result is not None and is_whole(run):
             self._console.skipped(name, escape(f"{run.url}/bundle"))
             return result
         self._keep_recipe()
