@@ -15,7 +15,7 @@ from rich.markup import escape
 
 from dllm_core.checkpoints.bundle import read_bundle
 from dllm_core.checkpoints.bundle_manifest import FOLDER, is_whole
-from dllm_core.checkpoints.run_dir import RunDir
+from dllm_core.checkpoints.run_dir import JsonLines, RunDir
 from dllm_core.checkpoints.store import CHECKPOINTS
 from dllm_core.config.fingerprint import fingerprint
 from dllm_core.data.manifest import CorpusManifest, read_manifest, read_tokenizer
@@ -41,6 +41,7 @@ from workflows.serve.app import check_port
 from workflows.serve.flow import cpus_needed, gpus_needed
 from workflows.target import Target
 from workflows.train.flow import checkpoint_bytes, final_step, step_line, train
+from workflows.train.session import METRICS
 
 
 class Pipeline:
@@ -145,6 +146,8 @@ class Pipeline:
                     self._events.add(name, kind, **message)
 
             train(recipe, run, self.target.corpus, take)
+        if not last:  # one that was ended behind its last save takes no step, and has told what it was in its log
+            last = (JsonLines(run, METRICS).read() or [{}])[-1]
         result = {**last, "step": final_step(run), "workers": recipe.placement.train.workers}
         self._receipts.write(name, run.name, result)
         self._console.done(name, _about_training(result, recipe), self._took)
