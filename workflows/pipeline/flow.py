@@ -20,7 +20,7 @@ from dllm_core.checkpoints.store import CHECKPOINTS
 from dllm_core.config.fingerprint import fingerprint
 from dllm_core.data.manifest import CorpusManifest, read_manifest, read_tokenizer
 from dllm_core.decoding.config import NO_SUFFIX
-from dllm_core.errors import CheckpointError, ConfigError
+from dllm_core.errors import CheckpointError, ConfigError, DataError
 from dllm_core.evaluation.config import AutoregressiveScorerConfig
 from dllm_core.evaluation.scorers import check_scorer
 from dllm_core.model.config import LAYOUT_NAME
@@ -55,11 +55,15 @@ class Pipeline:
 
     def __enter__(self) -> "Pipeline":
         with contextlib.ExitStack() as stack:
-            is_lost = stack.enter_context(self.target.run.locked())
+            self._is_lost = stack.enter_context(self.target.run.locked())
             self._events = Events(self.target.run)  # not before: the driver that was here wrote until then
-            stack.callback(lambda: None if is_lost() else self._events.sync())
+            stack.callback(self._send_events)
             self._stack = stack.pop_all()
         return self
+
+    def _send_events(self) -> None:
+        if not self._is_lost():
+            self._events.sync()
 
     def _keep_recipe(self) -> None:
         """The recipe of the weights. A verb that only looks at them, with overrides of its own, leaves it alone."""
@@ -144,6 +148,9 @@ class Pipeline:
                 else:
                     shown.event(kind, message)
                     self._events.add(name, kind, **message)
+                    if kind == "checkpoint":  # what was told until here outlives this machine, as metrics do
+                        with contextlib.suppress(DataError):  # a storage that is gone now may be back at the next one
+                            self._send_events()
 
             train(recipe, run, self.target.corpus, take)
         if not last:  # one that was ended behind its last save takes no step, and has told what it was in its log
