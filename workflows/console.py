@@ -91,8 +91,9 @@ class Console:
         self.rich.print(f"[green]✓[/green] [bold]{name:<11}[/bold] {text}{took}")
 
     def stopped(self, name: str) -> None:
-        """One line for a stage that did not get to its end."""
-        self.rich.print(f"[red]✗[/red] [bold]{name:<11}[/bold] [dim]stopped[/dim]")
+        """One line for a stage that did not get to its end; where nobody reads, that is what ended it still."""
+        with contextlib.suppress(OSError):
+            self.rich.print(f"[red]✗[/red] [bold]{name:<11}[/bold] [dim]stopped[/dim]")
 
     def skipped(self, name: str, text: str) -> None:
         """One line for a stage whose inputs have not changed."""

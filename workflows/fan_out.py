@@ -45,7 +45,7 @@ def fan_out(
     on_done: Callable[[int, Any], None] = _say_nothing,
     demand: Demand = ONE_CORE,
 ) -> list[Result]:
-    """As Ray tasks on the connected cluster. The first error of ours ends all and is raised as it is."""
+    """As Ray tasks on the connected cluster. An error of ours, or of the system, ends all and is raised as it is."""
     import ray
 
     task = ray.remote(**actor_options(demand), max_retries=TASK_RETRIES)(_call)
@@ -64,7 +64,7 @@ def fan_out(
                 results[running.pop(ref)] = result
                 on_done(len(results), result)
     except ray.exceptions.RayTaskError as error:
-        raise (error.cause if isinstance(error.cause, DllmError) else error) from None
+        raise (error.cause if isinstance(error.cause, DllmError | OSError) else error) from None
     except ray.exceptions.RayError as error:  # a worker or its node died, again and again
         problem = f"a task was lost {TASK_RETRIES + 1} times ({first_line(error)})"
         remedy = "what is complete is kept: run again; fewer workers, or smaller units, need less memory"

@@ -58,7 +58,8 @@ def exit_code_of(signalled: KeyboardInterrupt) -> int:
 def say_interrupted(signalled: KeyboardInterrupt) -> None:
     """The one line."""
     what = "terminated" if isinstance(signalled, Interrupted) else "interrupted"
-    sys.stderr.write(f"\ndllm: {what}; what is complete is kept, run it again to go on\n")
+    with contextlib.suppress(OSError):  # who reads, such as `| tee`, was ended by the same Ctrl-C
+        sys.stderr.write(f"\ndllm: {what}; what is complete is kept, run it again to go on\n")
 
 
 def leave(code: int) -> None:

@@ -42,14 +42,16 @@ def run_verb(body: Callable[[Console], Any], output: Output) -> Any:
         # Here and not above: the library that parses the words would take it for its own affair.
         say_interrupted(signalled)
         code = exit_code_of(signalled)
-        console.result({"error": {"place": "dllm", "message": "interrupted"}, "exit_code": code})
+        with contextlib.suppress(OSError):
+            console.result({"error": {"place": "dllm", "message": "interrupted"}, "exit_code": code})
         raise EndedError(code) from signalled
 
 
 def failed(console: Console, error: DllmError) -> int:
     """Say what ended a verb; the exit code."""
     code = 2 if isinstance(error, RequestError) else error.exit_code
-    sys.stderr.write(f"dllm: {error}\n")
     with contextlib.suppress(OSError):  # there may be nobody to tell
+        sys.stderr.write(f"dllm: {error}\n")
+    with contextlib.suppress(OSError):
         console.result({"error": {"place": error.place, "message": str(error)}, "exit_code": code})
     return code

@@ -88,6 +88,16 @@ def read_manifest(run: RunDir) -> tuple[BundleManifest, bytes]:
         raise CheckpointError(f"{place}/{MANIFEST_NAME}", f"is not a bundle's manifest ({error})") from error
 
 
+def is_whole(run: RunDir) -> bool:
+    """Whether all files of a run's bundle are there, by their sizes: they are listed and not read."""
+    try:
+        files = read_manifest(run)[0].files
+    except CheckpointError:
+        return False
+    found = {item.key: item.size for item in run.store.list(run.key(FOLDER))}
+    return all(found.get(run.key(f"{FOLDER}/{name}")) == entry.bytes for name, entry in files.items())
+
+
 def read_outline(run: RunDir) -> BundleOutline:
     """All of a run's bundle that is small. Raises CheckpointError for what is not as its manifest says."""
     manifest, _ = read_manifest(run)

@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -61,14 +62,19 @@ class RunDir:
         path = self.store.path(self.key(".lock"))
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            file = path.open("ab")
+            file = path.open("ab", buffering=0)
         except OSError as error:
             raise DataError(str(path), f"cannot be written ({error.strerror})") from error
         with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise DataError(self.url, "another dllm is at work on this run", remedy="wait for it") from None
+                named = path.read_text(encoding="utf-8", errors="replace") or "not known which"
+                problem = f"another dllm is at work on this run ({named})"
+                raise DataError(self.url, problem, remedy="wait for it, or end it") from None
+            with contextlib.suppress(OSError):  # a disk that is full has no room for a name
+                file.truncate(0)
+                file.write(f"{socket.gethostname()}, pid {os.getpid()}".encode())
             yield lambda: False
 
     def read_json(self, name: str) -> Any:
@@ -127,12 +133,13 @@ class JsonLines:
         """Add a line; one write call, so that two writers do not mix."""
         if not self._mended:
             self._drop_cut_line()
+        self._mended = False  # a disk that fills up cuts a line short as a kill does
         with self._path.open("ab") as file:
             file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+        self._mended = True
 
     def _drop_cut_line(self) -> None:
-        """A line that a kill cut short would swallow the next one."""
-        self._mended = True
+        """A line that was cut short would swallow the next one."""
         if self._path.exists():
             data = self._path.read_bytes()
             if data and not data.endswith(b"\n"):

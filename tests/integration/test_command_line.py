@@ -1,6 +1,8 @@
 """The command line as a shell sees it: one line and the right exit code for every mistake."""
 
+import errno
 import importlib.metadata
+import io
 import json
 import os
 import socket
@@ -12,7 +14,14 @@ import ray
 import yaml
 from conftest import make_small_bundle, make_small_corpus, write_small
 
+from dllm_core.checkpoints.run_dir import JsonLines, RunDir
+from dllm_core.errors import CheckpointError
+from dllm_core.storage.store import LocalStore
 from workflows.cli import run_command_line
+from workflows.interrupts import Interrupted
+from workflows.pipeline.flow import Pipeline
+from workflows.target import Target
+from workflows.verb import EndedError, run_verb
 
 DLLM = [sys.executable, "-m", "workflows"]
 
@@ -261,6 +270,34 @@ def test_a_reader_that_has_left_ends_a_verb_in_one_line(tmp_path):
     told = subprocess.run(words, stdout=writing, stderr=subprocess.PIPE, text=True, check=False, timeout=120)
     os.close(writing)
     assert (told.returncode, told.stderr) == (3, "dllm: dllm: the system refuses ([Errno 32] Broken pipe)\n")
+
+
+class Closed(io.StringIO):
+    """A stream whose reader has left."""
+
+    def write(self, text: str) -> int:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+
+@pytest.mark.parametrize("output", ["text", "json"])
+@pytest.mark.parametrize(
+    ("ends_it", "code"), [(KeyboardInterrupt(), 130), (Interrupted(), 143), (CheckpointError("train", "gone"), 3)]
+)
+def test_a_reader_that_has_left_changes_no_exit_code(small_corpus, tmp_path, monkeypatch, output, ends_it, code):
+    """As `dllm run ... 2>&1 | tee log`, where Ctrl-C ends both: 1 and a traceback, or 3, would be another end."""
+    run = RunDir(LocalStore(tmp_path), "small-01")
+
+    def body(console):
+        with Pipeline(Target(small_corpus.recipe, run, None), console) as pipeline, pipeline._stage("train"):
+            monkeypatch.setattr(sys, "stdout", Closed())
+            monkeypatch.setattr(sys, "stderr", Closed())
+            raise ends_it
+
+    with pytest.raises(EndedError) as ended:
+        run_verb(body, output)
+    assert ended.value.code == code
+    told = JsonLines(run, "events.jsonl").read()[-1]
+    assert (told["event"], told["error"].split(":")[0]) == ("failed", type(ends_it).__name__)
 
 
 def test_a_command_that_is_shown_can_be_pasted(here, tmp_path):

@@ -14,13 +14,13 @@ from typing import Any
 from rich.markup import escape
 
 from dllm_core.checkpoints.bundle import read_bundle
-from dllm_core.checkpoints.bundle_manifest import FOLDER
-from dllm_core.checkpoints.run_dir import RunDir
+from dllm_core.checkpoints.bundle_manifest import FOLDER, is_whole
+from dllm_core.checkpoints.run_dir import JsonLines, RunDir
 from dllm_core.checkpoints.store import CHECKPOINTS
 from dllm_core.config.fingerprint import fingerprint
 from dllm_core.data.manifest import CorpusManifest, read_manifest, read_tokenizer
 from dllm_core.decoding.config import NO_SUFFIX
-from dllm_core.errors import CheckpointError, ConfigError
+from dllm_core.errors import CheckpointError, ConfigError, DataError
 from dllm_core.evaluation.config import AutoregressiveScorerConfig
 from dllm_core.evaluation.scorers import check_scorer
 from dllm_core.model.config import LAYOUT_NAME
@@ -41,6 +41,7 @@ from workflows.serve.app import check_port
 from workflows.serve.flow import cpus_needed, gpus_needed
 from workflows.target import Target
 from workflows.train.flow import checkpoint_bytes, final_step, step_line, train
+from workflows.train.session import METRICS
 
 
 class Pipeline:
@@ -54,11 +55,15 @@ class Pipeline:
 
     def __enter__(self) -> "Pipeline":
         with contextlib.ExitStack() as stack:
-            is_lost = stack.enter_context(self.target.run.locked())
+            self._is_lost = stack.enter_context(self.target.run.locked())
             self._events = Events(self.target.run)  # not before: the driver that was here wrote until then
-            stack.callback(lambda: None if is_lost() else self._events.sync())
+            stack.callback(self._send_events)
             self._stack = stack.pop_all()
         return self
+
+    def _send_events(self) -> None:
+        if not self._is_lost():
+            self._events.sync()
 
     def _keep_recipe(self) -> None:
         """The recipe of the weights. A verb that only looks at them, with overrides of its own, leaves it alone."""
@@ -143,8 +148,13 @@ class Pipeline:
                 else:
                     shown.event(kind, message)
                     self._events.add(name, kind, **message)
+                    if kind == "checkpoint":  # what was told until here outlives this machine, as metrics do
+                        with contextlib.suppress(DataError):  # a storage that is gone now may be back at the next one
+                            self._send_events()
 
             train(recipe, run, self.target.corpus, take)
+        if not last:  # one that was ended behind its last save takes no step, and has told what it was in its log
+            last = (JsonLines(run, METRICS).read() or [{}])[-1]
         result = {**last, "step": final_step(run), "workers": recipe.placement.train.workers}
         self._receipts.write(name, run.name, result)
         self._console.done(name, _about_training(result, recipe), self._took)
@@ -156,7 +166,7 @@ class Pipeline:
         recipe, run, name = self.target.recipe, self.target.run, "bundle"
         inputs = bundle_inputs(recipe, run, final_step(run) or 0)
         result = self._receipts.read(name, inputs)
-        if result is not None and run.store.exists(run.key("bundle/bundle.json")):
+        if result is not None and is_whole(run):
             self._console.skipped(name, escape(f"{run.url}/bundle"))
             return result
         self._keep_recipe()
@@ -312,7 +322,8 @@ class Pipeline:
                 yield bar
         except BaseException as error:
             self._console.stopped(name)
-            self._events.add(name, "failed", error=f"{type(error).__name__}: {error}")
+            with contextlib.suppress(OSError):  # a disk that is full may be what ended it
+                self._events.add(name, "failed", error=f"{type(error).__name__}: {error}")
             raise
         finally:
             self._took = time.monotonic() - begun

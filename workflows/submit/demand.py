@@ -37,17 +37,22 @@ class Need:
 
 @dataclass(frozen=True)
 class NodeGroup:
-    """`count` nodes alike."""
+    """`count` nodes alike. together: how many there may be of all groups, whatever each says."""
 
     resources: dict[str, float]
     labels: dict[str, str]
     count: int = 1
+    together: int | None = None
 
     def room(self, demand: Demand) -> int:
         """How many such workers all of them take at once."""
+        return self.count * self.room_of_one(demand)
+
+    def room_of_one(self, demand: Demand) -> int:
+        """How many one of them takes."""
         if not all(matches(self.labels.get(name), wanted) for name, wanted in demand.labels.items()):
             return 0
-        return self.count * min((self._times(name, amount) for name, amount in demand.amounts.items()), default=1)
+        return min((self._times(name, amount) for name, amount in demand.amounts.items()), default=1)
 
     def _times(self, name: str, amount: float) -> int:
         """How often a node has so much of it. A part of a GPU is one of a single GPU, whose rest is of no use."""
@@ -75,9 +80,9 @@ def check_room(wanted: Sequence[Need], now: Sequence[NodeGroup], later: Sequence
     """Those needs that only nodes which are to be started fulfil. DataError for one that nothing fulfils."""
     waiting = []
     for need in wanted:
-        if sum(group.room(need.demand) for group in now) >= need.at_once:
+        if room_of(now, need.demand) >= need.at_once:
             continue
-        room = max(sum(group.room(need.demand) for group in groups) for groups in (now, later))
+        room = max(room_of(groups, need.demand) for groups in (now, later))
         if room < need.at_once:
             remedy = "less of it, or a larger cluster"
             if not later:
@@ -85,6 +90,16 @@ def check_room(wanted: Sequence[Need], now: Sequence[NodeGroup], later: Sequence
             raise DataError(f"placement.{need.stage}", f"needs {need}; there is room for {room}", remedy=remedy)
         waiting.append(need)
     return waiting
+
+
+def room_of(groups: Sequence[NodeGroup], demand: Demand) -> int:
+    """How many such workers they take at once, where of nodes that are bounded together the roomiest are there."""
+    left, room = min((group.together for group in groups if group.together is not None), default=None), 0
+    for group in sorted(groups, key=lambda group: -group.room_of_one(demand)):
+        count = group.count if left is None else min(group.count, left)
+        room += count * group.room_of_one(demand)
+        left = None if left is None else left - count
+    return room
 
 
 def busy(wanted: Sequence[Need], usage: dict[str, tuple[float, float]]) -> list[str]:
@@ -121,8 +136,9 @@ def startable(path: Path) -> list[NodeGroup]:
         return [
             NodeGroup(
                 {name: float(amount) for name, amount in kind["resources"].items()},
-                kind.get("labels", {}),
+                dict(kind.get("labels") or {}),
                 min(most, int(kind.get("max_workers", most))),
+                most,
             )
             for name, kind in kinds.items()
             if name != head

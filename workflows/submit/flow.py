@@ -4,6 +4,7 @@ A job's name is its recipe's and a fingerprint of all that it is: verb, recipe, 
 that has not ended is followed; one that has ended, well or not, runs anew: its stages skip what is complete by then.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -130,7 +131,8 @@ def submit(
     try:
         return follow(name, server, console)
     except KeyboardInterrupt:
-        sys.stderr.write(f"\nthe job goes on: {say}; to end it: {say.replace('logs', 'stop', 1)}\n")
+        with contextlib.suppress(OSError):  # the same Ctrl-C may have ended who reads
+            sys.stderr.write(f"\nthe job goes on: {say}; to end it: {say.replace('logs', 'stop', 1)}\n")
         raise
 
 

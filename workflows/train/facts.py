@@ -71,13 +71,14 @@ def _cpu_name() -> str:
 
 
 def _git(folder: Path) -> dict[str, Any] | None:
-    """Of the checkout that the code runs from; None for an installed package."""
+    """Of the checkout that the code runs from; None for an installed package, also in a checkout of something else."""
 
     def asked(*words: str) -> str:
         command = ["git", "-C", str(folder), *words]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
     try:
+        asked("ls-files", "--error-unmatch", Path(__file__).name)
         return {"commit": asked("rev-parse", "HEAD"), "is_dirty": bool(asked("status", "--porcelain", "-uno"))}
     except (OSError, subprocess.SubprocessError):
         return None

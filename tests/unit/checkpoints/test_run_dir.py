@@ -1,5 +1,9 @@
 """A run's folder is found by its url, stays below its root, and its logs survive a kill in the middle of a line."""
 
+import os
+import re
+import resource
+import socket
 from pathlib import Path
 
 import pytest
@@ -144,7 +148,8 @@ def test_a_bucket_that_is_called_runs_is_no_run():
 
 def test_a_second_driver_on_a_run_is_refused_until_the_first_is_gone(run, monkeypatch):
     monkeypatch.setattr(claim, "HEARTBEAT_S", 0.05)
-    with run.locked() as is_lost, pytest.raises(DataError, match=f"{run.url}: another dllm is at work"), run.locked():
+    named = rf"{run.url}: another dllm is at work on this run \({re.escape(socket.gethostname())}, pid {os.getpid()}\)"
+    with run.locked() as is_lost, pytest.raises(DataError, match=named), run.locked():
         pass
     assert not is_lost()
     with run.locked():
@@ -160,3 +165,17 @@ def test_a_log_goes_on_behind_a_line_that_a_kill_cut_short(tmp_path):
     again = JsonLines(run, "events.jsonl")
     again.append({"c": 1})
     assert again.read() == [{"a": 1}, {"c": 1}]
+
+
+def test_a_log_goes_on_behind_a_line_for_which_the_disk_had_no_room(tmp_path):
+    log = JsonLines(RunDir(LocalStore(tmp_path), "small-01"), "events.jsonl")
+    log.append({"a": 1})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len('{"a": 1}\n{"b"'), before[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            log.append({"b": 1})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    log.append({"c": 1})
+    assert log.read() == [{"a": 1}, {"c": 1}]

@@ -125,6 +125,19 @@ def test_a_cluster_s_own_bound_holds_for_each_kind_of_node(tmp_path, said, room)
     assert sum(group.room(Demand(cpus=0, gpus=1)) for group in startable(path)) == room
 
 
+def test_a_cluster_s_own_bound_holds_for_all_kinds_of_nodes_together(tmp_path):
+    """Else a training waits for ever for nodes that no autoscaler will start."""
+    path = tmp_path / "c.yaml"
+    kinds = "available_node_types: {h: {resources: {}}, a: {resources: {GPU: 1}, labels: }, b: {resources: {GPU: 4}}}"
+    path.write_text(f"max_workers: 3\nhead_node_type: h\n{kinds}")
+    later, gpu = startable(path), Demand(cpus=0, gpus=1)
+    assert check_room([need := Need("train", 12, gpu)], [], later) == [need]  # three of b
+    with pytest.raises(DataError, match="there is room for 12"):
+        check_room([Need("train", 13, gpu)], [], later)
+    with pytest.raises(DataError, match="there is room for 0"):
+        check_room([Need("train", 1, Demand(labels={"a": "b"}))], [], later)
+
+
 def test_a_full_cluster_is_told_by_what_is_missing():
     need = Need("train", 4, Demand(cpus=1, gpus=1))
     assert busy([need], {"CPU": (0, 8), "GPU": (2, 8)}) == []

@@ -228,6 +228,21 @@ def test_a_job_that_is_there_though_sending_it_failed_is_followed():
         sent(server, S3)
 
 
+def test_ctrl_c_while_a_job_is_followed_stays_one_where_nobody_reads(monkeypatch):
+    server = FakeServer()
+
+    def follow(name, write):
+        monkeypatch.setattr("sys.stderr", SimpleNamespace(write=lambda text: write_to_nobody()))
+        raise KeyboardInterrupt
+
+    def write_to_nobody():
+        raise BrokenPipeError("closed")
+
+    server.follow = follow
+    with pytest.raises(KeyboardInterrupt):
+        sent(server, S3)
+
+
 def refuse(*_):
     raise DataError("--address", "cannot be sent")
 

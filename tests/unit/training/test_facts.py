@@ -1,6 +1,8 @@
 """What run.json says, and what it must never say."""
 
 import json
+import shutil
+import subprocess
 
 import torch
 from conftest import SmallCorpus
@@ -9,7 +11,8 @@ from hypothesis import strategies as st
 
 from dllm_core.checkpoints.run_dir import RunDir
 from dllm_core.storage.store import sha256
-from workflows.train.facts import facts, scrubbed
+from workflows.train import facts as module
+from workflows.train.facts import _git, facts, scrubbed
 
 SECRET = "s3cr3t-Va1ue"
 NAMES = st.sampled_from(
@@ -47,3 +50,23 @@ def test_the_facts_name_data_code_and_device(small_corpus: SmallCorpus, monkeypa
     assert said["device"]["type"] == "cpu"
     assert said["device"]["name"]
     assert SECRET not in json.dumps(said)
+
+
+def test_code_that_is_installed_inside_another_checkout_is_not_of_its_commit(tmp_path):
+    """As in a `.venv` that lies, ignored, in the folder of somebody's own project."""
+    installed = tmp_path / ".venv" / "train"
+    installed.mkdir(parents=True)
+    shutil.copy(module.__file__, installed)
+    (tmp_path / ".gitignore").write_text(".venv")
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x"]
+
+    def committed(*what):
+        for words in (["init", "-q"], ["add", *what], ["commit", "-qm", "theirs"]):
+            subprocess.run([*git, *words], check=True)
+
+    committed(".gitignore")
+    assert _git(installed) is None
+    committed("-f", ".venv")
+    found = _git(installed)
+    assert len(found["commit"]) == 40
+    assert found["is_dirty"] is False
