@@ -58,6 +58,11 @@ class Accounting(Frozen):
         """Documents that made tokens."""
         return self.train + self.heldout
 
+    @property
+    def num_removed(self) -> int:
+        """Records that are in the quarantine, for whatever reason."""
+        return self.documents_in - self.documents_out
+
     def check(self, place: str) -> None:
         """Refuse a sum that does not add up: a record was lost or counted twice."""
         removed = sum(sum(counts.values()) for counts in (self.filtered, self.duplicates, self.quarantined))

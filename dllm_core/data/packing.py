@@ -133,17 +133,24 @@ def with_end(run: TokenRun, eos_id: int) -> TokenRun:
 
 
 def repeated(run: TokenRun, times: Sequence[int]) -> TokenRun:
-    """Each record, one document of the run or of pairs two, so many times in its place."""
-    if all(count == 1 for count in times):
+    """Each record, one document of the run or of pairs two, so many times: all once, then those taken again, and so on.
+
+    Side by side, a row would show in one copy what is hidden in another.
+    """
+    counts = np.asarray(times, np.int64)
+    if (counts == 1).all():
         return run
-    documents = run.num_documents // len(times)
-    spans = list(zip(pairwise(run.offsets[::documents].tolist()), times, strict=True))
-    lengths = np.repeat(np.diff(run.offsets).reshape(-1, documents), times, axis=0).ravel()
-    ids = np.concatenate([np.tile(run.ids[begin:end], count) for (begin, end), count in spans])
-    learned = None
-    if run.is_learned is not None:
-        learned = np.concatenate([np.tile(run.is_learned[begin:end], count) for (begin, end), count in spans])
-    return TokenRun(ids, np.cumsum(np.concatenate([np.zeros(1, np.int64), lengths])), learned)
+    lengths = np.diff(run.offsets).reshape(len(counts), -1)
+    ids, of_documents, learned = [], [np.zeros(1, np.int64)], []
+    for fewer, count in pairwise([0, *np.unique(counts).tolist()]):
+        taken, turns = counts >= count, count - fewer
+        is_taken = np.repeat(taken, lengths.sum(1))
+        ids.append(np.tile(run.ids[is_taken], turns))
+        of_documents.append(np.tile(lengths[taken].ravel(), turns))
+        if run.is_learned is not None:
+            learned.append(np.tile(run.is_learned[is_taken], turns))
+    offsets = np.cumsum(np.concatenate(of_documents))
+    return TokenRun(np.concatenate(ids), offsets, np.concatenate(learned) if learned else None)
 
 
 def joined(runs: list[TokenRun], dtype: type[np.unsignedinteger[Any]]) -> TokenRun:

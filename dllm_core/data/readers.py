@@ -147,7 +147,7 @@ def _inflated_records(store: Store, segment: Segment, newlines: int, *, whole: b
         broken = error
     data = b"".join((data, *waiting))
     if not whole:
-        records, offset, data = _closed_records(newlines, offset, data)
+        records, offset, data = _closed_records(newlines, offset, data, is_end=broken is not None)
         yield from records
         data = data if broken else data.rstrip(b"\r\n")
     if broken:
@@ -156,11 +156,13 @@ def _inflated_records(store: Store, segment: Segment, newlines: int, *, whole: b
         yield offset, data
 
 
-def _closed_records(newlines: int, offset: int, data: bytes) -> tuple[list[RawRecord], int, bytes]:
-    """Records of data that begins at `offset`, and (offset, bytes) of what goes on behind it."""
+def _closed_records(
+    newlines: int, offset: int, data: bytes, *, is_end: bool = False
+) -> tuple[list[RawRecord], int, bytes]:
+    """Records of data that begins at `offset`, and (offset, bytes) of what goes on behind it. is_end: nothing does."""
     records, begin = [], 0
     for end, after in _separators(newlines, data):
-        if _may_go_on(after, data):
+        if not is_end and _may_go_on(after, data):
             break
         if end > begin:
             records.append((offset + begin, data[begin:end].rstrip(b"\r\n")))
@@ -206,12 +208,14 @@ def _read_table(source: ParquetSource | ArrowSource, store: Store, segment: Segm
     stat = store.stat(segment.key)
     if stat is None:
         raise DataError(segment.key, "no such file")
+    next_row = segment.first_rows[0]
     with StoredFile(store, stat) as file:
         try:
             for part in _parts(source, file, segment):
                 if isinstance(part, BadRecord):
                     yield part
                     continue
+                next_row = part.first_row + part.fields.num_rows
                 for row, values in _rows_in_parts(part.fields, part.first_row):
                     if isinstance(values, UnicodeDecodeError):
                         yield BadRecord(segment.key, row, f"not UTF-8 ({values.reason})", values.object)
@@ -222,7 +226,7 @@ def _read_table(source: ParquetSource | ArrowSource, store: Store, segment: Segm
                     record = from_fields(source.record, values, segment.key, row, b"")
                     yield replace(record, raw=part.raw(row, values)) if isinstance(record, BadRecord) else record
         except (pa.ArrowException, OSError) as error:
-            yield BadRecord(segment.key, segment.first_rows[0], _why(error), b"")
+            yield BadRecord(segment.key, next_row, _why(error), b"")
 
 
 @dataclass(frozen=True)
@@ -308,10 +312,12 @@ def _batches(record: AnyRecord, file: Any, segment: Segment) -> Iterator[_Part |
 
 
 def _stream(record: AnyRecord, file: Any) -> Iterator[_Part]:
-    first_row = 0
-    for batch in pa.ipc.open_stream(file):
-        yield _of_batch(record, batch, first_row)
-        first_row += batch.num_rows
+    """Of one stream, and of those that follow it where files were put end to end."""
+    first_row, size = 0, file.size()
+    while file.tell() < size:
+        for batch in pa.ipc.open_stream(file):
+            yield _of_batch(record, batch, first_row)
+            first_row += batch.num_rows
 
 
 def _of_batch(record: AnyRecord, batch: Any, first_row: int) -> _Part:

@@ -65,6 +65,16 @@ class QuarantineCheck:
 
 
 @dataclass(frozen=True)
+class LostReceipt:
+    """Of a unit that may have removed records, which nothing else names."""
+
+    key: str
+
+
+AnyCheck = ShardCheck | QuarantineCheck | LostReceipt
+
+
+@dataclass(frozen=True)
 class Problem:
     """What is wrong with one file. receipt: what to take back so that it is made again, None if it is no task's."""
 
@@ -73,18 +83,19 @@ class Problem:
     receipt: str | None = None
 
 
-def checks_of(job: CorpusJob, manifest: CorpusManifest) -> list[ShardCheck | QuarantineCheck]:
+def checks_of(job: CorpusJob, manifest: CorpusManifest) -> list[AnyCheck]:
     """Every shard: tokens, held-out tokens, noise; what was removed; what the search for duplicates left."""
     shards_of_tokens = (*manifest.train.shards, *manifest.heldout.shards)
-    checks: list[ShardCheck | QuarantineCheck] = [
-        ShardCheck(shard, TOKENS.key(shard.unit)) for shard in shards_of_tokens
-    ]
+    checks: list[AnyCheck] = [ShardCheck(shard, TOKENS.key(shard.unit)) for shard in shards_of_tokens]
     starts = first_rows(manifest.train.shards)
     for epoch, shards in enumerate(manifest.noise_epochs):
         for shard, tokens, first_row in zip(shards, manifest.train.shards, starts, strict=True):
             checks.append(ShardCheck(shard, noise_step(epoch).key(shard.unit), epoch, tokens, first_row))
-    made = sorted(job.receipts.of_all(TOKENS).items())
-    checks += quarantine_checks(receipt for unit, receipt in made if unit < manifest.units)
+    found = job.receipts.of_all(TOKENS)
+    made = {unit: found[unit] for unit in range(manifest.units) if unit in found}
+    checks += quarantine_checks(made.values())
+    if sum(receipt.accounting.num_removed for receipt in made.values()) < manifest.accounting.num_removed:
+        checks += [LostReceipt(TOKENS.key(unit)) for unit in range(manifest.units) if unit not in made]
     if job.corpus.dedup is not None:
         for step in (SIGNATURES, DECISIONS):
             for unit, receipt in sorted(job.receipts.of_all(step).items()):
@@ -98,7 +109,7 @@ def quarantine_checks(receipts: Iterable[UnitReceipt]) -> list[QuarantineCheck]:
     checks = []
     for made in receipts:
         if made.quarantine is not None:
-            removed = made.accounting.documents_in - made.accounting.documents_out
+            removed = made.accounting.num_removed
             checks.append(QuarantineCheck(made.quarantine, removed, made.quarantine_sha256, TOKENS.key(made.unit)))
     return checks
 
@@ -112,8 +123,10 @@ def summary_problem(job: CorpusJob, manifest: CorpusManifest) -> Problem | None:
     return None if is_same else Problem(SUMMARY, "is not the accounting of the manifest")
 
 
-def verify_shard(job: CorpusJob, promise: Promise, check: ShardCheck | QuarantineCheck) -> Problem | None:
+def verify_shard(job: CorpusJob, promise: Promise, check: AnyCheck) -> Problem | None:
     """The first thing that is wrong with a file, or None."""
+    if isinstance(check, LostReceipt):
+        return Problem(check.key, "is missing or damaged, and with it what its unit removed", check.key)
     if isinstance(check, QuarantineCheck):
         return quarantine_problem(job, check)
     try:

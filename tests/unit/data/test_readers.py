@@ -52,19 +52,48 @@ def write(folder: Path, kind: str) -> CorpusBase:
         with pa.ipc.new_stream(folder / "a.arrow", table.schema) as sink:
             sink.write_table(table, max_chunksize=23)
         return ArrowCorpus(path=str(folder))
+    elif kind == "arrow streams":
+        with (folder / "a.arrow").open("wb") as file:  # end to end, as `cat` puts them
+            for half in (table.slice(0, 50), table.slice(50)):
+                with pa.ipc.new_stream(file, table.schema) as sink:
+                    sink.write_table(half, max_chunksize=23)
+        return ArrowCorpus(path=str(folder))
     else:
         (folder / "a.jsonl").write_bytes(lines)
     return JsonlCorpus(path=str(folder))
 
 
 @pytest.mark.parametrize("unit_bytes", [1, 3000, 1 << 20])
-@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "jsonl.zst", "parquet", "arrow file", "arrow stream"])
+@pytest.mark.parametrize(
+    "kind", ["jsonl", "jsonl.gz", "jsonl.zst", "parquet", "arrow file", "arrow stream", "arrow streams"]
+)
 def test_every_format_in_units_of_any_size_holds_every_document_once(tmp_path, kind, unit_bytes):
     (tmp_path / "in").mkdir()
     units, found = read(write(tmp_path / "in", kind), tmp_path, unit_bytes)
     assert [record.text for record in found] == TEXTS
+    if kind not in {"jsonl", "jsonl.gz", "jsonl.zst"}:
+        assert [record.offset for record in found] == list(range(len(TEXTS)))
     if unit_bytes == 1 and kind in {"jsonl", "parquet", "arrow file"}:
         assert len(units) > 8
+
+
+def test_where_a_stream_of_arrow_breaks_off_is_told_by_the_row(tmp_path):
+    (tmp_path / "in").mkdir()
+    corpus = write(tmp_path / "in", "arrow streams")
+    path = tmp_path / "in" / "a.arrow"
+    path.write_bytes(path.read_bytes()[:-40])
+    *documents, bad = read(corpus, tmp_path)[1]
+    assert isinstance(bad, BadRecord)
+    assert bad.offset == len(documents) > 50
+
+
+@pytest.mark.parametrize(("kind", "data"), [("line", b"a\nb\n"), ("paragraph", b"a\n\nb\r\n\n")])
+def test_a_record_that_ends_before_its_file_breaks_off_is_a_document(tmp_path, kind, data):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "x.gz").write_bytes(gzip.compress(data)[:-1])
+    *documents, bad = read(TextCorpus(path=str(tmp_path / "in"), document=kind), tmp_path)[1]
+    assert [document.text for document in documents] == ["a", "b"]
+    assert (bad.offset, bad.raw) == (len(data), b"")
 
 
 @settings(max_examples=draws(60), deadline=None)

@@ -124,6 +124,18 @@ def test_what_an_older_receipt_says_was_removed_is_counted(copy, is_there):
     assert {path: path.read_bytes() for path in files} == files
 
 
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_receipt_that_alone_names_removed_records_is_missed(copy, is_there):
+    corpus, folder, files = copy
+    path = min(folder.glob("quarantine/unit-*"))
+    receipt = folder / "receipts" / "tokens" / path.with_suffix(".json").name
+    path.unlink()
+    receipt.write_bytes(files[receipt][:-3]) if is_there else receipt.unlink()
+    assert problems(corpus) == [f"receipts/tokens/{receipt.name}"]
+    assert repair(corpus, serially, lambda *told: None)["tasks_run"] == 1
+    assert {path: path.read_bytes() for path in files} == files
+
+
 @pytest.mark.parametrize(
     "victims",
     [
