@@ -13,7 +13,8 @@ from dllm_core.seeding import Floats, Ints
 class RowUpdate:
     """What one call did to one row. `state` is live: copy what must outlive the next tick.
 
-    committed int64 [n] and confidence [n]: positions that became final in this call, and how sure it was of them.
+    committed int64 [n] and confidence [n]: positions that became final in this call, and how sure it was of what they
+    hold, which of a policy that revises may be an earlier call's token and not what this one proposed.
     best_tokens, best_log_probs [n k]: the likeliest there, as `Request.top_logprobs` asks.
     """
 
@@ -35,7 +36,9 @@ class RowUpdate:
         """What became final of a proposal."""
         told = np.searchsorted(proposal.positions, committed)  # both rise
         best = (proposal.best_tokens[told], proposal.best_log_probs[told])
-        return cls(row, state, committed, proposal.confidence[told], *best)
+        is_proposed = state.canvas[committed] == proposal.tokens[told]
+        confidence = np.where(is_proposed, proposal.confidence[told], proposal.held[told])
+        return cls(row, state, committed, confidence, *best)
 
     @classmethod
     def failed(cls, row: int, state: DecodeState) -> "RowUpdate":

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from dllm_core.decoding.config import AnyRevisingPolicy
 from dllm_core.decoding.constraint import draw, likeliest
 from dllm_core.decoding.forward import forwards
 from dllm_core.decoding.state import DecodeState
@@ -24,14 +25,15 @@ _COOLEST = 1e-37  # of what float32 holds: logs that differ at all are infinitel
 class Proposal:
     """For one row: positions int64 [n] of the open ones in its block, their tokens [n] and confidence [n].
 
-    score [n]: what its policy ranks them by. best_tokens, best_log_probs [n k]: the likeliest, surest first, k as the
-    request's `top_logprobs` says.
+    score [n]: what its policy ranks them by. held [n]: how sure it is of the token that stands there, if one does.
+    best_tokens, best_log_probs [n k]: the likeliest, surest first, k as the request's `top_logprobs` says.
     """
 
     positions: Ints
     tokens: Ints
     confidence: Floats
     score: Floats
+    held: Floats
     best_tokens: Ints
     best_log_probs: Floats
 
@@ -67,7 +69,7 @@ def propose(
 def _choose(
     logits: Tensor, process: NoiseProcess, rows: Sequence[DecodeState], eos_id: int, pad_id: int, most: int
 ) -> Tensor:
-    """What is made of logits [n V] at the open positions of the rows' current blocks: fp64 [n 3 + 2 most], as
+    """What is made of logits [n V] at the open positions of the rows' current blocks: fp64 [n 4 + 2 most], as
     `_proposal` takes it apart; a score is no number where a logit is none.
     """
     device = logits.device
@@ -102,7 +104,8 @@ def _choose(
     confidence = log_probs.gather(-1, tokens[:, None])[:, 0].exp()
     score = _scores(log_probs, confidence, rows, of_row)
     score = score.where(highest.isfinite(), torch.nan)
-    columns = [tokens[:, None], confidence[:, None], score[:, None]]
+    held = _held(log_probs, confidence, rows, positions)
+    columns = [tokens[:, None], confidence[:, None], score[:, None], held[:, None]]
     if most:
         best = log_probs.topk(min(most, log_probs.shape[-1]), dim=-1)
         columns += [best.indices, best.values]
@@ -118,15 +121,16 @@ def _coordinates(rows: Sequence[DecodeState], positions: Sequence[Ints]) -> tupl
 
 
 def _proposal(positions: Ints, packed: Doubles, top: int) -> Proposal:
-    """Of columns [n 3 + 2 m]: token, confidence, score, and the m >= top likeliest tokens and their logs."""
-    most = (packed.shape[1] - 3) // 2
+    """Of columns [n 4 + 2 m]: token, confidence, score, held, and the m >= top likeliest tokens and their logs."""
+    most = (packed.shape[1] - 4) // 2
     return Proposal(
         positions,
         packed[:, 0].astype(np.int64),
         packed[:, 1].astype(np.float32),
         packed[:, 2].astype(np.float32),
-        packed[:, 3 : 3 + min(top, most)].astype(np.int64),
-        packed[:, 3 + most : 3 + most + min(top, most)].astype(np.float32),
+        packed[:, 3].astype(np.float32),
+        packed[:, 4 : 4 + min(top, most)].astype(np.int64),
+        packed[:, 4 + most : 4 + most + min(top, most)].astype(np.float32),
     )
 
 
@@ -181,6 +185,16 @@ def _scores(log_probs: Tensor, confidence: Tensor, rows: Sequence[DecodeState], 
         is_kind = sent(np.array([row_kind == kind for row_kind in kinds]), score.device)[of_row]
         score = torch.where(is_kind, own.to(score.dtype), score)
     return score
+
+
+def _held(log_probs: Tensor, confidence: Tensor, rows: Sequence[DecodeState], positions: Sequence[Ints]) -> Tensor:
+    """Probabilities [n] of the tokens that policies which revise have put there; elsewhere the proposals'."""
+    if rows[0].is_ancestral or not any(isinstance(row.request.config.policy, AnyRevisingPolicy) for row in rows):
+        return confidence
+    canvas = [row.canvas[at] for row, at in zip(rows, positions, strict=True)]
+    is_mask = np.concatenate([held == row.mask_id for row, held in zip(rows, canvas, strict=True)])
+    own = log_probs.gather(-1, sent(np.concatenate(canvas), log_probs.device)[:, None])[:, 0].exp()
+    return torch.where(sent(is_mask, log_probs.device), confidence, own)
 
 
 def _reverse_step(law: Tensor, process: NoiseProcess, rows: Sequence[DecodeState], of_row: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import asyncio
 import json
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -108,7 +108,7 @@ async def ask(
             if answer.status_code != 200:
                 await answer.aread()
                 return Answered(answer.status_code, began - origin, None, None, 0, 0)
-            async for line in answer.aiter_lines():
+            async for line in _lines(answer):
                 data = line.removeprefix("data: ")
                 if data == line:
                     continue
@@ -130,6 +130,16 @@ async def ask(
     if not is_whole:
         return Answered(0, began - origin, None, None, 0, 0)
     return Answered(200, began - origin, first if first is not None else whole, whole, tokens, calls)
+
+
+async def _lines(answer: httpx.Response) -> AsyncIterator[str]:
+    """As server-sent events have them; httpx's own end at U+2028 too, and such characters are text of an answer."""
+    left = b""
+    async for some in answer.aiter_bytes():
+        *whole, left = (left + some).split(b"\n")
+        for line in whole:
+            yield line.removesuffix(b"\r").decode()
+    yield left.decode()
 
 
 def _counted(told: Any, before: int) -> int:

@@ -8,7 +8,7 @@ import json
 import math
 import secrets
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
 from ray.exceptions import RayError
@@ -55,6 +55,10 @@ class Dialect(Protocol):
     def wanted_logprobs(self) -> int | None:
         """How many alternatives are told beside each token's log-probability; None: not even that."""
 
+    @property
+    def names(self) -> dict[str, str]:
+        """What the engine calls otherwise than the body."""
+
     def choice(self, index: int, text: str, logprobs: Any, finish_reason: str | None) -> dict[str, Any]:
         """One choice of a whole answer."""
 
@@ -68,13 +72,13 @@ class Dialect(Protocol):
         """Log-probabilities of tokens, each of which begins so many characters into the text."""
 
 
-def explained(error: BaseException) -> ApiError:
-    """What the client is told: our own refusals by name, everything else as a server error."""
+def explained(error: BaseException, names: Mapping[str, str] | None = None) -> ApiError:
+    """What the client is told: our own refusals by name, everything else as a server error. names: as `ApiError.of`."""
     cause = getattr(error, "cause", None) or error
     if isinstance(cause, ApiError):
         return cause
     if isinstance(cause, DllmError):
-        return ApiError.of(cause)
+        return ApiError.of(cause, names)
     if isinstance(cause, BackPressureError):
         return busy()
     if isinstance(cause, NotLoadedError):
@@ -213,18 +217,9 @@ class Answering:
         except TimeoutError:
             raise late(self._deadline - self._begun) from None
         except Exception as error:
-            raise self._explained(error) from error
+            raise explained(error, self._asked.names) from error
         finally:
             self._places.end()
-
-    def _explained(self, error: BaseException) -> ApiError:
-        """As `explained`; a constraint is called as the request called it."""
-        told = explained(error)
-        detail = told.body["error"]
-        if detail["param"] == "response_format" and self._asked.diffusion.regex is not None:
-            detail["param"] = "diffusion.regex"
-            detail["message"] = str(detail["message"]).replace("response_format", "diffusion.regex", 1)
-        return told
 
     def _body(self, kind: str, choices: list[dict[str, Any]], usage: Any = None) -> dict[str, Any]:
         """An answer, or one chunk of a stream."""

@@ -24,6 +24,8 @@ from workflows.serve.dialect.rows import ServedModel
 from workflows.serve.progress import Detail, ElsewhereError, Told
 from workflows.serve.routing import num_replicas
 
+# Of a replica that is gone, and of one that has begun nothing: by gRPC its own errors come as they are, else wrapped.
+_MAY_HELP = (RayError, grpc.RpcError, ElsewhereError)
 _TRIES = 4
 _LEAST_ROWS = 8  # of a call, where a request has them: its messages cost as much for one row as for many
 _PING_EVERY_S = 15.0
@@ -116,7 +118,7 @@ async def _followed(
                     if all(choice.finish_reason is not None for choice in part):
                         return
             raise AssertionError("a call ended before its rows")
-        except (RayError, grpc.RpcError) as error:
+        except _MAY_HELP as error:
             await _before_another_try(error, attempt)
 
 
@@ -127,7 +129,7 @@ async def scores_of(replicas: DeploymentHandle, *asked: Any) -> tuple[list[Answe
             with _told_of_the_gone():
                 found: tuple[list[AnswerScore], str] = await replicas.score.remote(*asked)
                 return found
-        except (RayError, grpc.RpcError) as error:
+        except _MAY_HELP as error:
             await _before_another_try(error, attempt)
     raise AssertionError
 

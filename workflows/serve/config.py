@@ -65,10 +65,11 @@ class ServeConfig(Frozen):
 
 
 class ServedRun(Frozen):
-    """A run whose bundle is served, and how its recipe decodes."""
+    """A run whose bundle is served, and how its recipe decodes. digest: of the bundle that is meant; None: of any."""
 
     run: str
     decode: DecodeConfig = DecodeConfig()
+    digest: str | None = None
 
 
 class ServedModels(Frozen):

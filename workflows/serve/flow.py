@@ -58,8 +58,8 @@ def args_of(recipe: Recipe, run: RunDir, find: FindRun | None = None) -> AppArgs
 
 def _served(recipe: Recipe, run: RunDir) -> ServedRun:
     recipe.check_decodable()
-    read_bundle(run)  # a damaged bundle is refused now, by its file, and not by a replica that will not start
-    return ServedRun(run=run.url, decode=recipe.decode)
+    bundle = read_bundle(run)  # a damaged one is refused now, by its file, and not by a replica that will not start
+    return ServedRun(run=run.url, decode=recipe.decode, digest=bundle.digest)
 
 
 def _others(recipe: Recipe) -> dict[str, str]:

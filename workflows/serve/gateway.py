@@ -15,7 +15,7 @@ from ray.serve.handle import DeploymentHandle
 from dllm_core.checkpoints.bundle_manifest import read_outline
 from dllm_core.checkpoints.run_dir import RunDir
 from dllm_core.decoding.config import MAX_ROWS
-from dllm_core.errors import ConfigError, DllmError
+from dllm_core.errors import ConfigError, DllmError, RequestError
 from workflows.serve.answer import Answering, explained
 from workflows.serve.calls import scores_of, told_by_all
 from workflows.serve.config import ServeConfig, ServedModels, ServedRun
@@ -23,7 +23,7 @@ from workflows.serve.dialect.body import parse_body
 from workflows.serve.dialect.chat import ChatRequest
 from workflows.serve.dialect.completions import CompletionRequest, FimRequest
 from workflows.serve.dialect.errors import ApiError, late, unavailable
-from workflows.serve.dialect.rows import ServedModel
+from workflows.serve.dialect.rows import Row, ServedModel
 from workflows.serve.dialect.score import ScoreRequest
 from workflows.serve.dialect.spans import EditRequest, InfillRequest
 from workflows.serve.edge import Edge, EdgeSettings, answer_errors, guard, log_to_stderr, read_body
@@ -61,6 +61,13 @@ class _Making(Protocol):
 # Ray Serve copies the class below when it is decorated: what it calls must stand above it.
 async def _here(function: Callable[[], Made], /) -> Made:
     return function()
+
+
+def _rows(asked: Decoding, model: ServedModel) -> list[Row]:
+    try:
+        return asked.rows(model)
+    except RequestError as error:
+        raise ApiError.of(error, asked.names) from None
 
 
 async def _joined(first: bytes, others: AsyncGenerator[bytes, None]) -> AsyncIterator[bytes]:
@@ -210,7 +217,7 @@ class Gateway:
                 asked, model, made = await self._read(http, kind)
                 places = self._room.take(model.name, asked.num_rows)  # first, since it costs nothing
                 try:
-                    rows = await made(lambda: asked.rows(model))
+                    rows = await made(lambda: _rows(asked, model))
                     shared = (self._replicas, model, asked, rows, self._metrics, places, begun, deadline)
                     answering = Answering(*shared)
                     if not asked.is_streamed:

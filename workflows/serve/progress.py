@@ -36,7 +36,7 @@ class NotLoadedError(ElsewhereError):
     """A replica has not yet, or no longer, the bundle that a gateway knows by this name."""
 
     def __str__(self) -> str:
-        return f"the model {self.args[0]!r} is being loaded"
+        return f"the model {self.args[0]!r} is not loaded: it is on its way, or its bundle has changed"
 
 
 # end: the last alone; tokens: when there are new ones; commits: those, and what each call was sure of; canvas: after

@@ -20,6 +20,7 @@ from ray.serve.exceptions import BackPressureError
 from dllm_core.checkpoints.bundle import read_bundle
 from dllm_core.checkpoints.run_dir import RunDir
 from dllm_core.decoding.request import Request
+from dllm_core.errors import CheckpointError
 from dllm_core.evaluation.question import AnswerScore, Question
 from workflows.serve.config import ServedModels, ServedRun
 from workflows.serve.progress import Detail, LoopEndedError, NotLoadedError, Told
@@ -103,7 +104,11 @@ class DecodeReplica:
     def _loaded(self, said: ServedRun) -> "HostedModel":
         from workflows.serve.hosted import HostedModel
 
-        model = HostedModel(read_bundle(RunDir.at(said.run)), self._settings)
+        bundle = read_bundle(RunDir.at(said.run))
+        if said.digest not in (None, bundle.digest):  # gateways and other replicas know the one that was deployed
+            problem = "its bundle has changed since it was deployed"
+            raise CheckpointError(said.run, problem, bundle.digest, "deploy it again")
+        model = HostedModel(bundle, self._settings)
         model.warm_up(said.decode)
         return model
 

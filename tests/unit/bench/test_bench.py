@@ -103,6 +103,16 @@ def test_a_usage_that_is_not_known_is_no_failure(endpoint, tmp_path):
     assert (load["by_status"], load["tokens_per_s"]) == ({"200": load["requests"]}, 0)
 
 
+@pytest.mark.parametrize("end", [b"\n\n", b"\r\n\r\n"])
+def test_whatever_a_text_holds_an_event_ends_at_its_newline(endpoint, tmp_path, end):
+    url, said = endpoint
+    event = {"choices": [{"text": "\u2028\x85\u2029"}], "usage": {"completion_tokens": 3}}
+    said["stream"] = (200, b"data: " + json.dumps(event, ensure_ascii=False).encode() + end + b"data: [DONE]" + end)
+    [load] = loaded(url, tmp_path)["loads"]
+    assert load["by_status"] == {"200": load["requests"]}
+    assert load["tokens_per_s"] > 0
+
+
 def test_a_client_that_falls_behind_hides_no_wait_of_an_open_loop(endpoint):
     def stand_still(done):
         if done == 1:

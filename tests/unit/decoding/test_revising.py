@@ -10,7 +10,7 @@ import torch
 from conftest import draws
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rows import EOS, MASK, PAD, PROCESS, new_denoiser, new_engine, requests, revising
+from rows import EOS, MASK, PAD, PROCESS, VOCABULARY, new_denoiser, new_engine, requests, revising
 
 from dllm_core.decoding.config import DecodeConfig
 from dllm_core.decoding.engine import Engine
@@ -139,6 +139,24 @@ def test_a_block_is_final_at_once_fills_all_and_ends_in_its_budget(denoiser, req
 def test_a_row_gets_the_same_tokens_alone_and_in_a_batch(denoiser, batch):
     together = new_engine(denoiser).generate(batch)
     assert together == [new_engine(denoiser).generate([request])[0] for request in batch]
+
+
+@pytest.mark.parametrize("policy", [AncestralPolicy(), RemaskingPolicy(eta=0.3), EditingPolicy(edit_threshold=1)])
+def test_a_token_that_is_kept_is_told_with_its_own_probability_and_not_that_of_another(policy):
+    config = DecodeConfig(policy=policy, max_tokens=12, block_length=6, steps_per_block=3, temperature=1.0)
+    engine = new_engine(new_denoiser(is_tied=False))  # one that is tied proposes what stands there
+    engine.add(Request((5, 6), config, seed=4, top_logprobs=VOCABULARY))
+    engine.add(Request((7,), DecodeConfig(max_tokens=12, temperature=1.0), seed=4, top_logprobs=VOCABULARY))
+    told, own = list[float](), list[float]()
+    while updates := engine.step():
+        for update in updates:
+            for (_, token, sure), ids, logs in zip(
+                update.commits, update.best_tokens, update.best_log_probs, strict=True
+            ):
+                told.append(sure)
+                own += np.exp(logs[ids == token]).tolist()
+    assert len(told) == len(own) >= 8
+    np.testing.assert_allclose(told, own, rtol=1e-4, atol=1e-7)
 
 
 @torch.no_grad()

@@ -21,6 +21,8 @@ GONE = [
     asyncio.CancelledError(),
     told(NotLoadedError("m")),
     told(LoopEndedError("the decoding loop has ended")),
+    NotLoadedError("m"),  # as they come by gRPC
+    LoopEndedError("the decoding loop has ended"),
 ]
 
 

@@ -157,6 +157,14 @@ def test_an_edit_changes_its_spans_and_nothing_else(served):
         ("/v1/edit", {"text": "abc", "spans": [[0, 2], [1, 3]]}, "spans"),
         ("/v1/edit", {"text": "abc", "span": [0, 1], "strength": 0}, "strength"),
         ("/v1/edit", {"text": "abc", "span": [0, 1], "max_tokens": 3}, "max_tokens"),
+        ("/v1/infill", {"segments": ["RED " * 80, {"hole": 3}]}, "segments"),
+        ("/v1/edit", {"text": "RED " * 80, "span": [0, 3]}, "text"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "RED " * 80}]}, "messages"),
+        (
+            "/v1/chat/completions",
+            {"messages": [{"role": "user", "content": "RED"}], "max_completion_tokens": 999},
+            "max_completion_tokens",
+        ),
         ("/v1/fim/completions", {"prompt": "a"}, "suffix"),
         ("/v1/score", {"completion": ""}, "completion"),
         ("/v1/score", {"completion": "RED " * 80}, "completion"),
@@ -176,6 +184,7 @@ def test_an_edit_changes_its_spans_and_nothing_else(served):
 def test_what_cannot_be_done_is_refused_by_name(served, path, body, param):
     error = served(path, body, status=400)["error"]
     assert error["param"] == param
+    assert error["message"].startswith(f"{param}: ")
     assert error["type"] == "invalid_request_error"
 
 

@@ -13,6 +13,7 @@ import pytest
 from ray.serve._private import constants
 from rich.console import Console as RichConsole
 
+from dllm_core.checkpoints.bundle import read_bundle
 from dllm_core.errors import ConfigError, DataError
 from workflows import env
 from workflows.console import Console
@@ -69,6 +70,11 @@ def test_models_of_which_one_cannot_be_loaded_are_taken_back(monkeypatch, capsys
     assert served is (new if told is None else before)
     assert deployed == [new, before][: 1 if told is None else 2]
     assert (told or "models") in capsys.readouterr().err
+
+
+def test_what_is_deployed_names_its_bundle_so_that_another_in_its_place_is_another_model(small_corpus, small_bundle):
+    [said] = flow.args_of(small_corpus.recipe, small_bundle).models.values()
+    assert said.digest == read_bundle(small_bundle).digest
 
 
 def test_ray_serve_reads_what_it_is_told_and_waits_for_a_proxy_on_a_busy_machine():

@@ -22,7 +22,7 @@ from dllm_core.errors import ConfigError
 from workflows.serve.config import ServeConfig
 from workflows.serve.dialect.completions import CompletionRequest
 from workflows.serve.gateway import Gateway, api
-from workflows.serve.progress import LoopEndedError, NotLoadedError, Progress
+from workflows.serve.progress import ElsewhereError, LoopEndedError, NotLoadedError, Progress
 
 TEXT = "RED CIRCLE 17"
 
@@ -30,7 +30,7 @@ TEXT = "RED CIRCLE 17"
 class Call:
     """A call of a replica, as Ray Serve hands it to the gateway: rows whose every step is scripted, told as they come.
 
-    What is wrong with Ray ends the call, anything else its row alone.
+    What is wrong with Ray or the replica ends the call, anything else its row alone.
     """
 
     def __init__(self, requests, rows):
@@ -44,7 +44,7 @@ class Call:
                 async for step in steps:
                     told.put_nowait([(place, step)])
             except Exception as error:  # noqa: BLE001 (told, as a replica does)
-                told.put_nowait(error if isinstance(error, RayError) else [(place, error)])
+                told.put_nowait(error if isinstance(error, RayError | ElsewhereError) else [(place, error)])
 
         tasks = [asyncio.create_task(follow(place, steps)) for place, steps in enumerate(self._rows)]
         while tasks:
@@ -259,7 +259,8 @@ def test_a_call_that_a_replica_cannot_begin_is_tried_elsewhere_and_what_broke_in
         return RayTaskError("decode", "", error).as_instanceof_cause()
 
     over, broken = told(LoopEndedError("the decoding loop has ended")), told(RuntimeError("decoding failed"))
-    for elsewhere in (over, told(NotLoadedError("m"))):
+    as_by_grpc = (over.cause, NotLoadedError("m"))  # which wraps nothing
+    for elsewhere in (over, told(NotLoadedError("m")), *as_by_grpc):
         replicas = Replicas(lambda i, error=elsewhere: steps(error) if i == 0 else steps("end"))
         assert TEXT in served(replicas)(prompt="RED", stream=stream).text
         assert len(replicas.calls) == 2

@@ -90,7 +90,7 @@ def test_a_model_that_another_takes_the_place_of_answers_what_was_asked_of_it_an
         assert await row == late == expected != other
         while replica._closing:
             await asyncio.sleep(0.01)
-        with pytest.raises(NotLoadedError, match="'m' is being loaded"):
+        with pytest.raises(NotLoadedError, match="'m' is not loaded"):
             await text_of(replica, first)
         with pytest.raises(LoopEndedError):
             old.loop.check()
@@ -107,6 +107,9 @@ def test_a_model_that_cannot_be_loaded_beside_others_costs_them_nothing(runs, mo
         first, bad = said_of(runs("first")), {"run": "/nowhere/runs/bad-0123456789ab"}
         with pytest.raises(CheckpointError, match="there is no bundle"):
             await replica.reconfigure({"bad": bad})  # a replica with nothing to serve must not begin
+        with pytest.raises(CheckpointError, match="has changed since it was deployed"):
+            await replica.reconfigure({"m": {**first, "digest": read_bundle(runs("second")).digest}})
+        first["digest"] = digest
         await replica.reconfigure({"m": first})
         expected, served = await text_of(replica, digest), replica._models["m"]
         for models in ({"m": first, "bad": bad}, {"m": bad}):

@@ -68,6 +68,12 @@ class ChatRequest(DecodingFields):
         return self.max_completion_tokens or self.max_tokens
 
     @property
+    def names(self) -> dict[str, str]:
+        """Its prompt are messages; of the two names of their answer's length the one that counts."""
+        length = {} if self.max_completion_tokens is None else {"max_tokens": "max_completion_tokens"}
+        return {**super().names, "prompt": "messages", **length}
+
+    @property
     def wanted_logprobs(self) -> int | None:
         """`top_logprobs`, where `logprobs` asks for any."""
         return (self.top_logprobs or 0) if self.logprobs else None

@@ -1,10 +1,12 @@
 """ApiError: an HTTP answer in OpenAI's error shape, `{"error": {message, type, param, code}}`."""
 
+from collections.abc import Mapping
+
 from dllm_core.errors import DllmError, RequestError
 
 _CONTEXT = "exceed the context"
-# The engine knows no HTTP: its names of what a request holds, and a request's own.
-_NAMES = {"constraint": "response_format", "guidance": "diffusion.cfg_scale", "middle": "segments"}
+# The engine knows no HTTP: its names of what a request holds, and a request's own; a route may have others.
+_NAMES = {"constraint": "response_format", "guidance": "diffusion.cfg_scale"}
 _OURS = {"block_length", "steps", "steps_per_block", "cache", "policy"}
 
 
@@ -28,11 +30,15 @@ class ApiError(Exception):
         }
 
     @classmethod
-    def of(cls, error: DllmError) -> "ApiError":
-        """400 with the parameter at fault, under the name that it has in a request; 500 if it is not the request's."""
+    def of(cls, error: DllmError, names: Mapping[str, str] | None = None) -> "ApiError":
+        """400 with the parameter at fault, under the name that it has in a request; 500 if it is not the request's.
+
+        names: the route's, of what the engine calls otherwise.
+        """
         if not isinstance(error, RequestError):
             return cls(500, str(error), kind="server_error")
-        place = f"diffusion.{error.place}" if error.place in _OURS else _NAMES.get(error.place, error.place)
+        names = {**_NAMES, **(names or {})}
+        place = f"diffusion.{error.place}" if error.place in _OURS else names.get(error.place, error.place)
         error = RequestError(place, error.problem, error.value, error.remedy)
         code = "context_length_exceeded" if _CONTEXT in error.problem else None
         return cls(400, str(error), param=error.place, code=code)

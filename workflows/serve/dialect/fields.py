@@ -113,6 +113,11 @@ class DecodingFields(Part):
         return None
 
     @property
+    def names(self) -> dict[str, str]:
+        """What the engine calls otherwise than the body: a refusal is to name what the client has sent."""
+        return {"constraint": "response_format" if self.diffusion.regex is None else "diffusion.regex"}
+
+    @property
     def num_rows(self) -> int:
         """How many rows are decoded; known before anything is encoded."""
         return self.n

@@ -45,6 +45,10 @@ class _WholeText(DecodingFields):
         """Never asked for."""
         raise NotImplementedError
 
+    def _named(self, text: str) -> dict[str, str]:
+        """names, of a route whose text is prompt, middle and suffix in one."""
+        return {**super().names, **dict.fromkeys(("prompt", "middle", "suffix", "max_tokens"), text)}
+
 
 class InfillRequest(_WholeText):
     """Body of POST /v1/infill: text and holes in turn, any number, filled together."""
@@ -54,6 +58,11 @@ class InfillRequest(_WholeText):
     chunk_object: ClassVar[str] = "infill.chunk"
 
     segments: list[str | Hole] = Field(min_length=1)
+
+    @property
+    def names(self) -> dict[str, str]:
+        """All that it holds are segments."""
+        return self._named("segments")
 
     def rows(self, model: ServedModel) -> list[Row]:
         """The same document n times."""
@@ -92,6 +101,11 @@ class EditRequest(_WholeText):
     span: list[int] | None = Field(None, min_length=2, max_length=2)
     spans: list[list[int]] | None = Field(None, min_length=1)
     strength: float = Field(0.5, gt=0, le=1)
+
+    @property
+    def names(self) -> dict[str, str]:
+        """All that it holds is one text."""
+        return self._named("text")
 
     def rows(self, model: ServedModel) -> list[Row]:
         """The same edit n times."""
