@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from dllm_core.decoding.config import AnyRevisingPolicy
 from dllm_core.decoding.constraint import draw, likeliest
 from dllm_core.decoding.forward import forwards
 from dllm_core.decoding.state import DecodeState
@@ -24,14 +25,15 @@ _COOLEST = 1e-37  # of what float32 holds: logs that differ at all are infinitel
 class Proposal:
     """For one row: positions int64 [n] of the open ones in its block, their tokens [n] and confidence [n].
 
-    score [n]: what its policy ranks them by. best_tokens, best_log_probs [n k]: the likeliest, surest first, k as the
-    request's `top_logprobs` says.
+    score [n]: what its policy ranks them by. held [n]: how sure it is of what stands there already, where the policy
+    revises. best_tokens, best_log_probs [n k]: the likeliest, surest first, k as the request's `top_logprobs` says.
     """
 
     positions: Ints
     tokens: Ints
     confidence: Floats
     score: Floats
+    held: Floats
     best_tokens: Ints
     best_log_probs: Floats
 
@@ -67,7 +69,7 @@ def propose(
 def _choose(
     logits: Tensor, process: NoiseProcess, rows: Sequence[DecodeState], eos_id: int, pad_id: int, most: int
 ) -> Tensor:
-    """What is made of logits [n V] at the open positions of the rows' current blocks: fp64 [n 3 + 2 most], as
+    """What is made of logits [n V] at the open positions of the rows' current blocks: fp64 [n 4 + 2 most], as
     `_proposal` takes it apart; a score is no number where a logit is none.
     """
     device = logits.device
@@ -102,7 +104,11 @@ def _choose(
     confidence = log_probs.gather(-1, tokens[:, None])[:, 0].exp()
     score = _scores(log_probs, confidence, rows, of_row)
     score = score.where(highest.isfinite(), torch.nan)
-    columns = [tokens[:, None], confidence[:, None], score[:, None]]
+    held = confidence
+    if any(isinstance(row.request.config.policy, AnyRevisingPolicy) for row in rows):
+        standing = sent(np.concatenate([row.canvas[at] for row, at in zip(rows, positions, strict=True)]), device)
+        held = log_probs.gather(-1, standing[:, None])[:, 0].exp()
+    columns = [tokens[:, None], confidence[:, None], score[:, None], held[:, None]]
     if most:
         best = log_probs.topk(min(most, log_probs.shape[-1]), dim=-1)
         columns += [best.indices, best.values]
@@ -118,15 +124,16 @@ def _coordinates(rows: Sequence[DecodeState], positions: Sequence[Ints]) -> tupl
 
 
 def _proposal(positions: Ints, packed: Doubles, top: int) -> Proposal:
-    """Of columns [n 3 + 2 m]: token, confidence, score, and the m >= top likeliest tokens and their logs."""
-    most = (packed.shape[1] - 3) // 2
+    """Of columns [n 4 + 2 m]: token, confidence, score, held, and the m >= top likeliest tokens and their logs."""
+    most = (packed.shape[1] - 4) // 2
     return Proposal(
         positions,
         packed[:, 0].astype(np.int64),
         packed[:, 1].astype(np.float32),
         packed[:, 2].astype(np.float32),
-        packed[:, 3 : 3 + min(top, most)].astype(np.int64),
-        packed[:, 3 + most : 3 + most + min(top, most)].astype(np.float32),
+        packed[:, 3].astype(np.float32),
+        packed[:, 4 : 4 + min(top, most)].astype(np.int64),
+        packed[:, 4 + most : 4 + most + min(top, most)].astype(np.float32),
     )
 
 

@@ -116,6 +116,17 @@ def test_answers_have_the_law_whatever_is_masked_again(policy, process):
     assert chi2 < 26 + 4.5 * np.sqrt(2 * 26)
 
 
+@pytest.mark.parametrize("policy", [AncestralPolicy(), EditingPolicy(threshold=0.1)], ids=["ancestral", "editing"])
+def test_a_commit_tells_how_sure_its_call_was_of_the_token_that_stands_and_not_of_the_one_proposed(policy):
+    config = DecodeConfig(policy=policy, max_tokens=3, block_length=3, steps_per_block=3, temperature=1.0)
+    engine = Engine.over(Independent(), PROCESS)
+    for seed in range(20):
+        engine.add(Request((), config, seed=seed))
+    told = [commit for update in iter(engine.step, []) for one in update for commit in one.commits]
+    assert len(told) == 60
+    assert [sure for *_, sure in told] == pytest.approx([LAWS[at, token - 3] for at, token, _ in told])
+
+
 @settings(max_examples=draws(50), deadline=None)
 @given(request=requests(policies=revising))
 def test_a_block_is_final_at_once_fills_all_and_ends_in_its_budget(denoiser, request):
