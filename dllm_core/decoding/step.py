@@ -164,10 +164,10 @@ def _constrained(
 
 
 def _laws(log_probs: Tensor, row: DecodeState) -> Iterator[Doubles]:
-    """One row's laws of tokens [n V] at its temperature: as top_k and top_p cut it off, then the whole one."""
+    """Logs of one row's laws of tokens [n V] at its temperature: as top_k and top_p cut it off, then the whole one."""
     ranked, order = _ranked(log_probs, [row], torch.zeros(len(log_probs), dtype=torch.int64, device=log_probs.device))
-    yield torch.zeros_like(ranked).scatter_(-1, order, ranked).cpu().numpy()
-    yield (log_probs.double() / _heat(row)).softmax(-1).cpu().numpy()
+    yield torch.zeros_like(ranked).scatter_(-1, order, ranked).log().cpu().numpy()
+    yield (log_probs.double() / _heat(row)).log_softmax(-1).cpu().numpy()
 
 
 def _heat(row: DecodeState) -> float:
