@@ -216,7 +216,8 @@ def _ranked(log_probs: Tensor, rows: Sequence[DecodeState], of_row: Tensor) -> t
     ranked, order = probs.sort(dim=-1, descending=True, stable=True)
     ranked = ranked.masked_fill(torch.arange(size, device=device) >= top_k[:, None], 0.0)
     before = ranked.cumsum(-1) - ranked
-    crossed = before >= top_p[:, None] * ranked.sum(-1, keepdim=True)
+    least = torch.finfo(torch.float64).tiny  # so that a top_p of hardly any leaves the first
+    crossed = before >= (top_p[:, None] * ranked.sum(-1, keepdim=True)).clamp_min(least)
     return ranked.masked_fill(crossed, 0.0), order  # the token that crosses top_p stays
 
 
