@@ -185,6 +185,16 @@ def edited(denoiser: Denoiser, prompt: tuple[int, ...], config: DecodeConfig) ->
     return canvas[head:].tolist(), calls, edits
 
 
+def test_a_step_of_editing_that_need_not_fill_any_mask_costs_no_call(denoiser):
+    policy = EditingPolicy(threshold=1, edit_threshold=1, max_edits=0)
+    config = DecodeConfig(policy=policy, quota="by_time", max_tokens=8, block_length=8, steps_per_block=8)
+    engine = new_engine(denoiser)
+    engine.add(Request((5, 6), config))
+    left = [8, *(int((updates[0].state.canvas == MASK).sum()) for updates in iter(engine.step, []))]
+    assert left[-1] == 0
+    assert all(later < earlier for earlier, later in itertools.pairwise(left))
+
+
 def test_editing_is_what_its_definition_says():
     denoiser, total = new_denoiser(is_tied=False), 0
     with torch.no_grad():
