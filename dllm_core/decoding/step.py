@@ -110,9 +110,19 @@ def _choose(
         held = log_probs.gather(-1, standing[:, None])[:, 0].exp()
     columns = [tokens[:, None], confidence[:, None], score[:, None], held[:, None]]
     if most:
-        best = log_probs.topk(min(most, log_probs.shape[-1]), dim=-1)
-        columns += [best.indices, best.values]
+        columns += _likeliest(log_probs, min(most, log_probs.shape[-1]))
     return torch.cat([column.double() for column in columns], dim=1)
+
+
+def _likeliest(log_probs: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """The likeliest tokens [n most] and their logs, of equals the first: of `topk` which they are depends on `most`,
+    and so on what other rows of the batch ask for.
+    """
+    bits = log_probs.float().view(torch.int32).long()
+    rank = torch.where(bits < 0, -(bits & 0x7FFFFFFF), bits)  # rises with the number
+    keys = (rank << 32) - torch.arange(log_probs.shape[-1], device=log_probs.device)
+    tokens = keys.topk(most, dim=-1).indices
+    return tokens, log_probs.gather(-1, tokens)
 
 
 def _coordinates(rows: Sequence[DecodeState], positions: Sequence[Ints]) -> tuple[Words, Purpose, Ints, Ints, int]:
