@@ -14,7 +14,7 @@ class RowUpdate:
     """What one call did to one row. `state` is live: copy what must outlive the next tick.
 
     committed int64 [n] and confidence [n]: positions that became final in this call, and how sure it was of what they
-    hold, which of a policy that revises may be an earlier call's token and not what this one proposed.
+    hold, which may be a token that it would have replaced, had it been surer of another.
     best_tokens, best_log_probs [n k]: the likeliest there, as `Request.top_logprobs` asks.
     """
 
@@ -35,10 +35,9 @@ class RowUpdate:
     def of(cls, row: int, state: DecodeState, proposal: Proposal, committed: Ints) -> "RowUpdate":
         """What became final of a proposal."""
         told = np.searchsorted(proposal.positions, committed)  # both rise
-        best = (proposal.best_tokens[told], proposal.best_log_probs[told])
-        is_proposed = state.canvas[committed] == proposal.tokens[told]
-        confidence = np.where(is_proposed, proposal.confidence[told], proposal.held[told])
-        return cls(row, state, committed, confidence, *best)
+        is_proposed = proposal.tokens[told] == state.canvas[committed]
+        sure = np.where(is_proposed, proposal.confidence[told], proposal.held[told])
+        return cls(row, state, committed, sure, proposal.best_tokens[told], proposal.best_log_probs[told])
 
     @classmethod
     def failed(cls, row: int, state: DecodeState) -> "RowUpdate":

@@ -30,7 +30,7 @@ _OPEN = -1
 class _Step:
     """What a position adds to a path: to each edge by its class [C], to an end there, and where one came before.
 
-    Logs of probabilities in a search, weights in a sum.
+    Logs, of sums too: a weight of many unlikely tokens is 0 in float64, where a low temperature makes them far apart.
     """
 
     by_class: Doubles
@@ -69,7 +69,7 @@ def likeliest(automaton: TokenAutomaton, state: DecodeState, eos_id: int, positi
     steps, rows = [], iter(range(len(inside)))
     for at in range(first, stop):
         if tokens[at] != _OPEN:
-            steps.append(_fixed(automaton, int(tokens[at]), may_end[at], eos_id, 0.0, -np.inf))
+            steps.append(_fixed(automaton, int(tokens[at]), may_end[at], eos_id))
             continue
         row = log_probs[inside[i := next(rows)]]
         steps.append(_Step(best[i], row[eos_id] if may_end[at] else -np.inf, row.max()))
@@ -94,29 +94,30 @@ def draw(
 ) -> Ints | None:
     """Tokens [n] drawn from the law of strings at open positions [n] of one block, given that the answer matches.
 
-    laws: each [n V], weights of which a position's need not sum to 1; the first that leaves a string is taken: what
-    top_p cuts off may leave none. uniforms [n]: a position's own. -1 behind the answer; None if no law leaves any.
+    laws: each [n V], logs of weights of which a position's need not sum to 1; the first that leaves a string is taken:
+    what top_p cuts off may leave none. uniforms [n]: a position's own. -1 behind the answer; None if no law leaves any.
     """
     tokens, may_end = _answer(state, eos_id)
     inside, first, stop = _block(state, positions, len(tokens))
     if not len(inside):
         return np.full(len(positions), -1)
-    behind = _alive(automaton, tokens, may_end, eos_id, stop)[0].astype(np.float64)
-    start = _state_before(automaton, tokens[:first], may_end, eos_id)
+    behind = np.where(_alive(automaton, tokens, may_end, eos_id, stop)[0], 0.0, -np.inf)
+    start, of_token = _state_before(automaton, tokens[:first], may_end, eos_id), automaton.class_of[automaton.tokens]
     for law in laws:
         steps, rows = [], iter(inside)
         for at in range(first, stop):
             if tokens[at] != _OPEN:
-                steps.append(_fixed(automaton, int(tokens[at]), may_end[at], eos_id, 1.0, 0.0))
+                steps.append(_fixed(automaton, int(tokens[at]), may_end[at], eos_id))
                 continue
             row = law[next(rows)]
-            by_class = np.add.reduceat(row[automaton.tokens], automaton.begins[:-1])
-            steps.append(_Step(by_class, row[eos_id] if may_end[at] else 0.0, row.sum()))
+            by_class = _log_sums(row[automaton.tokens], of_token, automaton.num_classes)
+            whole = _log_sums(row, np.zeros(len(row), np.int64), 1)[0]
+            steps.append(_Step(by_class, row[eos_id] if may_end[at] else -np.inf, whole))
         sums = [behind]
         for step in reversed(steps):
             sums.append(_summed(automaton, sums[-1], step))
         sums.reverse()
-        if sums[0][start] > 0:
+        if sums[0][start] > -np.inf:
             break
     else:
         return None
@@ -155,8 +156,7 @@ def _alive(automaton: TokenAutomaton, tokens: Ints, may_end: Bools, eos_id: int,
     for token, ends in zip(tokens[first:][::-1], may_end[first:][::-1], strict=True):
         behind = found[-1]
         if token != _OPEN:
-            step = _fixed(automaton, int(token), ends, eos_id, 1.0, 0.0)
-            found.append(_summed(automaton, behind.astype(np.float64), step) > 0)
+            found.append(_before_token(automaton, behind, int(token), ends, eos_id))
             continue
         reached = automaton.before(behind)
         if behind[automaton.end]:
@@ -166,12 +166,24 @@ def _alive(automaton: TokenAutomaton, tokens: Ints, may_end: Bools, eos_id: int,
     return found[::-1]
 
 
-def _fixed(automaton: TokenAutomaton, token: int, ends: bool, eos_id: int, one: float, zero: float) -> _Step:
-    """The step of a token that stands: its own class alone, and behind the end whatever it is."""
-    by_class = np.full(automaton.num_classes, zero)
+def _before_token(automaton: TokenAutomaton, behind: Bools, token: int, ends: bool, eos_id: int) -> Bools:
+    """The states [S + 1] from which a token that stands leads into one of `behind` [S + 1]."""
+    found = np.zeros_like(behind)
     if (number := automaton.class_of[token]) >= 0:
-        by_class[number] = one
-    return _Step(by_class, one if token == eos_id and ends else zero, one)
+        after = automaton.after[:, number]
+        found = (after >= 0) & behind[after]
+    if token == eos_id and ends:
+        found |= automaton.is_final & behind[automaton.end]
+    found[automaton.end] = behind[automaton.end]
+    return found
+
+
+def _fixed(automaton: TokenAutomaton, token: int, ends: bool, eos_id: int) -> _Step:
+    """The step of a token that stands: its own class alone, and behind the end whatever it is."""
+    by_class = np.full(automaton.num_classes, -np.inf)
+    if (number := automaton.class_of[token]) >= 0:
+        by_class[number] = 0.0
+    return _Step(by_class, 0.0 if token == eos_id and ends else -np.inf, 0.0)
 
 
 def _stepped(automaton: TokenAutomaton, state: int, token: int, ends: bool, eos_id: int) -> int:
@@ -226,13 +238,23 @@ def _traced(automaton: TokenAutomaton, scores: list[Doubles], steps: list[_Step]
 
 
 def _summed(automaton: TokenAutomaton, behind: Doubles, step: _Step) -> Doubles:
-    """The weight of all ways on from each state [S + 1], a position earlier. Their largest is made 1."""
-    values = step.by_class[automaton.cls] * behind[automaton.dst]
-    found = np.bincount(automaton.src, values, automaton.end + 1).astype(np.float64)
-    found += automaton.is_final * (step.end * behind[automaton.end])
-    found[automaton.end] = step.stay * behind[automaton.end]
-    largest: float = found.max()
-    return found / largest if largest > 0 else found
+    """The log weight of all ways on from each state [S + 1], a position earlier."""
+    values = step.by_class[automaton.cls] + behind[automaton.dst]
+    found = _log_sums(values, automaton.src, automaton.end + 1)
+    ends = np.where(automaton.is_final, step.end + behind[automaton.end], -np.inf)
+    found = np.logaddexp(found, ends)
+    found[automaton.end] = step.stay + behind[automaton.end]
+    return found
+
+
+def _log_sums(values: Doubles, groups: Ints, number: int) -> Doubles:
+    """Logs [number] of the summed exponentials of the values [n] of each group [n]."""
+    highest = np.full(number, -np.inf)
+    np.maximum.at(highest, groups, values)
+    highest = np.where(highest > -np.inf, highest, 0.0)
+    with np.errstate(divide="ignore"):
+        found: Doubles = np.log(np.bincount(groups, np.exp(values - highest[groups]), number)) + highest
+    return found
 
 
 def _drawn(
@@ -242,15 +264,17 @@ def _drawn(
     if state == automaton.end:
         return eos_id, state
     after = automaton.after[state]
-    ways = np.where(after >= 0, step.by_class * behind[after], 0.0)
-    ends = step.end * behind[automaton.end] if automaton.is_final[state] else 0.0
-    cumulative = np.cumsum([*ways, ends])
+    logs = np.where(after >= 0, step.by_class + behind[after], -np.inf)
+    logs = np.append(logs, step.end + behind[automaton.end] if automaton.is_final[state] else -np.inf)
+    ways = np.exp(logs - logs.max())
+    cumulative = np.cumsum(ways)
     target = float(u) * cumulative[-1]
-    number = min(int(np.searchsorted(cumulative, target, side="right")), int(np.flatnonzero([*ways, ends])[-1]))
+    number = min(int(np.searchsorted(cumulative, target, side="right")), int(np.flatnonzero(ways)[-1]))
     if number == automaton.num_classes:
         return eos_id, automaton.end
     tokens = automaton.of_class(number)
-    within = np.cumsum(law[tokens])
+    weights = np.exp(law[tokens] - law[tokens].max())
+    within = np.cumsum(weights)
     rest = (target - (cumulative[number - 1] if number else 0.0)) / ways[number] * within[-1]
-    chosen = min(int(np.searchsorted(within, rest, side="right")), int(np.flatnonzero(law[tokens])[-1]))
+    chosen = min(int(np.searchsorted(within, rest, side="right")), int(np.flatnonzero(weights)[-1]))
     return int(tokens[chosen]), int(after[number])

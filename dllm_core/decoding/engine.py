@@ -173,7 +173,9 @@ class Engine:
     def _region(self, request: Request) -> tuple[Ints, Bools]:
         """What stands between prompt and suffix at first, and what of it is open [n]."""
         mask_id, begin = self._denoiser.config.mask_id, len(request.prompt)
-        given = np.full(self._canvas_length(request), -1) if request.middle is None else request.region
+        given = np.full(self._canvas_length(request), -1)
+        if request.middle is not None:
+            given[: request.region_length] = request.region
         # v is the second word of call 0; the draws of that call take the first.
         positions = begin + np.arange(len(given))
         v = uniforms64(request.seed, Purpose.DECODE, 0, positions, 2)[:, 1] if self._is_ancestral else None
@@ -192,16 +194,17 @@ class Engine:
         return np.where(is_open, mask_id, noised), is_open
 
     def _canvas_length(self, request: Request) -> int:
-        """Open positions: `max_tokens`, or what a growing canvas begins with; of a model of blocks up to the last one's
-        end, which it was trained to see.
+        """Positions between prompt and suffix: `max_tokens`, or what a growing canvas begins with, or those of
+        `middle`; of a model of blocks up to the last one's end, which it was trained to see.
         """
         config = request.config
         if self._pattern.block_length is not None:
-            stop = len(request.prompt) + config.max_tokens
+            stop = len(request.prompt) + request.region_length
             stop = min(-(-stop // self._pattern.block_length) * self._pattern.block_length, self.context_length)
             return stop - len(request.prompt)
-        if not config.grows_by or request.suffix or self._is_ancestral or self._pattern.kind != "full":
-            return config.max_tokens
+        grows = config.grows_by and request.middle is None and not request.suffix and not self._is_ancestral
+        if not grows or self._pattern.kind != "full":
+            return request.region_length
         return min(config.grows_by, config.max_tokens)
 
     def cancel(self, row: int) -> None:

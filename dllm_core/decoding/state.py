@@ -26,7 +26,7 @@ import numpy as np
 from dllm_core.decoding.automaton import TokenAutomaton
 from dllm_core.decoding.config import AnyRevisingPolicy
 from dllm_core.decoding.request import Request
-from dllm_core.decoding.revise import Moment
+from dllm_core.decoding.revise import EditingPolicy, Moment
 from dllm_core.decoding.unmask import AnyUnmaskPolicy
 from dllm_core.model.pattern import FULL, AttentionPattern
 from dllm_core.seeding import Bools, Floats, Ints, Purpose, uniforms
@@ -225,6 +225,8 @@ class DecodeState:
         """Let the policy write into the block; whether it is settled."""
         config, held = self.request.config, self.canvas[positions]
         is_mask, steps = held == self.mask_id, self.steps_in_block
+        if isinstance(policy, EditingPolicy) and is_mask.any():
+            self._pass_over(int(is_mask.sum()))
         verdict = policy.revise(
             Moment(
                 is_mask=is_mask,
@@ -250,12 +252,16 @@ class DecodeState:
         return uniforms(self.request.seed, Purpose.UNMASK, self.num_calls, positions, 1)[:, 0]
 
     def _chosen(self, policy: AnyUnmaskPolicy, positions: Ints, score: Floats) -> Bools:
-        """The policy's choice, of which the steps left demand a quota. Steps that demand none are passed over."""
-        config, steps = self.request.config, self.steps_in_block
-        while not (quota := config.quota_of(len(positions), self.step, steps)):
-            self.step += 1
+        """The policy's choice, of which the steps left demand a quota."""
+        self._pass_over(len(positions))
+        quota = self.request.config.quota_of(len(positions), self.step, self.steps_in_block)
         self.step += 1
         return policy.choose(score, quota, self._of_policy(policy, positions))
+
+    def _pass_over(self, number: int) -> None:
+        """Pass over the steps that demand none of so many masks."""
+        while not self.request.config.quota_of(number, self.step, self.steps_in_block):
+            self.step += 1
 
     def _close(self, eos_id: int) -> None:
         """Nothing behind the first committed end token will be read, nor behind `max_tokens`.

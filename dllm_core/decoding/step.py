@@ -25,8 +25,8 @@ _COOLEST = 1e-37  # of what float32 holds: logs that differ at all are infinitel
 class Proposal:
     """For one row: positions int64 [n] of the open ones in its block, their tokens [n] and confidence [n].
 
-    score [n]: what its policy ranks them by. held [n]: how sure it is of the token that stands there, if one does.
-    best_tokens, best_log_probs [n k]: the likeliest, surest first, k as the request's `top_logprobs` says.
+    score [n]: what its policy ranks them by. held [n]: how sure it is of what stands there already, where the policy
+    revises. best_tokens, best_log_probs [n k]: the likeliest, surest first, k as the request's `top_logprobs` says.
     """
 
     positions: Ints
@@ -104,12 +104,25 @@ def _choose(
     confidence = log_probs.gather(-1, tokens[:, None])[:, 0].exp()
     score = _scores(log_probs, confidence, rows, of_row)
     score = score.where(highest.isfinite(), torch.nan)
-    held = _held(log_probs, confidence, rows, positions)
+    held = confidence
+    if any(isinstance(row.request.config.policy, AnyRevisingPolicy) for row in rows):
+        standing = sent(np.concatenate([row.canvas[at] for row, at in zip(rows, positions, strict=True)]), device)
+        held = log_probs.gather(-1, standing[:, None])[:, 0].exp()
     columns = [tokens[:, None], confidence[:, None], score[:, None], held[:, None]]
     if most:
-        best = log_probs.topk(min(most, log_probs.shape[-1]), dim=-1)
-        columns += [best.indices, best.values]
+        columns += _likeliest(log_probs, min(most, log_probs.shape[-1]))
     return torch.cat([column.double() for column in columns], dim=1)
+
+
+def _likeliest(log_probs: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """The likeliest tokens [n most] and their logs, of equals the first: of `topk` which they are depends on `most`,
+    and so on what other rows of the batch ask for.
+    """
+    bits = log_probs.float().view(torch.int32).long()
+    rank = torch.where(bits < 0, -(bits & 0x7FFFFFFF), bits)  # rises with the number
+    keys = (rank << 32) - torch.arange(log_probs.shape[-1], device=log_probs.device)
+    tokens = keys.topk(most, dim=-1).indices
+    return tokens, log_probs.gather(-1, tokens)
 
 
 def _coordinates(rows: Sequence[DecodeState], positions: Sequence[Ints]) -> tuple[Words, Purpose, Ints, Ints, int]:
@@ -161,10 +174,10 @@ def _constrained(
 
 
 def _laws(log_probs: Tensor, row: DecodeState) -> Iterator[Doubles]:
-    """One row's laws of tokens [n V] at its temperature: as top_k and top_p cut it off, then the whole one."""
+    """Logs of one row's laws of tokens [n V] at its temperature: as top_k and top_p cut it off, then the whole one."""
     ranked, order = _ranked(log_probs, [row], torch.zeros(len(log_probs), dtype=torch.int64, device=log_probs.device))
-    yield torch.zeros_like(ranked).scatter_(-1, order, ranked).cpu().numpy()
-    yield (log_probs.double() / _heat(row)).softmax(-1).cpu().numpy()
+    yield torch.zeros_like(ranked).scatter_(-1, order, ranked).log().cpu().numpy()
+    yield (log_probs.double() / _heat(row)).log_softmax(-1).cpu().numpy()
 
 
 def _heat(row: DecodeState) -> float:
@@ -185,16 +198,6 @@ def _scores(log_probs: Tensor, confidence: Tensor, rows: Sequence[DecodeState], 
         is_kind = sent(np.array([row_kind == kind for row_kind in kinds]), score.device)[of_row]
         score = torch.where(is_kind, own.to(score.dtype), score)
     return score
-
-
-def _held(log_probs: Tensor, confidence: Tensor, rows: Sequence[DecodeState], positions: Sequence[Ints]) -> Tensor:
-    """Probabilities [n] of the tokens that policies which revise have put there; elsewhere the proposals'."""
-    if rows[0].is_ancestral or not any(isinstance(row.request.config.policy, AnyRevisingPolicy) for row in rows):
-        return confidence
-    canvas = [row.canvas[at] for row, at in zip(rows, positions, strict=True)]
-    is_mask = np.concatenate([held == row.mask_id for row, held in zip(rows, canvas, strict=True)])
-    own = log_probs.gather(-1, sent(np.concatenate(canvas), log_probs.device)[:, None])[:, 0].exp()
-    return torch.where(sent(is_mask, log_probs.device), confidence, own)
 
 
 def _reverse_step(law: Tensor, process: NoiseProcess, rows: Sequence[DecodeState], of_row: Tensor) -> Tensor:
@@ -223,7 +226,8 @@ def _ranked(log_probs: Tensor, rows: Sequence[DecodeState], of_row: Tensor) -> t
     ranked, order = probs.sort(dim=-1, descending=True, stable=True)
     ranked = ranked.masked_fill(torch.arange(size, device=device) >= top_k[:, None], 0.0)
     before = ranked.cumsum(-1) - ranked
-    crossed = before >= top_p[:, None] * ranked.sum(-1, keepdim=True)
+    least = torch.finfo(torch.float64).tiny  # so that a top_p of hardly any leaves the first
+    crossed = before >= (top_p[:, None] * ranked.sum(-1, keepdim=True)).clamp_min(least)
     return ranked.masked_fill(crossed, 0.0), order  # the token that crosses top_p stays
 
 

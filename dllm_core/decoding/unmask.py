@@ -16,6 +16,8 @@ from dllm_core.seeding import Bools, Doubles, Floats
 Rank = Literal["confidence", "margin", "entropy"]
 """Of a position's law p: p of the proposed token; p of the best less p of the second; minus its entropy in nats."""
 
+_COOLEST = 1e-300  # scores are as far apart there as float64 can tell
+
 
 class UnmaskPolicy(Protocol):
     """Decides on the open positions of one row's current block."""
@@ -126,7 +128,7 @@ def _drawn(score: Floats, temperature: float, u: Floats) -> Doubles:
     if not temperature:
         return score.astype(np.float64)
     gumbel: Doubles = -np.log(-np.log(u.astype(np.float64).clip(2.0**-25, 1 - 2.0**-25)))
-    return score / temperature + gumbel
+    return score.astype(np.float64) / max(temperature, _COOLEST) + gumbel
 
 
 def best(score: NDArray[Any], number: int) -> Bools:

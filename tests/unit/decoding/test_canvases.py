@@ -32,7 +32,7 @@ from dllm_core.decoding.unmask import LowConfidencePolicy, ThresholdPolicy
 from dllm_core.errors import RequestError
 from dllm_core.model.cache import KeyValueStore
 from dllm_core.model.denoiser import Denoiser
-from dllm_core.model.pattern import AttentionPattern
+from dllm_core.model.pattern import CAUSAL, FULL, AttentionPattern
 from dllm_core.noise.uniform import UniformProcess
 
 pieces = st.lists(st.none() | st.integers(0, VOCABULARY - 1), min_size=1, max_size=24).filter(lambda p: None in p)
@@ -67,10 +67,17 @@ def test_holes_are_filled_and_what_stands_between_them_is_kept_alone_and_in_a_ba
         assert answer.num_committed == len(made) + is_ended
 
 
-def test_one_hole_said_in_either_way_is_the_same_row(denoiser):
+@pytest.mark.parametrize(
+    ("pattern", "suffix"),
+    [(FULL, (7,)), (AttentionPattern("block_causal", 4), ()), (CAUSAL, ())],
+    ids=["full", "block_causal", "causal"],
+)
+def test_one_hole_said_in_either_way_is_the_same_row(denoiser, pattern, suffix):
     config = DecodeConfig(max_tokens=9, block_length=4, steps_per_block=2, temperature=1.0)
-    one, other = Request((5, 6), config, suffix=(7,)), Request((5, 6), config, suffix=(7,), middle=(None,) * 9)
-    assert new_engine(denoiser).generate([one]) == new_engine(denoiser).generate([other])
+    one = [Request((5, 6), config, suffix, seed) for seed in range(6)]
+    other = [replace(request, middle=(None,) * 9) for request in one]
+    first, second = (new_engine(denoiser, pattern=pattern).generate(rows) for rows in (one, other))
+    assert first == second
 
 
 def test_a_mask_that_was_given_takes_no_other_position_s_turn(denoiser):

@@ -191,10 +191,25 @@ def test_a_draw_has_the_law_of_what_matches(regex, may_end):
     expected = np.array(weights) / sum(weights) * number
     counts = dict.fromkeys(all_strings, 0)
     for u in rng.random((number, length)):
-        counts[tuple(draw(automaton, state, EOS, state.open_in_block(), [law], u))] += 1
+        counts[tuple(draw(automaton, state, EOS, state.open_in_block(), [np.log(law)], u))] += 1
     chi_square = ((np.array(list(counts.values())) - expected) ** 2 / expected).sum()
     freedom = len(all_strings) - 1
     assert chi_square < freedom + 5 * np.sqrt(2 * freedom) + 5
+
+
+@pytest.mark.parametrize(
+    "regex", ["a{9}[ab]{9}|b+abba{20}", "a{9}[ab]{9}|[ab]{9}a{9}"], ids=["beside likely dead ends", "whenever it is"]
+)
+def test_a_draw_is_one_where_all_that_matches_is_unlikelier_than_float64_holds(regex):
+    """At a low temperature: `a` by 90 nats a token, nine of them in each text that is not hopeless."""
+    automaton, state = compile_regex(regex, FEW[:-1]), row_of(18, may_end=False, block=18)
+    law = np.zeros((18, len(FEW) - 1))
+    law[:, 3] = -90.0
+    found = [
+        draw(automaton, state, EOS, state.open_in_block(), [law], u) for u in np.random.default_rng(3).random((40, 18))
+    ]
+    counts = [sum(tuple(one[9 * i : 9 * i + 9]) == (4,) * 9 for one in found) for i in (0, 1)]
+    assert counts[1] == 40 if "+" in regex else sum(counts) == 40 and 8 < counts[0] < 32
 
 
 @pytest.mark.parametrize(
@@ -220,9 +235,9 @@ def test_an_escaped_dollar_is_no_anchor():
 
 def test_a_law_that_leaves_nothing_gives_way_to_the_next():
     automaton, state = compile_regex("ab", FEW), row_of(2)
-    cut = np.zeros((2, len(FEW)))
-    cut[:, 4] = 1.0  # only b is left
-    whole = np.full((2, len(FEW)), 1 / 6)
+    cut = np.full((2, len(FEW)), -np.inf)
+    cut[:, 4] = 0.0  # only b is left
+    whole = np.zeros((2, len(FEW)))
     at, u = state.open_in_block(), np.array([0.3, 0.9])
     assert draw(automaton, state, EOS, at, [cut], u) is None
     assert tuple(draw(automaton, state, EOS, at, [cut, whole], u)) in {(3, 4), (5, EOS)}

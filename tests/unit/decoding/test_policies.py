@@ -85,6 +85,14 @@ def test_drawn_positions_are_draws_without_replacement_by_their_softmax(kind, qu
     assert chi2 < len(law) - 1 + 5 * math.sqrt(2 * len(law))
 
 
+@pytest.mark.parametrize("heat", [1e-30, 1e-39, 5e-324])
+def test_a_position_temperature_that_is_hardly_any_takes_the_surest_as_none_does(heat):
+    score, u = np.array([0.1, 0.5, 0.9], np.float32), np.array([0.9, 0.5, 0.1], np.float32)
+    for number in (1, 2):
+        chosen = LowConfidencePolicy(position_temperature=heat).choose(score, number, u)
+        assert (chosen == LowConfidencePolicy().choose(score, number, u)).all()
+
+
 @given(
     number=st.integers(1, 64),
     block=st.integers(1, 64),

@@ -116,6 +116,17 @@ def test_answers_have_the_law_whatever_is_masked_again(policy, process):
     assert chi2 < 26 + 4.5 * np.sqrt(2 * 26)
 
 
+@pytest.mark.parametrize("policy", [AncestralPolicy(), EditingPolicy(threshold=0.1)], ids=["ancestral", "editing"])
+def test_a_commit_tells_how_sure_its_call_was_of_the_token_that_stands_and_not_of_the_one_proposed(policy):
+    config = DecodeConfig(policy=policy, max_tokens=3, block_length=3, steps_per_block=3, temperature=1.0)
+    engine = Engine.over(Independent(), PROCESS)
+    for seed in range(20):
+        engine.add(Request((), config, seed=seed))
+    told = [commit for update in iter(engine.step, []) for one in update for commit in one.commits]
+    assert len(told) == 60
+    assert [sure for *_, sure in told] == pytest.approx([LAWS[at, token - 3] for at, token, _ in told])
+
+
 @settings(max_examples=draws(50), deadline=None)
 @given(request=requests(policies=revising))
 def test_a_block_is_final_at_once_fills_all_and_ends_in_its_budget(denoiser, request):
@@ -190,6 +201,16 @@ def edited(denoiser: Denoiser, prompt: tuple[int, ...], config: DecodeConfig) ->
         if EOS in canvas[head : block.stop].tolist():
             break
     return canvas[head:].tolist(), calls, edits
+
+
+def test_a_step_of_editing_that_need_not_fill_any_mask_costs_no_call(denoiser):
+    policy = EditingPolicy(threshold=1, edit_threshold=1, max_edits=0)
+    config = DecodeConfig(policy=policy, quota="by_time", max_tokens=8, block_length=8, steps_per_block=8)
+    engine = new_engine(denoiser)
+    engine.add(Request((5, 6), config))
+    left = [8, *(int((updates[0].state.canvas == MASK).sum()) for updates in iter(engine.step, []))]
+    assert left[-1] == 0
+    assert all(later < earlier for earlier, later in itertools.pairwise(left))
 
 
 def test_editing_is_what_its_definition_says():

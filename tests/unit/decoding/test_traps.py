@@ -59,6 +59,25 @@ def test_a_top_k_beyond_the_vocabulary_leaves_all_of_it(top_k):
     assert answers[0] == answers[1] != answers[2]
 
 
+def test_of_equally_likely_tokens_the_first_are_told_whatever_a_neighbour_asks_for():
+    denoiser = new_denoiser()
+    denoiser.head.weight.data.zero_()
+    requests = [Request((3,), config_of(3, 3, 1), top_logprobs=number) for number in (3, 20, 2)]
+    for batch in ([requests[0]], requests):
+        engine = new_engine(denoiser)
+        for request in batch:
+            engine.add(request)
+        first, *_ = engine.step()
+        assert first.best_tokens.tolist() == [[EOS, 3, 4]] * 3
+
+
+def test_a_top_p_of_hardly_any_leaves_the_likeliest():
+    """The least float64 times a sum below a half is 0, which cut every token off: padding was the answer."""
+    cold, cut = (config_of(8, 4, 4, temperature=t, top_k=1, top_p=p) for t, p in ((0.0, 1.0), (5.0, 5e-324)))
+    answers = [new_engine(new_denoiser()).generate([Request((3,), config, seed=5)])[0] for config in (cold, cut)]
+    assert answers[0] == answers[1]
+
+
 def test_a_block_that_is_full_costs_no_call():
     request = Request((3,), config_of(12, 4, 4), middle=(None, None, None, None, 5, 6, 7, 8, None, None, None, None))
     [answer] = new_engine(bumped([EOS], -80.0)).generate([request])
