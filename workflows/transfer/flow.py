@@ -229,8 +229,11 @@ def _tokenizer(opened: Foreign) -> Tokenizer:
         pad_token=tokens[config.pad_id],
     )
     tokenizer = Tokenizer(text, section, str(path))
-    if tokenizer.mask_id != config.mask_id:
-        raise CheckpointError(str(path), f"takes no token with the id {config.mask_id}", remedy="mask_id=another")
+    for name in ("mask_id", "eos_id", "pad_id"):
+        number, found = getattr(config, name), getattr(tokenizer, name)
+        if found != number:
+            problem = f"{tokens[number]} has the id {found} there, and the checkpoint's {name} is {number}"
+            raise CheckpointError(str(path), problem, remedy="save the checkpoint's tokenizer again")
     if tokenizer.vocab_size > config.vocab_size:
         problem = f"has ids up to {tokenizer.vocab_size - 1}, the checkpoint's last is {config.vocab_size - 1}"
         raise CheckpointError(str(path), problem)

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 from conftest import SmallCorpus, make_small_bundle, make_small_corpus
 from safetensors.torch import load_file, save_file
@@ -44,6 +45,10 @@ def imported(folder: Path, *words: str, name: str = "copy") -> RunDir:
 
 def written(run: RunDir, command: str = "out") -> Path:
     return Path(export_checkpoint(run.url, command, QUIET)["folder"])
+
+
+def ids_of(tokenizer: Path) -> dict[str, int]:
+    return tokenizers.Tokenizer.from_file(str(tokenizer)).get_vocab(with_added_tokens=True)
 
 
 def qwen_folder(folder: Path) -> Path:
@@ -124,6 +129,8 @@ def test_an_autoregressive_checkpoint_needs_to_be_told_its_mask(root):
     bundle = read_bundle(run)
     assert (bundle.config.mask_id, bundle.config.vocab_size, bundle.tokenizer().mask_id) == (998, 999, 998)
     assert 998 not in bundle.tokenizer().encode("<|mask|> text")
+    assert ids_of(folder / "tokenizer.json").items() <= ids_of(bundle.folder / "tokenizer.json").items()
+    assert (bundle.config.eos_id, bundle.config.pad_id) == (bundle.tokenizer().eos_id, bundle.tokenizer().pad_id)
     ids = torch.arange(12)[None]
     with torch.inference_mode():
         wanted = read_foreign(folder, mask_id=900)(ids, pattern=CAUSAL)
@@ -146,6 +153,7 @@ def test_a_spare_id_may_be_the_mask_with_or_without_a_token_of_its_own(root, has
     bundle = read_bundle(imported(folder, "mask_id=990"))
     assert bundle.config.mask_id == bundle.tokenizer().mask_id == 990
     assert bundle.tokenizer().token_text(990) == ("<|r990|>" if has_token else "<|mask|>")
+    assert (bundle.config.eos_id, bundle.config.pad_id) == (bundle.tokenizer().eos_id, bundle.tokenizer().pad_id)
     assert bundle.config.vocab_size == 998
 
 
@@ -175,6 +183,15 @@ def test_a_tokenizer_that_is_missing_or_of_another_model_is_refused(root):
     (folder / "tokenizer.json").unlink()
     with pytest.raises(CheckpointError, match=r"tokenizer\.json: cannot be read.*save the checkpoint's tokenizer"):
         imported(folder)
+
+
+def test_a_tokenizer_that_counts_otherwise_than_its_file_is_refused(root):
+    folder = qwen_folder(root / "in")
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["added_tokens"] = [token for token in tokenizer["added_tokens"] if token["id"] != 995]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(CheckpointError, match=r"endoftext\|> has the id 995 there, and the checkpoint's eos_id is 996"):
+        imported(folder, "mask_id=990")
 
 
 def test_imported_weights_are_not_trained_over(root):
