@@ -70,7 +70,10 @@ def import_checkpoint(folder: str, name: str, words: Sequence[str], console: Con
     _check_room(store, header.size)
     corpus = plan_corpus(recipe, store).fingerprint if _has_corpus(overrides) else "none"
     digests = {file: file_sha256(source / file) for file in opened.headers}
-    identity = [opened.config, digests, own.get("dtype"), recipe.run_fingerprint(corpus), tokenizer.digest]
+    identity: list[Any] = [opened.config, digests, own.get("dtype"), recipe.run_fingerprint(corpus), tokenizer.digest]
+    usual = _recipe(opened, name, tokenizer.config, [])
+    if corpus == "none" and (recipe.packing, recipe.noise) != (usual.packing, usual.noise):  # else its corpus tells
+        identity += [recipe.packing, recipe.noise]
     run = RunDir(store, f"{name}-{fingerprint(identity)}")
     with run.locked(), tempfile.TemporaryDirectory() as scratch, console.stage("import") as bar:
         bar.update("copying weights")

@@ -114,6 +114,14 @@ def test_an_import_is_the_same_run_again_and_another_type_another(root):
     first, again = imported(GOLDEN / "tiny-llada"), imported(GOLDEN / "tiny-llada")
     narrow = imported(GOLDEN / "tiny-llada", "dtype=bfloat16")
     assert first.name == again.name != narrow.name
+    blocks = [
+        [],
+        ["noise.block_length=16", "decode.block_length=16", "decode.steps_per_block=16"],
+        ["packing.seq_len=64"],
+    ]
+    others = [imported(GOLDEN / "tiny-llada2-moe", *words) for words in blocks]
+    assert [read_bundle(run).manifest.block_length for run in others] == [32, 16, 32]  # none is written over another
+    assert [read_bundle(run).config.context_length == 64 for run in others] == [False, False, True]
     weights = load_file(read_bundle(narrow).folder / "model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
     recipe, _ = find_run(narrow.url, ["decode.max_tokens=8"])
