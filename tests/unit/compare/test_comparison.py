@@ -25,7 +25,7 @@ from workflows.compare.measures import Question, restored, two_holes
 from workflows.compare.recipe import CompareRecipe
 from workflows.compare.report import table_lines
 from workflows.compare.speakers import Speaker
-from workflows.compare.training import Entrant
+from workflows.compare.training import Entrant, train_entrant, trained
 from workflows.console import Console
 from workflows.fan_out import serially
 
@@ -258,6 +258,20 @@ def test_a_run_that_is_there_is_asked_as_the_recipe_decodes_now(finished):
     asked = [measures.answer(Question("task", "absorbing", (one,), recipe)) for one in (before, now)]
     slow, fast = (answered["tokens_per_call"]["value"] for answered in asked)
     assert fast > 1 >= slow
+
+
+def test_a_bundle_is_made_anew_of_another_number_of_checkpoints(finished):
+    recipe, _ = finished
+    before = entrant_of(recipe, "uniform")
+    averaged = before.recipe.train.model_copy(update={"average_checkpoints": 2})
+    now = replace(before, recipe=before.recipe.model_copy(update={"train": averaged}))
+    assert trained(before) is not None
+    assert trained(now) is None
+    seconds = train_entrant(0, now)["seconds"]
+    assert read_bundle(now.run).manifest.lineage.checkpoint.count("+") == 1
+    assert trained(before) is None
+    assert train_entrant(0, before)["seconds"] == seconds == trained(before)["seconds"]  # no step is taken again
+    assert "+" not in read_bundle(before.run).manifest.lineage.checkpoint
 
 
 def test_models_that_read_different_texts_are_no_comparison(tmp_path):
