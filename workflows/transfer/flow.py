@@ -68,7 +68,7 @@ def import_checkpoint(folder: str, name: str, words: Sequence[str], console: Con
     store = open_store("storage.root", recipe.storage.root)
     header = Header.of(opened.specs(dtype), {"format": "pt"})
     _check_room(store, header.size)
-    corpus = plan_corpus(recipe, store).fingerprint if _has_corpus(overrides) else "none"
+    corpus = plan_corpus(recipe, store).fingerprint if _has_corpus(recipe) else "none"
     digests = {file: file_sha256(source / file) for file in opened.headers}
     identity: list[Any] = [opened.config, digests, own.get("dtype"), recipe.run_fingerprint(corpus), tokenizer.digest]
     usual = _recipe(opened, name, tokenizer.config, [])
@@ -206,8 +206,9 @@ def _dtype(name: Any) -> torch.dtype | None:
     return None if name is None else _DTYPES[name]
 
 
-def _has_corpus(overrides: Sequence[str]) -> bool:
-    return any(word.startswith("corpus.path=") for word in overrides)
+def _has_corpus(recipe: Recipe) -> bool:
+    """Whether one was named, in whatever words."""
+    return all(Path(source.path).name != _NO_CORPUS for source in recipe.corpus.all_sources)
 
 
 def _tokenizer(opened: Foreign) -> Tokenizer:

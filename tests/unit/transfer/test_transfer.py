@@ -128,6 +128,18 @@ def test_an_import_is_the_same_run_again_and_another_type_another(root):
     assert Generator(recipe, narrow, QUIET).one(Asked(prompt="hello"), None)["num_calls"] > 0
 
 
+def test_a_corpus_is_named_by_its_path_as_a_section_or_as_a_mixture(root):
+    (root / "text").mkdir()
+    (root / "text" / "a.txt").write_text("hello")
+    plain = "{type: text, path: text}"
+    said = ("corpus.path=text", f"corpus={plain}", f"corpus={{type: mixture, sources: [{plain}]}}")
+    runs = [imported(GOLDEN / "tiny-llada", word, "packing.seq_len=64") for word in ("seed=0", *said)]
+    corpora = [read_bundle(run).manifest.lineage.corpus for run in runs]
+    assert [corpus == "none" for corpus in corpora] == [True, False, False, False]
+    assert corpora[1] == corpora[2]
+    assert len({run.name for run in runs}) == 3
+
+
 def test_an_autoregressive_checkpoint_needs_to_be_told_its_mask(root):
     folder = qwen_folder(root / "in")
     with pytest.raises(ConfigError, match=r"mask_id: no mask token.*mask_id=new"):
