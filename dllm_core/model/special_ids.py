@@ -70,14 +70,21 @@ def tokens_of(folder: Path) -> dict[int, str]:
 
 
 def with_token(tokenizer_json: str, token: str, number: int, place: str) -> str:
-    """A tokenizer.json with one special token more. Raises CheckpointError where token or id are taken."""
+    """A tokenizer.json with one special token more, the others' ids as they were. Raises CheckpointError where token or
+    id are taken.
+
+    A library counts on from the size of the vocabulary: the new token may stand behind a gap, and added ones that are
+    not in the vocabulary, as Qwen's and LLaDA's, would move up. So each is put there by its id.
+    """
     values = json.loads(tokenizer_json)
     vocabulary, added = values.get("model", {}).get("vocab"), values.setdefault("added_tokens", [])
     if not isinstance(vocabulary, dict):
         raise CheckpointError(place, "has no vocabulary that a mask could be added to")
     if token in vocabulary or number in vocabulary.values() or any(token == other["content"] for other in added):
         raise CheckpointError(place, f"has {token} or the id {number} already", remedy="mask_id=another")
-    vocabulary[token] = number  # a library counts on from its last id, and the mask may stand behind a gap
+    for other in added:
+        vocabulary.setdefault(other["content"], other["id"])
+    vocabulary[token] = number
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     added.append({"id": number, "content": token, **flags, "special": True})
     return json.dumps(values, ensure_ascii=False)

@@ -219,7 +219,7 @@ class Comparison:
     def _key(self, question: Question) -> str:
         """Where an answer is kept: named by all that it depends on."""
         section = "learning" if question.measure == "repetition" else question.measure
-        runs = [[entrant.run.name, entrant.recipe.decode] for entrant in question.entrants]
+        runs = [[entrant.inputs, entrant.recipe.decode] for entrant in question.entrants]
         inputs = fingerprint(
             [question.measure, runs, getattr(self._recipe, section), self._recipe.recipe.get("seed", 0)]
         )

@@ -131,7 +131,7 @@ def _likelihood(
 
 def speaker_of(entrant: Entrant, device: torch.device) -> Speaker:
     """Its bundle, with its ways to write."""
-    return Speaker(read_bundle(entrant.run), device, entrant.recipe.seed)
+    return Speaker(read_bundle(entrant.run), device, entrant.recipe.seed, entrant.recipe.decode)
 
 
 def _context(question: Question, device: torch.device) -> dict[str, Any] | None:

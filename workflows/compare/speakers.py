@@ -15,11 +15,15 @@ _BATCH_TOKENS = 4096
 
 
 class Speaker:
-    """A bundle with its ways to write. `engine` is None where there is no decoder for such a model."""
+    """A bundle with its ways to write. `engine` is None where there is no decoder for such a model.
 
-    def __init__(self, bundle: ModelBundle, device: torch.device, seed: int) -> None:
+    served: how it decodes unless it is told otherwise. A recipe says so: what its run's bundle says is how it was when
+    the run was trained, which may be before the recipe changed.
+    """
+
+    def __init__(self, bundle: ModelBundle, device: torch.device, seed: int, served: DecodeConfig) -> None:
         said = bundle.manifest
-        self.bundle, self.device, self._seed = bundle, device, seed
+        self.bundle, self.device, self.served, self._seed = bundle, device, served, seed
         self.denoiser = bundle.denoiser(str(device))
         self.objective, self.mask_id = said.objective, bundle.config.mask_id
         self.engine: Engine | None = None
@@ -29,11 +33,6 @@ class Speaker:
             self.engine = Engine.over(self.denoiser, noise, _BATCH_TOKENS, tokenizer=tokenizer)
         elif why_not_written(bundle) is None:
             self.engine = Engine(bundle, max_batch_tokens=_BATCH_TOKENS, denoiser=self.denoiser)
-
-    @property
-    def served(self) -> DecodeConfig:
-        """How the bundle decodes unless it is told otherwise."""
-        return DecodeConfig.model_validate(self.bundle.manifest.decode)
 
     def writer(self, config: DecodeConfig) -> Writer | None:
         """Goes on from prompts."""

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from dllm_core.checkpoints.run_dir import JsonLines, RunDir
+from dllm_core.config.fingerprint import fingerprint
 from dllm_core.data.loader import evenly
 from dllm_core.data.manifest import CorpusManifest, read_manifest
 from dllm_core.errors import CheckpointError
@@ -39,6 +40,14 @@ class Entrant:
         return read_manifest(self.run.store, self.corpus)
 
     @property
+    def inputs(self) -> str:
+        """What its bundle is made of: the run, and of how many of its checkpoints, which no run's name tells."""
+        train = self.recipe.train
+        if train.average_checkpoints == 1 and train.average_from == "newest":
+            return self.run.name
+        return fingerprint([self.run.name, train.average_checkpoints, train.average_from])
+
+    @property
     def num_tokens(self) -> int:
         """Positions that the whole training reads: what long runs are started first by."""
         return self.recipe.train.steps * self.recipe.train.batch_rows * self.recipe.packing.seq_len
@@ -54,7 +63,7 @@ def device_of(gpus: float) -> torch.device:
 
 def trained(entrant: Entrant) -> dict[str, Any] | None:
     """What a finished run reported."""
-    result = Receipts(entrant.run).read(_STAGE, entrant.run.name)
+    result = Receipts(entrant.run).read(_STAGE, entrant.inputs)
     return result if result is not None and entrant.run.store.exists(entrant.run.key("bundle/bundle.json")) else None
 
 
@@ -66,7 +75,9 @@ def losses(entrant: Entrant) -> list[dict[str, float]]:
 
 
 def train_entrant(gpus: float, entrant: Entrant) -> dict[str, Any]:
-    """Train to the end and write the bundle; what the last step reported. A finished run is left as it is."""
+    """Train to the end and write the bundle; what the last step reported. A finished run is left as it is, but for a
+    bundle of other checkpoints.
+    """
     found = trained(entrant)
     if found is not None:
         return found
@@ -85,9 +96,10 @@ def train_entrant(gpus: float, entrant: Entrant) -> dict[str, Any]:
             on_damage=damaged.append,
         )
         position = train_to_end(trainer, run, manifest)
+        Receipts(run).take_back(_STAGE)
         make_bundle(recipe, run, entrant.corpus, damaged.append)
         records = JsonLines(run, METRICS).read()
         result = {**(records[-1] if records else {}), "step": position.step, "tokens": position.tokens_seen}
         result |= {"seconds": round(position.seconds, 2), "damaged_checkpoints": len(damaged)}
-        Receipts(run).write(_STAGE, run.name, result)
+        Receipts(run).write(_STAGE, entrant.inputs, result)
     return result

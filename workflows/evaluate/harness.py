@@ -183,7 +183,7 @@ class DllmModel(LM):  # type: ignore[misc]
         stripped = context.rstrip()
         continuation = context[len(stripped) :] + continuation
         given, whole = (self._tokenizer.encode(text) for text in (stripped, stripped + continuation))
-        answer = whole[len(given) :] if whole[: len(given)] == given else self._tokenizer.encode(continuation)
+        answer = whole[len(given) :] if whole[: len(given)] == given else self._tokenizer.encode_behind(continuation)
         self._num_shortened["contexts"] += bool(given) and len(given) + len(answer) > self._context_length
         return Question(tuple(given), tuple(answer))
 

@@ -107,10 +107,15 @@ class Asked(Frozen):
         if self.edit is not None:
             begin, stop = self.span
             parts = (self.prompt[:begin], self.prompt[begin:stop], self.prompt[stop:])
-            head, middle, tail = (tuple(tokenizer.encode(part)) for part in parts)
+            encoded = (
+                tokenizer.encode,
+                tokenizer.encode_behind if begin else tokenizer.encode,
+                tokenizer.encode_behind,
+            )
+            head, middle, tail = (tuple(encode(part)) for encode, part in zip(encoded, parts, strict=True))
             return Request(head, config, tail, self.seed, middle, self.strength, self.stop, self.constraint), ()
         head = tuple(tokenizer.encode(self.prompt)) if self.prompt_ids is None else self.prompt_ids
-        tail = tuple(tokenizer.encode(self.suffix))
+        tail = tuple(tokenizer.encode_behind(self.suffix))
         room = context - len(head) - len(tail)
         if room < 1:
             problem = f"{len(head) + len(tail)} tokens leave no room in the context of {context}"
@@ -134,7 +139,7 @@ class Asked(Frozen):
                 raise RequestError("infill", problem, found[0])
             parts.append(OpenHole(least, most))
             at = found.end()
-        parts.append(tuple(tokenizer.encode(self.infill[at:])))
+        parts.append(tuple(tokenizer.encode_behind(self.infill[at:])))
         head, *pieces, tail = parts
         assert isinstance(head, tuple)
         assert isinstance(tail, tuple)

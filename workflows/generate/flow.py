@@ -156,7 +156,7 @@ class Generator:
             for tokens, is_made in runs(request.middle, answer.tokens):
                 decode = self._tokenizer.decode_behind if text.plain else self._tokenizer.decode
                 text.append(decode(tokens), style="bold" if is_made else "dim")
-        return text.append(self._tokenizer.decode(request.suffix), style="dim")
+        return text.append(self._tokenizer.decode_behind(request.suffix), style="dim")
 
     def _told(self, asked: Asked, decoded: Decoded, found: Filled | None, seconds: float | None) -> dict[str, Any]:
         """As plain data. `search`: what finding the lengths of holes took beside the decode itself."""

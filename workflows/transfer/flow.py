@@ -68,9 +68,12 @@ def import_checkpoint(folder: str, name: str, words: Sequence[str], console: Con
     store = open_store("storage.root", recipe.storage.root)
     header = Header.of(opened.specs(dtype), {"format": "pt"})
     _check_room(store, header.size)
-    corpus = plan_corpus(recipe, store).fingerprint if _has_corpus(overrides) else "none"
+    corpus = plan_corpus(recipe, store).fingerprint if _has_corpus(recipe) else "none"
     digests = {file: file_sha256(source / file) for file in opened.headers}
-    identity = [opened.config, digests, own.get("dtype"), recipe.run_fingerprint(corpus), tokenizer.digest]
+    identity: list[Any] = [opened.config, digests, own.get("dtype"), recipe.run_fingerprint(corpus), tokenizer.digest]
+    usual = _recipe(opened, name, tokenizer.config, [])
+    if corpus == "none" and (recipe.packing, recipe.noise) != (usual.packing, usual.noise):  # else its corpus tells
+        identity += [recipe.packing, recipe.noise]
     run = RunDir(store, f"{name}-{fingerprint(identity)}")
     with run.locked(), tempfile.TemporaryDirectory() as scratch, console.stage("import") as bar:
         bar.update("copying weights")
@@ -203,8 +206,9 @@ def _dtype(name: Any) -> torch.dtype | None:
     return None if name is None else _DTYPES[name]
 
 
-def _has_corpus(overrides: Sequence[str]) -> bool:
-    return any(word.startswith("corpus.path=") for word in overrides)
+def _has_corpus(recipe: Recipe) -> bool:
+    """Whether one was named, in whatever words."""
+    return all(Path(source.path).name != _NO_CORPUS for source in recipe.corpus.all_sources)
 
 
 def _tokenizer(opened: Foreign) -> Tokenizer:
@@ -229,8 +233,11 @@ def _tokenizer(opened: Foreign) -> Tokenizer:
         pad_token=tokens[config.pad_id],
     )
     tokenizer = Tokenizer(text, section, str(path))
-    if tokenizer.mask_id != config.mask_id:
-        raise CheckpointError(str(path), f"takes no token with the id {config.mask_id}", remedy="mask_id=another")
+    for name in ("mask_id", "eos_id", "pad_id"):
+        number, found = getattr(config, name), getattr(tokenizer, name)
+        if found != number:
+            problem = f"{tokens[number]} has the id {found} there, and the checkpoint's {name} is {number}"
+            raise CheckpointError(str(path), problem, remedy="save the checkpoint's tokenizer again")
     if tokenizer.vocab_size > config.vocab_size:
         problem = f"has ids up to {tokenizer.vocab_size - 1}, the checkpoint's last is {config.vocab_size - 1}"
         raise CheckpointError(str(path), problem)

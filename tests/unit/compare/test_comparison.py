@@ -1,6 +1,7 @@
 """A whole comparison of tiny models without a cluster: what it measures, keeps and refuses."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +12,8 @@ from conftest import small_text
 
 from dllm_core.checkpoints.bundle import read_bundle
 from dllm_core.config.overrides import apply_overrides
+from dllm_core.decoding.config import DecodeConfig
+from dllm_core.decoding.unmask import RandomPolicy
 from dllm_core.errors import DataError
 from dllm_core.evaluation.infill import SIDES, Filled
 from dllm_core.noise.schedule import CosineSchedule
@@ -18,11 +21,11 @@ from dllm_core.noise.uniform import UniformProcess
 from dllm_core.storage.store import LocalStore
 from workflows.compare import measures
 from workflows.compare.flow import Comparison
-from workflows.compare.measures import restored, two_holes
+from workflows.compare.measures import Question, restored, two_holes
 from workflows.compare.recipe import CompareRecipe
 from workflows.compare.report import table_lines
 from workflows.compare.speakers import Speaker
-from workflows.compare.training import Entrant
+from workflows.compare.training import Entrant, train_entrant, trained
 from workflows.console import Console
 from workflows.fan_out import serially
 
@@ -163,7 +166,7 @@ def test_what_must_match_does_where_a_model_is_told_so(finished):
 def test_text_is_mended_by_the_law_of_a_token_given_all_that_is_shown(finished, model, broken):
     """Bayes by enumeration: the law that the denoiser tells is given the others alone."""
     recipe, _ = finished
-    speaker = Speaker(read_bundle(entrant_of(recipe, model).run), torch.device("cpu"), 0)
+    speaker = Speaker(read_bundle(entrant_of(recipe, model).run), torch.device("cpu"), 0, DecodeConfig())
     vocabulary, mask_id = speaker.bundle.config.vocab_size, speaker.mask_id
     text = np.array([i for i in range(vocabulary) if i != mask_id])
     shown = np.random.default_rng(0).choice(text, (3, 32))
@@ -179,7 +182,7 @@ def test_text_is_mended_by_the_law_of_a_token_given_all_that_is_shown(finished, 
 
 def test_an_isolated_document_is_mended_as_it_would_be_alone(finished):
     recipe, _ = finished
-    speaker = Speaker(read_bundle(entrant_of(recipe, "uniform").run), torch.device("cpu"), 0)
+    speaker = Speaker(read_bundle(entrant_of(recipe, "uniform").run), torch.device("cpu"), 0, DecodeConfig())
     shown, real = np.random.default_rng(1).integers(20, 200, (4, 32)), np.ones((4, 32), bool)
     half = slice(None, 16)
     with torch.inference_mode():
@@ -245,6 +248,30 @@ def test_another_measure_is_taken_of_the_same_runs(finished):
     assert again["learning"] == result["learning"]
     assert again["context"] != result["context"]
     assert again["folder"] != result["folder"]
+
+
+def test_a_run_that_is_there_is_asked_as_the_recipe_decodes_now(finished):
+    recipe, _ = finished
+    before = entrant_of(recipe, "absorbing")
+    decode = before.recipe.decode.model_copy(update={"policy": RandomPolicy(), "steps_per_block": 1})
+    now = replace(before, recipe=before.recipe.model_copy(update={"decode": decode}))
+    asked = [measures.answer(Question("task", "absorbing", (one,), recipe)) for one in (before, now)]
+    slow, fast = (answered["tokens_per_call"]["value"] for answered in asked)
+    assert fast > 1 >= slow
+
+
+def test_a_bundle_is_made_anew_of_another_number_of_checkpoints(finished):
+    recipe, _ = finished
+    before = entrant_of(recipe, "uniform")
+    averaged = before.recipe.train.model_copy(update={"average_checkpoints": 2})
+    now = replace(before, recipe=before.recipe.model_copy(update={"train": averaged}))
+    assert trained(before) is not None
+    assert trained(now) is None
+    seconds = train_entrant(0, now)["seconds"]
+    assert read_bundle(now.run).manifest.lineage.checkpoint.count("+") == 1
+    assert trained(before) is None
+    assert train_entrant(0, before)["seconds"] == seconds == trained(before)["seconds"]  # no step is taken again
+    assert "+" not in read_bundle(before.run).manifest.lineage.checkpoint
 
 
 def test_models_that_read_different_texts_are_no_comparison(tmp_path):

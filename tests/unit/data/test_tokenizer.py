@@ -9,7 +9,7 @@ from conftest import draws, small_text
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from dllm_core.data.tokenizer import Tokenizer, TokenizerConfig
+from dllm_core.data.tokenizer import ChatTemplate, Tokenizer, TokenizerConfig
 from dllm_core.errors import ConfigError, DataError
 
 CONFIG = TokenizerConfig(vocab_size=300)
@@ -141,6 +141,22 @@ def test_what_a_file_asks_for_its_own_training_changes_no_ids(tokenizer, section
     assert len(ids) > _LONG["max_length"]
     assert other.encode(text) == in_bulk(other, [text])[0] == ids
     assert other.engine == tokenizer.engine
+
+
+@pytest.mark.parametrize("in_vocabulary", [True, False])
+def test_markers_that_are_added_move_no_other_token(tokenizer, tmp_path, in_vocabulary):
+    values = json.loads(tokenizer.json_text)
+    vocabulary, added = values["model"]["vocab"], values["added_tokens"]
+    for name in ("<|im_start|>", "<|im_end|>"):  # behind the last id, as Qwen's and LLaDA's; some files list them twice
+        added.append({**added[0], "id": len({**vocabulary, **{one["content"]: 0 for one in added}}), "content": name})
+        vocabulary |= {name: added[-1]["id"]} if in_vocabulary else {}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+    config = CONFIG.model_copy(update={"path": str(tmp_path / "tokenizer.json")})
+    chat = ChatTemplate(user="<|im_start|>", end="<|im_end|>")
+    plain, chatty = (Tokenizer.given(config.model_copy(update={"chat": one})) for one in (None, chat))
+    assert (chatty.role_id("user"), chatty.end_of_turn_id) == (300, 301)
+    assert (chatty.role_id("system"), chatty.role_id("assistant")) == (302, 303)
+    assert [chatty.token_text(i) for i in range(300)] == [plain.token_text(i) for i in range(300)]
 
 
 @pytest.mark.parametrize("field", ["mask_token", "eos_token", "pad_token"])

@@ -17,6 +17,7 @@ import pytest
 from conftest import runs_by_kind
 from lm_eval.api.model import CachingLM
 from lm_eval.tasks import TaskManager
+from sentence_pieces import sentence_pieces
 
 from dllm_core.checkpoints.bundle import FOLDER, read_bundle
 from dllm_core.checkpoints.run_dir import RunDir
@@ -204,6 +205,10 @@ def test_a_continuation_is_encoded_as_the_text_that_it_ends(runs):
     question = model._question("RED:", "CIRCLE")
     assert model._tokenizer.decode([*question.context, *question.answer]) == " RED:CIRCLE"
     assert model._tokenizer.decode(model._tokenizer.encode("CIRCLE")) == " CIRCLE"
+    model._tokenizer, text = sentence_pieces("the cat sat on the mat and ran "), "the cat sat on the mat"
+    for cut in range(len(text)):  # within words too, where both are encoded apart
+        question = model._question(text[:cut], text[cut:])
+        assert model._tokenizer.decode([*question.context, *question.answer]) == text
 
 
 @pytest.mark.parametrize("kind", ["masks", "blocks", "autoregressive"])

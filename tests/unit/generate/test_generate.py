@@ -468,3 +468,19 @@ def test_frames_show_what_was_given_from_the_first_and_never_as_made(small_bundl
         styles = {str(span.style) for span in canvas_text(frame).spans}
         assert not any(frame.committed_at[i] or frame.is_open[i] for i in inside)
         assert ("bold green" in styles) == (frame.num_calls > 0)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        Asked(prompt="the c", suffix="t sat on"),
+        Asked(infill="the c[[1]]t sat on"),
+        Asked(prompt="the cat sat on", edit="5:6"),
+        Asked(prompt="the cat sat on", edit="0:5"),
+    ],
+)
+def test_what_stands_behind_another_text_begins_with_no_space_of_its_own(asked):
+    pieces = sentence_pieces("the cat sat on the mat and ran ")
+    request, _ = asked.given(pieces, DecodeConfig(max_tokens=1), 64)
+    middle = request.middle if asked.edit is not None else pieces.encode_behind("a")
+    assert pieces.decode([*request.prompt, *middle, *request.suffix]) == "the cat sat on"

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 from conftest import SmallCorpus, make_small_bundle, make_small_corpus
 from safetensors.torch import load_file, save_file
@@ -44,6 +45,10 @@ def imported(folder: Path, *words: str, name: str = "copy") -> RunDir:
 
 def written(run: RunDir, command: str = "out") -> Path:
     return Path(export_checkpoint(run.url, command, QUIET)["folder"])
+
+
+def ids_of(tokenizer: Path) -> dict[str, int]:
+    return tokenizers.Tokenizer.from_file(str(tokenizer)).get_vocab(with_added_tokens=True)
 
 
 def qwen_folder(folder: Path) -> Path:
@@ -109,10 +114,30 @@ def test_an_import_is_the_same_run_again_and_another_type_another(root):
     first, again = imported(GOLDEN / "tiny-llada"), imported(GOLDEN / "tiny-llada")
     narrow = imported(GOLDEN / "tiny-llada", "dtype=bfloat16")
     assert first.name == again.name != narrow.name
+    blocks = [
+        [],
+        ["noise.block_length=16", "decode.block_length=16", "decode.steps_per_block=16"],
+        ["packing.seq_len=64"],
+    ]
+    others = [imported(GOLDEN / "tiny-llada2-moe", *words) for words in blocks]
+    assert [read_bundle(run).manifest.block_length for run in others] == [32, 16, 32]  # none is written over another
+    assert [read_bundle(run).config.context_length == 64 for run in others] == [False, False, True]
     weights = load_file(read_bundle(narrow).folder / "model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
     recipe, _ = find_run(narrow.url, ["decode.max_tokens=8"])
     assert Generator(recipe, narrow, QUIET).one(Asked(prompt="hello"), None)["num_calls"] > 0
+
+
+def test_a_corpus_is_named_by_its_path_as_a_section_or_as_a_mixture(root):
+    (root / "text").mkdir()
+    (root / "text" / "a.txt").write_text("hello")
+    plain = "{type: text, path: text}"
+    said = ("corpus.path=text", f"corpus={plain}", f"corpus={{type: mixture, sources: [{plain}]}}")
+    runs = [imported(GOLDEN / "tiny-llada", word, "packing.seq_len=64") for word in ("seed=0", *said)]
+    corpora = [read_bundle(run).manifest.lineage.corpus for run in runs]
+    assert [corpus == "none" for corpus in corpora] == [True, False, False, False]
+    assert corpora[1] == corpora[2]
+    assert len({run.name for run in runs}) == 3
 
 
 def test_an_autoregressive_checkpoint_needs_to_be_told_its_mask(root):
@@ -124,6 +149,8 @@ def test_an_autoregressive_checkpoint_needs_to_be_told_its_mask(root):
     bundle = read_bundle(run)
     assert (bundle.config.mask_id, bundle.config.vocab_size, bundle.tokenizer().mask_id) == (998, 999, 998)
     assert 998 not in bundle.tokenizer().encode("<|mask|> text")
+    assert ids_of(folder / "tokenizer.json").items() <= ids_of(bundle.folder / "tokenizer.json").items()
+    assert (bundle.config.eos_id, bundle.config.pad_id) == (bundle.tokenizer().eos_id, bundle.tokenizer().pad_id)
     ids = torch.arange(12)[None]
     with torch.inference_mode():
         wanted = read_foreign(folder, mask_id=900)(ids, pattern=CAUSAL)
@@ -146,6 +173,7 @@ def test_a_spare_id_may_be_the_mask_with_or_without_a_token_of_its_own(root, has
     bundle = read_bundle(imported(folder, "mask_id=990"))
     assert bundle.config.mask_id == bundle.tokenizer().mask_id == 990
     assert bundle.tokenizer().token_text(990) == ("<|r990|>" if has_token else "<|mask|>")
+    assert (bundle.config.eos_id, bundle.config.pad_id) == (bundle.tokenizer().eos_id, bundle.tokenizer().pad_id)
     assert bundle.config.vocab_size == 998
 
 
@@ -175,6 +203,15 @@ def test_a_tokenizer_that_is_missing_or_of_another_model_is_refused(root):
     (folder / "tokenizer.json").unlink()
     with pytest.raises(CheckpointError, match=r"tokenizer\.json: cannot be read.*save the checkpoint's tokenizer"):
         imported(folder)
+
+
+def test_a_tokenizer_that_counts_otherwise_than_its_file_is_refused(root):
+    folder = qwen_folder(root / "in")
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["added_tokens"] = [token for token in tokenizer["added_tokens"] if token["id"] != 995]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(CheckpointError, match=r"endoftext\|> has the id 995 there, and the checkpoint's eos_id is 996"):
+        imported(folder, "mask_id=990")
 
 
 def test_imported_weights_are_not_trained_over(root):
