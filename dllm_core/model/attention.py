@@ -102,20 +102,7 @@ class Attention(nn.Module):
         is_causal: bool,
         cache: LayerKeyValues | JoinedRows | None = None,
     ) -> Tensor:
-        """[B L D] -> [B L D]. cos, sin: as `projected` takes them; the others as `mixed` does."""
-        out: Tensor = self.out(self.seen(x, cos, sin, attention, is_causal, cache))
-        return out
-
-    def seen(
-        self,
-        x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        attention: "Tensor | BlockMask | None",
-        is_causal: bool,
-        cache: LayerKeyValues | JoinedRows | None,
-    ) -> Tensor:
-        """`forward` without the last product: [B L D] -> [B L H*d]."""
+        """[B L D] -> [B L H*d], before the last product. cos, sin: as `projected` takes them; the others as `mixed`."""
         rows = cache.num_rows if isinstance(cache, LayerKeyValues) else None
         return self.mixed(*self.projected(x, cos, sin, rows), attention, is_causal, cache, len(x))
 

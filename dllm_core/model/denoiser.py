@@ -57,13 +57,13 @@ class Block(nn.Module):
         keys and values, and the result is [1 n D], padded to MIN_ROWS.
         """
         if modulation is None:
-            mixed = self.attention.seen(self.norm1(x), cos, sin, attention, is_causal, cache)
+            mixed = self.attention(self.norm1(x), cos, sin, attention, is_causal, cache)
             if read is not None:
                 x, mixed = (pad_rows(part.flatten(0, 1)[read])[None] for part in (x, mixed))
             return self.behind(x, mixed)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
         mixed = self.attention(modulated(self.norm1(x), shift1, scale1), cos, sin, attention, is_causal, cache)
-        x = x + (1 + gate1) * mixed
+        x = x + (1 + gate1) * self.attention.out(mixed)
         out: Tensor = x + (1 + gate2) * self.ffn(modulated(self.norm2(x), shift2, scale2))
         return out
 
